@@ -1,0 +1,12 @@
+# The compiled variants: every combination in a row is one. KxV are the key and value sizes, `any` reads them from the
+# tensors; chunk is the longest chunk. Within a target, rows that come first are preferred.
+#
+#   holdfast_kernel(kernel DTYPES ... CHUNKS ... SIZES KxV ... TARGETS ...)
+
+holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
+    SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256 256x512
+    TARGETS avx512 avx2)
+
+holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
+    SIZES any
+    TARGETS avx512 avx2 generic)

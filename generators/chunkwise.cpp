@@ -1,0 +1,93 @@
+// The stages of chunkwise.h.
+#include "chunkwise.h"
+
+using namespace Halide;
+
+namespace holdfast {
+namespace {
+
+// Log decays are summed in two parts. Differences of one fp32 sum would lose what small decays add after a large one (a
+// reset in the middle of a chunk); whole steps of 2^-16 add without error in int32, and what is left is below 2^-17 each.
+// Integers, because no compiler may reorder them into the one sum.
+constexpr float decay_step = 1.0f / 65536;
+
+// exp() of anything below is 0 in fp32, so clamping there changes nothing; it lets -infinity in, and 256 of them fit int32.
+constexpr float least_log_decay = -120.0f;
+
+}  // namespace
+
+ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Func &state_in,
+                         const Chunks &chunks, const Expr &key_extent, const Expr &scale, const ChunkwiseSizes &sizes) {
+    const int C = sizes.chunk;
+    Var b("b"), h("h"), c("c"), i("i"), j("j"), d("d"), e("e");
+    ChunkwiseFuncs f;
+    f.q = q, f.k = k, f.v = v, f.log_decay = log_decay, f.state_in = state_in;
+
+    // Gates. A masked sum, not a running one: C^2 cheap terms, no serial dependence, and autodiff is exact through it.
+    auto steps = [&](const Expr &row) {
+        return cast<int32_t>(round(max(log_decay(row, c, h, b), least_log_decay) / decay_step));
+    };
+    auto rest = [&](const Expr &row) {
+        return max(log_decay(row, c, h, b), least_log_decay) - cast<float>(steps(row)) * decay_step;
+    };
+    f.over_row = RDom(0, C, "over_row");
+    f.decay_steps = Func("decay_steps");
+    f.decay_steps(i, c, h, b) += select(f.over_row <= i, steps(f.over_row), 0);
+    f.decay_rest = Func("decay_rest");
+    f.decay_rest(i, c, h, b) += select(f.over_row <= i, rest(f.over_row), 0.0f);
+    auto log_decay_of = [&](const Expr &steps, const Expr &rest) { return cast<float>(steps) * decay_step + rest; };
+    auto log_decay_between = [&](const Expr &from, const Expr &to) {  // tokens from + 1 .. to
+        return log_decay_of(f.decay_steps(to, c, h, b) - f.decay_steps(from, c, h, b),
+                            f.decay_rest(to, c, h, b) - f.decay_rest(from, c, h, b));
+    };
+    auto log_decay_until = [&](const Expr &to) {  // tokens 0 .. to
+        return log_decay_of(f.decay_steps(to, c, h, b), f.decay_rest(to, c, h, b));
+    };
+    f.row_decay = Func("row_decay");
+    f.row_decay(i, c, h, b) = scale * exp(log_decay_until(i));
+    f.key_decay = Func("key_decay");
+    f.key_decay(j, c, h, b) = select(j < chunks.length(c), exp(log_decay_between(j, C - 1)), 0.0f);
+    f.chunk_decay = Func("chunk_decay");
+    f.chunk_decay(c, h, b) = exp(log_decay_until(C - 1));
+
+    // Inside a chunk. The mask is its own Func and a factor, so that bounds inference keeps all of scores; the
+    // difference is masked before exp, which could overflow above the diagonal.
+    f.over_key_feature = RDom(0, key_extent, "over_key_feature");
+    f.scores = Func("scores");
+    f.scores(j, i, c, h, b) += q(f.over_key_feature, i, c, h, b) * k(f.over_key_feature, j, c, h, b);
+    f.mask = Func("mask");
+    Expr between = select(j <= i, log_decay_between(j, i), 0.0f);
+    f.mask(j, i, c, h, b) = select(j <= i, scale * exp(between), 0.0f);
+    f.weights = Func("weights");
+    f.weights(j, i, c, h, b) = f.scores(j, i, c, h, b) * f.mask(j, i, c, h, b);
+
+    // Across chunks: a serial scan in which chunk c reads its slot and writes the next one.
+    f.keys_decayed = Func("keys_decayed");
+    f.keys_decayed(d, j, c, h, b) = k(d, j, c, h, b) * f.key_decay(j, c, h, b);
+    f.over_token = RDom(0, C, "over_token");
+    f.contribution = Func("contribution");
+    f.contribution(e, d, c, h, b) += f.keys_decayed(d, f.over_token, c, h, b) * v(e, f.over_token, c, h, b);
+    f.over_sequence = RDom(0, chunks.slots - chunks.count, "over_sequence");
+    f.over_chunk = RDom(0, chunks.count, "over_chunk");
+    RVar s = f.over_sequence, in = f.over_chunk;
+    f.state = Func("state");
+    f.state(e, d, c, h, b) = undef<float>();
+    f.state(e, d, chunks.first(s), h, b) = state_in(e, d, s, h, b);
+    f.state(e, d, chunks.next(in), h, b) =
+        f.chunk_decay(in, h, b) * f.state(e, d, in, h, b) + f.contribution(e, d, in, h, b);
+
+    f.over_state = RDom(0, key_extent, "over_state");
+    f.inter = Func("inter");
+    f.inter(e, i, c, h, b) += q(f.over_state, i, c, h, b) * f.state(e, f.over_state, c, h, b);
+    f.over_key = RDom(0, C, "over_key");
+    if (sizes.causal_tile < C) {
+        f.over_key.where(f.over_key < (i / sizes.causal_tile + 1) * sizes.causal_tile);
+    }
+    f.intra = Func("intra");
+    f.intra(e, i, c, h, b) += f.weights(f.over_key, i, c, h, b) * v(e, f.over_key, c, h, b);
+    f.out = Func("out");
+    f.out(e, i, c, h, b) = f.row_decay(i, c, h, b) * f.inter(e, i, c, h, b) + f.intra(e, i, c, h, b);
+    return f;
+}
+
+}  // namespace holdfast

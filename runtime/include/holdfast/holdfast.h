@@ -1,0 +1,194 @@
+/* Holdfast: retention kernels compiled ahead of time. This header is the whole public C API; what is not here is private.
+ *
+ * In this order: statuses and errors, context, what was compiled, kernels.
+ *
+ * Simple use: fill a holdfast_forward_args, call holdfast_forward(NULL, &args). A context is for choosing threads, allocator,
+ * target, and for reading error texts; NULL stands for the default context everywhere a context is taken.
+ *
+ * Tensors are DLPack's DLTensor (https://dmlc.github.io/dlpack): the library never frees, keeps or reshapes them; `strides`
+ * may be NULL (compact, row-major), `byte_offset` is honoured. Nothing here prints, aborts or throws.
+ */
+#ifndef HOLDFAST_H
+#define HOLDFAST_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <dlpack/dlpack.h>
+
+#if defined(_WIN32)
+#define HOLDFAST_API __declspec(dllexport)
+#else
+#define HOLDFAST_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- Version ----------------------------------------------------------------------------------------------------- */
+
+#define HOLDFAST_VERSION_MAJOR 0
+#define HOLDFAST_VERSION_MINOR 1
+#define HOLDFAST_VERSION_PATCH 0
+
+/** Version of the library that is linked, "major.minor.patch". A static string. */
+HOLDFAST_API const char *holdfast_version(void);
+
+/* ---- Statuses and errors ----------------------------------------------------------------------------------------- */
+
+/** What a call returns. Numbers never change. On any status but HOLDFAST_OK no tensor has been written, with two
+ *  exceptions named at their status. */
+typedef enum holdfast_status {
+    HOLDFAST_OK = 0,
+    /** An argument is malformed or contradicts another: null, rank, shape, stride, overlap, a positive or NaN decay, ... */
+    HOLDFAST_INVALID_ARGUMENT = 1,
+    /** Well formed, but not something this build computes: a dtype, a device, a size beyond its limits. */
+    HOLDFAST_UNSUPPORTED = 2,
+    /** The forced target (HOLDFAST_TARGET or holdfast_context_set_target) is unknown, or this machine cannot run it. */
+    HOLDFAST_TARGET_UNAVAILABLE = 3,
+    /** The allocator returned NULL. Outputs may have been written in part. */
+    HOLDFAST_OUT_OF_MEMORY = 4,
+    /** A fault of the library or of a caller's thread pool. Outputs may have been written in part. Please report the text. */
+    HOLDFAST_INTERNAL_ERROR = 5
+} holdfast_status;
+
+/** The status's name, "HOLDFAST_OK" and so on; "unknown status" for other numbers. A static string. */
+HOLDFAST_API const char *holdfast_status_name(holdfast_status status);
+
+/* ---- Context ----------------------------------------------------------------------------------------------------- */
+
+/** Options, an error text and reusable workspace. Two contexts share nothing that changes, except that contexts without a
+ *  thread pool of their own draw on the process's one pool, which is made for that.
+ *  Use a context from one thread at a time; different contexts from different threads freely. The default context (NULL)
+ *  may be used from any number of threads at once; its options cannot be changed, its error text is kept per thread. */
+typedef struct holdfast_context holdfast_context;
+
+/** Create a context with default options; NULL when memory is short. Destroy it with holdfast_context_destroy. */
+HOLDFAST_API holdfast_context *holdfast_context_create(void);
+
+/** Free a context and its workspace (with the allocator that made it). NULL is allowed and does nothing. */
+HOLDFAST_API void holdfast_context_destroy(holdfast_context *context);
+
+/** Text of the last call on `context` that failed: which argument, what it was, what was expected. "" if none failed yet.
+ *  NULL: the last failure of this thread on the default context. Valid until the next call on the same context (NULL: by
+ *  the same thread). */
+HOLDFAST_API const char *holdfast_last_error(const holdfast_context *context);
+
+/** Force the target whose variants run, by name ("avx512", "avx2", "generic": holdfast_variant_at lists them); NULL goes
+ *  back to the default, which is the environment variable HOLDFAST_TARGET where it is set (read once, at the library's
+ *  first use) and else the best target that this machine runs.
+ *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, HOLDFAST_TARGET_UNAVAILABLE for an unknown name or a target that
+ *  does not run here; the option then stays as it was. A bad HOLDFAST_TARGET fails the calls that would use it. */
+HOLDFAST_API holdfast_status holdfast_context_set_target(holdfast_context *context, const char *target);
+
+/** At most this many threads work on a call, the calling one included. 0 (default): one per core that the process may use.
+ *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, a negative number, or more than 256. */
+HOLDFAST_API holdfast_status holdfast_context_set_threads(holdfast_context *context, int threads);
+
+/** A caller's thread pool: must call task(closure, i) once for each i in [0, tasks), from any threads, in any order, and
+ *  return 0 after all have finished; another value fails the call with HOLDFAST_INTERNAL_ERROR. Tasks do not throw. */
+typedef int (*holdfast_parallel_for)(void *user, int tasks, void (*task)(void *closure, int index), void *closure);
+
+/** Run parallel work on the caller's pool; NULL goes back to the library's. Each call starts as many tasks as
+ *  holdfast_context_set_threads allows, so the pool may have fewer or more threads.
+ *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context. */
+HOLDFAST_API holdfast_status holdfast_context_set_thread_pool(holdfast_context *context, holdfast_parallel_for parallel_for,
+                                                              void *user);
+
+/** Allocate `bytes` aligned to `alignment` (a power of two), or return NULL. May be called from several threads at once. */
+typedef void *(*holdfast_allocate)(void *user, size_t bytes, size_t alignment);
+/** Free what the matching holdfast_allocate returned; `bytes` is what was asked for. */
+typedef void (*holdfast_deallocate)(void *user, void *memory, size_t bytes);
+
+/** Take workspace from the caller's allocator; both NULL go back to the library's own. Workspace held so far is freed first.
+ *  Workspace is kept for reuse until the context is destroyed or this function is called. Its size does not depend on T.
+ *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, or when just one of the two is NULL. */
+HOLDFAST_API holdfast_status holdfast_context_set_allocator(holdfast_context *context, holdfast_allocate allocate,
+                                                            holdfast_deallocate deallocate, void *user);
+
+/** Receives one line per kernel call: which variant runs, why, and on what. `message` is valid during the callback. */
+typedef void (*holdfast_verbose)(void *user, const char *message);
+
+/** Set the verbose callback; NULL (default): silence. It is called on the thread that makes the call, before work begins.
+ *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context. */
+HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *context, holdfast_verbose verbose, void *user);
+
+/* ---- What was compiled, and what runs here ----------------------------------------------------------------------- */
+
+/** One compiled variant of a kernel. Strings are static. */
+typedef struct holdfast_variant {
+    const char *name;     /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
+    const char *kernel;   /**< e.g. "chunkwise" */
+    const char *dtype;    /**< of q, k, v and out: "f32" */
+    const char *target;   /**< what holdfast_context_set_target takes */
+    int32_t chunk;        /**< tokens in a chunk, at most */
+    int32_t key_size;     /**< K; 0: any */
+    int32_t value_size;   /**< V; 0: any */
+    int32_t runs_here;    /**< 1 where this machine has the CPU features it needs, else 0 */
+    int32_t selected;     /**< 1 where calls of its dtype and sizes, with the default chunk size, run this variant */
+    const char *missing;  /**< the CPU features that this machine lacks, separated by spaces; "" where it runs */
+} holdfast_variant;
+
+/** Number of variants in this build. */
+HOLDFAST_API int holdfast_variant_count(void);
+
+/** Describe variant `index`, counted from 0, best target first, as seen by `context` (its forced target decides `selected`).
+ *  @returns HOLDFAST_INVALID_ARGUMENT for an index out of range or a NULL `variant`; HOLDFAST_TARGET_UNAVAILABLE for a bad
+ *  HOLDFAST_TARGET (with *variant filled in, `selected` 0). */
+HOLDFAST_API holdfast_status holdfast_variant_at(holdfast_context *context, int index, holdfast_variant *variant);
+
+/** Features of this CPU that the operating system lets programs use, of those the library knows, separated by spaces, e.g.
+ *  "sse41 avx avx2 f16c fma avx512f". A static string. */
+HOLDFAST_API const char *holdfast_cpu_features(void);
+
+/* ---- Retention --------------------------------------------------------------------------------------------------- */
+
+/** Arguments of holdfast_forward. Set struct_size to sizeof(holdfast_forward_args) and everything not used to zero, best by
+ *  `holdfast_forward_args args = {sizeof args};`. The struct grows at its end in later versions: the library accepts an
+ *  older, shorter one, and a longer one whose unknown part is zero.
+ *
+ *  B batch, T time, H heads, K key size, V value size. B, T and H may be 0; K and V are at least 1. All tensors are fp32 on
+ *  the CPU. Every axis may have any stride, also 0 (inputs) or negative, except that the last axis of q, k, v, out and the
+ *  states is contiguous. */
+typedef struct holdfast_forward_args {
+    size_t struct_size;             /**< sizeof(holdfast_forward_args) */
+    const DLTensor *q;              /**< queries [B, T, H, K] */
+    const DLTensor *k;              /**< keys    [B, T, H, K] */
+    const DLTensor *v;              /**< values  [B, T, H, V] */
+    const DLTensor *log_decay;      /**< natural logarithm of the decay, [H] or [B, T, H], each <= 0; NULL: no decay.
+                                         -infinity forgets all that came before. Positive and NaN are refused. */
+    const DLTensor *initial_state;  /**< [B, H, K, V]; NULL: zeros */
+    DLTensor *out;                  /**< [B, T, H, V], written */
+    DLTensor *final_state;          /**< [B, H, K, V], written; NULL: not wanted */
+    float scale;                    /**< multiplies q.k; 0: K^-1/2. Finite. */
+    int64_t chunk_size;             /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding
+                                         and speed, nothing else. */
+} holdfast_forward_args;
+
+/** Retention, chunkwise form, of every batch entry and head (decay first, then write):
+ *
+ *      S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t          S: [K, V], S_0 = initial_state
+ *      out_t = scale q_t S_t                               final_state = S_T
+ *
+ *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621, chunkwise
+ *  form); with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
+ *  does not depend on T, sums are in fp32. A sequence cut anywhere and continued from final_state gives the same outputs to
+ *  rounding; the same call on the same machine and target gives the same bits, for any number of threads.
+ *
+ *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their batch entry and head, but may
+ *  reach earlier tokens of the same chunk.
+ *
+ *  Aliasing: inputs may share memory with one another. out overlaps no other tensor. final_state overlaps none either, but may
+ *  be exactly initial_state (the same elements in the same places): the state is then advanced in place.
+ *
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (dtype other than fp32, device other than the CPU,
+ *  a stride along T, or sizes K V, beyond 32 bits); HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR.
+ *  holdfast_last_error(context) has the text. Thread-safety: that of the context. */
+HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* HOLDFAST_H */

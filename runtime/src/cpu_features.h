@@ -1,0 +1,13 @@
+// What this CPU can do and the operating system lets it do. Names are those of the NEEDS lists in cmake/targets.cmake.
+#pragma once
+#include <string>
+
+namespace holdfast {
+
+/// Usable features, separated by spaces. Found once, at first use.
+const std::string &cpu_features();
+
+/// Those of `needed` (separated by spaces) that are not usable here; "" if all are.
+std::string missing_cpu_features(const std::string &needed);
+
+}  // namespace holdfast

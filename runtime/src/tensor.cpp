@@ -1,0 +1,151 @@
+#include "tensor.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <vector>
+
+namespace holdfast {
+namespace {
+
+constexpr int64_t element = sizeof(float);
+
+std::string describe(const TensorSpec &spec) {
+    std::string text = "[";
+    for (const char *axis = spec.axes; *axis; axis++) text += (axis == spec.axes ? "" : ", ") + std::string(1, *axis);
+    return text + "]";
+}
+
+std::string describe(DLDataType type) {
+    const char *code = type.code == kDLInt      ? "int"
+                       : type.code == kDLUInt   ? "uint"
+                       : type.code == kDLFloat  ? "float"
+                       : type.code == kDLBfloat ? "bfloat"
+                                                : nullptr;
+    std::string text = code ? code + std::to_string(type.bits) : "code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits";
+    return type.lanes == 1 ? text : text + " x " + std::to_string(type.lanes) + " lanes";
+}
+
+std::string describe(const DLTensor &t) {
+    std::string text = "[";
+    for (int axis = 0; axis < t.ndim; axis++) text += (axis ? ", " : "") + std::to_string(t.shape[axis]);
+    return text + "]";
+}
+
+bool overlaps_range(const Tensor &a, const Tensor &b) {
+    return a.data + a.low < b.data + b.high && b.data + b.low < a.data + a.high;
+}
+
+}  // namespace
+
+Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
+    const int rank = (int)std::strlen(spec.axes);
+    if (!t) fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " is NULL; expected a tensor ", describe(spec));
+    if (t->ndim != rank)
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has ", t->ndim, " dimensions; expected ", rank, ", ", describe(spec));
+    if (!t->shape) fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has a NULL shape; expected ", rank, " extents, ", describe(spec));
+    if (t->dtype.code != kDLFloat || t->dtype.bits != 32 || t->dtype.lanes != 1)
+        fail(HOLDFAST_UNSUPPORTED, spec.name, " has dtype ", describe(t->dtype), "; expected float32");
+    if (t->device.device_type != kDLCPU)
+        fail(HOLDFAST_UNSUPPORTED, spec.name, " is on device type ", (int)t->device.device_type,
+             "; expected the CPU (1), the one backend of this build");
+
+    Tensor view{spec.name, nullptr, rank, {}, {}, 0, 0};
+    bool empty = false;
+    for (int axis = 0; axis < rank; axis++) {
+        const int64_t extent = t->shape[axis];
+        if (extent < 0)
+            fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), "; expected extents of at least 0");
+        if (extent > std::numeric_limits<int32_t>::max())
+            fail(HOLDFAST_UNSUPPORTED, spec.name, " has shape ", describe(*t), "; expected extents below 2^31");
+        view.shape[axis] = extent;
+        empty |= extent == 0;
+    }
+    int64_t compact = 1;
+    for (int axis = rank - 1; axis >= 0; axis--) {
+        view.stride[axis] = t->strides ? t->strides[axis] : compact;
+        // An empty tensor has no elements to reach, so its strides cannot overflow anything; nor can that of an axis of one.
+        int64_t reach = 0;
+        if (!empty && __builtin_mul_overflow(view.shape[axis] - 1, view.stride[axis], &reach))
+            fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has stride ", view.stride[axis], " on axis ", axis, " of extent ",
+                 view.shape[axis], "; expected offsets that fit 64 bits");
+        if (!empty && (__builtin_mul_overflow(reach, element, &reach) ||
+                       __builtin_add_overflow(reach < 0 ? view.low : view.high, reach, reach < 0 ? &view.low : &view.high)))
+            fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and stride ", view.stride[axis], " on axis ",
+                 axis, "; expected byte offsets that fit 64 bits");
+        if (__builtin_mul_overflow(compact, std::max<int64_t>(view.shape[axis], 1), &compact))
+            fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), "; expected fewer than 2^63 elements");
+    }
+    if (empty) return view;
+    if (__builtin_add_overflow(view.high, element, &view.high))
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), "; expected byte offsets that fit 64 bits");
+    if (!t->data) fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has NULL data; expected memory for shape ", describe(*t));
+    const uintptr_t base = (uintptr_t)t->data + t->byte_offset;
+    if (base < t->byte_offset || base % alignof(float))
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has data and byte_offset ", t->byte_offset,
+             " that are not the address of a float; expected a multiple of ", alignof(float));
+    view.data = (char *)base;
+    return view;
+}
+
+void check_extent(const TensorSpec &spec, const Tensor &tensor, int axis, int64_t expected, const char *because) {
+    if (tensor.shape[axis] != expected)
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " ", describe(spec), " has ", spec.axes[axis], " = ", tensor.shape[axis],
+             "; expected ", expected, ", that ", because);
+}
+
+void check_rows(const Tensor &t) {
+    const int last = t.rank - 1;
+    if (!t.empty() && t.shape[last] > 1 && t.stride[last] != 1)
+        fail(HOLDFAST_INVALID_ARGUMENT, t.name, " has stride ", t.stride[last], " on its last axis; expected 1");
+}
+
+void check_distinct_elements(const Tensor &t) {
+    if (t.empty()) return;
+    // Nested axes: each, taken by growing stride, steps over all that the smaller ones cover.
+    std::vector<int> order(t.rank);
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(), [&](int a, int b) { return std::llabs(t.stride[a]) < std::llabs(t.stride[b]); });
+    int64_t covered = 1;
+    for (int axis : order) {
+        if (t.shape[axis] == 1) continue;
+        const int64_t step = std::llabs(t.stride[axis]);
+        if (step < covered)
+            fail(HOLDFAST_INVALID_ARGUMENT, t.name, " has stride ", t.stride[axis], " on axis ", axis, ", so that its elements share memory",
+                 "; expected an output with its own memory for each element");
+        covered += (t.shape[axis] - 1) * step;
+    }
+}
+
+void check_no_overlap(const Tensor &output, const Tensor &other) {
+    if (output.empty() || other.empty() || !overlaps_range(output, other)) return;
+    // All rows start at a multiple of `period` bytes from the first of their tensor. Two tensors whose rows cover different
+    // residues of it never meet.
+    int64_t period = 0, widths[2];
+    int n = 0;
+    for (const Tensor *t : {&output, &other}) {
+        const int last = t->rank - 1;
+        const bool rows = t->stride[last] == 1;
+        widths[n++] = (rows ? t->shape[last] : 1) * element;
+        for (int axis = 0; axis < (rows ? last : t->rank); axis++)
+            if (t->shape[axis] > 1) period = std::gcd(period, t->stride[axis] * element);
+    }
+    if (period > 0) {
+        const int64_t apart = (int64_t)(other.data - output.data) % period;
+        const int64_t gap = apart < 0 ? apart + period : apart;
+        if (gap >= widths[0] && gap + widths[1] <= period) return;
+    }
+    fail(HOLDFAST_INVALID_ARGUMENT, output.name, " overlaps ", other.name, " in memory; expected separate memory");
+}
+
+bool same_elements(const Tensor &a, const Tensor &b) {
+    if (a.data != b.data || a.rank != b.rank) return false;
+    for (int axis = 0; axis < a.rank; axis++)
+        if (a.shape[axis] != b.shape[axis] || (a.shape[axis] > 1 && a.stride[axis] != b.stride[axis])) return false;
+    return true;
+}
+
+}  // namespace holdfast

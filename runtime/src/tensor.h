@@ -1,0 +1,48 @@
+// Checked views of the caller's DLTensors.
+#pragma once
+#include "failure.h"
+
+#include <cstdint>
+
+namespace holdfast {
+
+/// A tensor that has passed check_tensor(): extents fit int32, the byte span of its elements fits int64.
+struct Tensor {
+    static constexpr int max_rank = 4;
+    const char *name;
+    char *data;  // element [0, 0, ...]; null only if empty
+    int rank;
+    int64_t shape[max_rank], stride[max_rank];  // strides in elements
+    int64_t low, high;                          // bytes of its elements, relative to data: [low, high)
+
+    bool empty() const { return low == high; }
+    float *at(int64_t i0, int64_t i1 = 0, int64_t i2 = 0) const {
+        return (float *)data + i0 * stride[0] + i1 * stride[1] + i2 * stride[2];
+    }
+};
+
+/// Axis names of a tensor argument, e.g. {"q", "BTHK"}; one letter an axis.
+struct TensorSpec {
+    const char *name, *axes;
+};
+
+/// Check pointer, dtype (fp32), device (CPU), rank, extents, data, strides, overflow. Throws INVALID_ARGUMENT, UNSUPPORTED.
+Tensor check_tensor(const TensorSpec &spec, const DLTensor *tensor);
+
+/// Check that extent `axis` is `expected`, which stems from `because` ("of q").
+void check_extent(const TensorSpec &spec, const Tensor &tensor, int axis, int64_t expected, const char *because);
+
+/// Check that the last axis is contiguous.
+void check_rows(const Tensor &tensor);
+
+/// Check that no two elements of an output share memory.
+void check_distinct_elements(const Tensor &output);
+
+/// Check that `output` shares no element with `other`. Exact for tensors that lie apart and for views of different columns
+/// of the last axis of one array; other interleaved views count as overlapping.
+void check_no_overlap(const Tensor &output, const Tensor &other);
+
+/// The same elements in the same places.
+bool same_elements(const Tensor &a, const Tensor &b);
+
+}  // namespace holdfast

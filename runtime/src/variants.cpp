@@ -1,0 +1,77 @@
+#include "variants.h"
+
+#include "cpu_features.h"
+#include "failure.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace holdfast {
+
+const std::vector<Target> &targets() {
+    static const std::vector<Target> list = {
+#define HOLDFAST_TARGET(name, needs) {#name, missing_cpu_features(needs)},
+#include "targets.inc"
+#undef HOLDFAST_TARGET
+    };
+    return list;
+}
+
+static const Target *find_target(const std::string &name) {
+    for (const Target &target : targets())
+        if (name == target.name) return &target;
+    return nullptr;
+}
+
+const std::vector<Variant> &variants() {
+    static const std::vector<Variant> list = {
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
+    {#kernel, #name, #dtype, chunk, key_size, value_size, find_target(#target), name},
+#include "variants.inc"
+#undef HOLDFAST_VARIANT
+    };
+    return list;
+}
+
+const Target *require_target(const std::string &name, const char *asked_by) {
+    const Target *target = find_target(name);
+    if (target && target->missing.empty()) return target;
+    std::string known;
+    for (const Target &t : targets()) known += (known.empty() ? "" : ", ") + std::string(t.name);
+    if (!target) fail(HOLDFAST_TARGET_UNAVAILABLE, asked_by, ": target is '", name, "'; expected one of ", known);
+    fail(HOLDFAST_TARGET_UNAVAILABLE, asked_by, ": target is '", name, "', which needs CPU features that this machine lacks: ",
+         target->missing);
+}
+
+const Target *environment_target() {
+    static const std::string name = [] {
+        const char *value = std::getenv("HOLDFAST_TARGET");
+        return std::string(value ? value : "");
+    }();
+    return name.empty() ? nullptr : require_target(name, "HOLDFAST_TARGET");
+}
+
+const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,
+                              int64_t chunk_size, const Target *forced) {
+    const Variant *best = nullptr;
+    for (const Variant &v : variants()) {
+        if (std::strcmp(v.kernel, kernel) || std::strcmp(v.dtype, dtype)) continue;
+        if (forced ? v.target != forced : !v.target->missing.empty()) continue;
+        if ((v.key_size && v.key_size != key_size) || (v.value_size && v.value_size != value_size)) continue;
+        // The list is best first: a later row replaces the first only for its chunk, all else being equal.
+        if (!best) {
+            best = &v;
+        } else if (chunk_size && v.target == best->target && v.key_size == best->key_size && v.value_size == best->value_size) {
+            const bool better = best->chunk < chunk_size ? v.chunk > best->chunk : v.chunk >= chunk_size && v.chunk < best->chunk;
+            if (better) best = &v;
+        }
+    }
+    if (!best)
+        fail(HOLDFAST_UNSUPPORTED, "no variant of ", kernel, " for ", dtype, ", K = ", key_size, ", V = ", value_size,
+             forced ? " and target " : "", forced ? forced->name : "", " in this build");
+    return *best;
+}
+
+}  // namespace holdfast

@@ -1,0 +1,42 @@
+// Correct on every CPU that Halide has, any sizes: one chunk at a time, innermost axis in vectors. Not parallel: the runtime
+// spreads batch entries and heads over threads.
+#include "../../generators/chunkwise.h"
+#include "../schedule.h"
+
+namespace {
+using namespace Halide;
+using namespace holdfast;
+
+void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &, const Target &target) {
+    Var b("b"), h("h"), c("c"), i("i"), j("j"), d("d"), e("e");
+    RVar row = f.over_result.x, in = f.over_result.y;
+    const int vec = target.natural_vector_size<float>();
+    const TailStrategy tail = TailStrategy::GuardWithIf;
+
+    f.result.update(0).reorder(e, row, in, h, b).vectorize(e, vec, tail);
+    f.state_out.compute_root().vectorize(e, vec, tail);
+    f.state.compute_root();
+    f.state.update(0).vectorize(e, vec, tail);
+    f.state.update(1).reorder(e, d, f.over_chunk.x, h, b).vectorize(e, vec, tail);
+    for (Func decay : {f.decay_steps, f.decay_rest})
+        decay.compute_root().update().reorder(i, f.over_row, c, h, b).vectorize(i, vec, tail);
+
+    auto product = [&](Func p, const LoopLevel &at, const RDom &over, Var x, Var y) {
+        p.compute_at(at).vectorize(x, vec, tail);
+        p.update().reorder(x, over.x, y).vectorize(x, vec, tail);
+    };
+    f.row_decay.compute_at(f.result, in);
+    f.weights.compute_at(f.result, in).vectorize(j, vec, tail);
+    product(f.scores, {f.result, in}, f.over_key_feature, j, i);
+    product(f.inter, {f.result, in}, f.over_state, e, i);
+    product(f.intra, {f.result, in}, f.over_key, e, i);
+    f.key_decay.compute_at(f.state, f.over_chunk.x);
+    f.chunk_decay.compute_at(f.state, f.over_chunk.x);
+    f.keys_decayed.compute_at(f.state, f.over_chunk.x).vectorize(d, vec, tail);
+    product(f.contribution, {f.state, f.over_chunk.x}, f.over_token, e, d);
+}
+
+bool matches(const Target &t, const ChunkwiseSizes &) { return !t.has_gpu_feature(); }
+
+const bool added = Schedule<ChunkwiseFuncs, ChunkwiseSizes>::add({"generic", 0, matches, apply});
+}  // namespace

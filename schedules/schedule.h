@@ -1,0 +1,45 @@
+// The only machinery of schedules: a file per kernel and kind of hardware defines one `Schedule` and registers it.
+#pragma once
+#include "Halide.h"
+#include <string>
+#include <vector>
+
+namespace holdfast {
+
+template<class Funcs, class Sizes>
+struct Schedule {
+    const char *name;  // e.g. "x86"; a generator parameter can force it
+    int rank;          // the highest that matches wins
+    bool (*matches)(const Halide::Target &, const Sizes &);
+    void (*apply)(Funcs &, const Sizes &, const Halide::Target &);
+
+    static std::vector<Schedule> &all() {
+        static std::vector<Schedule> list;
+        return list;
+    }
+    static bool add(const Schedule &s) {
+        all().push_back(s);
+        return true;
+    }
+
+    /// The best match, or the one named `forced`. No match, a tie, or an unknown name fails the build.
+    static const Schedule &best(const Sizes &sizes, const Halide::Target &target, const std::string &forced = "") {
+        const Schedule *best = nullptr;
+        bool tie = false;
+        for (const Schedule &s : all()) {
+            if (forced.empty() ? !s.matches(target, sizes) : forced != s.name) continue;
+            if (!best || s.rank >= best->rank) tie = best && s.rank == best->rank, best = &s;
+        }
+        _halide_user_assert(best) << "no schedule '" << forced << "' for " << target.to_string() << "\n";
+        _halide_user_assert(!tie) << "two schedules of rank " << best->rank << " match " << target.to_string() << "\n";
+        return *best;
+    }
+};
+
+/// Schedule `f` with the best match, or with the schedule named `forced`; "none" leaves the algorithm as it is.
+template<class Funcs, class Sizes>
+void apply_schedule(Funcs &f, const Sizes &sizes, const Halide::Target &target, const std::string &forced) {
+    if (forced != "none") Schedule<Funcs, Sizes>::best(sizes, target, forced).apply(f, sizes, target);
+}
+
+}  // namespace holdfast

@@ -1,0 +1,80 @@
+// x86 with AVX-512 or AVX2: the scan over all chunks of a call, then the output chunk by chunk. Matrix products in register
+// tiles of `rows` x `columns` vectors; operands staged per chunk in L1. Not parallel: the runtime spreads batch entries and
+// heads over threads, and calls for a few chunks at a time so that their states stay in L2.
+#include "../../generators/chunkwise.h"
+#include "../schedule.h"
+
+namespace {
+using namespace Halide;
+using namespace holdfast;
+
+struct Tile {
+    int rows, columns;  // accumulators: rows * columns registers of a vector each; two more hold operands
+};
+constexpr Tile avx512_tile = {8, 2};  // of 32 registers
+constexpr Tile avx2_tile = {4, 2};    // of 16
+
+Tile tile_of(const Target &t) { return t.has_feature(Target::AVX512_Skylake) ? avx512_tile : avx2_tile; }
+
+void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target) {
+    Var b("b"), h("h"), c("c"), i("i"), j("j"), d("d"), e("e");
+    Var eo("eo"), ei("ei"), doo("do"), di("di"), jo("jo"), ji("ji");
+    RVar row = f.over_result.x, in = f.over_result.y, ro("ro"), ri("ri");
+    RVar chunk = f.over_chunk.x;
+    const int vec = target.natural_vector_size<float>();
+    const int rows = tile_of(target).rows, wide = tile_of(target).columns * vec;
+
+    // A product accumulated in registers for the tile that its consumer works on.
+    auto tile = [&](Func p, const LoopLevel &at, const RDom &over, Var x, Var y) {
+        p.compute_at(at).vectorize(x, vec).unroll(x).unroll(y);
+        p.update().reorder(x, y, over.x).vectorize(x, vec).unroll(x).unroll(y);
+    };
+
+    f.result.update(0)
+        .split(row, ro, ri, rows).split(e, eo, ei, wide).reorder(ei, ri, eo, ro, in, h, b)
+        .vectorize(ei, vec).unroll(ei).unroll(ri);
+    tile(f.inter, {f.result, eo}, f.over_state, e, i);
+    tile(f.intra, {f.result, eo}, f.over_key, e, i);
+    f.row_decay.compute_at(f.result, in).vectorize(i, vec);
+
+    // Scores one strip of rows at a time, only up to the end of its causal tile. Keys are read along j: transposed once
+    // per chunk.
+    f.weights.compute_at(f.result, ro).bound_storage(j, sizes.chunk)
+        .split(j, jo, ji, wide).reorder(ji, i, jo).vectorize(ji, vec).unroll(ji).unroll(i);
+    tile(f.scores, {f.weights, jo}, f.over_key_feature, j, i);
+    Func keys = f.k.in(f.scores);
+    keys.compute_at(f.result, in).reorder_storage(keys.args()[1], keys.args()[0])
+        .split(keys.args()[1], jo, ji, vec).reorder(ji, keys.args()[0], jo).vectorize(ji);
+    // Rows of the caller's tensors are H * D apart, often a power of two: copied, they do not fight for one cache set,
+    // and the clamp of the row is paid once.
+    Func queries = f.q.in({f.scores, f.inter}), values = f.v.in(f.intra), written = f.v.in(f.contribution);
+    queries.compute_at(f.result, ro).vectorize(queries.args()[0], vec);
+    values.compute_at(f.result, in).vectorize(values.args()[0], vec);
+    written.compute_at(f.state, chunk).vectorize(written.args()[0], vec);
+
+    // States of all chunks, before any output.
+    f.state_out.vectorize(e, vec);
+    f.state.compute_root();
+    f.state.update(0).vectorize(e, vec);
+    f.state.update(1)
+        .split(d, doo, di, rows).split(e, eo, ei, wide).reorder(ei, di, eo, doo, chunk, h, b)
+        .vectorize(ei, vec).unroll(ei).unroll(di);
+    tile(f.contribution, {f.state, eo}, f.over_token, e, d);
+    f.keys_decayed.compute_at(f.state, chunk).vectorize(d, vec);
+    f.key_decay.compute_at(f.state, chunk).vectorize(j, vec);
+    f.chunk_decay.compute_at(f.state, chunk);
+    for (Func decay : {f.decay_steps, f.decay_rest}) {
+        decay.compute_root().vectorize(i, vec);
+        decay.update().reorder(i, f.over_row, c, h, b).vectorize(i, vec);
+    }
+}
+
+bool matches(const Target &t, const ChunkwiseSizes &s) {
+    if (t.arch != Target::X86 || t.has_gpu_feature() || !t.has_feature(Target::AVX2)) return false;
+    const int vec = t.natural_vector_size<float>(), rows = tile_of(t).rows, wide = tile_of(t).columns * vec;
+    return s.key > 0 && s.value > 0 && s.chunk % wide == 0 && s.chunk % rows == 0 && s.key % rows == 0 && s.key % vec == 0 &&
+           s.value % wide == 0;
+}
+
+const bool added = Schedule<ChunkwiseFuncs, ChunkwiseSizes>::add({"x86", 10, matches, apply});
+}  // namespace
