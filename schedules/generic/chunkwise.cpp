@@ -9,7 +9,7 @@ using namespace holdfast;
 
 void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &, const Target &target) {
     Var b("b"), h("h"), c("c"), i("i"), j("j"), d("d"), e("e");
-    RVar row = f.over_result.x, in = f.over_result.y;
+    RVar row = f.over_result.x, in = f.over_result.y, chunk = f.over_chunk.x;
     const int vec = target.natural_vector_size<float>();
     const TailStrategy tail = TailStrategy::GuardWithIf;
 
@@ -17,23 +17,29 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &, const Target &target) {
     f.state_out.compute_root().vectorize(e, vec, tail);
     f.state.compute_root();
     f.state.update(0).vectorize(e, vec, tail);
-    f.state.update(1).reorder(e, d, f.over_chunk.x, h, b).vectorize(e, vec, tail);
+    f.state.update(1).reorder(e, d, chunk, h, b).vectorize(e, vec, tail);
     for (Func decay : {f.decay_steps, f.decay_rest})
         decay.compute_root().update().reorder(i, f.over_row, c, h, b).vectorize(i, vec, tail);
 
+    // A row of a product at a time, a vector of it in a register over the whole sum.
     auto product = [&](Func p, const LoopLevel &at, const RDom &over, Var x, Var y) {
-        p.compute_at(at).vectorize(x, vec, tail);
-        p.update().reorder(x, over.x, y).vectorize(x, vec, tail);
+        Var xo("xo"), xi("xi");
+        p.compute_at(at).vectorize(x, vec);
+        p.update().split(x, xo, xi, vec, tail).reorder(xi, over.x, xo, y).vectorize(xi);
     };
     f.row_decay.compute_at(f.result, in);
     f.weights.compute_at(f.result, in).vectorize(j, vec, tail);
     product(f.scores, {f.result, in}, f.over_key_feature, j, i);
     product(f.inter, {f.result, in}, f.over_state, e, i);
     product(f.intra, {f.result, in}, f.over_key, e, i);
-    f.key_decay.compute_at(f.state, f.over_chunk.x);
-    f.chunk_decay.compute_at(f.state, f.over_chunk.x);
-    f.keys_decayed.compute_at(f.state, f.over_chunk.x).vectorize(d, vec, tail);
-    product(f.contribution, {f.state, f.over_chunk.x}, f.over_token, e, d);
+    f.key_decay.compute_at(f.state, chunk);
+    f.chunk_decay.compute_at(f.state, chunk);
+    f.keys_decayed.compute_at(f.state, chunk).vectorize(d, vec, tail);
+    product(f.contribution, {f.state, chunk}, f.over_token, e, d);
+
+    // Scores read keys along j: transposed once per chunk.
+    Func keys = f.k.in(f.scores);
+    keys.compute_at(f.result, in).reorder_storage(keys.args()[1], keys.args()[0]);
 }
 
 bool matches(const Target &t, const ChunkwiseSizes &) { return !t.has_gpu_feature(); }
