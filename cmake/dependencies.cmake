@@ -30,7 +30,6 @@ endfunction()
 
 # Targets GTest::gtest, GTest::gtest_main for HOLDFAST_TESTS; benchmark::benchmark, benchmark::benchmark_main for HOLDFAST_BENCH.
 function(holdfast_find_test_dependencies)
-  set(CMAKE_POLICY_VERSION_MINIMUM 3.5)  # of what is fetched
   if(HOLDFAST_TESTS)
     find_package(GTest QUIET)
     if(NOT TARGET GTest::gtest)

@@ -62,7 +62,7 @@ still_missing=$(missing)
 
 pip_install() { # pip warns about each local index that lacks a package
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" \
-        2> >(grep -v "^WARNING: Location '.*' is ignored" >&2) | { grep -v '^Requirement already satisfied' || true; }
+        2> >(grep -v "^WARNING: Location '.*' is ignored" >&2) | { grep --line-buffered -v '^Requirement already satisfied' || true; }
 }
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     say "making $venv with $("$python" -V)"

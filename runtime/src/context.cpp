@@ -56,6 +56,8 @@ struct Job {
             record(f);
         } catch (const std::bad_alloc &) {
             record({HOLDFAST_OUT_OF_MEMORY, "workspace: out of memory"});
+        } catch (const std::exception &e) {
+            record({HOLDFAST_INTERNAL_ERROR, e.what()});
         }
     }
 
@@ -133,8 +135,11 @@ holdfast_status guarded(holdfast_context *context, const std::function<void(hold
         } catch (const std::exception &e) {
             status = HOLDFAST_INTERNAL_ERROR;
             error = e.what();
+        } catch (...) {
+            status = HOLDFAST_INTERNAL_ERROR;
+            error = "a callback threw";
         }
-    } catch (...) {  // no memory for the text
+    } catch (const std::bad_alloc &) {  // no memory for the text
         error.clear();
         status = HOLDFAST_OUT_OF_MEMORY;
     }

@@ -17,7 +17,7 @@ struct Tensor {
 
     bool empty() const { return low == high; }
     float *at(int64_t i0, int64_t i1 = 0, int64_t i2 = 0) const {
-        return (float *)data + i0 * stride[0] + i1 * stride[1] + i2 * stride[2];
+        return data ? (float *)data + i0 * stride[0] + i1 * stride[1] + i2 * stride[2] : nullptr;
     }
 };
 

@@ -183,8 +183,9 @@ typedef struct holdfast_forward_args {
  *  be exactly initial_state (the same elements in the same places): the state is then advanced in place.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (dtype other than fp32, device other than the CPU,
- *  a stride along T, or sizes K V, beyond 32 bits); HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR.
- *  holdfast_last_error(context) has the text. Thread-safety: that of the context. */
+ *  an extent of 2^31 or more, K V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31 elements);
+ *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
+ *  Tensors as a whole may be larger than 2^31 bytes. Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args);
 
 #ifdef __cplusplus

@@ -1,0 +1,12 @@
+# Sanitizer flags for every target made from here on; kernels get theirs from Halide (variants.cmake).
+if(HOLDFAST_SANITIZE STREQUAL "address")
+  add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  add_link_options(-fsanitize=address,undefined)
+elseif(HOLDFAST_SANITIZE STREQUAL "thread")
+  add_compile_options(-fsanitize=thread)
+  add_link_options(-fsanitize=thread)
+  add_library(holdfast_tsan STATIC cmake/tsan.c)
+  target_link_libraries(holdfast_kernels INTERFACE holdfast_tsan)
+elseif(HOLDFAST_SANITIZE)
+  message(FATAL_ERROR "HOLDFAST_SANITIZE is '${HOLDFAST_SANITIZE}'; expected address or thread")
+endif()
