@@ -49,7 +49,7 @@ if [[ -n $packages ]] && command -v apt-get >/dev/null; then
     ((EUID == 0)) || as_root=(sudo -n)
     if "${as_root[@]}" true 2>/dev/null; then
         say "installing $packages (apt-get)"
-        apt_get() { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 "$@" </dev/null >&2; }
+        apt_get() { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 "$@" </dev/null >/dev/null; }
         # shellcheck disable=SC2086
         { apt_get update && apt_get install -y --no-install-recommends $packages; } || say "apt-get did not install $packages"
     fi

@@ -1,0 +1,55 @@
+# The commands: `make` lists them. Each sets up what it needs by itself (cmake/setup.sh, CMake), and nothing twice.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+export CMAKE_EXPORT_COMPILE_COMMANDS := ON
+export CMAKE_COLOR_DIAGNOSTICS ?= OFF
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: environment-demo ## Stream megabytes of real text through a retention layer: speed, memory, differences, a picture
+	@$(call build,release,holdfast _holdfast,-DHOLDFAST_BENCH=OFF)
+	PYTHONPATH=build/release/python python examples/demo.py
+
+test: ## Everything that CI checks: all variants, then sanitizers, then Python
+	@$(MAKE) --no-print-directory --keep-going test-ci test-asan test-tsan test-python
+
+test-ci: environment-test ## C and C++ tests of every variant
+	@$(call build,ci)
+	ctest --preset ci
+
+test-asan: environment-test ## The tests under the address and undefined-behaviour sanitizers
+	@$(call build,asan)
+	ctest --preset asan
+
+test-tsan: environment-test ## The tests of threads under the thread sanitizer
+	@$(call build,tsan)
+	ctest --preset tsan --label-regex threads
+
+test-python: environment-test ## The Python tests
+	@$(call build,ci)
+	PYTHONPATH=build/ci/python python -m pytest
+
+bench: environment-bench ## Time Holdfast beside ONNX Runtime and PyTorch; ARGS="--quick" and others are passed on
+	@$(call build,release,holdfast _holdfast,-DHOLDFAST_BENCH=OFF)
+	PYTHONPATH=build/release/python python -m holdfast bench $(ARGS)
+
+lint: environment-lint ## Format and check all files as a commit would
+	pre-commit run --all-files
+
+tidy: environment-test environment-lint ## Static analysis of the runtime (clang-tidy)
+	@$(call build,dev,holdfast)
+	clang-tidy --quiet -p build/dev runtime/src/*.cpp
+
+clean: ## Remove what was built; the wheels stay in .venv
+	rm -rf build
+
+environment-%:
+	@cmake/setup.sh $*
+
+# $(call build,PRESET[,TARGETS[,OPTIONS]]): configure once (Ninja configures again when it must), then build.
+build = { test -e build/$1/build.ninja || cmake --preset $1 $3; } && cmake --build --preset $1 $(if $2,--target $2)
+
+.PHONY: help demo test test-ci test-asan test-tsan test-python bench lint tidy clean
+.NOTPARALLEL:
