@@ -1,0 +1,311 @@
+// Times every compiled variant that this machine runs, through the public API: one benchmark per row of variants.inc, length
+// and number of threads. Before the clock starts, the variant that really ran and its result are checked; either one wrong
+// fails the benchmark and the program.
+//
+//     retention_bench [--heads=8] [--threads=1,<cores>] [Google Benchmark's options]
+//
+// Batch entries and heads are the same thing to the library, so B is 1. Not here: peers (`holdfast bench`).
+//
+// Counters, per call:
+//     GFLOP/s         useful operations: for a chunk of L tokens, L (L + 1) (K + V) for the scores that count and their
+//                     products with values, and 4 L K V for reading and writing the state
+//     square_GFLOP/s  the same with the masked half of each chunk counted too: 2 L L (K + V)
+//     peak_share      GFLOP/s over the fp32 peak that was measured at the start, on as many threads
+//     bytes_moved     q, k, v, log_decay and the initial state read once, out and the final state written once
+#include "../tests/reference/retention.h"
+#include "../tests/tolerance.h"
+#include "peak.h"
+
+#include <benchmark/benchmark.h>
+#include <holdfast/holdfast.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+constexpr int64_t lengths[] = {1, 16, 256, 4096, 65536};
+constexpr double most_bytes = 1 << 30;  // of a call's tensors: longer calls are left out
+
+struct Variant {
+    const char *name, *target;
+    int chunk, key_size, value_size;  // sizes: 0 is any
+};
+constexpr Variant variants[] = {
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
+    {#name, #target, chunk, key_size, value_size},
+#include "variants.inc"
+#undef HOLDFAST_VARIANT
+};
+
+struct Shape {
+    int64_t T, H, K, V;
+    double bytes() const { return sizeof(float) * (double)(T * H * (2 * K + 2 * V + 1) + 2 * H * K * V); }
+    bool operator==(const Shape &o) const { return std::tie(T, H, K, V) == std::tie(o.T, o.H, o.K, o.V); }
+};
+
+/// Operations of one call in chunks of `chunk`.
+struct Operations {
+    double useful = 0, square = 0;
+    Operations(const Shape &s, int64_t chunk) {
+        for (int64_t t = 0; t < s.T; t += chunk) {
+            const double L = std::min(chunk, s.T - t), state = 4 * L * s.K * s.V;
+            useful += s.H * (L * (L + 1) * (s.K + s.V) + state);
+            square += s.H * (2 * L * L * (s.K + s.V) + state);
+        }
+    }
+};
+
+/// A compact fp32 tensor and its DLPack description.
+struct Tensor {
+    std::vector<int64_t> shape;
+    std::vector<float> data;
+    DLTensor view{};
+    explicit Tensor(std::vector<int64_t> extents) : shape(std::move(extents)) {
+        int64_t size = 1;
+        for (int64_t extent : shape) size *= extent;
+        data.resize(size);
+        view.data = data.data(), view.shape = shape.data(), view.ndim = (int)shape.size();
+        view.dtype = {kDLFloat, 32, 1}, view.device = {kDLCPU, 0};
+    }
+    Tensor(const Tensor &) = delete;
+    void fill(std::mt19937 &random, float low, float high) {
+        std::uniform_real_distribution<float> number(low, high);
+        for (float &x : data) x = number(random);
+    }
+};
+
+/// Inputs of one shape, and what the first and the last head, which forget fastest and slowest, should give.
+class Problem {
+public:
+    const Shape shape;
+    Tensor q, k, v, log_decay, initial_state, out, final_state;
+
+    explicit Problem(const Shape &s)
+        : shape(s), q({1, s.T, s.H, s.K}), k({1, s.T, s.H, s.K}), v({1, s.T, s.H, s.V}), log_decay({1, s.T, s.H}),
+          initial_state({1, s.H, s.K, s.V}), out({1, s.T, s.H, s.V}), final_state({1, s.H, s.K, s.V}) {
+        std::mt19937 random(1);
+        for (Tensor *x : {&q, &k, &v, &initial_state}) x->fill(random, -1.7f, 1.7f);  // variance 1
+        log_decay.fill(random, 0.5f, 1.5f);  // times RetNet's decay of the head: weak gates hide no error
+        for (int64_t n = 0; n < s.T * s.H; n++) log_decay.data[n] *= std::log1p(-std::exp2(-5.0f - n % s.H));
+        sampled = s.H > 1 ? std::vector<int64_t>{0, s.H - 1} : std::vector<int64_t>{0};
+        for (int64_t h : sampled) expected.push_back(reference_of(h));
+    }
+
+    holdfast_forward_args args() {
+        holdfast_forward_args a{};
+        a.struct_size = sizeof a, a.q = &q.view, a.k = &k.view, a.v = &v.view, a.log_decay = &log_decay.view,
+        a.initial_state = &initial_state.view;
+        a.out = &out.view, a.final_state = &final_state.view;
+        return a;
+    }
+
+    void clear_results() {
+        for (Tensor *x : {&out, &final_state}) std::fill(x->data.begin(), x->data.end(), std::nanf(""));
+    }
+
+    /// Largest relative RMS error of out and final_state over the sampled heads.
+    double error() const {
+        double worst = 0;
+        for (size_t n = 0; n < sampled.size(); n++) {
+            const int64_t h = sampled[n], state = shape.K * shape.V;
+            const reference::Result &e = expected[n];
+            worst = std::max(worst, relative_rms(&out.data[h * shape.V], shape.H * shape.V, e.out, shape.V));
+            worst = std::max(worst, relative_rms(&final_state.data[h * state], state, e.state, state));
+        }
+        return worst;
+    }
+
+private:
+    std::vector<int64_t> sampled;
+    std::vector<reference::Result> expected;
+
+    reference::Result reference_of(int64_t h) const {
+        const auto [T, H, K, V] = shape;
+        reference::Inputs in{1, T, 1, K, V, {}, {}, {}, {}, {}, 1 / std::sqrt((double)K)};
+        in.q = {&q.data[h * K], {0, H * K, 0, 1}}, in.k = {&k.data[h * K], {0, H * K, 0, 1}};
+        in.v = {&v.data[h * V], {0, H * V, 0, 1}}, in.log_decay = {&log_decay.data[h], {0, H, 0, 0}};
+        in.initial_state = {&initial_state.data[h * K * V], {0, 0, V, 1}};
+        return reference::retention(in);
+    }
+
+    /// NaN, which fails every comparison, if there is one.
+    static double relative_rms(const float *rows, int64_t stride, const std::vector<double> &expected, int64_t width) {
+        double difference = 0, norm = 0;
+        for (size_t n = 0; n < expected.size(); n++) {
+            const double d = rows[n / width * stride + n % width] - expected[n];
+            difference += d * d, norm += expected[n] * expected[n];
+        }
+        return std::sqrt(difference / norm);
+    }
+};
+
+/// The problem of this shape. One is kept: benchmarks of a shape are registered one after the other.
+Problem &problem(const Shape &shape) {
+    static std::unique_ptr<Problem> kept;
+    if (!kept || !(kept->shape == shape)) {
+        kept.reset();
+        kept = std::make_unique<Problem>(shape);
+    }
+    return *kept;
+}
+
+std::map<int, holdfast_bench::Peak> peaks;  // by threads
+bool failed = false;
+
+void retention(benchmark::State &state, const Variant &variant, const Shape &shape, int threads) {
+    auto fail = [&](const std::string &text) {
+        failed = true;
+        state.SkipWithError(text.c_str());
+    };
+    const std::unique_ptr<holdfast_context, void (*)(holdfast_context *)> context(holdfast_context_create(),
+                                                                                  holdfast_context_destroy);
+    if (!context) return fail("holdfast_context_create: out of memory");
+    std::string ran;
+    auto remember = [](void *text, const char *message) { *(std::string *)text = message; };
+    holdfast_context_set_verbose(context.get(), remember, &ran);
+    if (holdfast_context_set_target(context.get(), variant.target) || holdfast_context_set_threads(context.get(), threads))
+        return fail(holdfast_last_error(context.get()));
+
+    Problem &p = problem(shape);
+    holdfast_forward_args args = p.args();
+    args.chunk_size = variant.chunk;
+    p.clear_results();
+    if (holdfast_forward(context.get(), &args)) return fail(holdfast_last_error(context.get()));
+    if (ran.find(std::string(" ") + variant.name + " ") == std::string::npos) return fail("another variant ran: " + ran);
+    const double error = p.error();
+    if (!(error <= tolerance::relative_rms)) return fail("relative RMS error " + std::to_string(error));
+    holdfast_context_set_verbose(context.get(), nullptr, nullptr);
+
+    const auto start = std::chrono::steady_clock::now();
+    for (auto _ : state)
+        if (holdfast_forward(context.get(), &args)) return fail(holdfast_last_error(context.get()));
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+
+    const Operations operations(shape, variant.chunk);
+    const double calls_per_second = state.iterations() / seconds.count();
+    const int at_work = (int)std::min<int64_t>(threads, shape.H);
+    state.counters["GFLOP/s"] = operations.useful * calls_per_second * 1e-9;
+    state.counters["square_GFLOP/s"] = operations.square * calls_per_second * 1e-9;
+    state.counters["peak_share"] = operations.useful * calls_per_second / peaks.at(at_work).flops;
+    state.counters["bytes_moved"] =
+        benchmark::Counter(shape.bytes(), benchmark::Counter::kDefaults, benchmark::Counter::kIs1024);
+    state.counters["relative_error"] = error;
+}
+
+using Size = std::pair<int, int>;             // K, V
+const Size untuned[] = {{64, 64}, {80, 80}};  // at which rows for any size are timed, where the target has none for just these
+
+/// Whether to time the row at that size: calls of that size must run it when its target is forced.
+bool serves(const Variant &row, Size size) {
+    if (row.key_size) return Size(row.key_size, row.value_size) == size;
+    return std::find(std::begin(untuned), std::end(untuned), size) != std::end(untuned) &&
+           std::none_of(std::begin(variants), std::end(variants), [&](const Variant &other) {
+               return !std::strcmp(other.target, row.target) && Size(other.key_size, other.value_size) == size;
+           });
+}
+
+/// Every size at which some row is timed.
+std::vector<Size> sizes() {
+    std::vector<Size> list(std::begin(untuned), std::end(untuned));
+    for (const Variant &v : variants) {
+        const Size size(v.key_size, v.value_size);
+        if (v.key_size && std::find(list.begin(), list.end(), size) == list.end()) list.push_back(size);
+    }
+    return list;
+}
+
+bool runs_here(const Variant &row) {
+    for (int n = 0; n < holdfast_variant_count(); n++) {
+        holdfast_variant listed{};
+        holdfast_variant_at(nullptr, n, &listed);
+        if (!std::strcmp(listed.name, row.name)) return listed.runs_here;
+    }
+    return false;
+}
+
+std::string cpu_name() {
+    std::ifstream file("/proc/cpuinfo");
+    for (std::string line; std::getline(file, line);)
+        if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+    return "unknown";
+}
+
+std::vector<int> parse_list(const std::string &text) {
+    std::vector<int> list;
+    std::istringstream stream(text);
+    for (std::string item; std::getline(stream, item, ',');) list.push_back(std::stoi(item));
+    return list;
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    int heads = 8;
+    std::vector<int> threads = {1};
+    if (const int cores = (int)std::thread::hardware_concurrency(); cores > 1) threads.push_back(cores);
+    char short_runs[] = "--benchmark_min_time=0.1";  // there are hundreds; what the caller says comes later and wins
+    std::vector<char *> arguments(argv, argv + argc);
+    arguments.insert(arguments.begin() + 1, short_runs);
+    int count = (int)arguments.size();
+    benchmark::Initialize(&count, arguments.data());
+    for (int n = 1; n < count; n++) {
+        const std::string arg = arguments[n], option = arg.substr(0, arg.find('=') + 1), value = arg.substr(option.size());
+        try {
+            if (option == "--heads=")
+                heads = std::stoi(value);
+            else if (option == "--threads=")
+                threads = parse_list(value);
+            else
+                throw std::invalid_argument(arg);
+            if (heads < 1 || threads.empty() || *std::min_element(threads.begin(), threads.end()) < 1)
+                throw std::invalid_argument(arg);
+        } catch (const std::exception &) {
+            std::fprintf(stderr, "%s: cannot use '%s'; expected --heads=N, --threads=N,..., or --benchmark_...\n", argv[0],
+                         arg.c_str());
+            return 2;
+        }
+    }
+
+    benchmark::AddCustomContext("cpu", cpu_name());
+    benchmark::AddCustomContext("cpu_features", holdfast_cpu_features());
+    benchmark::AddCustomContext("holdfast_version", holdfast_version());
+    for (int at_most : threads) {
+        const int at_work = std::min(at_most, heads);
+        const holdfast_bench::Peak peak = peaks[at_work] = holdfast_bench::measure_peak(at_work);
+        benchmark::AddCustomContext("peak_GFLOP/s of " + std::to_string(at_work) + " threads, " + peak.unit,
+                                    std::to_string(peak.flops * 1e-9));
+    }
+    for (const Size &size : sizes())
+        for (int64_t T : lengths) {
+            const Shape shape = {T, heads, size.first, size.second};
+            if (shape.bytes() > most_bytes) continue;
+            for (const Variant &row : variants)
+                for (int at_most : threads) {
+                    if (!serves(row, size) || !runs_here(row)) continue;
+                    std::ostringstream name;
+                    name << row.name << "/T:" << T << "/H:" << heads << "/K:" << shape.K << "/V:" << shape.V
+                         << "/threads:" << at_most;
+                    auto *registered = benchmark::RegisterBenchmark(
+                        name.str().c_str(), [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
+                    registered->UseRealTime()->Unit(benchmark::kMicrosecond);
+                }
+        }
+    benchmark::RunSpecifiedBenchmarks();
+    benchmark::Shutdown();
+    return failed;
+}

@@ -1,0 +1,273 @@
+"""Holdfast: retention kernels compiled ahead of time.
+
+`retention` computes; `decay` makes RetNet's decays; `info` says what was compiled and what would run here;
+`set_num_threads`, `set_target` and `set_verbose` set options for all calls of the process.
+
+Arrays are anything that speaks the buffer protocol (NumPy, memoryview, ctypes, array) or DLPack (PyTorch, JAX, ...),
+used where they lie, without a copy. All functions may be called from several threads at once, and `retention` lets
+other Python threads run while it computes.
+
+Errors name the argument, say what it was and what was expected:
+    ValueError           a malformed argument, or one that contradicts another: rank, shape, stride, overlap, ...
+    NotImplementedError  something that this version does not compute: a dtype other than float32, a device other than
+                         the CPU, an array that requires grad, an option that later versions bring
+    TypeError            not an array at all, or one that does not share its memory; not a number
+    TargetUnavailable    the forced target is unknown or does not run on this machine (a RuntimeError)
+    MemoryError          no memory for results or workspace
+    RuntimeError         a fault of the library
+After ValueError, NotImplementedError, TypeError and TargetUnavailable nothing has been written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from operator import index
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+
+from . import _holdfast
+from ._holdfast import TargetUnavailable
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = [
+    "TargetUnavailable",
+    "decay",
+    "get_num_threads",
+    "head_norm_gate",
+    "info",
+    "retention",
+    "retention_step",
+    "rotate",
+    "set_num_threads",
+    "set_target",
+    "set_verbose",
+]
+
+__version__: str = _holdfast.version()
+
+
+class SupportsDLPack(Protocol):
+    """An array that DLPack can share."""
+
+    def __dlpack__(self, *, stream: None = None) -> Any: ...
+
+
+Array: TypeAlias = "Buffer | SupportsDLPack"
+
+
+def retention(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None = None,
+    *,
+    scale: float | None = None,
+    degree: int = 1,
+    normalize: bool | None = None,
+    form: Literal["auto", "parallel", "chunkwise", "recurrent"] = "auto",
+    chunk_size: int | None = None,
+    initial_state: Array | None = None,
+    initial_sum_of_keys: Array | None = None,
+    cu_seqlens: Array | None = None,
+    return_state: bool = False,
+    return_weights: bool = False,
+    state_layout: Literal["kv", "vk"] = "kv",
+    expansion: Literal["tight", "tiled"] = "tight",
+    out: Array | None = None,
+) -> Any:
+    """Retention of every batch entry and head, in time linear in T (decay first, then write):
+
+        S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t          S: [K, V], S_0 = initial_state
+        out_t = scale q_t S_t                               state = S_T
+
+    With a constant decay per head (`decay`) this is RetNet's retention (Sun et al. 2023, arXiv:2307.08621), with a
+    decay per token gated retention, also known as simple gated linear attention; without, linear attention. A sequence
+    cut anywhere and continued from the returned state gives the same outputs to rounding.
+
+    Args:
+        q: queries [B, T, H, K].
+        k: keys [B, T, H, K].
+        v: values [B, T, H, V].
+        log_decay: natural logarithm of the decay, [H] or [B, T, H], each <= 0; -infinity forgets all that came before.
+            None: no decay.
+        scale: multiplies q.k; finite, not 0. None: K^-1/2.
+        degree: power of q.k; 1.
+        normalize: divide by the sum of weights; False. None: degree > 1.
+        form: "chunkwise"; "auto" is the fastest one there is.
+        chunk_size: work on at most this many tokens at a time, at least 1; changes rounding and speed, nothing else.
+            None: the library's choice.
+        initial_state: [B, H, K, V]. None: zeros.
+        return_state: return (out, state) in place of out.
+        state_layout: "kv", [B, H, K, V].
+        expansion: layout of the expanded keys, of degree 2 and more; "tight".
+        out: written in place and returned itself, [B, T, H, V].
+        initial_sum_of_keys, cu_seqlens, return_weights: of later versions, like all other values of degree, normalize,
+            form, state_layout and expansion: NotImplementedError.
+
+    Returns:
+        out [B, T, H, V], or (out, state) with state [B, H, K, V]. New arrays are of q's kind: torch.Tensor for a
+        torch.Tensor, what from_dlpack of its namespace makes for other arrays of the array API, else numpy.ndarray.
+
+    All arrays are float32, on the CPU, of any strides but with a contiguous last axis (log_decay: any strides), also
+    negative or 0 (inputs). Inputs may be read-only and may share memory; `out` may not share memory with any of them.
+    B, T and H may be 0. Results are the same bits from call to call and for any number of threads.
+
+    Raises: see the module. A positive or NaN decay is a ValueError.
+    """
+    if (degree, normalize, form, return_weights, state_layout, expansion) != _DEFAULTS:
+        _check_option("degree", degree, now=(1,), later=(2, 3, 4))
+        _check_option("normalize", normalize, now=(None, False), later=(True,))
+        _check_option("form", form, now=("auto", "chunkwise"), later=("parallel", "recurrent"))
+        _check_option("return_weights", return_weights, now=(False,), later=(True,))
+        _check_option("state_layout", state_layout, now=("kv",), later=("vk",))
+        _check_option("expansion", expansion, now=("tight",), later=("tiled",))
+    if initial_sum_of_keys is not None:
+        raise NotImplementedError("initial_sum_of_keys is not implemented yet; expected None")
+    if cu_seqlens is not None:
+        raise NotImplementedError("cu_seqlens is not implemented yet; expected None")
+    result = _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, out)
+    if isinstance(q, np.ndarray):
+        return result
+    convert = _from_numpy(q)
+    if not return_state:
+        return out if out is not None else convert(result)
+    return out if out is not None else convert(result[0]), convert(result[1])
+
+
+def retention_step(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None,
+    state: Array,
+    sum_of_keys: Array | None = None,
+    *,
+    scale: float | None = None,
+    degree: int = 1,
+    normalize: bool | None = None,
+    out: Array | None = None,
+) -> Any:
+    """One token of `retention`, with the state updated in place. Of a later version: NotImplementedError."""
+    raise NotImplementedError("retention_step is not implemented yet; retention with T = 1 computes the same")
+
+
+def rotate(x: Array, theta: Array, offset: int = 0, interleaved: bool = False) -> Any:
+    """Rotary position embedding of x by the angles (offset + t) theta. Of a later version: NotImplementedError."""
+    raise NotImplementedError("rotate is not implemented yet")
+
+
+def head_norm_gate(
+    x: Array,
+    gate: Array | None = None,
+    weight: Array | None = None,
+    norm: Literal["rms", "layer"] = "rms",
+    eps: float = 1e-6,
+) -> Any:
+    """Norm of each head after retention, then the swish gate. Of a later version: NotImplementedError."""
+    raise NotImplementedError("head_norm_gate is not implemented yet")
+
+
+def decay(num_heads: int, convention: Literal["retnet", "linspace"] = "retnet") -> np.ndarray:
+    """Constant decays of RetNet's heads: log_decay [num_heads] = log gamma, float32, computed in float64.
+
+    retnet:   gamma_h = 1 - 2^(-5 - h), h = 0, 1, ... (the paper)
+    linspace: gamma_h = 1 - exp(x_h), x = linspace(log 1/32, log 1/512, num_heads) (the reference implementation)
+
+    Raises: TypeError for a num_heads that is not an int; ValueError for a negative one, or an unknown convention.
+    """
+    heads = index(num_heads)
+    if heads < 0:
+        raise ValueError(f"num_heads is {heads}; expected at least 0")
+    if convention == "retnet":
+        forgotten = np.exp2(-5.0 - np.arange(heads))
+    elif convention == "linspace":
+        forgotten = np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), heads))
+    else:
+        raise ValueError(f"convention is {convention!r}; expected 'retnet' or 'linspace'")
+    return np.log1p(-forgotten).astype(np.float32)
+
+
+def info() -> dict[str, Any]:
+    """What was compiled into this library, and what would run here.
+
+    version:      of the library
+    cpu_features: of this machine, those that the library knows
+    backends:     {name: {"compiled", "available", "why_not"}}
+    targets:      best first: [{"name", "runs_here", "missing": CPU features that it lacks}]
+    variants:     best target first: [{"name", "kernel", "dtype", "chunk", "key_size", "value_size", "target",
+                  "runs_here", "missing", "selected"}]; sizes 0: any; selected: calls of these sizes run it (set_target
+                  and HOLDFAST_TARGET are heeded)
+
+    A wrong HOLDFAST_TARGET is no error here: the backend "cpu" is not available then, and says why.
+    """
+    variants, why_not = _holdfast.variants()
+    targets = {
+        v["target"]: {"name": v["target"], **{key: v[key] for key in ("runs_here", "missing")}} for v in variants
+    }
+    return {
+        "version": __version__,
+        "cpu_features": _holdfast.cpu_features().split(),
+        "backends": {"cpu": {"compiled": True, "available": not why_not, "why_not": why_not}},
+        "targets": list(targets.values()),
+        "variants": variants,
+    }
+
+
+def set_num_threads(threads: int) -> None:
+    """At most this many threads work on a call, the calling one included. 0, the default: one per core that the process
+    may use. For all calls that begin after this one, of all threads. ValueError unless 0 <= threads <= 256."""
+    if not isinstance(threads, int):
+        raise TypeError(f"threads is of type {type(threads).__name__}; expected int")
+    _holdfast.set_num_threads(threads)
+
+
+def get_num_threads() -> int:
+    """What set_num_threads has set; 0: one per core that the process may use."""
+    return _holdfast.get_num_threads()
+
+
+def set_target(target: str | None) -> None:
+    """Force the target ("avx512", "avx2", "generic", ...: `info`) whose variants run. None goes back to the default:
+    the environment variable HOLDFAST_TARGET where it is set, read once, else the best that this machine runs. For all
+    calls that begin after this one, of all threads.
+
+    Raises: TargetUnavailable for an unknown name or a target that does not run here; the option then stays as it was.
+    With a wrong HOLDFAST_TARGET, the calls that would use it raise it."""
+    if not isinstance(target, str | None):
+        raise TypeError(f"target is of type {type(target).__name__}; expected str or None")
+    _holdfast.set_target(target)
+
+
+def set_verbose(listener: Callable[[str], object] | None) -> None:
+    """Call `listener` with one line for each kernel call: which variant runs, why, and on what. None, the default:
+    silence. It is called before the work begins, by the thread that made the call; what it raises is reported to
+    sys.unraisablehook and does not stop the call. For all calls that begin after this one, of all threads."""
+    if not (listener is None or callable(listener)):
+        raise TypeError(f"listener is of type {type(listener).__name__}; expected a function that takes a str, or None")
+    _holdfast.set_verbose(listener)
+
+
+_DEFAULTS = (1, None, "auto", False, "kv", "tight")
+
+
+def _check_option(name: str, value: object, now: tuple[object, ...], later: tuple[object, ...]) -> None:
+    if value in now:
+        return
+    expected = " or ".join(map(repr, now))
+    if value in later:
+        raise NotImplementedError(f"{name} = {value!r} is not implemented yet; expected {expected}")
+    raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def _from_numpy(q: Any) -> Callable[[np.ndarray], Any]:
+    """What makes arrays of q's kind of NumPy's, sharing their memory."""
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    if torch is not None and isinstance(q, torch.Tensor):
+        return torch.from_numpy
+    if hasattr(q, "__array_namespace__"):
+        return q.__array_namespace__().from_dlpack
+    return lambda array: array

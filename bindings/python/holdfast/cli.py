@@ -1,0 +1,58 @@
+"""The command `holdfast`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import __version__, info
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with `arguments`, those of the process by default; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="holdfast", description="Retention kernels compiled ahead of time.")
+    parser.add_argument("--version", action="version", version=f"holdfast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    info_parser = commands.add_parser("info", help="what was compiled, and which variants would run here")
+    info_parser.add_argument("--json", action="store_true", help="print holdfast.info() as JSON")
+    bench_parser = commands.add_parser("bench", help="time Holdfast beside ONNX Runtime and PyTorch")
+    if "bench" in arguments[:1]:
+        from . import bench  # with its imports, only where it is wanted
+
+        bench.add_arguments(bench_parser)
+        return bench.run(parser.parse_args(arguments))
+
+    args = parser.parse_args(arguments)
+    print(json.dumps(info(), indent=2) if args.json else info_text(info()))
+    return 0
+
+
+def info_text(report: dict[str, Any]) -> str:
+    """What holdfast.info() returned, for people."""
+    rows = [("", "variant", "kernel", "dtype", "chunk", "K", "V", "target", "")]
+    for v in report["variants"]:
+        mark = "*" if v["selected"] else ""
+        key_size, value_size = (str(size or "any") for size in (v["key_size"], v["value_size"]))
+        note = "" if v["runs_here"] else f"needs {' '.join(v['missing'])}"
+        rows.append(
+            (mark, v["name"], v["kernel"], v["dtype"], str(v["chunk"]), key_size, value_size, v["target"], note)
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        [
+            f"Holdfast {report['version']}",
+            f"CPU features: {' '.join(report['cpu_features'])}",
+            *(
+                f"Backend {name}: {'available' if backend['available'] else backend['why_not']}"
+                for name, backend in report["backends"].items()
+            ),
+            "",
+            *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
+            "",
+            "* runs here for its dtype and sizes (any: all sizes that no other row with * has)",
+        ]
+    )

@@ -1,0 +1,361 @@
+"""Other implementations that Holdfast is timed against, each prepared to run at its best.
+
+A peer gets the same numbers as Holdfast and may lay them out as it likes before the clock starts. Peers that are not
+installed, or cannot do a job, are `Absent`: they stay in the tables, with the reason. Used by `holdfast bench` and by
+examples/demo.py; no part of the library's public interface.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import decay, retention, set_num_threads, set_verbose
+
+CHUNKS = (32, 64, 128)  # tried for every chunkwise peer
+TOKENS_AT_A_TIME = (256, 512)  # tried for PyTorch, besides all at once: fewer stay in cache, more are fewer calls
+OURS = "Holdfast"
+ORT = "ONNX Runtime LinearAttention"
+EAGER = "PyTorch chunkwise, eager"
+COMPILED = "PyTorch chunkwise, torch.compile"
+ATTENTION = "PyTorch attention"
+
+LONGEST_ATTENTION = 16384  # its time grows with T^2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k `[B, T, H, K]`, v `[B, T, H, V]`, log_decay `[B, T, H]`, fp32 and contiguous."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    log_decay: np.ndarray
+
+    @classmethod
+    def random(cls, B: int, T: int, H: int, K: int, V: int, seed: int = 0) -> Inputs:
+        """Normal q, k, v; RetNet's decay of each head times a number from 0.5 to 1.5 per token. Decays near 1 hide no
+        error between chunks."""
+        rng = np.random.default_rng(seed)
+        q, k, v = (rng.standard_normal((B, T, H, size), dtype=np.float32) for size in (K, K, V))
+        return cls(q, k, v, decay(H) * rng.uniform(0.5, 1.5, (B, T, H)).astype(np.float32))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """B, T, H, K, V."""
+        return (*self.q.shape, self.v.shape[3])
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[3] ** -0.5
+
+
+@dataclass
+class Peer:
+    """One implementation, ready to be timed: `run()` does the work, `result()` gives `[B, T, H, V]` of the last run."""
+
+    name: str
+    run: Callable[[], Any]
+    result: Callable[[], np.ndarray]
+    how: str = ""
+    layout_seconds: float = 0.0  # to convert from and to [B, T, H, size], which `run` does not count
+    is_retention: bool = True
+    tried: dict[str, float] = field(default_factory=dict)  # best seconds of each setting that was tried
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A peer that is not there, and why."""
+
+    name: str
+    reason: str
+
+
+def missing(*modules: str) -> str | None:
+    """What to say when one of `modules` is not installed; None when all are."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed; pip install {' '.join(absent)}" if absent else None
+
+
+def settle() -> None:
+    """Wait until the threads of whoever ran before (OpenMP, ONNX Runtime, OpenBLAS) stop spinning: they would take a
+    core from the next."""
+    time.sleep(0.05)
+
+
+def best_seconds(run: Callable[[], Any], calls: int = 5) -> float:
+    """Least time of `calls` calls, after one that warms up."""
+    settle()
+    run()
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def holdfast(x: Inputs, threads: int) -> Peer:
+    """Holdfast as a user calls it, with the memory of the output reused as the peers reuse theirs."""
+    set_num_threads(threads)
+    out = np.empty_like(x.v)
+
+    def run() -> None:
+        retention(x.q, x.k, x.v, x.log_decay, out=out)
+
+    lines: list[str] = []
+    set_verbose(lines.append)
+    run()
+    set_verbose(None)
+    return Peer(OURS, run, lambda: out, how=lines[0])
+
+
+# ---- ONNX Runtime ------------------------------------------------------------------------------------------
+
+
+def onnx_runtime(x: Inputs, threads: int) -> Peer | Absent:
+    """The contrib operator com.microsoft.LinearAttention, rule "gated". It takes [B, T, H * size] as it is; inputs and
+    outputs are bound beforehand, so that a run copies nothing."""
+    if reason := missing("onnx", "onnxruntime"):
+        return Absent(ORT, reason)
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    B, T, H, K, V = x.shape
+    arrays = {"query": x.q, "key": x.k, "value": x.v, "decay": x.log_decay}
+    arrays = {name: array.reshape(B, T, -1) for name, array in arrays.items()}
+    outputs = {"output": (B, T, H * V), "present_state": (B, H, K, V)}
+
+    def declare(name: str, shape: tuple[int, ...]) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+    node = helper.make_node(
+        "LinearAttention", ["query", "key", "value", "", "decay"], list(outputs), domain="com.microsoft",
+        update_rule="gated", q_num_heads=H, kv_num_heads=H, scale=x.scale)  # fmt: skip
+    graph = helper.make_graph(
+        [node], "retention", [declare(name, array.shape) for name, array in arrays.items()],
+        [declare(name, shape) for name, shape in outputs.items()])  # fmt: skip
+    operator_sets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=operator_sets, ir_version=10)
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except onnxruntime.capi.onnxruntime_pybind11_state.Fail as error:  # a version without the operator
+        return Absent(ORT, f"onnxruntime {onnxruntime.__version__} refuses it: {error}")
+    binding = session.io_binding()
+    for name, array in arrays.items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+    values = {name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(s, np.float32) for name, s in outputs.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_output(name, value)
+    return Peer(
+        ORT,
+        lambda: session.run_with_iobinding(binding),
+        lambda: values["output"].numpy().reshape(B, T, H, V),
+        how="rule gated, inputs and outputs bound beforehand",
+    )
+
+
+# ---- PyTorch -----------------------------------------------------------------------------------------------
+
+
+def eager_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any, out: Any) -> Any:
+    """N chunks of retention by PyTorch, written for speed: each step one batched product over all chunks and heads, in
+    place where PyTorch has it.
+
+        q, k [N, heads, C, K], v and out [N, heads, C, V], log_decay [N, heads, C], state [heads, K, V]; all contiguous
+
+    Writes `out` and returns the state after the last chunk.
+    """
+    import torch
+
+    N, heads, C, K = q.shape
+    V = v.shape[-1]
+    total = log_decay.cumsum(-1)  # log decay from the start of the chunk
+    weights = (total.unsqueeze(-1) - total.unsqueeze(-2)).exp_().tril_().mul_(q @ k.mT)
+    states = torch.empty(N + 1, heads, K, V)
+    states[0] = state
+    decayed_keys = k * (total[..., -1:] - total).exp_().unsqueeze(-1)
+    torch.matmul(decayed_keys.mT, v, out=states[1:])
+    chunk_decay = total[..., -1].exp()[..., None, None]
+    for c in range(N):
+        torch.addcmul(states[c + 1], chunk_decay[c], states[c], out=states[c + 1])
+    queries = (q * total.exp_().unsqueeze(-1)).view(-1, C, K)
+    rows = out.view(-1, C, V)
+    torch.bmm(weights.view(-1, C, C), v.view(-1, C, V), out=rows)
+    rows.baddbmm_(queries, states[:-1].view(-1, K, V), beta=scale, alpha=scale)
+    return states[-1]
+
+
+def functional_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any, out: Any) -> Any:
+    """`eager_segment` for torch.compile, which fuses what lies between the products by itself."""
+    import torch
+
+    N, heads, C, K = q.shape
+    V = v.shape[-1]
+    total = log_decay.cumsum(-1)  # log decay from the start of the chunk
+    weights = (total.unsqueeze(-1) - total.unsqueeze(-2)).exp().tril() * scale * (q @ k.mT)
+    contribution = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).mT @ v
+    chunk_decay = total[..., -1].exp()[..., None, None]
+    states = []
+    for c in range(N):
+        states.append(state)
+        state = chunk_decay[c] * state + contribution[c]
+    queries = (q * (total.exp() * scale).unsqueeze(-1)).view(-1, C, K)
+    intra = torch.bmm(weights.view(-1, C, C), v.view(-1, C, V))
+    out.copy_(torch.baddbmm(intra, queries, torch.stack(states).view(-1, K, V)).view(out.shape))
+    return state
+
+
+def chunk_major(x: np.ndarray, C: int) -> Any:
+    """`[B, T, H, ...]` as a contiguous tensor `[chunks, B * H, C, ...]`; the last chunk is filled up with zeros, which
+    add nothing to the state."""
+    import torch
+
+    B, T, H, *rest = x.shape
+    chunks = -(-T // C)
+    tensor = torch.from_numpy(np.pad(x, [(0, 0), (0, chunks * C - T)] + [(0, 0)] * (x.ndim - 2)) if T % C else x)
+    tensor = tensor.view(B, chunks, C, H, *rest).movedim((1, 0, 3, 2), (0, 1, 2, 3))
+    return tensor.contiguous().view(chunks, B * H, C, *rest)
+
+
+class TorchChunkwise:
+    """Retention by PyTorch in chunks of `chunk`, `at_a_time` chunks to a call of `segment`, with the state carried."""
+
+    def __init__(self, x: Inputs, chunk: int, at_a_time: int, segment: Callable[..., Any] = eager_segment) -> None:
+        import torch
+
+        B, _, H, K, V = x.shape
+        self.inputs, self.chunk, self.segment, self.at_a_time = x, chunk, segment, at_a_time
+        self.q, self.k, self.v, self.log_decay = (chunk_major(a, chunk) for a in (x.q, x.k, x.v, x.log_decay))
+        self.out = torch.empty_like(self.v)
+        self.state = torch.zeros(B * H, K, V)  # what the next run starts from
+
+    def run(self) -> Any:
+        """Writes `out` and returns the final state."""
+        import torch
+
+        state = self.state
+        with torch.inference_mode():
+            for n in range(0, len(self.q), self.at_a_time):
+                part = slice(n, n + self.at_a_time)
+                tensors = (x[part] for x in (self.q, self.k, self.v, self.log_decay))
+                state = self.segment(*tensors, self.inputs.scale, state, self.out[part])
+        return state
+
+    def result(self) -> np.ndarray:
+        B, T, H, _, V = self.inputs.shape
+        chunks, _, C, _ = self.out.shape
+        out = self.out.view(chunks, B, H, C, V).permute(1, 0, 3, 2, 4).reshape(B, chunks * C, H, V)
+        return out[:, :T].numpy()
+
+
+def fastest_chunkwise(
+    x: Inputs, tokens_at_a_time: Iterable[int], segment: Callable[..., Any] = eager_segment
+) -> tuple[TorchChunkwise, dict[str, float]]:
+    """The chunk size, and number of chunks at a time, that take least time on `x`; and the seconds of all that were
+    tried, by "chunk x number"."""
+    T = x.shape[1]
+    best, tried = None, {}
+    for chunk in sorted({min(chunk, T) for chunk in CHUNKS}):
+        for at_a_time in sorted({max(1, min(tokens, T) // chunk) for tokens in tokens_at_a_time}):
+            candidate = TorchChunkwise(x, chunk, at_a_time, segment)
+            seconds = tried[f"{chunk}x{at_a_time}"] = best_seconds(candidate.run)
+            if best is None or seconds < best[0]:
+                best = seconds, candidate
+    assert best, "there is at least one chunk size"
+    return best[1], tried
+
+
+def torch_chunkwise(x: Inputs, threads: int, compiled: bool = False) -> Peer | Absent:
+    """The chunkwise form by PyTorch, in the layout and with the chunks that suit it best; `compiled`: through
+    torch.compile."""
+    name = COMPILED if compiled else EAGER
+    if reason := missing("torch"):
+        return Absent(name, reason)
+    import torch
+
+    torch.set_num_threads(threads)
+    if compiled:
+        # One compilation per setting and size, each for fixed shapes; past the limit PyTorch would quietly run eager.
+        torch._dynamo.config.recompile_limit = 256
+        segment = torch.compile(functional_segment, dynamic=False, fullgraph=True)
+        try:
+            # Longer segments unroll the scan over more chunks: slow to compile, and slower.
+            best, tried = fastest_chunkwise(x, TOKENS_AT_A_TIME[:1], segment)
+        except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for one
+            return Absent(name, "failed: " + str(error).strip().splitlines()[0])
+    else:
+        best, tried = fastest_chunkwise(x, (*TOKENS_AT_A_TIME, x.shape[1]))
+
+    def convert() -> None:
+        TorchChunkwise(x, best.chunk, best.at_a_time)
+        best.result()
+
+    how = f"chunks of {best.chunk}, {best.at_a_time} at a time, laid out [chunks, heads, {best.chunk}, size]"
+    return Peer(name, best.run, best.result, how, layout_seconds=best_seconds(convert), tried=tried)
+
+
+def torch_attention(x: Inputs, threads: int) -> Peer | Absent:
+    """scaled_dot_product_attention: another function, with softmax and without decay, for what linear time saves."""
+    if reason := missing("torch"):
+        return Absent(ATTENTION, reason)
+    if x.shape[1] > LONGEST_ATTENTION:
+        return Absent(ATTENTION, f"left out above T = {LONGEST_ATTENTION}: its time grows with T^2")
+    import torch
+
+    torch.set_num_threads(threads)
+    q, k, v = (torch.from_numpy(a).transpose(1, 2).contiguous() for a in (x.q, x.k, x.v))
+    last: list[Any] = []
+
+    def run() -> None:
+        with torch.inference_mode():
+            last[:] = [torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=x.scale)]
+
+    how = "another function: softmax, no decay, T^2; laid out [B, H, T, size]"
+    return Peer(ATTENTION, run, lambda: last[0].transpose(1, 2).numpy(), how, is_retention=False)
+
+
+# ---- What is right -----------------------------------------------------------------------------------------
+
+
+def reference(x: Inputs, heads: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Retention of some (batch entry, head) in double, token by token from the definition: `[heads, T, V]`."""
+    b, h = (np.array(index) for index in zip(*heads, strict=True))
+    q, k, v, log_decay = (a[b, :, h].astype(np.float64) for a in (x.q, x.k, x.v, x.log_decay))
+    q, decays = q * x.scale, np.exp(log_decay)
+    state = np.zeros((len(b), k.shape[2], v.shape[2]))
+    out = np.empty(v.shape)
+    for t in range(v.shape[1]):
+        state *= decays[:, t, None, None]
+        state += k[:, t, :, None] * v[:, t, None, :]
+        out[:, t] = (q[:, t, None, :] @ state)[:, 0]
+    return out
+
+
+def attention_reference(x: Inputs, heads: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Causal softmax attention of the last (at most 64) tokens in double: `[heads, tokens, V]`."""
+    result = []
+    for b, h in heads:
+        q, k, v = (a[b, :, h].astype(np.float64) for a in (x.q, x.k, x.v))
+        T = len(q)
+        scores = q[-64:] @ k.T * x.scale
+        scores[np.arange(T) > np.arange(T)[-64:, None]] = -np.inf
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        result.append(weights @ v / weights.sum(1, keepdims=True))
+    return np.stack(result)
+
+
+def relative_rms(result: np.ndarray, expected: np.ndarray) -> float:
+    """Root mean square of the difference over that of `expected`, in double. NaN if there is one."""
+    difference = np.subtract(result, expected, dtype=np.float64)
+    return math.sqrt(np.mean(difference**2) / np.mean(np.square(expected, dtype=np.float64)))

@@ -1,0 +1,383 @@
+// Python module `_holdfast`: lends the memory of Python's arrays to holdfast.h, without a copy, and turns statuses into
+// exceptions. Signatures, defaults and documentation are the package's (holdfast/__init__.py).
+#include <holdfast/holdfast.h>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <string>
+
+#if !defined(DLPACK_MAJOR_VERSION) || DLPACK_MAJOR_VERSION < 1
+#error "The Python module needs the dlpack.h of DLPack 1.0 or newer, such as the PyPI package apache-tvm-ffi carries"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+/// Raise `type` with `parts` one after the other; an error that is set already becomes its cause.
+template<class... Parts>
+[[noreturn]] void raise(PyObject *type, const Parts &...parts) {
+    std::ostringstream text;
+    (text << ... << parts);
+    if (PyErr_Occurred())
+        py::raise_from(type, text.str().c_str());
+    else
+        PyErr_SetString(type, text.str().c_str());
+    throw py::error_already_set();
+}
+
+/// Python objects that live as long as the process. Made once; never freed, for the interpreter may be gone by then.
+struct Constants {
+    py::object target_unavailable = py::reinterpret_steal<py::object>(PyErr_NewExceptionWithDoc(
+        "holdfast.TargetUnavailable",
+        "The forced target (HOLDFAST_TARGET or set_target) is unknown, or this machine cannot run it.", PyExc_RuntimeError,
+        nullptr));
+    py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__";
+    py::tuple version = py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
+    py::tuple keywords = py::make_tuple("max_version", "copy");
+    py::object empty = py::module_::import("numpy").attr("empty"), float32 = py::module_::import("numpy").attr("float32");
+};
+const Constants &constants() {
+    static const Constants *const all = new Constants;
+    return *all;
+}
+
+[[noreturn]] void raise_status(holdfast_status status, const char *text) {
+    PyObject *type = status == HOLDFAST_INVALID_ARGUMENT     ? PyExc_ValueError
+                     : status == HOLDFAST_UNSUPPORTED        ? PyExc_NotImplementedError
+                     : status == HOLDFAST_TARGET_UNAVAILABLE ? constants().target_unavailable.ptr()
+                     : status == HOLDFAST_OUT_OF_MEMORY      ? PyExc_MemoryError
+                                                             : PyExc_RuntimeError;
+    raise(type, text);
+}
+
+std::string type_name(py::handle object) { return py::str(py::type::handle_of(object).attr("__name__")); }
+
+// ---- Arrays ------------------------------------------------------------------------------------------------------------
+
+/// The element type that a buffer's format stands for ("f", "<f", "@d"); bits = 0 for one that DLPack has no name for.
+DLDataType element_type(const char *format, Py_ssize_t bytes) {
+    if (!format) format = "B";
+    if (*format && std::strchr("@=<", *format)) format++;  // byte orders that are the machine's: kernels are little-endian
+    const char letter = *format && !format[1] ? *format : 0;
+    auto is = [&](const char *letters) { return letter && std::strchr(letters, letter); };
+    const int code = is("efdg") ? kDLFloat : is("bhilqn") ? kDLInt : is("cBHILQN") ? kDLUInt : is("?") ? kDLBool : -1;
+    return code < 0 ? DLDataType{0, 0, 0} : DLDataType{(uint8_t)code, (uint8_t)(8 * bytes), 1};
+}
+
+/// An array argument as a DLTensor. Keeps the memory alive, and its exporter from resizing it, for as long as it lives.
+class Array {
+public:
+    Array() = default;
+    Array(const Array &) = delete;
+    ~Array() {
+        if (view.obj) PyBuffer_Release(&view);
+    }
+
+    /// `rank` is what the library expects; it only serves to describe a tensor that its producer does not export.
+    void borrow(const char *name, py::handle array, int rank, bool writable = false) {
+        if (PyObject_CheckBuffer(array.ptr()) && PyObject_GetBuffer(array.ptr(), &view, PyBUF_RECORDS_RO) == 0)
+            borrow_buffer(name, writable);
+        else
+            borrow_dlpack(name, array, rank, writable);
+        given = true;
+    }
+
+    DLTensor *get() { return given ? &tensor : nullptr; }
+
+private:
+    DLTensor tensor{};
+    bool given = false;
+    Py_buffer view{};
+    py::object capsule;
+    int64_t shape[PyBUF_MAX_NDIM], strides[PyBUF_MAX_NDIM];
+
+    void borrow_buffer(const char *name, bool writable) {
+        if (writable && view.readonly) raise(PyExc_ValueError, name, " is read-only; expected memory to write to");
+        const DLDataType type = element_type(view.format, view.itemsize);
+        if (!type.bits)
+            raise(PyExc_NotImplementedError, name, " has elements of buffer format '", view.format, "'; expected float32");
+        tensor = {view.buf, {kDLCPU, 0}, view.ndim, type, shape, view.strides ? strides : nullptr, 0};  // ctypes: null, compact
+        for (int axis = 0; axis < view.ndim; axis++) {
+            shape[axis] = view.shape[axis];
+            if (!view.strides) continue;
+            strides[axis] = view.strides[axis] / view.itemsize;
+            if (view.strides[axis] % view.itemsize && shape[axis] > 1)
+                raise(PyExc_ValueError, name, " has a stride of ", view.strides[axis], " bytes on axis ", axis,
+                      "; expected a multiple of ", view.itemsize);
+        }
+    }
+
+    void borrow_dlpack(const char *name, py::handle array, int rank, bool writable) {
+        export_capsule(name, array);
+        if (!capsule) {
+            // The library's own answer about the device is wanted, and it has all the rest to say yes to.
+            std::fill_n(shape, rank, 0);
+            tensor = {nullptr, tensor.device, rank, {kDLFloat, 32, 1}, shape, nullptr, 0};
+        } else if (auto *versioned = (DLManagedTensorVersioned *)pointer("dltensor_versioned")) {
+            if (versioned->version.major != DLPACK_MAJOR_VERSION)
+                raise(PyExc_BufferError, name, " is exported as DLPack ", versioned->version.major, ".",
+                      versioned->version.minor, "; expected ", DLPACK_MAJOR_VERSION);
+            if (writable && versioned->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
+                raise(PyExc_ValueError, name, " is read-only; expected memory to write to");
+            if (writable && versioned->flags & DLPACK_FLAG_BITMASK_IS_COPIED)
+                raise(PyExc_ValueError, name, " exports a copy of itself; expected its own memory, to write to");
+            tensor = versioned->dl_tensor;
+        } else if (auto *managed = (DLManagedTensor *)pointer("dltensor")) {
+            tensor = managed->dl_tensor;
+        } else {
+            raise(PyExc_TypeError, name, " is of type ", type_name(array), ", whose __dlpack__ returned a ", type_name(capsule),
+                  "; expected a capsule that holds a DLPack tensor");
+        }
+    }
+
+    // The capsule is not marked as used: its own destructor gives the tensor back when we let go of it.
+    void *pointer(const char *capsule_name) const {
+        return PyCapsule_IsValid(capsule.ptr(), capsule_name) ? PyCapsule_GetPointer(capsule.ptr(), capsule_name) : nullptr;
+    }
+
+    /// Sets `capsule`, or, for a tensor of another device that is not exported, tensor.device alone.
+    void export_capsule(const char *name, py::handle array) {
+        const Constants &c = constants();
+        std::optional<py::error_already_set> refusal;
+        if (PyErr_Occurred()) refusal.emplace();  // of the buffer protocol, which names fewer dtypes than DLPack
+        if (py::hasattr(array, c.dlpack)) {
+            PyObject *arguments[] = {array.ptr(), c.version.ptr(), Py_False};
+            capsule =
+                py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(c.dlpack.ptr(), arguments, 1, c.keywords.ptr()));
+            if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {  // a producer from before DLPack 1.0
+                PyErr_Clear();
+                capsule = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(array.ptr(), c.dlpack.ptr()));
+            }
+            if (capsule) return;
+            refusal.emplace();
+            if (!refusal->matches(PyExc_Exception)) throw *refusal;  // Ctrl-C
+        }
+        if (!refusal)
+            raise(PyExc_TypeError, name, " is of type ", type_name(array), "; expected an array (buffer protocol or DLPack)");
+
+        // Not exported: say why, with the producer's own error as the cause.
+        auto explain = [&](PyObject *type, const auto &...parts) {
+            refusal->restore();
+            raise(type, name, parts...);
+        };
+        if (py::getattr(array, "requires_grad", py::none()).ptr() == Py_True)
+            explain(PyExc_NotImplementedError, " requires grad, and gradients are not implemented yet; expected ", name,
+                    ".detach()");
+        if (!on_cpu(array)) return;
+        const py::object dtype = py::getattr(array, "dtype", py::none());
+        const std::string dtype_name = dtype.is_none() ? "float32" : py::str(dtype);
+        if (dtype_name.find("float32") == std::string::npos)
+            explain(PyExc_NotImplementedError, " has dtype ", dtype_name, "; expected float32");
+        explain(PyExc_TypeError, " is of type ", type_name(array),
+                ", which does not share its memory; expected an array that does");
+    }
+
+    /// Whether the array says that it is in the CPU's memory, or nothing. Sets tensor.device.
+    bool on_cpu(py::handle array) {
+        tensor.device = {kDLCPU, 0};
+        try {
+            const py::tuple device = array.attr(constants().dlpack_device)();
+            tensor.device = {(DLDeviceType)device[0].cast<int>(), device[1].cast<int>()};
+        } catch (const std::exception &) {  // no such method, or a broken one
+        }
+        return tensor.device.device_type == kDLCPU;
+    }
+};
+
+// ---- Context -----------------------------------------------------------------------------------------------------------
+
+/// What Python has set, for all threads. Touched only by who holds the GIL.
+struct Settings {
+    int version = 0;  // counts changes
+    int threads = 0;
+    std::optional<std::string> target;
+    py::object verbose;
+};
+Settings &settings() {
+    static Settings *const all = new Settings;
+    return *all;
+}
+
+/// Pass a kernel call's line on to the listener of set_verbose. The call goes on whatever that raises.
+void call_verbose(void *, const char *message) {
+    py::gil_scoped_acquire gil;
+    const py::object verbose = settings().verbose;
+    if (!verbose) return;  // taken away by another thread since
+    PyObject *result = PyObject_CallFunction(verbose.ptr(), "s", message);
+    if (result)
+        Py_DECREF(result);
+    else
+        PyErr_WriteUnraisable(verbose.ptr());
+}
+
+struct ThreadContext {
+    holdfast_context *context = nullptr;
+    int version = 0;
+    ~ThreadContext() { holdfast_context_destroy(context); }
+};
+
+/// The calling thread's context, with the settings of now. One for each thread: they run at once.
+holdfast_context *context() {
+    thread_local ThreadContext mine;
+    if (!mine.context) mine.context = holdfast_context_create();
+    if (!mine.context) raise(PyExc_MemoryError, "out of memory");
+    const Settings &wanted = settings();
+    if (mine.version != wanted.version) {
+        for (holdfast_status status :
+             {holdfast_context_set_threads(mine.context, wanted.threads),
+              holdfast_context_set_target(mine.context, wanted.target ? wanted.target->c_str() : nullptr),
+              holdfast_context_set_verbose(mine.context, wanted.verbose ? call_verbose : nullptr, nullptr)})
+            if (status) raise_status(status, holdfast_last_error(mine.context));
+        mine.version = wanted.version;
+    }
+    return mine.context;
+}
+
+void set_num_threads(int threads) {
+    holdfast_context *c = context();
+    if (holdfast_status status = holdfast_context_set_threads(c, threads)) raise_status(status, holdfast_last_error(c));
+    settings().threads = threads;
+    settings().version++;
+}
+
+void set_target(std::optional<std::string> target) {
+    holdfast_context *c = context();
+    if (holdfast_status status = holdfast_context_set_target(c, target ? target->c_str() : nullptr))
+        raise_status(status, holdfast_last_error(c));
+    settings().target = std::move(target);
+    settings().version++;
+}
+
+void set_verbose(py::object listener) {
+    settings().version++;
+    std::swap(settings().verbose, listener);
+    if (settings().verbose.is_none()) settings().verbose = py::object();
+}
+
+// ---- Functions ---------------------------------------------------------------------------------------------------------
+
+float scale_argument(py::handle scale) {
+    if (scale.is_none()) return 0;  // the library's K^-1/2
+    const double value = PyFloat_AsDouble(scale.ptr());
+    if (PyErr_Occurred())
+        raise(PyExc_TypeError, "scale is of type ", type_name(scale), "; expected a number, or None for K^-1/2");
+    if ((float)value == 0) raise(PyExc_ValueError, "scale is ", value, "; expected a float32 other than 0, or None for K^-1/2");
+    return (float)value;
+}
+
+int64_t chunk_size_argument(py::handle chunk_size) {
+    if (chunk_size.is_none()) return 0;                                      // the library's choice
+    const Py_ssize_t value = PyNumber_AsSsize_t(chunk_size.ptr(), nullptr);  // clips: any bound beyond is as good
+    if (PyErr_Occurred()) raise(PyExc_TypeError, "chunk_size is of type ", type_name(chunk_size), "; expected an int, or None");
+    if (value < 1)
+        raise(PyExc_ValueError, "chunk_size is ", std::string(py::str(chunk_size)), "; expected at least 1, or None");
+    return value;
+}
+
+/// Whether q, k and v have shapes from which those of the outputs follow: holdfast_forward refuses all others.
+bool shapes_agree(const DLTensor &q, const DLTensor &k, const DLTensor &v) {
+    for (const DLTensor *tensor : {&q, &k, &v})
+        if (tensor->ndim != 4 || !tensor->shape) return false;
+    auto small = [](int64_t extent) { return extent >= 0 && extent <= std::numeric_limits<int32_t>::max(); };
+    return std::equal(q.shape, q.shape + 4, k.shape) && std::equal(q.shape, q.shape + 3, v.shape) &&
+           std::all_of(q.shape, q.shape + 4, small) && small(v.shape[3]);
+}
+
+/// out, or (out, state): NumPy arrays, except for an `out` that is given.
+py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle scale, py::handle chunk_size,
+                   py::handle initial_state, bool return_state, py::object out) {
+    Array q_array, k_array, v_array, log_decay_array, initial_state_array, out_array, final_state_array;
+    q_array.borrow("q", q, 4);
+    k_array.borrow("k", k, 4);
+    v_array.borrow("v", v, 4);
+    if (!log_decay.is_none()) log_decay_array.borrow("log_decay", log_decay, 1);
+    if (!initial_state.is_none()) initial_state_array.borrow("initial_state", initial_state, 4);
+    if (!out.is_none()) out_array.borrow("out", out, 4, true);
+
+    holdfast_forward_args args = {};
+    args.struct_size = sizeof args;
+    args.q = q_array.get();
+    args.k = k_array.get();
+    args.v = v_array.get();
+    args.log_decay = log_decay_array.get();
+    args.initial_state = initial_state_array.get();
+    args.scale = scale_argument(scale);
+    args.chunk_size = chunk_size_argument(chunk_size);
+
+    // Without shapes to go by, an empty `out` stands in, so that the library gets as far as saying what is wrong.
+    int64_t no_shape[4] = {};
+    DLTensor nowhere = {nullptr, {kDLCPU, 0}, 4, {kDLFloat, 32, 1}, no_shape, nullptr, 0};
+    py::object final_state;
+    if (shapes_agree(*args.q, *args.k, *args.v)) {
+        auto empty = [](auto... extents) { return constants().empty(py::make_tuple(extents...), constants().float32); };
+        const int64_t *shape = args.q->shape, V = args.v->shape[3];
+        if (out.is_none()) {
+            out = empty(shape[0], shape[1], shape[2], V);
+            out_array.borrow("out", out, 4, true);
+        }
+        if (return_state) {
+            final_state = empty(shape[0], shape[2], shape[3], V);
+            final_state_array.borrow("final_state", final_state, 4, true);
+        }
+    }
+    args.out = out_array.get() ? out_array.get() : &nowhere;
+    args.final_state = final_state_array.get();
+
+    holdfast_context *c = context();
+    holdfast_status status;
+    {
+        py::gil_scoped_release release;
+        status = holdfast_forward(c, &args);
+    }
+    if (status) raise_status(status, holdfast_last_error(c));
+    return return_state ? py::make_tuple(out, final_state) : out;
+}
+
+/// ([one dict for each variant], why none of them runs: "" where they do).
+py::tuple variants() {
+    py::list list;
+    std::string why_not;
+    holdfast_context *c = context();
+    for (int n = 0; n < holdfast_variant_count(); n++) {
+        holdfast_variant v;
+        const holdfast_status status = holdfast_variant_at(c, n, &v);
+        if (status == HOLDFAST_TARGET_UNAVAILABLE)
+            why_not = holdfast_last_error(c);
+        else if (status)
+            raise_status(status, holdfast_last_error(c));
+        py::dict variant;
+        variant["name"] = v.name;
+        variant["kernel"] = v.kernel;
+        variant["dtype"] = v.dtype;
+        variant["chunk"] = v.chunk;
+        variant["key_size"] = v.key_size;
+        variant["value_size"] = v.value_size;
+        variant["target"] = v.target;
+        variant["runs_here"] = v.runs_here != 0;
+        variant["selected"] = v.selected != 0;
+        variant["missing"] = py::str(v.missing).attr("split")();
+        list.append(variant);
+    }
+    return py::make_tuple(list, why_not);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_holdfast, m) {
+    m.attr("TargetUnavailable") = constants().target_unavailable;
+    m.def("forward", forward);
+    m.def("variants", variants);
+    m.def("version", holdfast_version);
+    m.def("cpu_features", holdfast_cpu_features);
+    m.def("set_num_threads", set_num_threads);
+    m.def("get_num_threads", [] { return settings().threads; });
+    m.def("set_target", set_target);
+    m.def("set_verbose", set_verbose);
+}

@@ -1,0 +1,271 @@
+"""Stream megabytes of real text through a retention layer, and see how it holds up.
+
+The text is the source of the running interpreter's standard library, read as bytes. The layer has fixed random weights:
+an embedding of bytes, projections to q, k, v and a decay per token (NumPy), and multi-head retention (Holdfast). It is
+run in blocks with the state carried from one to the next, then, on the beginning of the text, in one call and token by
+token. `make demo` runs this file; PyTorch takes part where it is installed.
+
+    python examples/demo.py [--megabytes 4] [--heads 8] [--size 64] [--output build/demo]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import resource
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# Idle threads of NumPy's OpenBLAS spin for 2^26 cycles after a product, and would take their cores from retention.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws without a screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+from holdfast import decay, info, peers, retention, set_verbose
+from holdfast.bench import usable_cores
+from holdfast.peers import Inputs
+from tqdm import tqdm
+
+progress = functools.partial(tqdm, leave=False, mininterval=1)
+
+BLOCK = 4096  # tokens in a call when streaming
+SAMPLE = 4 * BLOCK  # first tokens, on which the forms are compared
+STEPS = 2048  # tokens done one by one
+EMBEDDING = 128
+LONGEST_ATTENTION = 8192  # drawn: half a second per call; four times as much for twice the length
+
+
+def standard_library(size: int) -> np.ndarray:
+    """The first `size` bytes of the standard library's modules, in the order of their paths."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = (
+        path for path in root.rglob("*.py") if path.relative_to(root).parts[0] not in ("site-packages", "dist-packages")
+    )
+    text = bytearray()
+    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
+        text += path.read_bytes()
+        if len(text) >= size:
+            return np.frombuffer(bytes(text[:size]), np.uint8)
+    sys.exit(
+        f"demo: {root} holds {len(text) / 1e6:.1f} MB of sources; expected at least {size / 1e6:.1f} (--megabytes)"
+    )
+
+
+class Projections:
+    """What comes before retention: bytes to q, k, v and log_decay, with weights that a seed fixes."""
+
+    def __init__(self, heads: int, size: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+
+        def weights(inputs: int, outputs: int) -> np.ndarray:
+            return (rng.standard_normal((inputs, outputs)) / np.sqrt(inputs)).astype(np.float32)
+
+        self.heads, self.size = heads, size
+        self.embedding = rng.standard_normal((256, EMBEDDING)).astype(np.float32)
+        self.q, self.k, self.v = (weights(EMBEDDING, heads * size) for _ in range(3))
+        self.gate = weights(EMBEDDING, heads)
+
+    def __call__(self, text: np.ndarray) -> Inputs:
+        x = self.embedding[text]
+        q, k, v = ((x @ w).reshape(1, len(x), self.heads, self.size) for w in (self.q, self.k, self.v))
+        # RetNet's decay of each head, half to one and a half times as strong: the token decides.
+        strength = 0.5 + 1 / (1 + np.exp(-(x @ self.gate)))
+        return Inputs(q, k, v, (decay(self.heads) * strength)[None])
+
+
+def blocks(text: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(text), BLOCK):
+        yield text[start : start + BLOCK]
+
+
+def peak_megabytes() -> float:
+    """Most memory that this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def stream(text: np.ndarray, project: Projections) -> np.ndarray:
+    """The whole text in blocks, the state carried; returns what comes out for the first SAMPLE tokens."""
+    state, first, seconds = None, [], 0.0
+    report_at = [len(text) * part // 8 for part in (1, 2, 4, 8)]
+    lines = []
+    start, done = time.perf_counter(), 0
+    with progress(total=len(text), unit="token", unit_scale=True, desc="streaming") as bar:
+        for block in blocks(text):
+            x = project(block)
+            before = time.perf_counter()
+            out, state = retention(x.q, x.k, x.v, x.log_decay, initial_state=state, return_state=True)
+            seconds += time.perf_counter() - before
+            if done < SAMPLE:
+                first.append(out)
+            done += len(block)
+            bar.update(len(block))
+            if done >= report_at[0]:
+                report_at.pop(0)
+                lines.append((done, done / (time.perf_counter() - start), done / seconds, peak_megabytes()))
+    print("in blocks, state carried:")
+    print(f"  {'tokens':>10}  {'tokens/s':>10}  {'of them in retention':>21}  {'peak memory':>11}")
+    for tokens, whole, in_retention, peak in lines:
+        print(f"  {tokens:10,}  {whole:10,.0f}  {in_retention:19,.0f}/s  {peak:8.0f} MB")
+    return np.concatenate(first, axis=1)[:, :SAMPLE]
+
+
+def token_by_token(x: Inputs, steps: int) -> np.ndarray:
+    """The first `steps` tokens with a call each."""
+    B, _, H, K, V = x.shape
+    state, out = np.zeros((B, H, K, V), np.float32), np.empty((B, steps, H, V), np.float32)
+    start = time.perf_counter()
+    for t in progress(range(steps), unit="token", desc="token by token"):
+        now = slice(t, t + 1)
+        q, k, v, log_decay = (a[:, now] for a in (x.q, x.k, x.v, x.log_decay))
+        out[:, now], state = retention(q, k, v, log_decay, initial_state=state, return_state=True)
+    print(f"token by token: {steps / (time.perf_counter() - start):,.0f} tokens/s in retention, {steps:,} tokens")
+    return out
+
+
+def largest_difference(result: np.ndarray, expected: np.ndarray) -> float:
+    """Over the root mean square of `expected`."""
+    return float(np.abs(np.subtract(result, expected, dtype=np.float64)).max() / np.sqrt(np.mean(np.square(expected))))
+
+
+def compare_forms(in_blocks: np.ndarray, x: Inputs) -> None:
+    """The forms against each other and the definition in double, over the root mean square of the outputs."""
+    tokens, steps = in_blocks.shape[1], min(STEPS, in_blocks.shape[1])
+    one_call = retention(x.q, x.k, x.v, x.log_decay)
+    single = token_by_token(x, steps)
+    heads = sorted({0, x.shape[2] - 1})  # that forget fastest and slowest
+    expected = peers.reference(x, [(0, h) for h in heads]).transpose(1, 0, 2)
+    print(
+        f"largest difference, over the root mean square of the outputs ({tokens:,} tokens; {steps:,} where one by one):"
+    )
+    for name, difference in {
+        "blocks, one call": largest_difference(in_blocks, one_call),
+        "blocks, token by token": largest_difference(in_blocks[:, :steps], single),
+        "blocks, double reference": largest_difference(in_blocks[0, :, heads], expected.transpose(1, 0, 2)),
+        "token by token, double reference": largest_difference(
+            single[0, :, heads], expected[:steps].transpose(1, 0, 2)
+        ),
+    }.items():
+        print(f"  {name:34} {difference:.1e}")
+
+
+def explain_variant(x: Inputs) -> None:
+    """Which compiled variant runs on inputs like these, and why: the library says so itself at each call."""
+    set_verbose(print)
+    retention(x.q, x.k, x.v, x.log_decay)
+    set_verbose(None)
+    report = info()
+    print(f"  this CPU has {' '.join(report['cpu_features'])}")
+    for target in report["targets"]:
+        if not target["runs_here"]:
+            print(f"  not {target['name']}: this CPU lacks {' '.join(target['missing'])}")
+
+
+class TorchChunkwise:
+    """PyTorch's chunkwise form, with the chunks that suit it best on one block of this layer; absent: a reason."""
+
+    def __init__(self, x: Inputs) -> None:
+        self.absent = peers.missing("torch")
+        if not self.absent:
+            import torch
+
+            torch.set_num_threads(usable_cores())
+            best, _ = peers.fastest_chunkwise(x, (*peers.TOKENS_AT_A_TIME, x.shape[1]))
+            self.chunk, self.at_a_time, self.version = best.chunk, best.at_a_time, torch.__version__
+
+    def __call__(self, x: Inputs) -> peers.TorchChunkwise:
+        return peers.TorchChunkwise(x, self.chunk, self.at_a_time)
+
+
+def compare_torch(text: np.ndarray, project: Projections, torch_chunkwise: TorchChunkwise) -> None:
+    """The same blocks of the same layer by PyTorch, the state carried, in turns with Holdfast."""
+    if torch_chunkwise.absent:
+        print(f"{peers.EAGER}: {torch_chunkwise.absent}")
+        return
+    state = their_state = None
+    ours = theirs = 0.0
+    for block in progress(list(blocks(text)), unit="block", desc=peers.EAGER):
+        x = project(block)
+        peer = torch_chunkwise(x)
+        if their_state is not None:
+            peer.state = their_state
+        peers.settle()
+        start = time.perf_counter()
+        out, state = retention(x.q, x.k, x.v, x.log_decay, initial_state=state, return_state=True)
+        ours += time.perf_counter() - start
+        peers.settle()
+        start = time.perf_counter()
+        their_state = peer.run()
+        theirs += time.perf_counter() - start
+    print(
+        f"the same retention of {len(text):,} tokens by PyTorch {torch_chunkwise.version}, in its best layout, prepared"
+    )
+    print(f"before the clock starts, and chunks of {torch_chunkwise.chunk}, {torch_chunkwise.at_a_time} at a time:")
+    print(
+        f"  Holdfast {ours:.2f} s, PyTorch {theirs:.2f} s: {theirs / ours:.2f} times as long; "
+        f"largest difference in the last block {largest_difference(peer.result(), out):.1e}"
+    )
+
+
+def draw(text: np.ndarray, project: Projections, torch_chunkwise: TorchChunkwise, path: Path) -> None:
+    """Time of one call against its length, log-log."""
+    cores = usable_cores()
+    seconds: dict[str, dict[int, float]] = {peers.OURS: {}, peers.EAGER: {}, peers.ATTENTION: {}}
+    for length in progress([2**n for n in range(8, 17) if 2**n <= len(text)], unit="length", desc="drawing"):
+        x = project(text[:length])
+        seconds[peers.OURS][length] = peers.best_seconds(peers.holdfast(x, cores).run)
+        if not torch_chunkwise.absent:
+            seconds[peers.EAGER][length] = peers.best_seconds(torch_chunkwise(x).run)
+            if length <= LONGEST_ATTENTION:
+                seconds[peers.ATTENTION][length] = peers.best_seconds(peers.torch_attention(x, cores).run, calls=2)
+
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    for (name, times), marker in zip(seconds.items(), "osD", strict=True):
+        if times:
+            axes.loglog(list(times), [1e3 * value for value in times.values()], marker + "-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("length in tokens")
+    axes.set_ylabel("time of one call in milliseconds")
+    alone = f"; Holdfast alone, PyTorch is {torch_chunkwise.absent}" if torch_chunkwise.absent else ""
+    axes.set_title(f"{project.heads} heads, K = V = {project.size}, fp32, {cores} threads{alone}", fontsize=10)
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"picture of time against length: {path}{alone}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=float, default=4, help="2^20 bytes each, of text to stream (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--size", type=int, default=64, help="of keys and values of a head (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/demo"), help="folder of the picture (default: %(default)s)"
+    )
+    args = parser.parse_args()
+
+    text = standard_library(int(args.megabytes * 2**20))
+    project = Projections(args.heads, args.size)
+    print(
+        f"{len(text):,} bytes of the standard library of Python {sys.version.split()[0]}, a token each; "
+        f"{args.heads} heads of {args.size}"
+    )
+    explain_variant(project(text[:BLOCK]))
+    in_blocks = stream(text, project)
+    compare_forms(in_blocks, project(text[:SAMPLE]))
+    torch_chunkwise = TorchChunkwise(project(text[:BLOCK]))
+    compare_torch(text[: 64 * BLOCK], project, torch_chunkwise)
+    draw(text, project, torch_chunkwise, args.output / "time_against_length.png")
+
+
+if __name__ == "__main__":
+    main()
