@@ -26,9 +26,10 @@ for group in "${groups[@]}"; do installed "$group" || todo+=("$group"); done
 
 # ---- What no wheel carries ---------------------------------------------------------------------------------------------
 
-command -v "$python" >/dev/null || fail "Python 3.11 or newer is missing (looked for '$python'; PYTHON=... names another)"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "Python 3.11 or newer is missing: '$python' is $("$python" -V 2>&1) (PYTHON=... names another)"
+wheels_for="Python 3.11, 3.12 or 3.13 is missing, which Halide has wheels for"
+command -v "$python" >/dev/null || fail "$wheels_for: no '$python' (PYTHON=... names another)"
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
+    fail "$wheels_for: '$python' is $("$python" -V 2>&1) (PYTHON=... names another)"
 cc=${CC:-cc} cxx=${CXX:-c++}
 python_header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include") + "/Python.h")')
 

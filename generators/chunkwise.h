@@ -27,7 +27,7 @@ struct ChunkwiseFuncs {
     Halide::Func decay_rest;   // (i,c,h,b): steps of decay_step, an integer; and the rest
     Halide::Func row_decay;    // (i,c,h,b): scale * exp(log decay): what a row keeps of the chunk's initial state
     Halide::Func key_decay;    // (j,c,h,b): what the chunk's final state keeps of key j
-    Halide::Func chunk_decay;  // (c,h,b): what it keeps of the initial state
+    Halide::Func chunk_decay;  // (c,h,b): what it keeps of the initial state, a sum of two
     Halide::Func scores;       // (j,i,c,h,b): q . k
     Halide::Func mask;         // (j,i,c,h,b): scale * exp(log decay from j to i), causal
     Halide::Func weights;      // (j,i,c,h,b): scores * mask

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <deque>
 #include <initializer_list>
 #include <limits>
 #include <sstream>
@@ -18,14 +19,19 @@
 namespace holdfast {
 namespace {
 
-// Chunks in one call of a kernel. With fewer, the kernel's fixed cost shows; with more, the states of the chunks (K V floats
-// each) fall out of L2: bench/retention_bench.cpp.
-constexpr int chunks_per_call = 4;
+// The states of one call of a kernel, K V floats a chunk, should stay in L2 (1 to 2 MB in today's x86) with the rows of its
+// chunks. Past 8 chunks nothing more is gained: bench/retention_bench.cpp.
+constexpr int64_t states_in_cache = 512 * 1024, most_chunks_per_call = 8;
+
+// The states of heads that a thread works on in turn, likewise.
+constexpr int64_t heads_in_cache = 256 * 1024;
 
 constexpr int64_t max_state = 1 << 25;  // K V: the kernel's own buffer of a few states is addressed by 32 bits, in bytes
 
 struct Problem {
     int64_t B, T, H, K, V;
+    int64_t state_bytes() const { return K * V * (int64_t)sizeof(float); }
+
     Tensor q, k, v, out;
     Tensor log_decay, initial_state, final_state;  // rank 0: not given
     float scale;
@@ -193,36 +199,78 @@ void check_kernel_strides(const Problem &p, int64_t tokens) {
     for (const Tensor *t : {&p.initial_state, &p.final_state}) check(*t, 2, p.K);
 }
 
-/// All of one batch entry and head.
-void run_head(const Problem &p, const Variant &variant, int64_t chunk, Workspace &workspace, int64_t b, int64_t h) {
-    const int64_t segment = chunks_per_call * chunk, size = p.K * p.V;
-    Rows q(p.q, b, h), k(p.k, b, h), v(p.v, b, h), out(p.out, b, h);
+/// How the work is cut up.
+struct Plan {
+    const Variant &variant;
+    int64_t chunk;    // tokens in a chunk
+    int64_t segment;  // tokens in a call of the kernel
+    int64_t groups;   // of neighbouring heads, in each batch entry: the pieces that threads take
 
-    static const float no_decay = 0;
-    const float *decay = p.log_decay.rank == 3 ? p.log_decay.at(b, 0, h) : p.log_decay.rank == 1 ? p.log_decay.at(h) : &no_decay;
-    const int64_t decay_stride = p.log_decay.rank == 3 ? p.log_decay.stride[1] : 0;
-    Buffer log_decay(nullptr, float32, {{0, 0, (int32_t)decay_stride}, {0, 1, 0}, {0, 1, 0}});
+    Plan(const Problem &p, const Variant &variant, const holdfast_context &context) : variant(variant) {
+        chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
+        segment = chunk * std::clamp<int64_t>(states_in_cache / p.state_bytes() - 1, 1, most_chunks_per_call);
+        // As few groups as give all threads the same number of pieces, or several each; enough for the cache.
+        const int64_t threads = context.threads_for(p.B * p.H), most = std::max<int64_t>(p.H, 1);
+        groups = std::min(most, p.H * p.state_bytes() / heads_in_cache + 1);
+        while (groups < most && p.B * groups % threads != 0 && p.B * groups < 4 * threads) groups++;
+    }
+    int64_t first_head(const Problem &p, int64_t group) const { return group * p.H / groups; }
+};
 
-    // Two states in turn: a call of the kernel reads one and writes the other.
-    Scratch scratch(workspace, 2 * size);
-    State states[2] = {{scratch.floats(), p.K, p.V, p.V}, {scratch.floats() + size, p.K, p.V, p.V}};
-    State *from = &states[0], *to = &states[1];
-    if (p.initial_state.rank)
-        copy_state(State(p.initial_state.at(b, h), p.K, p.V, p.initial_state.stride[2]), *from);
-    else
-        std::fill_n(scratch.floats(), size, 0.0f);
+/// One batch entry and head: where its rows and its state are.
+class Head {
+public:
+    Head(const Problem &p, Workspace &workspace, int64_t b, int64_t h)
+        : p(p), b(b), h(h), q(p.q, b, h), k(p.k, b, h), v(p.v, b, h), out(p.out, b, h),
+          log_decay(nullptr, float32, {{0, 0, (int32_t)decay_stride()}, {0, 1, 0}, {0, 1, 0}}),
+          scratch(workspace, p.K * p.V), state(scratch.floats(), p.K, p.V, p.V) {
+        if (p.initial_state.rank)
+            copy_state(State(p.initial_state.at(b, h), p.K, p.V, p.initial_state.stride[2]), state);
+        else
+            std::fill_n(scratch.floats(), p.K * p.V, 0.0f);
+    }
 
-    for (int64_t t = 0; t < p.T; t += segment, std::swap(from, to)) {
-        const int64_t tokens = std::min(segment, p.T - t);
-        const ChunkTable table({0, tokens}, chunk);
+    /// Tokens t .. t + tokens - 1: writes their rows of out, and the state after them to `next`, which becomes the state.
+    void advance(const Plan &plan, Workspace &workspace, int64_t t, int64_t tokens, State &next) {
+        static const float no_decay = 0;
+        const Tensor &g = p.log_decay;
+        const float *decay = g.rank == 3 ? g.at(b, t, h) : g.rank == 1 ? g.at(h) : &no_decay;
+        const ChunkTable table({0, tokens}, plan.chunk);
         Buffer chunks(table.columns.data(), int32, {{0, ChunkTable::fields, 1}, {0, table.slots, ChunkTable::fields}});
         for (Rows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
-        log_decay.host = (uint8_t *)(decay + t * decay_stride), log_decay.axes[0].extent = (int32_t)tokens;
-        const int rc = variant.run(&workspace, &q, &k, &v, &log_decay, from, &chunks, table.count, p.scale, &out, to);
+        log_decay.host = (uint8_t *)decay, log_decay.axes[0].extent = (int32_t)tokens;
+        const Variant &variant = plan.variant;
+        const int rc = variant.run(&workspace, &q, &k, &v, &log_decay, &state, &chunks, table.count, p.scale, &out, &next);
         if (rc == halide_error_code_out_of_memory) fail(HOLDFAST_OUT_OF_MEMORY, "workspace: out of memory in ", variant.name);
         if (rc) fail(HOLDFAST_INTERNAL_ERROR, variant.name, " returned ", rc, ": ", workspace.error);
+        std::swap(state.host, next.host);
     }
-    if (p.final_state.rank) copy_state(*from, State(p.final_state.at(b, h), p.K, p.V, p.final_state.stride[2]));
+
+    void finish() const {
+        if (p.final_state.rank) copy_state(state, State(p.final_state.at(b, h), p.K, p.V, p.final_state.stride[2]));
+    }
+
+private:
+    const Problem &p;
+    const int64_t b, h;
+    Rows q, k, v, out;
+    Buffer log_decay;
+    Scratch scratch;
+    State state;
+
+    int64_t decay_stride() const { return p.log_decay.rank == 3 ? p.log_decay.stride[1] : 0; }
+};
+
+/// A group of heads of one batch entry, all of them a segment at a time: rows of neighbouring heads lie side by side in
+/// memory, and are read while their pages and prefetched lines are at hand.
+void run_group(const Problem &p, const Plan &plan, Workspace &workspace, int64_t b, int64_t group) {
+    Scratch scratch(workspace, p.K * p.V);
+    State next(scratch.floats(), p.K, p.V, p.V);
+    std::deque<Head> heads;
+    for (int64_t h = plan.first_head(p, group); h < plan.first_head(p, group + 1); h++) heads.emplace_back(p, workspace, b, h);
+    for (int64_t t = 0; t < p.T; t += plan.segment)
+        for (Head &head : heads) head.advance(plan, workspace, t, std::min(plan.segment, p.T - t), next);
+    for (const Head &head : heads) head.finish();
 }
 
 }  // namespace
@@ -235,18 +283,18 @@ extern "C" holdfast_status holdfast_forward(holdfast_context *context, const hol
         const Problem p = checked_problem(checked_args(args));
         const Target *forced = c.target ? c.target : environment_target();
         const Variant &variant = select_variant("chunkwise", "f32", p.K, p.V, p.chunk_size, forced);
-        const int64_t chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
-        check_kernel_strides(p, chunks_per_call * chunk);
-        const int64_t heads = p.B * p.H;
+        const Plan plan(p, variant, c);
+        check_kernel_strides(p, plan.segment);
+        const int64_t pieces = p.B * p.H == 0 ? 0 : p.B * plan.groups;
         if (c.verbose) {
             std::ostringstream line;
             line << "forward: " << variant.name << " ("
                  << (c.target ? "target forced by the context" : forced ? "target forced by HOLDFAST_TARGET" : "best target that this CPU runs")
-                 << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K " << p.K << ", V " << p.V << ", chunks of " << chunk
-                 << ", " << c.threads_for(heads) << " threads";
+                 << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K " << p.K << ", V " << p.V << ", chunks of " << plan.chunk
+                 << ", " << c.threads_for(pieces) << " threads";
             c.verbose(c.verbose_user, line.str().c_str());
         }
-        if (heads == 0) return;
-        c.for_each(heads, [&](Workspace &workspace, int64_t n) { run_head(p, variant, chunk, workspace, n / p.H, n % p.H); });
+        if (pieces == 0) return;
+        c.for_each(pieces, [&](Workspace &workspace, int64_t n) { run_group(p, plan, workspace, n / plan.groups, n % plan.groups); });
     });
 }

@@ -37,20 +37,22 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
     tile(f.intra, {f.result, eo}, f.over_key, e, i);
     f.row_decay.compute_at(f.result, in).vectorize(i, vec);
 
-    // Scores one strip of rows at a time, only up to the end of its causal tile. Keys are read along j: transposed once
-    // per chunk.
+    // Scores one strip of rows at a time, only up to the end of its causal tile.
     f.weights.compute_at(f.result, ro).bound_storage(j, sizes.chunk)
         .split(j, jo, ji, wide).reorder(ji, i, jo).vectorize(ji, vec).unroll(ji).unroll(i);
     tile(f.scores, {f.weights, jo}, f.over_key_feature, j, i);
-    Func keys = f.k.in(f.scores);
-    keys.compute_at(f.result, in).reorder_storage(keys.args()[1], keys.args()[0])
-        .split(keys.args()[1], jo, ji, vec).reorder(ji, keys.args()[0], jo).vectorize(ji);
-    // Rows of the caller's tensors are H * D apart, often a power of two: copied, they do not fight for one cache set,
-    // and the clamp of the row is paid once.
-    Func queries = f.q.in({f.scores, f.inter}), values = f.v.in(f.intra), written = f.v.in(f.contribution);
+
+    // Rows of the caller's tensors are H * D apart, often a power of two: copied, they do not fight for one cache set, and
+    // the clamp of the row is paid once. Keys and values serve states and outputs, so all of a call are copied. Scores read
+    // keys along j: transposed once per chunk.
+    Func queries = f.q.in({f.scores, f.inter}), values = f.v.in({f.intra, f.contribution});
+    Func keys_transposed = f.k.in(f.scores), keys = f.k.in({keys_transposed, f.keys_decayed});
     queries.compute_at(f.result, ro).vectorize(queries.args()[0], vec);
-    values.compute_at(f.result, in).vectorize(values.args()[0], vec);
-    written.compute_at(f.state, chunk).vectorize(written.args()[0], vec);
+    values.compute_root().vectorize(values.args()[0], vec);
+    keys.compute_root().vectorize(keys.args()[0], vec);
+    const Var key_feature = keys_transposed.args()[0], key = keys_transposed.args()[1];
+    keys_transposed.compute_at(f.result, in).reorder_storage(key, key_feature)
+        .split(key, jo, ji, vec).reorder(ji, key_feature, jo).vectorize(ji);
 
     // States of all chunks, before any output.
     f.state_out.vectorize(e, vec);
