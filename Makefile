@@ -3,6 +3,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export CMAKE_EXPORT_COMPILE_COMMANDS := ON
+export CTEST_PARALLEL_LEVEL ?= $(CMAKE_BUILD_PARALLEL_LEVEL)
+export CTEST_PROGRESS_OUTPUT ?= 1
 export CMAKE_COLOR_DIAGNOSTICS ?= OFF
 
 help: ## List the commands
@@ -10,7 +12,7 @@ help: ## List the commands
 
 demo: environment-demo ## Stream megabytes of real text through a retention layer: speed, memory, differences, a picture
 	@$(call build,release,holdfast _holdfast,-DHOLDFAST_BENCH=OFF)
-	PYTHONPATH=build/release/python python examples/demo.py
+	PYTHONPATH=$(CURDIR)/build/release/python python examples/demo.py
 
 test: ## Everything that CI checks: all variants, then sanitizers, then Python
 	@$(MAKE) --no-print-directory --keep-going test-ci test-asan test-tsan test-python
@@ -29,11 +31,11 @@ test-tsan: environment-test ## The tests of threads under the thread sanitizer
 
 test-python: environment-test ## The Python tests
 	@$(call build,ci)
-	PYTHONPATH=build/ci/python python -m pytest
+	PYTHONPATH=$(CURDIR)/build/ci/python python -m pytest
 
 bench: environment-bench ## Time Holdfast beside ONNX Runtime and PyTorch; ARGS="--quick" and others are passed on
 	@$(call build,release,holdfast _holdfast,-DHOLDFAST_BENCH=OFF)
-	PYTHONPATH=build/release/python python -m holdfast bench $(ARGS)
+	PYTHONPATH=$(CURDIR)/build/release/python python -m holdfast bench $(ARGS)
 
 lint: environment-lint ## Format and check all files as a commit would
 	pre-commit run --all-files

@@ -5,12 +5,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <pthread.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #if !defined(DLPACK_MAJOR_VERSION) || DLPACK_MAJOR_VERSION < 1
 #error "The Python module needs the dlpack.h of DLPack 1.0 or newer, such as the PyPI package apache-tvm-ffi carries"
@@ -132,8 +136,8 @@ private:
         } else if (auto *managed = (DLManagedTensor *)pointer("dltensor")) {
             tensor = managed->dl_tensor;
         } else {
-            raise(PyExc_TypeError, name, " is of type ", type_name(array), ", whose __dlpack__ returned a ", type_name(capsule),
-                  "; expected a capsule that holds a DLPack tensor");
+            raise(PyExc_TypeError, name, " is of type ", type_name(array), ", whose __dlpack__ returned an object of type ",
+                  type_name(capsule), "; expected a capsule that holds a DLPack tensor");
         }
     }
 
@@ -191,32 +195,59 @@ private:
     }
 };
 
-// ---- Context -----------------------------------------------------------------------------------------------------------
+// ---- Settings ----------------------------------------------------------------------------------------------------------
 
 /// What Python has set, for all threads. Touched only by who holds the GIL.
 struct Settings {
     int version = 0;  // counts changes
     int threads = 0;
     std::optional<std::string> target;
-    py::object verbose;
+    py::object listener;
+    bool forked = false;  // this process is a fork: the library's threads have stayed behind, and calls would wait for them
 };
 Settings &settings() {
     static Settings *const all = new Settings;
     return *all;
 }
 
+// ---- The GIL -----------------------------------------------------------------------------------------------------------
+
+/// Where a thread may wait for the GIL. A daemon thread that does so while Python exits is ended by unwinding its stack, and
+/// C++ calls that a crash. It waits for the end of the process instead, as Python itself has it from 3.14 on.
+struct WaitForGil {
+    bool waiting = true;
+    ~WaitForGil() {
+        while (waiting) pause();
+    }
+};
+
 /// Pass a kernel call's line on to the listener of set_verbose. The call goes on whatever that raises.
 void call_verbose(void *, const char *message) {
-    py::gil_scoped_acquire gil;
-    const py::object verbose = settings().verbose;
-    if (!verbose) return;  // taken away by another thread since
-    PyObject *result = PyObject_CallFunction(verbose.ptr(), "s", message);
-    if (result)
-        Py_DECREF(result);
-    else
-        PyErr_WriteUnraisable(verbose.ptr());
+    WaitForGil wait;
+    const PyGILState_STATE gil = PyGILState_Ensure();
+    if (PyObject *listener = settings().listener.inc_ref().ptr()) {  // null: taken away by another thread since
+        PyObject *result = PyObject_CallFunction(listener, "s", message);
+        if (!result) PyErr_WriteUnraisable(listener);
+        Py_XDECREF(result);
+        Py_DECREF(listener);
+    }
+    PyGILState_Release(gil);
+    wait.waiting = false;
 }
 
+/// holdfast_forward, with other Python threads running meanwhile.
+holdfast_status forward_without_gil(holdfast_context *context, const holdfast_forward_args &args) {
+    PyThreadState *thread = PyEval_SaveThread();
+    const holdfast_status status = holdfast_forward(context, &args);
+    WaitForGil wait;
+    PyEval_RestoreThread(thread);
+    wait.waiting = false;
+    return status;
+}
+
+// ---- Contexts ----------------------------------------------------------------------------------------------------------
+
+/// A context and the version of the settings that it has.
 struct ThreadContext {
     holdfast_context *context = nullptr;
     int version = 0;
@@ -231,9 +262,9 @@ holdfast_context *context() {
     const Settings &wanted = settings();
     if (mine.version != wanted.version) {
         for (holdfast_status status :
-             {holdfast_context_set_threads(mine.context, wanted.threads),
+             {holdfast_context_set_threads(mine.context, wanted.forked ? 1 : wanted.threads),
               holdfast_context_set_target(mine.context, wanted.target ? wanted.target->c_str() : nullptr),
-              holdfast_context_set_verbose(mine.context, wanted.verbose ? call_verbose : nullptr, nullptr)})
+              holdfast_context_set_verbose(mine.context, wanted.listener ? call_verbose : nullptr, nullptr)})
             if (status) raise_status(status, holdfast_last_error(mine.context));
         mine.version = wanted.version;
     }
@@ -257,8 +288,8 @@ void set_target(std::optional<std::string> target) {
 
 void set_verbose(py::object listener) {
     settings().version++;
-    std::swap(settings().verbose, listener);
-    if (settings().verbose.is_none()) settings().verbose = py::object();
+    std::swap(settings().listener, listener);
+    if (settings().listener.is_none()) settings().listener = py::object();
 }
 
 // ---- Functions ---------------------------------------------------------------------------------------------------------
@@ -331,12 +362,7 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     args.final_state = final_state_array.get();
 
     holdfast_context *c = context();
-    holdfast_status status;
-    {
-        py::gil_scoped_release release;
-        status = holdfast_forward(c, &args);
-    }
-    if (status) raise_status(status, holdfast_last_error(c));
+    if (holdfast_status status = forward_without_gil(c, args)) raise_status(status, holdfast_last_error(c));
     return return_state ? py::make_tuple(out, final_state) : out;
 }
 
@@ -371,6 +397,10 @@ py::tuple variants() {
 }  // namespace
 
 PYBIND11_MODULE(_holdfast, m) {
+    pthread_atfork(nullptr, nullptr, [] {
+        settings().forked = true;
+        settings().version++;
+    });
     m.attr("TargetUnavailable") = constants().target_unavailable;
     m.def("forward", forward);
     m.def("variants", variants);

@@ -219,7 +219,8 @@ def info() -> dict[str, Any]:
 
 def set_num_threads(threads: int) -> None:
     """At most this many threads work on a call, the calling one included. 0, the default: one per core that the process
-    may use. For all calls that begin after this one, of all threads. ValueError unless 0 <= threads <= 256."""
+    may use. For all calls that begin after this one, of all threads. A forked process (multiprocessing's "fork") has
+    one thread whatever is set. ValueError unless 0 <= threads <= 256."""
     if not isinstance(threads, int):
         raise TypeError(f"threads is of type {type(threads).__name__}; expected int")
     _holdfast.set_num_threads(threads)

@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes", nargs="+", type=parse_shape, metavar="B,T,H,K,V", help="these shapes, e.g. 1,4096,8,64,64"
     )
     parser.add_argument("--threads", type=positive, help="at work in every implementation (default: one per core)")
-    parser.add_argument("--repeats", type=positive, default=5, help="turns of each implementation (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=positive, default=5, help="turns of each implementation (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and all times to FILE")
 
 

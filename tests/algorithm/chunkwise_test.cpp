@@ -1,0 +1,90 @@
+// The chunkwise algorithm compiled just in time: without any schedule, and with every registered one, for each target of
+// cmake/targets.cmake that this machine runs. Small chunks and sizes, where every index is an edge.
+#include "../../generators/chunkwise.h"
+#include "../../schedules/schedule.h"
+#include "../kernel_call.h"
+
+namespace {
+using namespace Halide;
+using namespace test;
+using holdfast::ChunkwiseFuncs;
+using holdfast::ChunkwiseSizes;
+using Schedules = holdfast::Schedule<ChunkwiseFuncs, ChunkwiseSizes>;
+
+struct Named {
+    const char *name;
+    Target target;
+};
+const std::vector<Named> &targets() {
+    static const std::vector<Named> list = {
+#define HOLDFAST_TARGET(name, halide_target) {#name, Target(halide_target)},
+#include "halide_targets.inc"
+#undef HOLDFAST_TARGET
+    };
+    return list;
+}
+
+/// Features of `target` that this machine lacks; "" if it runs here.
+std::string missing(const Target &target) {
+    const Target host = get_host_target();
+    std::string list;
+    for (int n = 0; n < Target::FeatureEnd; n++) {
+        const auto feature = (Target::Feature)n;
+        if (target.has_feature(feature) && !host.has_feature(feature)) list += " " + Target::feature_to_name(feature);
+    }
+    return list;
+}
+
+struct Instance {
+    std::string schedule;
+    Named target;
+    ChunkwiseSizes sizes;
+    Size size;  // what the kernel is called with
+};
+std::string name(const Instance &i) {
+    auto extent = [](int n) { return n ? std::to_string(n) : std::string("any"); };
+    return i.schedule + "_" + i.target.name + "_C" + extent(i.sizes.chunk) + "_K" + extent(i.sizes.key) + "_V" +
+           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile);
+}
+void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+
+std::vector<Instance> instances() {
+    const std::vector<Instance> unscheduled = {
+        {"none", targets().back(), {4, 3, 5, 4}, {3, 5}},  // chunk, K, V, causal tile
+        {"none", targets().back(), {4, 3, 5, 2}, {3, 5}},
+        {"none", targets().back(), {4, 0, 0, 4}, {5, 3}},
+        {"none", targets().back(), {1, 1, 1, 1}, {1, 1}},
+    };
+    const std::vector<std::pair<ChunkwiseSizes, Size>> scheduled = {
+        {{4, 3, 5, 2}, {3, 5}}, {{7, 0, 0, 7}, {9, 17}}, {{32, 16, 32, 8}, {16, 32}}, {{64, 32, 64, 16}, {32, 64}}};
+    std::vector<Instance> list = unscheduled;
+    for (const auto &schedule : Schedules::all())
+        for (const Named &named : targets())
+            for (const auto &[sizes, size] : scheduled)
+                if (schedule.matches(named.target, sizes)) list.push_back({schedule.name, named, sizes, size});
+    return list;
+}
+
+class Chunkwise : public testing::TestWithParam<Instance> {};
+
+TEST_P(Chunkwise, MatchesReference) {
+    const Instance &instance = GetParam();
+    const ChunkwiseSizes &sizes = instance.sizes;
+    if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
+    try {
+        const Callable kernel = create_callable_from_generator(
+            GeneratorContext(instance.target.target.with_feature(Target::JIT)), "chunkwise",
+            {{"chunk", std::to_string(sizes.chunk)},
+             {"key_size", std::to_string(sizes.key)},
+             {"value_size", std::to_string(sizes.value)},
+             {"causal_tile", std::to_string(sizes.causal_tile)},
+             {"forced_schedule", instance.schedule}});
+        for (const KernelCase &c : kernel_cases(sizes.chunk)) KernelCall(c, sizes.chunk, instance.size).expect_reference(kernel);
+    } catch (const Halide::Error &e) {
+        FAIL() << e.what();
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(, Chunkwise, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+
+}  // namespace

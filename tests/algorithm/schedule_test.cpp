@@ -1,0 +1,114 @@
+// The choice among schedules (schedules/schedule.h): with schedules made up here, and with those of chunkwise.
+#include "../../generators/chunkwise.h"
+#include "../../schedules/schedule.h"
+
+#include <gtest/gtest.h>
+
+namespace {
+using Halide::Target;
+
+struct Funcs {
+    std::string scheduled_by;
+};
+struct Sizes {
+    int chunk;
+};
+using Schedule = holdfast::Schedule<Funcs, Sizes>;
+
+const Target generic("x86-64-linux"), avx2("x86-64-linux-sse41-avx-avx2-f16c-fma"),
+    avx512("x86-64-linux-sse41-avx-avx2-f16c-fma-avx512-avx512_skylake");
+
+bool always(const Target &, const Sizes &) { return true; }
+bool never(const Target &, const Sizes &) { return false; }
+bool even_on_avx2(const Target &t, const Sizes &s) { return t.has_feature(Target::AVX2) && s.chunk % 2 == 0; }
+
+/// Leaves its name, so that a test sees which one was applied.
+template<char letter>
+void leave(Funcs &f, const Sizes &, const Target &) {
+    f.scheduled_by = letter;
+}
+
+class ScheduleChoice : public testing::Test {
+protected:
+    void SetUp() override { Schedule::all().clear(); }
+
+    std::string chosen(const Target &target, int chunk, const std::string &forced = "") {
+        Funcs f;
+        holdfast::apply_schedule(f, Sizes{chunk}, target, forced);
+        return f.scheduled_by;
+    }
+    void expect_error(const char *expected, const Target &target, const std::string &forced = "") {
+        try {
+            chosen(target, 2, forced);
+            FAIL() << "no error";
+        } catch (const Halide::CompileError &e) {
+            EXPECT_NE(std::string(e.what()).find(expected), std::string::npos) << e.what();
+        }
+    }
+};
+
+TEST_F(ScheduleChoice, HighestMatchingRankWins) {
+    Schedule::add({"a", 1, always, leave<'a'>});
+    Schedule::add({"b", 5, even_on_avx2, leave<'b'>});
+    Schedule::add({"c", 9, never, leave<'c'>});
+    Schedule::add({"d", 0, always, leave<'d'>});
+    EXPECT_EQ(chosen(avx2, 2), "b");
+    EXPECT_EQ(chosen(avx2, 3), "a");
+    EXPECT_EQ(chosen(generic, 2), "a");
+}
+
+TEST_F(ScheduleChoice, ForcingIgnoresRankAndMatch) {
+    Schedule::add({"a", 1, always, leave<'a'>});
+    Schedule::add({"c", 9, never, leave<'c'>});
+    EXPECT_EQ(chosen(generic, 2, "c"), "c");
+    EXPECT_EQ(chosen(generic, 2, "a"), "a");
+}
+
+TEST_F(ScheduleChoice, NoneLeavesTheAlgorithmAsItIs) {
+    Schedule::add({"a", 1, always, leave<'a'>});
+    EXPECT_EQ(chosen(generic, 2, "none"), "");
+}
+
+TEST_F(ScheduleChoice, TieFails) {
+    Schedule::add({"a", 5, always, leave<'a'>});
+    Schedule::add({"b", 5, always, leave<'b'>});
+    expect_error("two schedules of rank 5", generic);
+}
+
+TEST_F(ScheduleChoice, TieBelowTheBestIsNone) {
+    Schedule::add({"a", 5, always, leave<'a'>});
+    Schedule::add({"b", 5, always, leave<'b'>});
+    Schedule::add({"c", 6, always, leave<'c'>});
+    EXPECT_EQ(chosen(generic, 2), "c");
+}
+
+TEST_F(ScheduleChoice, NoMatchFails) {
+    Schedule::add({"a", 5, never, leave<'a'>});
+    expect_error("no schedule", generic);
+}
+
+TEST_F(ScheduleChoice, UnknownForcedNameFails) {
+    Schedule::add({"a", 5, always, leave<'a'>});
+    expect_error("no schedule 'x'", generic, "x");
+}
+
+std::string best(const Target &target, int chunk, int key, int value) {
+    return holdfast::Schedule<holdfast::ChunkwiseFuncs, holdfast::ChunkwiseSizes>::best({chunk, key, value, 8}, target).name;
+}
+
+TEST(ChunkwiseSchedules, X86TakesTunedSizes) {
+    EXPECT_EQ(best(avx512, 64, 64, 64), "x86");
+    EXPECT_EQ(best(avx512, 64, 128, 256), "x86");
+    EXPECT_EQ(best(avx2, 64, 32, 32), "x86");
+}
+
+TEST(ChunkwiseSchedules, GenericTakesTheRest) {
+    EXPECT_EQ(best(avx512, 64, 0, 0), "generic");
+    EXPECT_EQ(best(avx512, 64, 64, 0), "generic");
+    EXPECT_EQ(best(avx512, 64, 33, 64), "generic");
+    EXPECT_EQ(best(avx2, 20, 64, 64), "generic");
+    EXPECT_EQ(best(generic, 64, 64, 64), "generic");
+    EXPECT_EQ(best(Target("arm-64-linux"), 64, 64, 64), "generic");
+}
+
+}  // namespace

@@ -1,0 +1,342 @@
+// What holdfast_forward says to bad arguments: every status, a text that names the argument with what it was and what was
+// expected, and nothing written.
+#include "../forward.h"
+
+#include <cstring>
+#include <functional>
+#include <limits>
+
+namespace {
+using namespace test;
+
+constexpr int64_t B = 2, T = 5, H = 3, K = 4, V = 6;
+
+/// A good call, to be spoilt. `memory` is one more array to point into.
+struct Call {
+    Problem p{B, T, H, K, V};
+    Forward f = p.forward();
+    DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), initial_state = f.initial_state.dl(),
+             out = f.out.dl(), final_state = f.final_state.dl();
+    holdfast_forward_args args = {sizeof args, &q, &k, &v, &log_decay, &initial_state, &out, &final_state, 0, 0};
+    Array memory = Array({4096}).fill(-1.0f);
+    std::unique_ptr<Reserved> far;
+    Index other_strides;  // for a tensor that needs more than its own
+
+    Call() = default;
+    Call(const Call &) = delete;
+
+    DLTensor &tensor(const std::string &name) {
+        return name == "q" ? q : name == "k" ? k : name == "v" ? v : name == "out" ? out : name == "log_decay" ? log_decay : name == "initial_state" ? initial_state : final_state;
+    }
+    /// Put a compact tensor of that shape at `offset` of `memory`.
+    void place(DLTensor &x, int64_t offset) {
+        x.data = memory.data() + offset;
+        x.strides = nullptr;
+    }
+    /// Put a tensor into the middle of 64 GB where nothing else is.
+    void place_far(DLTensor &x) {
+        constexpr size_t bytes = (size_t)64 << 30;
+        far = std::make_unique<Reserved>(bytes);
+        x.data = far->floats() + bytes / sizeof(float) / 2;
+    }
+    /// A decay per head, where there was one per token.
+    void decay_per_head() {
+        log_decay.ndim = 1;
+        log_decay.shape[0] = H;
+        log_decay.strides = nullptr;
+    }
+    std::vector<const Array *> arrays() const {
+        return {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state, &memory};
+    }
+};
+
+struct Case {
+    std::string name;
+    holdfast_status status;
+    std::string text;  // part of what the library says
+    std::function<void(Call &)> spoil;
+};
+void PrintTo(const Case &c, std::ostream *stream) { *stream << c.name; }
+
+const std::vector<std::pair<std::string, std::string>> tensors = {
+    {"q", "BTHK"}, {"k", "BTHK"}, {"v", "BTHV"}, {"out", "BTHV"}, {"log_decay", "BTH"}, {"initial_state", "BHKV"}, {"final_state", "BHKV"}};
+int64_t extent(char axis) { return axis == 'B' ? B : axis == 'T' ? T : axis == 'H' ? H : axis == 'K' ? K : V; }
+bool is_output(const std::string &name) { return name == "out" || name == "final_state"; }
+
+std::vector<Case> cases() {
+    constexpr holdfast_status invalid = HOLDFAST_INVALID_ARGUMENT, unsupported = HOLDFAST_UNSUPPORTED;
+    constexpr int64_t huge = std::numeric_limits<int64_t>::max();
+    const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+    std::vector<Case> list;
+    auto add = [&](const std::string &name, holdfast_status status, const std::string &text, std::function<void(Call &)> spoil) {
+        list.push_back({name, status, text, std::move(spoil)});
+    };
+
+    // ---- The struct.
+    for (size_t size : {(size_t)0, (size_t)1, sizeof(void *), offsetof(holdfast_forward_args, chunk_size), sizeof(holdfast_forward_args) - 1})
+        add("struct_size_" + std::to_string(size), invalid, "args.struct_size is " + std::to_string(size) + "; expected sizeof(holdfast_forward_args)",
+            [=](Call &c) { c.args.struct_size = size; });
+    add("scale_nan", invalid, "scale is nan; expected a finite number", [=](Call &c) { c.args.scale = nan; });
+    add("scale_inf", invalid, "scale is inf; expected a finite number", [=](Call &c) { c.args.scale = infinity; });
+    add("scale_minus_inf", invalid, "scale is -inf; expected a finite number", [=](Call &c) { c.args.scale = -infinity; });
+    add("chunk_size_negative", invalid, "chunk_size is -1; expected at least 0", [](Call &c) { c.args.chunk_size = -1; });
+    add("chunk_size_least", invalid, "chunk_size is -9223372036854775808; expected at least 0",
+        [](Call &c) { c.args.chunk_size = std::numeric_limits<int64_t>::min(); });
+
+    // ---- Missing tensors.
+    add("q_null", invalid, "q is NULL; expected a tensor [B, T, H, K]", [](Call &c) { c.args.q = nullptr; });
+    add("k_null", invalid, "k is NULL; expected a tensor [B, T, H, K]", [](Call &c) { c.args.k = nullptr; });
+    add("v_null", invalid, "v is NULL; expected a tensor [B, T, H, V]", [](Call &c) { c.args.v = nullptr; });
+    add("out_null", invalid, "out is NULL; expected a tensor [B, T, H, V]", [](Call &c) { c.args.out = nullptr; });
+
+    // ---- Each tensor by itself.
+    for (const auto &[name, axes] : tensors) {
+        const std::string who = name;
+        const int rank = (int)axes.size();
+        auto add_one = [&](const std::string &what, holdfast_status status, const std::string &text, std::function<void(DLTensor &)> spoil) {
+            add(who + "_" + what, status, who + " " + text, [=](Call &c) { spoil(c.tensor(who)); });
+        };
+        add_one("data_null", invalid, "has NULL data; expected memory for shape [", [](DLTensor &x) { x.data = nullptr; });
+        add_one("shape_null", invalid, "has a NULL shape", [](DLTensor &x) { x.shape = nullptr; });
+        for (int other : {0, 2, 5, -1})
+            add_one("rank_" + std::string(other < 0 ? "negative" : std::to_string(other)), invalid,
+                    "has " + std::to_string(other) + " dimensions; expected " + (who == "log_decay" ? "1, [H], or 3, [B, T, H]" : "4, ["),
+                    [=](DLTensor &x) { x.ndim = other; });
+        const std::pair<DLDataType, const char *> dtypes[] = {{{kDLFloat, 64, 1}, "float64"},  {{kDLFloat, 16, 1}, "float16"},
+                                                              {{kDLBfloat, 16, 1}, "bfloat16"}, {{kDLInt, 32, 1}, "int32"},
+                                                              {{kDLUInt, 8, 1}, "uint8"},       {{kDLFloat, 32, 4}, "float32 x 4 lanes"},
+                                                              {{77, 32, 1}, "code 77, 32 bits"}};
+        for (size_t n = 0; n < std::size(dtypes); n++) {
+            const DLDataType type = dtypes[n].first;
+            add_one("dtype_" + std::to_string(n), unsupported, std::string("has dtype ") + dtypes[n].second + "; expected float32",
+                    [=](DLTensor &x) { x.dtype = type; });
+        }
+        for (DLDeviceType device : {kDLCUDA, kDLMetal, kDLROCM})
+            add_one("device_" + std::to_string(device), unsupported,
+                    "is on device type " + std::to_string(device) + "; expected the CPU", [=](DLTensor &x) { x.device.device_type = device; });
+        add_one("byte_offset_odd", invalid, "has data and byte_offset 2 that are not the address of a float", [](DLTensor &x) { x.byte_offset = 2; });
+        add_one("byte_offset_beyond_memory", invalid, "has data and byte_offset 18446744073709551612",
+                [](DLTensor &x) { x.byte_offset = std::numeric_limits<uint64_t>::max() - 3; });
+
+        for (int axis = 0; axis < rank; axis++) {
+            const char letter = axes[axis];
+            const std::string at = std::string("_on_") + letter;
+            add_one("extent_negative" + at, invalid, "has shape [", [=](DLTensor &x) { x.shape[axis] = -1; });
+            add_one("extent_beyond_int32" + at, unsupported, "has shape [", [=](DLTensor &x) { x.shape[axis] = (int64_t)1 << 31; });
+            add_one("extent_beyond_all" + at, unsupported, "has shape [", [=](DLTensor &x) { x.shape[axis] = huge; });
+            // Most of q's extents make the other tensors wrong.
+            if (who != "q")
+                for (int64_t other : {extent(letter) + 1, extent(letter) - 1})
+                    add(who + "_extent_" + std::to_string(other) + at, invalid,
+                        (who == "v" && letter == 'V' ? "out " : who + " ") + "[",
+                        [=](Call &c) { c.tensor(who).shape[axis] = other; });
+            const std::pair<const char *, int64_t> overflowing[] = {
+                {"most", huge}, {"least", std::numeric_limits<int64_t>::min()}, {"of_2_61", huge / 4}, {"of_minus_2_61", -huge / 4 - 1}};
+            for (const auto &[which, stride] : overflowing) {
+                const int64_t other = stride;
+                add_one("stride_" + std::string(which) + at, invalid, "has ", [=](DLTensor &x) { x.strides[axis] = other; });
+            }
+            if (is_output(who) && axis < rank - 1)
+                add_one("elements_share_memory" + at, invalid, "has stride 0 on axis " + std::to_string(axis) + ", so that its elements share memory",
+                        [=](DLTensor &x) { x.strides[axis] = 0; });
+        }
+        if (who != "log_decay")
+            for (int64_t stride : {0, 2, -1})
+                add_one("row_stride_" + std::to_string(stride + 1), invalid, "has stride " + std::to_string(stride) + " on its last axis; expected 1",
+                        [=](DLTensor &x) { x.strides[rank - 1] = stride; });
+    }
+    add("out_elements_share_memory_by_one", invalid, "out has stride 17 on axis 1, so that its elements share memory",
+        [](Call &c) { c.out.strides[1] = H * V - 1; });
+    add("final_state_elements_share_memory_by_one", invalid, "final_state has stride 71 on axis 0, so that its elements share memory",
+        [](Call &c) { c.final_state.strides[0] = H * K * V - 1; });
+
+    // ---- Extents against one another.
+    add("K_0", invalid, "q [B, T, H, K] has K = 0; expected at least 1", [](Call &c) { c.q.shape[3] = c.k.shape[3] = 0; });
+    add("V_0", invalid, "v [B, T, H, V] has V = 0; expected at least 1", [](Call &c) { c.v.shape[3] = c.out.shape[3] = 0; });
+    add("k_says_what_it_was", invalid, "k [B, T, H, K] has T = 6; expected 5, that of q", [](Call &c) { c.k.shape[1] = 6; });
+    add("out_says_what_it_was", invalid, "out [B, T, H, V] has V = 7; expected 6, that of v", [](Call &c) { c.out.shape[3] = 7; });
+    add("state_says_what_it_was", invalid, "initial_state [B, H, K, V] has K = 6; expected 4, that of q",
+        [](Call &c) { c.initial_state.shape[2] = 6, c.initial_state.shape[3] = 4; });
+    add("log_decay_per_head_of_other_heads", invalid, "log_decay [H] has H = 2; expected 3, that of q",
+        [](Call &c) { c.decay_per_head(), c.log_decay.shape[0] = 2; });
+    add("state_too_large", unsupported, "q has K = 8192 and v has V = 8192; expected K V of at most ",
+        [](Call &c) { c.q.shape[0] = c.v.shape[0] = 0, c.q.shape[3] = c.v.shape[3] = 8192; });
+    add("too_many_elements", invalid, "q has shape [", [](Call &c) {
+        c.q.strides = nullptr;
+        for (int axis = 0; axis < 4; axis++) c.q.shape[axis] = std::numeric_limits<int32_t>::max();
+    });
+
+    // ---- Strides that kernels have no room for: beyond 2^31 elements within a few chunks.
+    for (const std::string who : {"q", "k", "v", "out", "log_decay", "initial_state", "final_state"})
+        for (int64_t stride : {(int64_t)1 << 30, -((int64_t)1 << 30)}) {
+            const int axis = who.find("state") == std::string::npos ? 1 : 2;
+            add(who + (stride < 0 ? "_stride_too_negative" : "_stride_too_large"), unsupported,
+                who + " has stride " + std::to_string(stride) + " on axis " + std::to_string(axis) + "; expected at most ", [=](Call &c) {
+                    c.place_far(c.tensor(who));
+                    c.tensor(who).strides[axis] = stride;
+                });
+        }
+
+    // ---- Overlap.
+    for (const std::string output : {"out", "final_state"})
+        for (const auto &[other, axes] : tensors) {
+            if (other == output) continue;
+            for (int64_t offset : {0, 1, -1}) {
+                // The same place is the in-place update, for the state.
+                if (output == "final_state" && other == "initial_state" && offset == 0) continue;
+                const std::string input = other;
+                add(output + "_overlaps_" + input + "_at_" + std::to_string(offset + 1), invalid, " overlaps ", [=](Call &c) {
+                    c.place(c.tensor(input), 1024);
+                    c.place(c.tensor(output), 1024 + offset);
+                });
+            }
+        }
+    add("final_state_half_over_initial_state", invalid, "final_state overlaps initial_state in memory; expected separate memory", [](Call &c) {
+        c.place(c.initial_state, 1024);
+        c.place(c.final_state, 1024 + H * K * V);
+    });
+    add("final_state_is_initial_state_in_other_order", invalid, "final_state overlaps initial_state in memory; expected separate memory",
+        [](Call &c) {
+            c.place(c.initial_state, 1024), c.place(c.final_state, 1024);
+            c.other_strides = {K * V, B * K * V, V, 1};
+            c.final_state.strides = c.other_strides.data();
+        });
+    add("out_ends_where_q_begins_less_one", invalid, "out overlaps q in memory; expected separate memory", [](Call &c) {
+        c.place(c.out, 1024);
+        c.place(c.q, 1024 + B * T * H * V - 1);
+    });
+
+    // ---- Decays.
+    auto add_decay = [&](const std::string &name, const std::string &text, float value) {
+        add("log_decay_" + name, invalid, "log_decay[1, 2, 0] is " + text + "; expected a number <= 0",
+            [=](Call &c) { c.p.log_decay({1, 2, 0}) = value; });
+        add("log_decay_per_head_" + name, invalid, "log_decay[2] is " + text + "; expected a number <= 0", [=](Call &c) {
+            c.decay_per_head();
+            c.p.log_decay({0, 0, 2}) = value;
+        });
+    };
+    add_decay("positive", "0.5", 0.5f);
+    add_decay("barely_positive", "1.4013e-45", std::numeric_limits<float>::denorm_min());
+    add_decay("inf", "inf", infinity);
+    add_decay("nan", "nan", nan);
+    return list;
+}
+
+class BadArgument : public testing::TestWithParam<Case> {};
+
+TEST_P(BadArgument, IsNamedAndNothingIsWritten) {
+    const Case &bad = GetParam();
+    Context context;
+    Call call;
+    bad.spoil(call);
+    std::vector<Array> before;
+    for (const Array *array : call.arrays()) before.push_back(*array);
+    EXPECT_EQ(holdfast_forward(context, &call.args), bad.status) << context.error();
+    EXPECT_NE(context.error().find(bad.text), std::string::npos) << context.error() << "\nexpected: ..." << bad.text << "...";
+    EXPECT_NE(context.error().find("; expected "), std::string::npos) << context.error();
+    for (size_t n = 0; n < before.size(); n++) EXPECT_TRUE(call.arrays()[n]->same_memory(before[n])) << "array " << n << " was written";
+    EXPECT_TRUE(context.messages.empty()) << context.messages[0];
+
+    // And the same without a context.
+    EXPECT_EQ(holdfast_forward(nullptr, &call.args), bad.status);
+    EXPECT_EQ(holdfast_last_error(nullptr), context.error());
+}
+
+INSTANTIATE_TEST_SUITE_P(, BadArgument, testing::ValuesIn(cases()), [](const auto &info) { return info.param.name; });
+
+// ---- What is not an error.
+
+struct GoodCase {
+    std::string name;
+    std::function<void(Call &)> change;
+};
+void PrintTo(const GoodCase &c, std::ostream *stream) { *stream << c.name; }
+
+std::vector<GoodCase> good_cases() {
+    const float infinity = std::numeric_limits<float>::infinity();
+    constexpr int64_t huge = std::numeric_limits<int64_t>::max();
+    return {
+        {"nothing_changed", [](Call &) {}},
+        {"log_decay_minus_inf", [=](Call &c) { c.p.log_decay({1, 2, 0}) = -infinity; }},
+        {"log_decay_minus_zero", [](Call &c) { c.p.log_decay({1, 2, 0}) = -0.0f; }},
+        {"log_decay_not_given", [](Call &c) { c.args.log_decay = nullptr; }},
+        {"states_not_given", [](Call &c) { c.args.initial_state = nullptr, c.args.final_state = nullptr; }},
+        {"chunk_size_most", [](Call &c) { c.args.chunk_size = huge; }},
+        {"other_device_number", [](Call &c) { c.q.device.device_id = 3; }},
+        {"q_and_k_overlap", [](Call &c) { c.place(c.q, 1024), c.place(c.k, 1025); }},
+        {"state_in_place", [](Call &c) { c.place(c.initial_state, 1024), c.place(c.final_state, 1024); }},
+        {"out_ends_where_q_begins", [](Call &c) { c.place(c.out, 1024), c.place(c.q, 1024 + B * T * H * V); }},
+        {"out_and_v_are_columns_of_one_array",
+         [](Call &c) {
+             c.place(c.v, 1024), c.place(c.out, 1024 + V);
+             c.other_strides = {T * H * 2 * V, H * 2 * V, 2 * V, 1};
+             c.v.strides = c.out.strides = c.other_strides.data();
+         }},
+        {"strides_of_extents_of_1",
+         [](Call &c) {  // reach nothing, whatever they are
+             c.q.shape[1] = c.k.shape[1] = c.v.shape[1] = c.out.shape[1] = c.log_decay.shape[1] = 1;
+             c.q.strides[1] = huge, c.k.strides[1] = -huge, c.v.strides[1] = huge / 3, c.out.strides[1] = 0, c.log_decay.strides[1] = huge;
+         }},
+        {"strides_of_empty_tensors",
+         [](Call &c) {
+             c.q.shape[1] = c.k.shape[1] = c.v.shape[1] = c.out.shape[1] = c.log_decay.shape[1] = 0;
+             c.q.strides[0] = huge, c.k.strides[1] = -huge, c.out.strides[2] = 0, c.v.strides[3] = 0, c.log_decay.strides[1] = huge;
+         }},
+        {"no_data_in_empty_tensors",
+         [](Call &c) {
+             for (DLTensor *x : {&c.q, &c.k, &c.v, &c.out, &c.log_decay}) x->shape[1] = 0, x->data = nullptr;
+         }},
+    };
+}
+
+class GoodArgument : public testing::TestWithParam<GoodCase> {};
+
+TEST_P(GoodArgument, IsTaken) {
+    Context context;
+    Call call;
+    GetParam().change(call);
+    EXPECT_EQ(holdfast_forward(context, &call.args), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(context.error(), "");
+}
+
+INSTANTIATE_TEST_SUITE_P(, GoodArgument, testing::ValuesIn(good_cases()), [](const auto &info) { return info.param.name; });
+
+// ---- The struct of another version.
+
+TEST(Args, Null) {
+    Context context;
+    EXPECT_EQ(holdfast_forward(context, nullptr), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_EQ(context.error(), "args is NULL; expected a holdfast_forward_args");
+}
+
+struct LaterVersion {
+    holdfast_forward_args args;
+    unsigned char more[24];
+};
+
+TEST(Args, LaterVersionWithoutItsOptionsIsTaken) {
+    Context context;
+    Call call, expected;
+    ASSERT_EQ(holdfast_forward(context, &expected.args), HOLDFAST_OK);
+    LaterVersion later = {call.args, {}};
+    later.args.struct_size = sizeof later;
+    EXPECT_EQ(holdfast_forward(context, &later.args), HOLDFAST_OK) << context.error();
+    EXPECT_TRUE(same_bits(call.p.out, expected.p.out));
+}
+
+TEST(Args, LaterVersionWithAnOptionIsRefused) {
+    for (size_t n : {(size_t)0, sizeof(LaterVersion::more) - 1}) {
+        Context context;
+        Call call;
+        const Array before = call.p.out;
+        LaterVersion later = {call.args, {}};
+        later.args.struct_size = sizeof later;
+        later.more[n] = 1;
+        EXPECT_EQ(holdfast_forward(context, &later.args), HOLDFAST_UNSUPPORTED);
+        EXPECT_NE(context.error().find("byte " + std::to_string(sizeof(holdfast_forward_args) + n) + " is not zero; expected zeros"), std::string::npos)
+            << context.error();
+        EXPECT_TRUE(call.p.out.same_memory(before));
+    }
+}
+
+}  // namespace

@@ -1,0 +1,20 @@
+# The shared library exports the functions that its header declares, and nothing else. Called with NM, LIBRARY, HEADER.
+execute_process(COMMAND ${NM} -D --defined-only --format=posix ${LIBRARY} OUTPUT_VARIABLE listing COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL "[^\n]+" lines "${listing}")
+set(exported "")
+foreach(line IN LISTS lines)
+  string(REGEX REPLACE " .*" "" symbol "${line}")
+  string(REGEX REPLACE "@.*" "" symbol "${symbol}")
+  list(APPEND exported "${symbol}")
+endforeach()
+list(SORT exported)
+
+file(READ ${HEADER} header)
+string(REGEX MATCHALL "HOLDFAST_API [^(;]*holdfast_[a-z_]+\\(" declarations "${header}")
+list(TRANSFORM declarations REPLACE ".*(holdfast_[a-z_]+)\\(" "\\1")
+list(SORT declarations)
+
+message(STATUS "exported: ${exported}")
+if(NOT exported STREQUAL declarations)
+  message(FATAL_ERROR "The header declares: ${declarations}")
+endif()

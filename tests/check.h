@@ -1,0 +1,59 @@
+// Comparison with the reference, and the seed of what failed.
+#pragma once
+#include "array.h"
+#include "tolerance.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdio>
+#include <sstream>
+
+namespace test {
+
+/// Prints the seed under each failure.
+class SeedPrinter : public testing::EmptyTestEventListener {
+    void OnTestPartResult(const testing::TestPartResult &result) override {
+        if (result.failed()) std::printf("HOLDFAST_TEST_SEED=%u\n", seed());
+    }
+};
+inline const bool seed_printer_added = [] {
+    testing::UnitTest::GetInstance()->listeners().Append(new SeedPrinter);
+    return true;
+}();
+
+inline std::string text(const Index &index) {
+    std::ostringstream s;
+    s << "[";
+    for (size_t n = 0; n < index.size(); n++) s << (n ? ", " : "") << index[n];
+    s << "]";
+    return s.str();
+}
+
+/// Every element of `got` lies within `share` of its spread from `want`; both row-major.
+inline void expect_close(const char *what, const Array &got, const std::vector<double> &want, const std::vector<double> &spread,
+                         double share) {
+    Index where;
+    double worst = 0, value = 0, expected = 0;
+    size_t n = 0;
+    each(got.shape, [&](const Index &i) {
+        const double error = std::abs(got(i) - want[n]) / (share * spread[n] + tolerance::negligible);
+        if (!(error <= worst)) where = i, worst = error, value = got(i), expected = want[n];
+        if (std::isnan(error)) worst = std::numeric_limits<double>::infinity();
+        n++;
+    });
+    EXPECT_LE(worst, 1) << what << text(where) << " is " << value << "; expected " << expected << ", to " << share << " of its spread";
+}
+
+/// Root mean square of got - want, relative to that of want.
+template<class A, class B>
+double relative_rms(const std::vector<A> &got, const std::vector<B> &want) {
+    double error = 0, square = 0;
+    for (size_t n = 0; n < want.size(); n++) {
+        error += ((double)got[n] - want[n]) * ((double)got[n] - want[n]);
+        square += (double)want[n] * want[n];
+    }
+    return std::sqrt(error / square);
+}
+
+}  // namespace test

@@ -1,0 +1,188 @@
+// Calls of holdfast_forward for tests: tensors over Arrays, contexts, problems with random contents and their reference.
+#pragma once
+#include "check.h"
+#include "reference/retention.h"
+#include "shapes.h"
+
+#include <holdfast/holdfast.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <ostream>
+#include <string>
+#include <vector>
+
+namespace test {
+
+/// A context with the messages of its verbose callback.
+class Context {
+public:
+    explicit Context(const std::string &target = "", int threads = 0) {
+        EXPECT_NE(context.get(), nullptr);
+        EXPECT_EQ(holdfast_context_set_verbose(*this, listen, this), HOLDFAST_OK);
+        EXPECT_EQ(holdfast_context_set_threads(*this, threads), HOLDFAST_OK);
+        const char *forced = target.empty() ? nullptr : target.c_str();
+        EXPECT_EQ(holdfast_context_set_target(*this, forced), HOLDFAST_OK) << error();
+    }
+    Context(const Context &) = delete;
+    operator holdfast_context *() const { return context.get(); }
+    std::string error() const { return holdfast_last_error(*this); }
+    void destroy() { context.reset(); }
+
+    std::vector<std::string> messages;
+
+private:
+    std::unique_ptr<holdfast_context, void (*)(holdfast_context *)> context{holdfast_context_create(), holdfast_context_destroy};
+
+    static void listen(void *user, const char *message) { ((Context *)user)->messages.push_back(message); }
+};
+
+/// Memory seen as a tensor, with its own shape and strides.
+struct Tensor {
+    float *data = nullptr;
+    Index shape, stride;
+
+    Tensor() = default;
+    Tensor(float *data, const Index &shape, const Index &stride) : data(data), shape(shape), stride(stride) {}
+    Tensor(Array &a) : Tensor(a.data(), a.shape, a.stride) {}
+
+    /// Of axis `axis`, only from .. to - 1.
+    Tensor part(int axis, int64_t from, int64_t to) const {
+        Tensor t = *this;
+        t.data += from * stride[axis];
+        t.shape[axis] = to - from;
+        return t;
+    }
+    /// DLPack's view. It points into this object.
+    DLTensor dl() {
+        return {data, {kDLCPU, 0}, (int32_t)shape.size(), {kDLFloat, 32, 1}, shape.data(), stride.data(), 0};
+    }
+};
+
+/// Arguments of holdfast_forward. A Tensor without data is not given.
+struct Forward {
+    Tensor q, k, v, log_decay, initial_state, out, final_state;
+    float scale = 0;
+    int64_t chunk_size = 0;
+
+    holdfast_status run(holdfast_context *context) {
+        Tensor *tensors[] = {&q, &k, &v, &log_decay, &initial_state, &out, &final_state};
+        DLTensor dl[7];
+        for (int n = 0; n < 7; n++) dl[n] = tensors[n]->dl();
+        auto given = [&](int n) { return tensors[n]->data ? &dl[n] : nullptr; };
+        const holdfast_forward_args args = {sizeof args, given(0), given(1), given(2), given(3), given(4),
+                                            given(5),    given(6), scale,    chunk_size};
+        return holdfast_forward(context, &args);
+    }
+
+    Forward tokens(int64_t from, int64_t to) const {
+        Forward f = *this;
+        for (Tensor *x : {&f.q, &f.k, &f.v, &f.out}) *x = x->part(1, from, to);
+        if (log_decay.shape.size() == 3) f.log_decay = log_decay.part(1, from, to);
+        return f;
+    }
+    Forward head(int64_t b, int64_t h) const {
+        Forward f = *this;
+        for (Tensor *x : {&f.q, &f.k, &f.v, &f.out}) *x = x->part(0, b, b + 1).part(2, h, h + 1);
+        for (Tensor *x : {&f.initial_state, &f.final_state})
+            if (x->data) *x = x->part(0, b, b + 1).part(1, h, h + 1);
+        if (log_decay.shape.size() == 3) f.log_decay = log_decay.part(0, b, b + 1).part(2, h, h + 1);
+        if (log_decay.shape.size() == 1) f.log_decay = log_decay.part(0, h, h + 1);
+        return f;
+    }
+};
+
+/// Random inputs, outputs that wait to be written, and what must be written to them.
+struct Problem {
+    int64_t B, T, H, K, V;
+    Gates gates = Gates::weak;
+    Layout layout = Layout::compact;
+    bool initial = true;  // an initial state is given
+
+    Random random{};
+    Array q = array({B, T, H, K}), k = array({B, T, H, K}), v = array({B, T, H, V});
+    Array log_decay = log_decays(gates, B, T, H, layout, random);
+    Array initial_state = array({B, H, K, V});
+    Array out = array({B, T, H, V}).forget(), final_state = array({B, H, K, V}).forget();
+    float scale = 0;  // the default, K^-1/2
+
+    /// The call, with everything that there is. A decay that is the same for all tokens is given per head.
+    Forward forward() {
+        Forward f{q, k, v, {}, {}, out, final_state};
+        f.scale = scale;
+        if (initial) f.initial_state = initial_state;
+        if (gates == Gates::per_head)
+            f.log_decay = Tensor(log_decay.data(), {H}, {log_decay.stride[2]});
+        else if (gates != Gates::none)
+            f.log_decay = log_decay;
+        return f;
+    }
+
+    reference::Inputs inputs() const {
+        auto rows = [](const Array &a) { return reference::Strided{a.data(), {a.stride[0], a.stride[1], a.stride[2], a.stride[3]}}; };
+        static const float zero = 0;
+        return {B, T, H, K, V, rows(q), rows(k), rows(v), {log_decay.data(), {log_decay.stride[0], log_decay.stride[1], log_decay.stride[2], 0}},
+                initial ? rows(initial_state) : reference::Strided{&zero, {}}, scale != 0 ? scale : 1 / std::sqrt((double)K)};
+    }
+
+    /// out and final_state are what the reference says, up to the errors of multiplying the state `decays` times.
+    void expect_reference(int64_t chunk, int64_t decays) const {
+        const reference::Result want = reference::retention(inputs()), spread = reference::spread(inputs());
+        const double share = tolerance::of_spread(K, chunk, decays);
+        expect_close("out", out, want.out, spread.out, share);
+        expect_close("final_state", final_state, want.state, spread.state, share);
+        EXPECT_TRUE(out.gaps_intact() && final_state.gaps_intact()) << "memory between the elements was written";
+    }
+
+private:
+    Array array(const Index &shape) { return Array(shape, layout).fill(random); }
+};
+
+/// Variants as the library lists them.
+inline std::vector<holdfast_variant> variants(holdfast_context *context = nullptr) {
+    std::vector<holdfast_variant> list(holdfast_variant_count());
+    for (size_t n = 0; n < list.size(); n++) holdfast_variant_at(context, (int)n, &list[n]);
+    return list;
+}
+
+/// Names of the targets, best first; only those that run here, if wanted.
+inline std::vector<std::string> targets(bool running = false) {
+    std::vector<std::string> names;
+    for (const holdfast_variant &v : variants())
+        if ((!running || v.runs_here) && (names.empty() || names.back() != v.target)) names.push_back(v.target);
+    return names;
+}
+
+/// The variant that `target` runs for the size, by default: the first of exactly that size, else of any. Null if there is none.
+inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size) {
+    std::optional<holdfast_variant> any;
+    for (const holdfast_variant &v : variants()) {
+        if (v.target != target) continue;
+        if (v.key_size == size.K && v.value_size == size.V) return v;
+        if (v.key_size == 0 && v.value_size == 0 && !any) any = v;
+    }
+    return any;
+}
+
+/// A target and a size that it has a variant for.
+struct Instance {
+    std::string target;
+    Size size;
+    int64_t chunk;
+    std::string missing;  // CPU features that this machine lacks
+};
+inline std::string name(const Instance &i) {
+    return i.target + "_K" + std::to_string(i.size.K) + "_V" + std::to_string(i.size.V);
+}
+inline void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+
+inline std::vector<Instance> instances(const std::vector<Size> &sizes) {
+    std::vector<Instance> list;
+    for (const std::string &target : targets())
+        for (Size size : sizes)
+            if (auto v = variant_for(target, size)) list.push_back({target, size, v->chunk, v->missing});
+    return list;
+}
+
+}  // namespace test

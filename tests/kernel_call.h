@@ -1,0 +1,125 @@
+// Calls of a chunkwise kernel by its own C signature, against the reference. For kernels compiled ahead of time and just in time.
+#pragma once
+#include "../runtime/src/chunk_table.h"
+#include "check.h"
+#include "reference/retention.h"
+#include "shapes.h"
+
+#include <HalideBuffer.h>
+
+#include <algorithm>
+#include <string>
+
+namespace test {
+
+using holdfast::ChunkTable;
+
+/// A call: sequences of these lengths, one after the other in the time axis of each batch entry.
+struct KernelCase {
+    std::string name;
+    Index lengths;
+    int64_t B, H;
+    Layout layout;
+    Gates gates;
+    int64_t longest_chunk;  // 0: the kernel's
+};
+
+/// Everything that a kernel with chunks of C tokens may meet.
+inline std::vector<KernelCase> kernel_cases(int C) {
+    std::vector<KernelCase> cases;
+    for (int64_t T : lengths(C))
+        if (T > 0) cases.push_back({"T" + std::to_string(T), {T}, 1, 2, Layout::compact, Gates::weak, 0});
+    for (Gates gates : all_gates)
+        cases.push_back({std::string("gates_") + name(gates), {2 * C + C / 2 + 1}, 2, 3, Layout::padded, gates, 0});
+    for (Layout layout : layouts)
+        cases.push_back({std::string("layout_") + name(layout), {C + 1, 2}, 2, 2, layout, Gates::strong, 0});
+    cases.push_back({"packed", lengths(C), 1, 2, Layout::compact, Gates::weak, 0});
+    cases.push_back({"packed_other_way", {3 * C + 2, C + 1, C, C - 1, 1, 0}, 2, 1, Layout::swapped, Gates::resets, 0});
+    cases.push_back({"packed_gaps", {0, 0, C, 0, 1, 0}, 2, 2, Layout::compact, Gates::per_head, 0});
+    for (int64_t chunk : {1, C / 2 + 1, C - 1})
+        cases.push_back({"chunks_of_" + std::to_string(chunk), {C + 2, 0, 3}, 2, 2, Layout::compact, Gates::resets, chunk});
+    return cases;
+}
+
+class KernelCall {
+public:
+    KernelCall(const KernelCase &c, int C, Size size)
+        : c(c), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C), starts(starts_of(c.lengths)), table(starts, chunk),
+          T(starts.back()), N((int64_t)c.lengths.size()), q(array({c.B, T, c.H, K})), k(array({c.B, T, c.H, K})),
+          v(array({c.B, T, c.H, V})), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
+          state_in(array({c.B, N, c.H, K, V})), out(array({c.B, T, c.H, V})), state_out(array({c.B, N, c.H, K, V})) {
+        out.forget(), state_out.forget();
+    }
+
+    /// kernel(q, k, v, log_decay, state_in, chunks, count, scale, out, state_out) returns 0 and what the reference does.
+    template<class Kernel>
+    void expect_reference(const Kernel &kernel) {
+        SCOPED_TRACE(c.name);
+        using Buffer = Halide::Runtime::Buffer<float>;
+        Buffer bq = rows(q), bk = rows(k), bv = rows(v), bg = view(log_decay, {1, 2, 0});
+        Buffer bs = view(state_in, {4, 3, 1, 2, 0}), bo = rows(out), bz = view(state_out, {4, 3, 1, 2, 0});
+        Halide::Runtime::Buffer<int32_t> chunks(table.columns.data(), ChunkTable::fields, table.slots);
+        const Array inputs[] = {q, k, v, log_decay, state_in};
+        ASSERT_EQ(kernel(bq, bk, bv, bg, bs, chunks, (int32_t)table.count, scale, bo, bz), 0);
+
+        const double share = tolerance::of_spread(K, chunk, table.count);
+        for (int64_t s = 0; s < N; s++) {
+            SCOPED_TRACE("sequence " + std::to_string(s));
+            const int64_t from = starts[s], length = c.lengths[s];
+            reference::Inputs in{c.B, length, c.H, K, V, rows(q, from), rows(k, from), rows(v, from),
+                                 rows(log_decay, from), {&state_in({0, s, 0, 0, 0}), states(state_in)}, scale};
+            const reference::Result want = reference::retention(in), spread = reference::spread(in);
+            expect_close("out", part(out, from, length), want.out, spread.out, share);
+            expect_close("state", part(state_out, s), want.state, spread.state, share);
+        }
+        EXPECT_TRUE(out.gaps_intact() && state_out.gaps_intact()) << "memory between the rows was written";
+        const Array *after[] = {&q, &k, &v, &log_decay, &state_in};
+        for (int n = 0; n < 5; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
+    }
+
+private:
+    const KernelCase c;
+    const int64_t K, V, chunk;
+    const Index starts;
+    ChunkTable table;
+    const int64_t T, N;
+    Random random;
+    Array q, k, v, log_decay, state_in, out, state_out;
+    const float scale = 0.25f;
+
+    static Index starts_of(const Index &lengths) {
+        Index starts = {0};
+        for (int64_t length : lengths) starts.push_back(starts.back() + length);
+        return starts;
+    }
+    Array array(const Index &shape) { return Array(shape, c.layout).fill(random); }
+
+    /// Halide's view of an array: `axes` of it, innermost first.
+    static Halide::Runtime::Buffer<float> view(Array &a, const std::vector<int> &axes) {
+        std::vector<halide_dimension_t> dims;
+        for (int axis : axes) dims.emplace_back(0, (int32_t)a.shape[axis], (int32_t)a.stride[axis]);
+        return Halide::Runtime::Buffer<float>(a.data(), (int)dims.size(), dims.data());
+    }
+    static Halide::Runtime::Buffer<float> rows(Array &a) { return view(a, {3, 1, 2, 0}); }
+
+    static reference::Strided rows(const Array &a, int64_t from) {
+        const Index &s = a.stride;
+        return {a.data() + from * s[1], {s[0], s[1], s[2], s.size() > 3 ? s[3] : 0}};
+    }
+    static std::array<int64_t, 4> states(const Array &a) { return {a.stride[0], a.stride[2], a.stride[3], a.stride[4]}; }
+
+    /// Tokens from .. from + length - 1 of an output.
+    static Array part(const Array &a, int64_t from, int64_t length) {
+        Array b({a.shape[0], length, a.shape[2], a.shape[3]});
+        each(b.shape, [&](const Index &i) { b(i) = a({i[0], from + i[1], i[2], i[3]}); });
+        return b;
+    }
+    /// States of sequence s.
+    static Array part(const Array &a, int64_t s) {
+        Array b({a.shape[0], a.shape[2], a.shape[3], a.shape[4]});
+        each(b.shape, [&](const Index &i) { b(i) = a({i[0], s, i[1], i[2], i[3]}); });
+        return b;
+    }
+};
+
+}  // namespace test

@@ -1,0 +1,95 @@
+// The numbers that the project holds, at length; and tensors beyond 2^31 bytes.
+#include "../forward.h"
+
+namespace {
+using namespace test;
+
+Problem retnet() { return {1, 4096, 8, 64, 64, Gates::per_head, Layout::compact, false}; }
+
+void run(Forward f, Context &context) { ASSERT_EQ(f.run(context), HOLDFAST_OK) << context.error(); }
+void run_token_by_token(Forward f, Context &context) {
+    for (int64_t t = 0; t < 4096; t++) {
+        ASSERT_EQ(f.tokens(t, t + 1).run(context), HOLDFAST_OK) << context.error();
+        f.initial_state = f.final_state;
+    }
+}
+
+class Numbers : public testing::TestWithParam<Instance> {
+protected:
+    void SetUp() override {
+        if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
+    }
+};
+
+TEST_P(Numbers, RelativeErrorOf4096Tokens) {
+    Context context(GetParam().target);
+    Problem whole = retnet(), tokens = retnet();
+    run(whole.forward(), context);
+    run_token_by_token(tokens.forward(), context);
+    const reference::Result want = reference::retention(whole.inputs());
+    EXPECT_LE(relative_rms(whole.out.values(), want.out), tolerance::relative_rms);
+    EXPECT_LE(relative_rms(whole.final_state.values(), want.state), tolerance::relative_rms);
+    EXPECT_LE(relative_rms(tokens.out.values(), want.out), tolerance::relative_rms) << "token by token";
+    EXPECT_LE(relative_rms(tokens.final_state.values(), want.state), tolerance::relative_rms) << "token by token";
+}
+
+INSTANTIATE_TEST_SUITE_P(, Numbers, testing::ValuesIn(instances({{64, 64}})), [](const auto &info) { return name(info.param); });
+
+TEST(Forms, AgreeOver4096Tokens) {
+    Context context;
+    Problem whole = retnet(), tokens = retnet();
+    run(whole.forward(), context);
+    run_token_by_token(tokens.forward(), context);
+    EXPECT_LE(relative_rms(tokens.out.values(), whole.out.values()), tolerance::relative_rms_between_forms);
+}
+
+// Every tensor of a problem moved to where `stride` spreads it over gigabytes, and called there: the same bits must come out.
+void expect_same_far_apart(Problem p, const std::vector<Index> &strides) {
+    Context context;
+    ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << context.error();
+
+    Problem q = p;
+    Forward f = q.forward();
+    Tensor *tensors[] = {&f.q, &f.k, &f.v, &f.log_decay, &f.initial_state, &f.out, &f.final_state};
+    const Array *arrays[] = {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state};
+    std::vector<std::unique_ptr<Reserved>> memory;
+    for (int n = 0; n < 7; n++) {
+        Tensor &x = *tensors[n];
+        x.stride = strides[n];
+        int64_t low = 0, high = 0;
+        for (size_t axis = 0; axis < x.shape.size(); axis++) {
+            const int64_t reach = (x.shape[axis] - 1) * x.stride[axis];
+            (reach < 0 ? low : high) += reach;
+        }
+        memory.push_back(std::make_unique<Reserved>((high - low + 1) * sizeof(float)));
+        if (!*memory.back()) GTEST_SKIP() << "no address space of " << (high - low + 1) * sizeof(float) << " bytes";
+        x.data = memory.back()->floats() - low;
+        each(x.shape, [&](const Index &i) {
+            int64_t offset = 0;
+            for (size_t axis = 0; axis < i.size(); axis++) offset += i[axis] * x.stride[axis];
+            x.data[offset] = (*arrays[n])(i);
+        });
+    }
+    ASSERT_EQ(f.run(context), HOLDFAST_OK) << context.error();
+    for (int n : {5, 6})
+        each(arrays[n]->shape, [&](const Index &i) {
+            int64_t offset = 0;
+            for (size_t axis = 0; axis < i.size(); axis++) offset += i[axis] * tensors[n]->stride[axis];
+            ASSERT_EQ(tensors[n]->data[offset], (*arrays[n])(i)) << (n == 5 ? "out" : "final_state") << text(i);
+        });
+}
+
+constexpr int64_t gigabyte = (1 << 30) / sizeof(float);  // in elements
+
+TEST(LargeTensors, BatchEntriesAndHeadsGigabytesApart) {
+    const Index rows = {3 * gigabyte, 64, -5 * gigabyte, 1}, states = {-5 * gigabyte, 3 * gigabyte, 64, 1};
+    expect_same_far_apart({2, 70, 2, 64, 64}, {rows, rows, rows, {3 * gigabyte, -1, 5 * gigabyte}, states, rows, states});
+}
+
+TEST(LargeTensors, TokensGigabytesApartInSum) {
+    const int64_t T = 400, step = 3 * gigabyte / T;
+    const Index rows = {1, step, 64, 1}, states = {4096, 4096, 64, 1};
+    expect_same_far_apart({1, T, 2, 64, 64}, {rows, rows, rows, {1, step, 1}, states, rows, states});
+}
+
+}  // namespace

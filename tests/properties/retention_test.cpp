@@ -1,0 +1,321 @@
+// What holdfast_forward promises of its numbers, for every target that runs here and for tuned and odd sizes.
+#include "../forward.h"
+
+namespace {
+using namespace test;
+
+class Retention : public testing::TestWithParam<Instance> {
+protected:
+    const int64_t K = GetParam().size.K, V = GetParam().size.V, C = GetParam().chunk;
+    std::optional<Context> context;
+
+    void SetUp() override {
+        if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
+        context.emplace(GetParam().target);
+    }
+    Problem problem(int64_t B, int64_t T, int64_t H, Gates gates = Gates::weak) const { return {B, T, H, K, V, gates}; }
+    void run(Forward f) { ASSERT_EQ(f.run(*context), HOLDFAST_OK) << context->error(); }
+    void run_by(Forward f, const Index &cuts) {  // tokens up to each cut in a call of its own, the state carried from each to the next
+        int64_t from = 0;
+        for (int64_t to : cuts) {
+            run(f.tokens(from, to));
+            f.initial_state = f.final_state;
+            from = to;
+        }
+    }
+    int64_t chunks(int64_t T) const { return (T + C - 1) / C; }
+};
+
+TEST_P(Retention, MatchesReference) {
+    Index all = lengths(C);
+    all.push_back(1000);
+    for (int64_t T : all)
+        for (Gates gates : all_gates)
+            for (bool initial : {false, true}) {
+                SCOPED_TRACE("T " + std::to_string(T) + ", gates " + name(gates) + (initial ? ", initial state" : ""));
+                if (T == 1000 && !initial) continue;
+                Problem p{2, T, 3, K, V, gates, Layout::compact, initial};
+                run(p.forward());
+                p.expect_reference(C, chunks(T));
+            }
+}
+
+TEST_P(Retention, ScaleMultipliesScores) {
+    for (float scale : {1.0f, -0.3f, 1e-20f}) {
+        SCOPED_TRACE(scale);
+        Problem p = problem(1, C + 3, 2);
+        p.scale = scale;
+        run(p.forward());
+        p.expect_reference(C, 2);
+    }
+}
+
+TEST_P(Retention, TakesAnyStrides) {
+    for (Layout layout : layouts)
+        for (Gates gates : {Gates::per_head, Gates::resets}) {
+            SCOPED_TRACE(std::string(name(layout)) + ", gates " + name(gates));
+            Problem p{2, 2 * C + 5, 3, K, V, gates, layout};
+            const Array inputs[] = {p.q, p.k, p.v, p.log_decay, p.initial_state};
+            run(p.forward());
+            p.expect_reference(C, 3);
+            const Array *after[] = {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state};
+            for (int n = 0; n < 5; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
+        }
+}
+
+TEST_P(Retention, TakesOneTensorForManyArguments) {
+    // q, k and v may be one array, with strides of 0 and all.
+    Problem p = problem(2, C + 7, 3);
+    Forward f = p.forward();
+    const Tensor one(p.q.data(), {2, C + 7, 3, K}, {0, p.q.stride[1], 0, 1});
+    f.q = f.k = one;
+    run(f);
+    for (int64_t b = 0; b < 2; b++)
+        for (int64_t t = 0; t < C + 7; t++)
+            for (int64_t h = 0; h < 3; h++)
+                for (int64_t d = 0; d < K; d++) {
+                    if (b || h) p.q({b, t, h, d}) = p.q({0, t, 0, d});
+                    p.k({b, t, h, d}) = p.q({0, t, 0, d});
+                }
+    p.expect_reference(C, 2);
+}
+
+TEST_P(Retention, ByteOffsetAndNullStrides) {
+    Problem p = problem(2, C + 7, 3);
+    Forward f = p.forward();
+    DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), initial = f.initial_state.dl(), out = f.out.dl(),
+             final = f.final_state.dl();
+    for (DLTensor *x : {&q, &k, &v, &log_decay, &initial, &out, &final}) {
+        x->strides = nullptr;
+        x->data = (char *)x->data - 64;
+        x->byte_offset = 64;
+    }
+    const holdfast_forward_args args = {sizeof args, &q, &k, &v, &log_decay, &initial, &out, &final, 0, 0};
+    ASSERT_EQ(holdfast_forward(*context, &args), HOLDFAST_OK) << context->error();
+    p.expect_reference(C, 2);
+}
+
+TEST_P(Retention, StateMayBeLeftOut) {
+    Problem whole = problem(2, C + 7, 2), p = problem(2, C + 7, 2);
+    run(whole.forward());
+    Forward f = p.forward();
+    f.final_state = {};
+    run(f);
+    EXPECT_TRUE(same_bits(p.out, whole.out));
+}
+
+TEST_P(Retention, StateInPlace) {
+    for (Layout layout : layouts) {
+        SCOPED_TRACE(name(layout));
+        Problem apart{2, 2 * C + 7, 3, K, V, Gates::weak, layout}, in_place{2, 2 * C + 7, 3, K, V, Gates::weak, layout};
+        run(apart.forward());
+        Forward f = in_place.forward();
+        f.final_state = f.initial_state;
+        run(f);
+        EXPECT_TRUE(same_bits(in_place.out, apart.out));
+        EXPECT_TRUE(same_bits(in_place.initial_state, apart.final_state));
+        EXPECT_TRUE(in_place.initial_state.gaps_intact());
+    }
+}
+
+TEST_P(Retention, TokenByTokenAgrees) {
+    for (Gates gates : all_gates) {
+        SCOPED_TRACE(name(gates));
+        const int64_t T = 3 * C + 2;
+        Problem p = problem(2, T, 2, gates);
+        Index every;
+        for (int64_t t = 1; t <= T; t++) every.push_back(t);
+        run_by(p.forward(), every);
+        p.expect_reference(1, T);
+    }
+}
+
+TEST_P(Retention, ContinuesWhereItWasCut) {
+    const int64_t T = 20 * C + 9;
+    for (const Index &cuts : {Index{1, T}, {C - 1, T}, {C, T}, {C + 1, T}, {10 * C, T}, {T - 1, T}, {3, 3, 2 * C, 2 * C + 1, 14 * C + 5, T}})
+        for (Gates gates : {Gates::weak, Gates::resets}) {
+            SCOPED_TRACE(text(cuts) + ", gates " + name(gates));
+            Problem p = problem(2, T, 2, gates);
+            run_by(p.forward(), cuts);
+            p.expect_reference(C, chunks(T) + (int64_t)cuts.size());
+        }
+}
+
+TEST_P(Retention, ChunkSizeChangesNothing) {
+    const int64_t T = 3 * C + 2;
+    for (int64_t chunk_size : {1, 7, 33, 64, 128, 1000, 1 << 30}) {
+        SCOPED_TRACE(chunk_size);
+        Problem p = problem(1, T, 2, Gates::resets);
+        Forward f = p.forward();
+        f.chunk_size = chunk_size;
+        run(f);
+        const int64_t chunk = std::min(chunk_size, C);
+        p.expect_reference(chunk, (T + chunk - 1) / chunk);
+    }
+}
+
+TEST_P(Retention, IsCausal) {
+    const int64_t T = 3 * C + 2;
+    Problem p = problem(2, T, 2, Gates::weak);
+    run(p.forward());
+    const Array before = p.out;
+    for (int64_t future : {(int64_t)1, C / 2, C, 2 * C + 1, T - 1}) {
+        SCOPED_TRACE(future);
+        Problem other = problem(2, T, 2, Gates::weak);
+        other.q = p.q, other.k = p.k, other.v = p.v, other.log_decay = p.log_decay, other.initial_state = p.initial_state;
+        for (Array *x : {&other.q, &other.k, &other.v})
+            each(x->shape, [&](const Index &i) {
+                if (i[1] >= future) (*x)(i) = (float)other.random(-1e3, 1e3);
+            });
+        each(other.log_decay.shape, [&](const Index &i) {
+            if (i[1] >= future) other.log_decay(i) = (float)other.random(-3, 0);
+        });
+        run(other.forward());
+        int64_t past = 0, present = 0;
+        each(before.shape, [&](const Index &i) { (i[1] < future ? past : present) += other.out(i) != before(i); });
+        EXPECT_EQ(past, 0) << "outputs before the change are not what they were";
+        EXPECT_GT(present, 0) << "outputs after the change are what they were";
+    }
+}
+
+TEST_P(Retention, NoDecayIsLogDecayOfZero) {
+    Problem none = problem(2, 2 * C + 5, 3, Gates::none), zero = problem(2, 2 * C + 5, 3, Gates::none);
+    run(none.forward());
+    Forward f = zero.forward();
+    f.log_decay = zero.log_decay;
+    run(f);
+    EXPECT_TRUE(same_bits(none.out, zero.out));
+    EXPECT_TRUE(same_bits(none.final_state, zero.final_state));
+}
+
+TEST_P(Retention, DecayPerHeadIsTheSameForEveryToken) {
+    Problem per_head = problem(2, 2 * C + 5, 3, Gates::per_head), per_token = problem(2, 2 * C + 5, 3, Gates::per_head);
+    run(per_head.forward());
+    Array log_decay({2, 2 * C + 5, 3});
+    each(log_decay.shape, [&](const Index &i) { log_decay(i) = per_token.log_decay(i); });
+    Forward f = per_token.forward();
+    f.log_decay = log_decay;
+    run(f);
+    EXPECT_TRUE(same_bits(per_head.out, per_token.out));
+    EXPECT_TRUE(same_bits(per_head.final_state, per_token.final_state));
+}
+
+TEST_P(Retention, InfiniteDecayForgetsAllBefore) {
+    const int64_t T = 2 * C + 5;
+    for (int64_t reset : {(int64_t)0, (int64_t)1, C / 2, C - 1, C, C + 1, T - 1}) {
+        SCOPED_TRACE(reset);
+        Problem p = problem(1, T, 2);
+        p.initial_state.fill(p.random, -1e30, 1e30);
+        for (Array *x : {&p.k, &p.v})
+            each(x->shape, [&](const Index &i) {
+                if (i[1] < reset) (*x)(i) *= 1e15f;
+            });
+        for (int64_t h = 0; h < 2; h++) p.log_decay({0, reset, h}) = -std::numeric_limits<float>::infinity();
+        run(p.forward());
+        p.expect_reference(C, 3);  // whose spread, from the reset on, knows nothing of what was before
+    }
+}
+
+TEST_P(Retention, SmallDecaysCountAfterALargeOne) {
+    // A running sum of log decays in fp32 would lose them: next to 90, steps are of 2^-17.
+    Problem p = problem(1, C, 2);
+    p.log_decay.fill(p.random, -1e-5, 0);
+    for (int64_t h = 0; h < 2; h++) p.log_decay({0, C / 4, h}) = -90;
+    run(p.forward());
+    p.expect_reference(C, 1);
+}
+
+TEST_P(Retention, IsLinearInValuesAndState) {
+    // Twice the values and state, exactly twice the result; and the sum of two calls, up to rounding.
+    const int64_t T = C + 9;
+    Problem p = problem(1, T, 2), twice = problem(1, T, 2), other = problem(1, T, 2);
+    each(other.v.shape, [&](const Index &i) { other.v(i) = (float)p.random(-1, 1); });
+    each(other.initial_state.shape, [&](const Index &i) { other.initial_state(i) = (float)p.random(-1, 1); });
+    Problem sum = problem(1, T, 2);
+    each(p.v.shape, [&](const Index &i) { twice.v(i) *= 2, sum.v(i) += other.v(i); });
+    each(p.initial_state.shape, [&](const Index &i) { twice.initial_state(i) *= 2, sum.initial_state(i) += other.initial_state(i); });
+    for (Problem *x : {&p, &twice, &other, &sum}) run(x->forward());
+
+    std::vector<double> doubled, added;
+    each(p.out.shape, [&](const Index &i) {
+        EXPECT_EQ(twice.out(i), 2 * p.out(i)) << text(i);
+        added.push_back((double)p.out(i) + other.out(i));
+    });
+    each(p.final_state.shape, [&](const Index &i) { EXPECT_EQ(twice.final_state(i), 2 * p.final_state(i)) << text(i); });
+    // Three results with errors of their own.
+    expect_close("out", sum.out, added, reference::spread(sum.inputs()).out, 3 * tolerance::of_spread(K, C, 2));
+}
+
+TEST_P(Retention, HeadsAndBatchEntriesAreIndependent) {
+    for (Gates gates : {Gates::per_head, Gates::weak}) {
+        SCOPED_TRACE(name(gates));
+        Problem whole = problem(3, 2 * C + 5, 2, gates), apart = problem(3, 2 * C + 5, 2, gates);
+        run(whole.forward());
+        for (int64_t b = 2; b >= 0; b--)
+            for (int64_t h = 0; h < 2; h++) run(apart.forward().head(b, h));
+        EXPECT_TRUE(same_bits(whole.out, apart.out));
+        EXPECT_TRUE(same_bits(whole.final_state, apart.final_state));
+    }
+}
+
+TEST_P(Retention, NotANumberStaysInItsHead) {
+    Problem clean = problem(2, C + 9, 3), p = problem(2, C + 9, 3);
+    run(clean.forward());
+    const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+    p.q({1, 5, 0, 0}) = nan, p.k({1, 5, 1, 0}) = nan, p.v({0, 5, 2, 0}) = infinity, p.initial_state({0, 1, 0, 0}) = nan;
+    run(p.forward());
+    auto poisoned = [](int64_t b, int64_t h) { return b == 1 ? h < 2 : h > 0; };
+    each(p.out.shape, [&](const Index &i) {
+        EXPECT_TRUE(poisoned(i[0], i[2]) || p.out(i) == clean.out(i)) << text(i);
+    });
+    each(p.final_state.shape, [&](const Index &i) {
+        EXPECT_TRUE(poisoned(i[0], i[1]) || p.final_state(i) == clean.final_state(i)) << text(i);
+    });
+    EXPECT_TRUE(std::isnan(p.out({1, 5, 0, 0})) && std::isnan(p.out({1, C + 8, 1, 0})) && std::isnan(p.out({0, C + 8, 1, 0})));
+    EXPECT_FALSE(std::isfinite(p.out({0, C + 8, 2, 0})));
+}
+
+TEST_P(Retention, SameBitsInEveryRunForAnyNumberOfThreads) {
+    Problem first = problem(2, 4 * C + 13, 3, Gates::resets);
+    run(first.forward());
+    for (int threads : {0, 1, 2, 3, 7, 256}) {
+        SCOPED_TRACE(threads);
+        ASSERT_EQ(holdfast_context_set_threads(*context, threads), HOLDFAST_OK);
+        Problem again = problem(2, 4 * C + 13, 3, Gates::resets);
+        run(again.forward());
+        EXPECT_TRUE(same_bits(first.out, again.out));
+        EXPECT_TRUE(same_bits(first.final_state, again.final_state));
+    }
+}
+
+TEST_P(Retention, NothingToDo) {
+    for (const auto &[B, T, H] : {std::array<int64_t, 3>{0, 5, 2}, {2, 0, 2}, {2, 5, 0}, {0, 0, 0}})
+        for (Gates gates : all_gates)
+            for (bool initial : {false, true}) {
+                SCOPED_TRACE(text({B, T, H}) + ", gates " + name(gates));
+                Problem p{B, T, H, K, V, gates, Layout::compact, initial};
+                run(p.forward());
+                const std::vector<float> state = p.final_state.values(), expected = p.initial_state.values();
+                for (size_t n = 0; n < state.size(); n++) EXPECT_EQ(state[n], initial ? expected[n] : 0);
+            }
+}
+
+TEST_P(Retention, ForcedTargetRuns) {
+    Problem p = problem(1, 3, 1);
+    run(p.forward());
+    ASSERT_EQ(context->messages.size(), 1u);
+    const std::string &message = context->messages[0], variant = variant_for(GetParam().target, GetParam().size)->name;
+    EXPECT_NE(message.find(variant), std::string::npos) << message;
+    EXPECT_NE(message.find("forced by the context"), std::string::npos) << message;
+
+    // And the listing, seen by the context, says the same.
+    for (const holdfast_variant &v : variants(*context)) EXPECT_TRUE(!v.selected || v.target == GetParam().target) << v.name;
+    bool listed = false;
+    for (const holdfast_variant &v : variants(*context)) listed |= v.selected && variant == v.name;
+    EXPECT_TRUE(listed);
+}
+
+INSTANTIATE_TEST_SUITE_P(, Retention, testing::ValuesIn(instances({{64, 64}, {1, 1}, {3, 5}, {33, 17}})),
+                         [](const auto &info) { return name(info.param); });
+
+}  // namespace

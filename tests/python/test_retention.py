@@ -1,0 +1,127 @@
+"""Values of retention() and decay()."""
+
+from __future__ import annotations
+
+import inspect
+
+import holdfast
+import numpy as np
+import pytest
+import reference
+from reference import assert_close
+
+
+@pytest.mark.parametrize("decay", [None, "head", "token"])
+@pytest.mark.parametrize("T", [0, 1, 63, 64, 65, 195])
+@pytest.mark.parametrize("B, H, K, V", [(1, 1, 1, 1), (2, 3, 7, 5), (1, 8, 64, 64), (3, 1, 33, 100), (1, 2, 128, 80)])
+def test_agrees_with_the_reference(problem, B, T, H, K, V, decay):
+    p = problem(B, T, H, K, V, decay)
+    expected, _ = reference.retention(p.q, p.k, p.v, p.log_decay)
+    assert_close(holdfast.retention(p.q, p.k, p.v, p.log_decay), expected)
+
+    expected, expected_state = reference.retention(p.q, p.k, p.v, p.log_decay, initial_state=p.initial_state)
+    out, state = holdfast.retention(
+        p.q, p.k, p.v, p.log_decay, initial_state=p.initial_state, form="chunkwise", return_state=True
+    )
+    assert_close(out, expected)
+    assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize("B, H", [(0, 2), (2, 0)])
+def test_nothing_to_do(problem, B, H):
+    p = problem(B, 5, H, 4, 3)
+    out, state = holdfast.retention(p.q, p.k, p.v, p.log_decay, return_state=True)
+    assert out.shape == (B, 5, H, 3) and state.shape == (B, H, 4, 3)
+
+
+def test_the_empty_sequence_returns_the_initial_state(problem):
+    p = problem(2, 0, 3, 8, 5)
+    out, state = holdfast.retention(p.q, p.k, p.v, initial_state=p.initial_state, return_state=True)
+    assert out.shape == (2, 0, 3, 5)
+    np.testing.assert_array_equal(state, p.initial_state)
+    assert state is not p.initial_state and not np.shares_memory(state, p.initial_state)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 64, 100, 195])
+def test_cut_and_continue(problem, cut):
+    p = problem(2, 195, 2, 40, 24)
+    whole, final = reference.retention(p.q, p.k, p.v, p.log_decay)
+    first, state = holdfast.retention(p.q[:, :cut], p.k[:, :cut], p.v[:, :cut], p.log_decay[:, :cut], return_state=True)
+    second, state = holdfast.retention(
+        p.q[:, cut:], p.k[:, cut:], p.v[:, cut:], p.log_decay[:, cut:], initial_state=state, return_state=True
+    )
+    assert_close(np.concatenate([first, second], axis=1), whole)
+    assert_close(state, final)
+
+
+@pytest.mark.parametrize("scale", [1, -0.25, np.float32(3)])
+def test_scale(problem, scale):
+    p = problem(1, 70, 2, 16, 8)
+    expected, _ = reference.retention(p.q, p.k, p.v, p.log_decay, scale=scale)
+    assert_close(holdfast.retention(p.q, p.k, p.v, p.log_decay, scale=scale), expected)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, np.int64(64), 10**30])
+def test_chunk_size_does_not_matter(problem, chunk_size):
+    p = problem(1, 150, 2, 64, 64)
+    expected, _ = reference.retention(p.q, p.k, p.v, p.log_decay)
+    assert_close(holdfast.retention(p.q, p.k, p.v, p.log_decay, chunk_size=chunk_size), expected)
+
+
+def test_a_decay_of_minus_infinity_forgets(problem):
+    p = problem(1, 150, 2, 64, 64)
+    p.log_decay[:, 70] = -np.inf
+    whole = holdfast.retention(p.q, p.k, p.v, p.log_decay, initial_state=p.initial_state)
+    afresh, _ = reference.retention(p.q[:, 70:], p.k[:, 70:], p.v[:, 70:], p.log_decay[:, 70:])
+    assert_close(whole[:, 70:], afresh)
+
+
+def test_bitwise_equal_for_any_number_of_threads(problem):
+    p = problem(2, 195, 4, 64, 64)
+    results = []
+    for threads in (0, 1, 3, 8):
+        holdfast.set_num_threads(threads)
+        results.append(holdfast.retention(p.q, p.k, p.v, p.log_decay, return_state=True))
+    for out, state in results[1:]:
+        np.testing.assert_array_equal(out, results[0][0])
+        np.testing.assert_array_equal(state, results[0][1])
+
+
+def test_the_signature_is_the_specified_one():
+    names = {
+        holdfast.retention: "q k v log_decay scale degree normalize form chunk_size initial_state initial_sum_of_keys "
+        "cu_seqlens return_state return_weights state_layout expansion out",
+        holdfast.retention_step: "q k v log_decay state sum_of_keys scale degree normalize out",
+        holdfast.rotate: "x theta offset interleaved",
+        holdfast.head_norm_gate: "x gate weight norm eps",
+        holdfast.decay: "num_heads convention",
+        holdfast.info: "",
+    }
+    for function, expected in names.items():
+        assert list(inspect.signature(function).parameters) == expected.split()
+
+
+def test_decay_retnet():
+    log_decay = holdfast.decay(8)
+    assert log_decay.dtype == np.float32
+    np.testing.assert_array_equal(log_decay, np.log1p(-(2.0 ** -np.arange(5, 13))).astype(np.float32))
+    np.testing.assert_array_equal(log_decay, holdfast.decay(8, convention="retnet"))
+    assert np.all(holdfast.decay(50) < 0)  # 1 - 2^-54 is 1 even in float64; its logarithm is not 0
+
+
+def test_decay_linspace():
+    gamma = np.exp(holdfast.decay(6, "linspace").astype(np.float64))
+    np.testing.assert_allclose(np.log(1 - gamma), np.linspace(np.log(1 / 32), np.log(1 / 512), 6), rtol=1e-5)
+
+
+def test_decay_of_no_heads():
+    assert holdfast.decay(0).shape == holdfast.decay(0, "linspace").shape == (0,)
+
+
+def test_decay_refuses():
+    with pytest.raises(ValueError, match="num_heads is -1; expected at least 0"):
+        holdfast.decay(-1)
+    with pytest.raises(ValueError, match="convention is 'foo'; expected 'retnet' or 'linspace'"):
+        holdfast.decay(4, "foo")
+    with pytest.raises(TypeError):
+        holdfast.decay(4.5)

@@ -1,0 +1,76 @@
+"""The wheel, built from this source tree, is enough by itself: no Halide, nothing of the build."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+SOURCE = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import importlib.util, sys
+from pathlib import Path
+import numpy as np
+import holdfast
+
+assert not importlib.util.find_spec("halide")
+package = Path(holdfast.__file__).parent
+assert package.is_relative_to(sys.prefix)
+
+T, H, K = 70, 2, 64
+q, k, v = np.random.default_rng(0).standard_normal((3, 1, T, H, K)).astype("f")
+out, state = holdfast.retention(q, k, v, holdfast.decay(H), return_state=True)
+gamma = np.exp(holdfast.decay(H).astype("d"))
+expected = sum(gamma[:, None, None] ** (T - 1 - t) * k[0, t, :, :, None] * v[0, t, :, None, :] for t in range(T))
+assert np.allclose(state[0], expected, rtol=0, atol=1e-5 * abs(expected).max())
+assert np.allclose(out[0, -1], np.einsum("hd,hde->he", q[0, -1], expected) / K**0.5, atol=1e-4)
+
+loaded = {line.split()[-1] for line in open("/proc/self/maps") if "holdfast" in line or "alide" in line}
+assert loaded and all(Path(name).parent == package for name in loaded), loaded
+print(holdfast.__version__)
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HOLDFAST_TARGET")}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_wheel(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    # In the build tree, so that a second run has next to nothing to compile.
+    settings = [f"build-dir={SOURCE / 'build' / 'wheel'}", "cmake.define.HOLDFAST_SIZES=64x64;any"]
+    options = [f"--config-settings={setting}" for setting in settings]
+    run(*pip, "wheel", SOURCE, "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, *options, cwd=tmp_path)
+    [wheel] = tmp_path.glob("holdfast-*.whl")
+
+    names = zipfile.ZipFile(wheel).namelist()
+    libraries = [name for name in names if ".so" in name]
+    assert len([name for name in libraries if name.startswith("holdfast/_holdfast.")]) == 1
+    assert len([name for name in libraries if name.startswith("holdfast/libholdfast.so.")]) == 1
+    assert len(libraries) == 2
+    assert not [name for name in names if "halide" in name.lower()]
+    package = [f"holdfast/{path.name}" for path in (SOURCE / "bindings/python/holdfast").iterdir() if path.is_file()]
+    assert {"holdfast/__init__.py", "holdfast/py.typed", "holdfast/_holdfast.pyi"} <= set(package) <= set(names)
+    assert {name.split("/")[0] for name in names} == {"holdfast", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+
+    venv.create(tmp_path / "clean", with_pip=False)
+    python = tmp_path / "clean" / "bin" / "python"
+    run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    # NumPy is the one dependency; the installed one does, alone.
+    clean_packages = Path(sysconfig.get_path("platlib", vars={"platbase": str(tmp_path / "clean")}))
+    for part in Path(np.__file__).parents[1].glob("numpy*"):
+        (clean_packages / part.name).symlink_to(part)
+    assert run(python, "-c", SCRIPT, cwd=tmp_path).strip() == wheel.name.split("-")[1]
+    assert run(python.parent / "holdfast", "info", cwd=tmp_path).startswith("Holdfast ")

@@ -1,0 +1,69 @@
+// Every compiled variant of chunkwise, called directly, on every case of kernel_call.h. What this machine cannot run is
+// skipped, with the CPU features that it lacks.
+#include "../kernel_call.h"
+
+#include <holdfast/holdfast.h>
+#include <kernels.h>
+
+namespace {
+using namespace test;
+
+struct Variant {
+    const char *name;
+    int chunk;
+    Size size;  // 0: any
+    int (*run)(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v, halide_buffer_t *log_decay,
+               halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count, float scale, halide_buffer_t *out,
+               halide_buffer_t *state_out);
+};
+constexpr Variant variants[] = {
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) {#name, chunk, {key_size, value_size}, name},
+#include <variants.inc>
+#undef HOLDFAST_VARIANT
+};
+
+std::string missing_cpu_features(const std::string &variant) {
+    holdfast_variant row;
+    for (int n = 0; holdfast_variant_at(nullptr, n, &row) == HOLDFAST_OK; n++)
+        if (variant == row.name) return row.missing;
+    return "(not listed by holdfast_variant_at)";
+}
+
+struct Instance {
+    Variant variant;
+    Size size;
+    KernelCase kernel_case;
+};
+std::string name(const Instance &i) {
+    std::string size;
+    if (!i.variant.size.K) size = "_K" + std::to_string(i.size.K) + "_V" + std::to_string(i.size.V);
+    return i.variant.name + size + "_" + i.kernel_case.name;
+}
+void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+
+std::vector<Instance> instances() {
+    std::vector<Instance> list;
+    for (const Variant &variant : variants) {
+        std::vector<Size> sizes(std::begin(odd_sizes), std::end(odd_sizes));
+        if (variant.size.K && variant.size.V) sizes = {variant.size};
+        for (Size size : sizes)
+            for (const KernelCase &c : kernel_cases(variant.chunk)) list.push_back({variant, size, c});
+    }
+    return list;
+}
+
+class Chunkwise : public testing::TestWithParam<Instance> {};
+
+TEST_P(Chunkwise, MatchesReference) {
+    const Instance &instance = GetParam();
+    const std::string missing = missing_cpu_features(instance.variant.name);
+    if (!missing.empty()) GTEST_SKIP() << "this CPU lacks " << missing;
+    halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
+    KernelCall(instance.kernel_case, instance.variant.chunk, instance.size).expect_reference([&](auto &&...arguments) {
+        return instance.variant.run(nullptr, arguments...);
+    });
+}
+
+INSTANTIATE_TEST_SUITE_P(, Chunkwise, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+
+}  // namespace
