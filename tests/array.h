@@ -115,7 +115,8 @@ public:
 
     /// The same bits in all of the memory, between the elements too.
     bool same_memory(const Array &other) const {
-        return memory.size() == other.memory.size() && !std::memcmp(memory.data(), other.memory.data(), memory.size() * sizeof(float));
+        return memory.size() == other.memory.size() &&
+               !std::memcmp(memory.data(), other.memory.data(), memory.size() * sizeof(float));
     }
     /// The memory between the elements has never been written.
     bool gaps_intact() const {

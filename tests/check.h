@@ -42,7 +42,8 @@ inline void expect_close(const char *what, const Array &got, const std::vector<d
         if (std::isnan(error)) worst = std::numeric_limits<double>::infinity();
         n++;
     });
-    EXPECT_LE(worst, 1) << what << text(where) << " is " << value << "; expected " << expected << ", to " << share << " of its spread";
+    EXPECT_LE(worst, 1) << what << text(where) << " is " << value << "; expected " << expected << ", to " << share
+                        << " of its spread";
 }
 
 /// Root mean square of got - want, relative to that of want.

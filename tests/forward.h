@@ -33,7 +33,8 @@ public:
     std::vector<std::string> messages;
 
 private:
-    std::unique_ptr<holdfast_context, void (*)(holdfast_context *)> context{holdfast_context_create(), holdfast_context_destroy};
+    using Pointer = std::unique_ptr<holdfast_context, void (*)(holdfast_context *)>;
+    Pointer context{holdfast_context_create(), holdfast_context_destroy};
 
     static void listen(void *user, const char *message) { ((Context *)user)->messages.push_back(message); }
 };
@@ -55,9 +56,7 @@ struct Tensor {
         return t;
     }
     /// DLPack's view. It points into this object.
-    DLTensor dl() {
-        return {data, {kDLCPU, 0}, (int32_t)shape.size(), {kDLFloat, 32, 1}, shape.data(), stride.data(), 0};
-    }
+    DLTensor dl() { return {data, {kDLCPU, 0}, (int32_t)shape.size(), {kDLFloat, 32, 1}, shape.data(), stride.data(), 0}; }
 };
 
 /// Arguments of holdfast_forward. A Tensor without data is not given.
@@ -71,8 +70,11 @@ struct Forward {
         DLTensor dl[7];
         for (int n = 0; n < 7; n++) dl[n] = tensors[n]->dl();
         auto given = [&](int n) { return tensors[n]->data ? &dl[n] : nullptr; };
-        const holdfast_forward_args args = {sizeof args, given(0), given(1), given(2), given(3), given(4),
-                                            given(5),    given(6), scale,    chunk_size};
+        holdfast_forward_args args = {};
+        args.struct_size = sizeof args;
+        args.q = given(0), args.k = given(1), args.v = given(2), args.log_decay = given(3), args.initial_state = given(4);
+        args.out = given(5), args.final_state = given(6);
+        args.scale = scale, args.chunk_size = chunk_size;
         return holdfast_forward(context, &args);
     }
 
@@ -120,10 +122,17 @@ struct Problem {
     }
 
     reference::Inputs inputs() const {
-        auto rows = [](const Array &a) { return reference::Strided{a.data(), {a.stride[0], a.stride[1], a.stride[2], a.stride[3]}}; };
+        auto strided = [](const Array &a) {
+            reference::Strided x{a.data(), {}};
+            std::copy(a.stride.begin(), a.stride.end(), x.stride.begin());
+            return x;
+        };
         static const float zero = 0;
-        return {B, T, H, K, V, rows(q), rows(k), rows(v), {log_decay.data(), {log_decay.stride[0], log_decay.stride[1], log_decay.stride[2], 0}},
-                initial ? rows(initial_state) : reference::Strided{&zero, {}}, scale != 0 ? scale : 1 / std::sqrt((double)K)};
+        reference::Inputs in{B, T, H, K, V};
+        in.q = strided(q), in.k = strided(k), in.v = strided(v), in.log_decay = strided(log_decay);
+        in.initial_state = initial ? strided(initial_state) : reference::Strided{&zero, {}};
+        in.scale = scale != 0 ? scale : 1 / std::sqrt((double)K);
+        return in;
     }
 
     /// out and final_state are what the reference says, up to the errors of multiplying the state `decays` times.

@@ -1,4 +1,5 @@
-// Calls of a chunkwise kernel by its own C signature, against the reference. For kernels compiled ahead of time and just in time.
+// Calls of a chunkwise kernel by its own C signature, against the reference: for kernels compiled ahead of time or just in
+// time.
 #pragma once
 #include "../runtime/src/chunk_table.h"
 #include "check.h"
@@ -44,9 +45,9 @@ inline std::vector<KernelCase> kernel_cases(int C) {
 class KernelCall {
 public:
     KernelCall(const KernelCase &c, int C, Size size)
-        : c(c), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C), starts(starts_of(c.lengths)), table(starts, chunk),
-          T(starts.back()), N((int64_t)c.lengths.size()), q(array({c.B, T, c.H, K})), k(array({c.B, T, c.H, K})),
-          v(array({c.B, T, c.H, V})), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
+        : c(c), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C), starts(starts_of(c.lengths)),
+          table(starts, chunk), T(starts.back()), N((int64_t)c.lengths.size()), q(array({c.B, T, c.H, K})),
+          k(array({c.B, T, c.H, K})), v(array({c.B, T, c.H, V})), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
           state_in(array({c.B, N, c.H, K, V})), out(array({c.B, T, c.H, V})), state_out(array({c.B, N, c.H, K, V})) {
         out.forget(), state_out.forget();
     }
@@ -66,8 +67,10 @@ public:
         for (int64_t s = 0; s < N; s++) {
             SCOPED_TRACE("sequence " + std::to_string(s));
             const int64_t from = starts[s], length = c.lengths[s];
-            reference::Inputs in{c.B, length, c.H, K, V, rows(q, from), rows(k, from), rows(v, from),
-                                 rows(log_decay, from), {&state_in({0, s, 0, 0, 0}), states(state_in)}, scale};
+            reference::Inputs in{c.B, length, c.H, K, V};
+            in.q = rows(q, from), in.k = rows(k, from), in.v = rows(v, from), in.log_decay = rows(log_decay, from);
+            in.initial_state = states(state_in, s);
+            in.scale = scale;
             const reference::Result want = reference::retention(in), spread = reference::spread(in);
             expect_close("out", part(out, from, length), want.out, spread.out, share);
             expect_close("state", part(state_out, s), want.state, spread.state, share);
@@ -106,7 +109,10 @@ private:
         const Index &s = a.stride;
         return {a.data() + from * s[1], {s[0], s[1], s[2], s.size() > 3 ? s[3] : 0}};
     }
-    static std::array<int64_t, 4> states(const Array &a) { return {a.stride[0], a.stride[2], a.stride[3], a.stride[4]}; }
+    static reference::Strided states(const Array &a, int64_t sequence) {
+        const Index &s = a.stride;
+        return {a.data() + sequence * s[1], {s[0], s[2], s[3], s[4]}};
+    }
 
     /// Tokens from .. from + length - 1 of an output.
     static Array part(const Array &a, int64_t from, int64_t length) {

@@ -12,10 +12,10 @@ constexpr double rounding = 0x1p-24;
 /// Largest error of any element of out or state, as a share of its spread (reference/retention.h).
 ///
 /// Products and sums: an element passes through three sums one after the other, over K (scores), over `chunk` tokens, and over
-/// K again; before, the state has been multiplied and added to `decays` times. Together n = 2 K + chunk + 2 decays terms. Each
-/// partial sum is rounded, by 0.4 roundings of what it is in the root mean square, and with terms of random sign it grows as
-/// the square root of their number: together 0.4 sqrt(n / 2), about sqrt(n) / 4 roundings of the spread. Of millions of elements
-/// some have partial sums of three or four times the usual size, and errors of five standard deviations: 4 sqrt(n).
+/// K again; before, the state has been multiplied and added to `decays` times. Together n = 2 K + chunk + 2 decays terms.
+/// Each partial sum is rounded, by 0.4 roundings of what it is in the root mean square, and with terms of random sign it grows
+/// as the square root of their number: together 0.4 sqrt(n / 2), about sqrt(n) / 4 roundings of the spread. Of millions of
+/// elements some have partial sums of three or four times the usual size, and errors of five standard deviations: 4 sqrt(n).
 /// Gates: exp() is good to two roundings, and so is what multiplies it; an element meets four of them. That of a chunk's decay
 /// is not among those that add up, though the state meets it again and again: it is kept to more than fp32.
 inline double of_spread(int64_t K, int64_t chunk, int64_t decays) {

@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -203,7 +202,6 @@ struct Settings {
     int threads = 0;
     std::optional<std::string> target;
     py::object listener;
-    bool forked = false;  // this process is a fork: the library's threads have stayed behind, and calls would wait for them
 };
 Settings &settings() {
     static Settings *const all = new Settings;
@@ -262,7 +260,7 @@ holdfast_context *context() {
     const Settings &wanted = settings();
     if (mine.version != wanted.version) {
         for (holdfast_status status :
-             {holdfast_context_set_threads(mine.context, wanted.forked ? 1 : wanted.threads),
+             {holdfast_context_set_threads(mine.context, wanted.threads),
               holdfast_context_set_target(mine.context, wanted.target ? wanted.target->c_str() : nullptr),
               holdfast_context_set_verbose(mine.context, wanted.listener ? call_verbose : nullptr, nullptr)})
             if (status) raise_status(status, holdfast_last_error(mine.context));
@@ -397,10 +395,6 @@ py::tuple variants() {
 }  // namespace
 
 PYBIND11_MODULE(_holdfast, m) {
-    pthread_atfork(nullptr, nullptr, [] {
-        settings().forked = true;
-        settings().version++;
-    });
     m.attr("TargetUnavailable") = constants().target_unavailable;
     m.def("forward", forward);
     m.def("variants", variants);

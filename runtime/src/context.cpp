@@ -9,6 +9,9 @@
 #include <cstdlib>
 #include <new>
 #include <thread>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -27,6 +30,13 @@ void default_deallocate(void *, void *memory, size_t) { std::free(memory); }
 constexpr Allocator default_allocator = {default_allocate, default_deallocate, nullptr};
 
 thread_local std::string default_context_error;
+
+// A fork has the calling thread alone: those of Halide's pool stay behind, and work given to it may wait for them.
+std::atomic<bool> forked{false};
+
+#if defined(__unix__) || defined(__APPLE__)
+[[maybe_unused]] const bool watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
+#endif
 
 int cores() {
 #if defined(__linux__)
@@ -154,6 +164,7 @@ holdfast_context::holdfast_context() : allocator(default_allocator) {}
 
 int holdfast_context::threads_for(int64_t items) const {
     static const int all = std::min(cores(), max_threads);
+    if (forked && !parallel_for) return 1;
     return (int)std::min<int64_t>(threads ? threads : all, std::max<int64_t>(items, 1));
 }
 
@@ -237,7 +248,7 @@ extern "C" {
 
 holdfast_status holdfast_context_set_target(holdfast_context *context, const char *target) {
     return set_option(context, [&](holdfast_context &c) {
-        c.target = target ? require_target(target, "holdfast_context_set_target") : nullptr;
+        c.target = target ? require_target(target) : nullptr;
     });
 }
 

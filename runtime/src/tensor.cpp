@@ -24,6 +24,8 @@ std::string describe(DLDataType type) {
                        : type.code == kDLUInt   ? "uint"
                        : type.code == kDLFloat  ? "float"
                        : type.code == kDLBfloat ? "bfloat"
+                       : type.code == kDLBool   ? "bool"
+                       : type.code == kDLComplex ? "complex"
                                                 : nullptr;
     std::string text = code ? code + std::to_string(type.bits) : "code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits";
     return type.lanes == 1 ? text : text + " x " + std::to_string(type.lanes) + " lanes";
@@ -84,6 +86,10 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), "; expected byte offsets that fit 64 bits");
     if (!t->data) fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has NULL data; expected memory for shape ", describe(*t));
     const uintptr_t base = (uintptr_t)t->data + t->byte_offset;
+    const uint64_t below = 0 - (uint64_t)view.low, above = (uint64_t)view.high;
+    if (below > base || above > UINTPTR_MAX - base)
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and strides that reach from byte ", view.low, " to ",
+             view.high, " of its data; expected them within the address space");
     if (base < t->byte_offset || base % alignof(float))
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has data and byte_offset ", t->byte_offset,
              " that are not the address of a float; expected a multiple of ", alignof(float));

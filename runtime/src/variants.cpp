@@ -35,13 +35,13 @@ const std::vector<Variant> &variants() {
     return list;
 }
 
-const Target *require_target(const std::string &name, const char *asked_by) {
+const Target *require_target(const std::string &name, const char *prefix) {
     const Target *target = find_target(name);
     if (target && target->missing.empty()) return target;
     std::string known;
     for (const Target &t : targets()) known += (known.empty() ? "" : ", ") + std::string(t.name);
-    if (!target) fail(HOLDFAST_TARGET_UNAVAILABLE, asked_by, ": target is '", name, "'; expected one of ", known);
-    fail(HOLDFAST_TARGET_UNAVAILABLE, asked_by, ": target is '", name, "', which needs CPU features that this machine lacks: ",
+    if (!target) fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name, "'; expected one of ", known);
+    fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name, "', which needs CPU features that this machine lacks: ",
          target->missing);
 }
 
@@ -50,7 +50,7 @@ const Target *environment_target() {
         const char *value = std::getenv("HOLDFAST_TARGET");
         return std::string(value ? value : "");
     }();
-    return name.empty() ? nullptr : require_target(name, "HOLDFAST_TARGET");
+    return name.empty() ? nullptr : require_target(name, "HOLDFAST_TARGET: ");
 }
 
 const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,

@@ -28,8 +28,8 @@ struct Variant {
 const std::vector<Target> &targets();    // best first
 const std::vector<Variant> &variants();  // best target first
 
-/// The target of that name if this machine runs it. Throws TARGET_UNAVAILABLE; `asked_by` says who wanted it.
-const Target *require_target(const std::string &name, const char *asked_by);
+/// The target of that name if this machine runs it. Throws TARGET_UNAVAILABLE; the text begins with `prefix`.
+const Target *require_target(const std::string &name, const char *prefix = "");
 
 /// The target that HOLDFAST_TARGET forces, null if it is not set. The variable is read once. Throws like require_target.
 const Target *environment_target();

@@ -72,14 +72,15 @@ TEST_P(Chunkwise, MatchesReference) {
     const ChunkwiseSizes &sizes = instance.sizes;
     if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
     try {
-        const Callable kernel = create_callable_from_generator(
-            GeneratorContext(instance.target.target.with_feature(Target::JIT)), "chunkwise",
-            {{"chunk", std::to_string(sizes.chunk)},
-             {"key_size", std::to_string(sizes.key)},
-             {"value_size", std::to_string(sizes.value)},
-             {"causal_tile", std::to_string(sizes.causal_tile)},
-             {"forced_schedule", instance.schedule}});
-        for (const KernelCase &c : kernel_cases(sizes.chunk)) KernelCall(c, sizes.chunk, instance.size).expect_reference(kernel);
+        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
+        const Callable kernel = create_callable_from_generator(context, "chunkwise",
+                                                               {{"chunk", std::to_string(sizes.chunk)},
+                                                                {"key_size", std::to_string(sizes.key)},
+                                                                {"value_size", std::to_string(sizes.value)},
+                                                                {"causal_tile", std::to_string(sizes.causal_tile)},
+                                                                {"forced_schedule", instance.schedule}});
+        for (const KernelCase &c : kernel_cases(sizes.chunk))
+            KernelCall(c, sizes.chunk, instance.size).expect_reference(kernel);
     } catch (const Halide::Error &e) {
         FAIL() << e.what();
     }

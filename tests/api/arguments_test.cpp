@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 
 namespace {
 using namespace test;
@@ -26,7 +27,14 @@ struct Call {
     Call(const Call &) = delete;
 
     DLTensor &tensor(const std::string &name) {
-        return name == "q" ? q : name == "k" ? k : name == "v" ? v : name == "out" ? out : name == "log_decay" ? log_decay : name == "initial_state" ? initial_state : final_state;
+        const std::map<std::string, DLTensor *> all = {{"q", &q},
+                                                       {"k", &k},
+                                                       {"v", &v},
+                                                       {"out", &out},
+                                                       {"log_decay", &log_decay},
+                                                       {"initial_state", &initial_state},
+                                                       {"final_state", &final_state}};
+        return *all.at(name);
     }
     /// Put a compact tensor of that shape at `offset` of `memory`.
     void place(DLTensor &x, int64_t offset) {
@@ -37,6 +45,7 @@ struct Call {
     void place_far(DLTensor &x) {
         constexpr size_t bytes = (size_t)64 << 30;
         far = std::make_unique<Reserved>(bytes);
+        EXPECT_TRUE(*far) << "no address space of 64 GB";
         x.data = far->floats() + bytes / sizeof(float) / 2;
     }
     /// A decay per head, where there was one per token.
@@ -59,7 +68,8 @@ struct Case {
 void PrintTo(const Case &c, std::ostream *stream) { *stream << c.name; }
 
 const std::vector<std::pair<std::string, std::string>> tensors = {
-    {"q", "BTHK"}, {"k", "BTHK"}, {"v", "BTHV"}, {"out", "BTHV"}, {"log_decay", "BTH"}, {"initial_state", "BHKV"}, {"final_state", "BHKV"}};
+    {"q", "BTHK"},          {"k", "BTHK"}, {"v", "BTHV"}, {"out", "BTHV"}, {"log_decay", "BTH"}, {"initial_state", "BHKV"},
+    {"final_state", "BHKV"}};
 int64_t extent(char axis) { return axis == 'B' ? B : axis == 'T' ? T : axis == 'H' ? H : axis == 'K' ? K : V; }
 bool is_output(const std::string &name) { return name == "out" || name == "final_state"; }
 
@@ -68,13 +78,14 @@ std::vector<Case> cases() {
     constexpr int64_t huge = std::numeric_limits<int64_t>::max();
     const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
     std::vector<Case> list;
-    auto add = [&](const std::string &name, holdfast_status status, const std::string &text, std::function<void(Call &)> spoil) {
-        list.push_back({name, status, text, std::move(spoil)});
-    };
+    auto add = [&](const std::string &name, holdfast_status status, const std::string &text,
+                   std::function<void(Call &)> spoil) { list.push_back({name, status, text, std::move(spoil)}); };
 
     // ---- The struct.
-    for (size_t size : {(size_t)0, (size_t)1, sizeof(void *), offsetof(holdfast_forward_args, chunk_size), sizeof(holdfast_forward_args) - 1})
-        add("struct_size_" + std::to_string(size), invalid, "args.struct_size is " + std::to_string(size) + "; expected sizeof(holdfast_forward_args)",
+    for (size_t size :
+         {(size_t)0, (size_t)1, sizeof(void *), offsetof(holdfast_forward_args, chunk_size), sizeof(holdfast_forward_args) - 1})
+        add("struct_size_" + std::to_string(size), invalid,
+            "args.struct_size is " + std::to_string(size) + "; expected sizeof(holdfast_forward_args)",
             [=](Call &c) { c.args.struct_size = size; });
     add("scale_nan", invalid, "scale is nan; expected a finite number", [=](Call &c) { c.args.scale = nan; });
     add("scale_inf", invalid, "scale is inf; expected a finite number", [=](Call &c) { c.args.scale = infinity; });
@@ -93,28 +104,32 @@ std::vector<Case> cases() {
     for (const auto &[name, axes] : tensors) {
         const std::string who = name;
         const int rank = (int)axes.size();
-        auto add_one = [&](const std::string &what, holdfast_status status, const std::string &text, std::function<void(DLTensor &)> spoil) {
+        auto add_one = [&](const std::string &what, holdfast_status status, const std::string &text,
+                           std::function<void(DLTensor &)> spoil) {
             add(who + "_" + what, status, who + " " + text, [=](Call &c) { spoil(c.tensor(who)); });
         };
         add_one("data_null", invalid, "has NULL data; expected memory for shape [", [](DLTensor &x) { x.data = nullptr; });
         add_one("shape_null", invalid, "has a NULL shape", [](DLTensor &x) { x.shape = nullptr; });
         for (int other : {0, 2, 5, -1})
             add_one("rank_" + std::string(other < 0 ? "negative" : std::to_string(other)), invalid,
-                    "has " + std::to_string(other) + " dimensions; expected " + (who == "log_decay" ? "1, [H], or 3, [B, T, H]" : "4, ["),
+                    "has " + std::to_string(other) + " dimensions; expected " +
+                        (who == "log_decay" ? "1, [H], or 3, [B, T, H]" : "4, ["),
                     [=](DLTensor &x) { x.ndim = other; });
-        const std::pair<DLDataType, const char *> dtypes[] = {{{kDLFloat, 64, 1}, "float64"},  {{kDLFloat, 16, 1}, "float16"},
-                                                              {{kDLBfloat, 16, 1}, "bfloat16"}, {{kDLInt, 32, 1}, "int32"},
-                                                              {{kDLUInt, 8, 1}, "uint8"},       {{kDLFloat, 32, 4}, "float32 x 4 lanes"},
-                                                              {{77, 32, 1}, "code 77, 32 bits"}};
+        const std::pair<DLDataType, const char *> dtypes[] = {
+            {{kDLFloat, 64, 1}, "float64"},   {{kDLFloat, 16, 1}, "float16"}, {{kDLBfloat, 16, 1}, "bfloat16"},
+            {{kDLInt, 32, 1}, "int32"},       {{kDLUInt, 8, 1}, "uint8"},     {{kDLFloat, 32, 4}, "float32 x 4 lanes"},
+            {{77, 32, 1}, "code 77, 32 bits"}};
         for (size_t n = 0; n < std::size(dtypes); n++) {
             const DLDataType type = dtypes[n].first;
-            add_one("dtype_" + std::to_string(n), unsupported, std::string("has dtype ") + dtypes[n].second + "; expected float32",
-                    [=](DLTensor &x) { x.dtype = type; });
+            add_one("dtype_" + std::to_string(n), unsupported,
+                    std::string("has dtype ") + dtypes[n].second + "; expected float32", [=](DLTensor &x) { x.dtype = type; });
         }
         for (DLDeviceType device : {kDLCUDA, kDLMetal, kDLROCM})
             add_one("device_" + std::to_string(device), unsupported,
-                    "is on device type " + std::to_string(device) + "; expected the CPU", [=](DLTensor &x) { x.device.device_type = device; });
-        add_one("byte_offset_odd", invalid, "has data and byte_offset 2 that are not the address of a float", [](DLTensor &x) { x.byte_offset = 2; });
+                    "is on device type " + std::to_string(device) + "; expected the CPU",
+                    [=](DLTensor &x) { x.device.device_type = device; });
+        add_one("byte_offset_odd", invalid, "has data and byte_offset 2 that are not the address of a float",
+                [](DLTensor &x) { x.byte_offset = 2; });
         add_one("byte_offset_beyond_memory", invalid, "has data and byte_offset 18446744073709551612",
                 [](DLTensor &x) { x.byte_offset = std::numeric_limits<uint64_t>::max() - 3; });
 
@@ -122,7 +137,8 @@ std::vector<Case> cases() {
             const char letter = axes[axis];
             const std::string at = std::string("_on_") + letter;
             add_one("extent_negative" + at, invalid, "has shape [", [=](DLTensor &x) { x.shape[axis] = -1; });
-            add_one("extent_beyond_int32" + at, unsupported, "has shape [", [=](DLTensor &x) { x.shape[axis] = (int64_t)1 << 31; });
+            add_one("extent_beyond_int32" + at, unsupported, "has shape [",
+                    [=](DLTensor &x) { x.shape[axis] = (int64_t)1 << 31; });
             add_one("extent_beyond_all" + at, unsupported, "has shape [", [=](DLTensor &x) { x.shape[axis] = huge; });
             // Most of q's extents make the other tensors wrong.
             if (who != "q")
@@ -130,31 +146,37 @@ std::vector<Case> cases() {
                     add(who + "_extent_" + std::to_string(other) + at, invalid,
                         (who == "v" && letter == 'V' ? "out " : who + " ") + "[",
                         [=](Call &c) { c.tensor(who).shape[axis] = other; });
-            const std::pair<const char *, int64_t> overflowing[] = {
-                {"most", huge}, {"least", std::numeric_limits<int64_t>::min()}, {"of_2_61", huge / 4}, {"of_minus_2_61", -huge / 4 - 1}};
+            const std::pair<const char *, int64_t> overflowing[] = {{"most", huge},
+                                                                    {"least", std::numeric_limits<int64_t>::min()},
+                                                                    {"of_2_61", huge / 4},
+                                                                    {"of_minus_2_61", -huge / 4 - 1}};
             for (const auto &[which, stride] : overflowing) {
                 const int64_t other = stride;
                 add_one("stride_" + std::string(which) + at, invalid, "has ", [=](DLTensor &x) { x.strides[axis] = other; });
             }
             if (is_output(who) && axis < rank - 1)
-                add_one("elements_share_memory" + at, invalid, "has stride 0 on axis " + std::to_string(axis) + ", so that its elements share memory",
+                add_one("elements_share_memory" + at, invalid,
+                        "has stride 0 on axis " + std::to_string(axis) + ", so that its elements share memory",
                         [=](DLTensor &x) { x.strides[axis] = 0; });
         }
         if (who != "log_decay")
             for (int64_t stride : {0, 2, -1})
-                add_one("row_stride_" + std::to_string(stride + 1), invalid, "has stride " + std::to_string(stride) + " on its last axis; expected 1",
+                add_one("row_stride_" + std::to_string(stride + 1), invalid,
+                        "has stride " + std::to_string(stride) + " on its last axis; expected 1",
                         [=](DLTensor &x) { x.strides[rank - 1] = stride; });
     }
     add("out_elements_share_memory_by_one", invalid, "out has stride 17 on axis 1, so that its elements share memory",
         [](Call &c) { c.out.strides[1] = H * V - 1; });
-    add("final_state_elements_share_memory_by_one", invalid, "final_state has stride 71 on axis 0, so that its elements share memory",
+    add("final_state_elements_share_memory_by_one", invalid,
+        "final_state has stride 71 on axis 0, so that its elements share memory",
         [](Call &c) { c.final_state.strides[0] = H * K * V - 1; });
 
     // ---- Extents against one another.
     add("K_0", invalid, "q [B, T, H, K] has K = 0; expected at least 1", [](Call &c) { c.q.shape[3] = c.k.shape[3] = 0; });
     add("V_0", invalid, "v [B, T, H, V] has V = 0; expected at least 1", [](Call &c) { c.v.shape[3] = c.out.shape[3] = 0; });
     add("k_says_what_it_was", invalid, "k [B, T, H, K] has T = 6; expected 5, that of q", [](Call &c) { c.k.shape[1] = 6; });
-    add("out_says_what_it_was", invalid, "out [B, T, H, V] has V = 7; expected 6, that of v", [](Call &c) { c.out.shape[3] = 7; });
+    add("out_says_what_it_was", invalid, "out [B, T, H, V] has V = 7; expected 6, that of v",
+        [](Call &c) { c.out.shape[3] = 7; });
     add("state_says_what_it_was", invalid, "initial_state [B, H, K, V] has K = 6; expected 4, that of q",
         [](Call &c) { c.initial_state.shape[2] = 6, c.initial_state.shape[3] = 4; });
     add("log_decay_per_head_of_other_heads", invalid, "log_decay [H] has H = 2; expected 3, that of q",
@@ -171,7 +193,8 @@ std::vector<Case> cases() {
         for (int64_t stride : {(int64_t)1 << 30, -((int64_t)1 << 30)}) {
             const int axis = who.find("state") == std::string::npos ? 1 : 2;
             add(who + (stride < 0 ? "_stride_too_negative" : "_stride_too_large"), unsupported,
-                who + " has stride " + std::to_string(stride) + " on axis " + std::to_string(axis) + "; expected at most ", [=](Call &c) {
+                who + " has stride " + std::to_string(stride) + " on axis " + std::to_string(axis) + "; expected at most ",
+                [=](Call &c) {
                     c.place_far(c.tensor(who));
                     c.tensor(who).strides[axis] = stride;
                 });
@@ -191,12 +214,13 @@ std::vector<Case> cases() {
                 });
             }
         }
-    add("final_state_half_over_initial_state", invalid, "final_state overlaps initial_state in memory; expected separate memory", [](Call &c) {
-        c.place(c.initial_state, 1024);
-        c.place(c.final_state, 1024 + H * K * V);
-    });
-    add("final_state_is_initial_state_in_other_order", invalid, "final_state overlaps initial_state in memory; expected separate memory",
-        [](Call &c) {
+    add("final_state_half_over_initial_state", invalid,
+        "final_state overlaps initial_state in memory; expected separate memory", [](Call &c) {
+            c.place(c.initial_state, 1024);
+            c.place(c.final_state, 1024 + H * K * V);
+        });
+    add("final_state_is_initial_state_in_other_order", invalid,
+        "final_state overlaps initial_state in memory; expected separate memory", [](Call &c) {
             c.place(c.initial_state, 1024), c.place(c.final_state, 1024);
             c.other_strides = {K * V, B * K * V, V, 1};
             c.final_state.strides = c.other_strides.data();
@@ -234,7 +258,8 @@ TEST_P(BadArgument, IsNamedAndNothingIsWritten) {
     EXPECT_EQ(holdfast_forward(context, &call.args), bad.status) << context.error();
     EXPECT_NE(context.error().find(bad.text), std::string::npos) << context.error() << "\nexpected: ..." << bad.text << "...";
     EXPECT_NE(context.error().find("; expected "), std::string::npos) << context.error();
-    for (size_t n = 0; n < before.size(); n++) EXPECT_TRUE(call.arrays()[n]->same_memory(before[n])) << "array " << n << " was written";
+    for (size_t n = 0; n < before.size(); n++)
+        EXPECT_TRUE(call.arrays()[n]->same_memory(before[n])) << "array " << n << " was written";
     EXPECT_TRUE(context.messages.empty()) << context.messages[0];
 
     // And the same without a context.
@@ -275,12 +300,14 @@ std::vector<GoodCase> good_cases() {
         {"strides_of_extents_of_1",
          [](Call &c) {  // reach nothing, whatever they are
              c.q.shape[1] = c.k.shape[1] = c.v.shape[1] = c.out.shape[1] = c.log_decay.shape[1] = 1;
-             c.q.strides[1] = huge, c.k.strides[1] = -huge, c.v.strides[1] = huge / 3, c.out.strides[1] = 0, c.log_decay.strides[1] = huge;
+             c.q.strides[1] = huge, c.k.strides[1] = -huge, c.v.strides[1] = huge / 3, c.out.strides[1] = 0,
+             c.log_decay.strides[1] = huge;
          }},
         {"strides_of_empty_tensors",
          [](Call &c) {
              c.q.shape[1] = c.k.shape[1] = c.v.shape[1] = c.out.shape[1] = c.log_decay.shape[1] = 0;
-             c.q.strides[0] = huge, c.k.strides[1] = -huge, c.out.strides[2] = 0, c.v.strides[3] = 0, c.log_decay.strides[1] = huge;
+             c.q.strides[0] = huge, c.k.strides[1] = -huge, c.out.strides[2] = 0, c.v.strides[3] = 0,
+             c.log_decay.strides[1] = huge;
          }},
         {"no_data_in_empty_tensors",
          [](Call &c) {
@@ -333,7 +360,9 @@ TEST(Args, LaterVersionWithAnOptionIsRefused) {
         later.args.struct_size = sizeof later;
         later.more[n] = 1;
         EXPECT_EQ(holdfast_forward(context, &later.args), HOLDFAST_UNSUPPORTED);
-        EXPECT_NE(context.error().find("byte " + std::to_string(sizeof(holdfast_forward_args) + n) + " is not zero; expected zeros"), std::string::npos)
+        EXPECT_NE(
+            context.error().find("byte " + std::to_string(sizeof(holdfast_forward_args) + n) + " is not zero; expected zeros"),
+            std::string::npos)
             << context.error();
         EXPECT_TRUE(call.p.out.same_memory(before));
     }

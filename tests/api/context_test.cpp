@@ -70,7 +70,8 @@ TEST(Variants, AreDescribed) {
         holdfast_variant v = {};
         ASSERT_EQ(holdfast_variant_at(nullptr, n, &v), HOLDFAST_OK);
         const std::string name = v.name;
-        for (const std::string part : {v.kernel, v.dtype, v.target}) EXPECT_NE(name.find(part), std::string::npos) << name << " " << part;
+        for (const std::string part : {v.kernel, v.dtype, v.target})
+            EXPECT_NE(name.find(part), std::string::npos) << name << " " << part;
         EXPECT_GT(v.chunk, 0);
         EXPECT_TRUE(v.runs_here == 0 || v.runs_here == 1);
         EXPECT_TRUE(v.selected == 0 || v.runs_here) << name;

@@ -55,7 +55,8 @@ TEST(Threads, DefaultContextFromManyAtOnce) {
             Forward f = bad.forward();
             f.chunk_size = -1 - n;
             EXPECT_EQ(f.run(nullptr), HOLDFAST_INVALID_ARGUMENT);
-            EXPECT_NE(std::string(holdfast_last_error(nullptr)).find("chunk_size is " + std::to_string(-1 - n)), std::string::npos);
+            EXPECT_NE(std::string(holdfast_last_error(nullptr)).find("chunk_size is " + std::to_string(-1 - n)),
+                      std::string::npos);
         });
     for (std::thread &thread : threads) thread.join();
 }
@@ -129,7 +130,8 @@ TEST(ThreadPool, RunsTheWork) {
 
 TEST(ThreadPool, FailureFailsTheCall) {
     const std::pair<int (*)(int, Task, void *), const char *> pools[] = {
-        {fails_after_all, "thread pool: parallel_for returned 7"}, {fails_at_once, "thread pool: parallel_for returned -3"},
+        {fails_after_all, "thread pool: parallel_for returned 7"},
+        {fails_at_once, "thread pool: parallel_for returned -3"},
         {forgets_all, "thread pool"}};
     for (auto [run, text] : pools) {
         Context context("", 2);
@@ -154,7 +156,9 @@ public:
 
     ~Memory() { EXPECT_EQ(held, 0u) << "bytes were not given back"; }
 
-    void use_in(holdfast_context *context) { ASSERT_EQ(holdfast_context_set_allocator(context, allocate, deallocate, this), HOLDFAST_OK); }
+    void use_in(holdfast_context *context) {
+        ASSERT_EQ(holdfast_context_set_allocator(context, allocate, deallocate, this), HOLDFAST_OK);
+    }
 
 private:
     static constexpr size_t guard = 64;
@@ -167,8 +171,8 @@ private:
         EXPECT_TRUE(alignment > 0 && (alignment & (alignment - 1)) == 0) << alignment << " is no power of two";
         if (m.allocations++ == m.fail_at) return nullptr;
         // Aligned to just that, to show what relies on more.
-        char *memory = (char *)std::aligned_alloc(2 * alignment, (bytes + alignment + guard) / (2 * alignment) * 2 * alignment + 2 * alignment);
-        memory += alignment;
+        const size_t twice = 2 * alignment, needed = alignment + bytes + guard;
+        char *memory = (char *)std::aligned_alloc(twice, (needed + twice - 1) / twice * twice) + alignment;
         std::memset(memory + bytes, 0xa5, guard);
         m.blocks[memory] = bytes;
         m.most = std::max(m.most, m.held += bytes);
@@ -272,7 +276,8 @@ TEST_P(Workspace, EachAllocationMayFail) {
                 EXPECT_EQ(p.forward().run(context), HOLDFAST_OUT_OF_MEMORY);
                 EXPECT_NE(context.error().find("out of memory"), std::string::npos) << context.error();
             }
-            ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << "the context does not work after a failure: " << context.error();
+            ASSERT_EQ(p.forward().run(context), HOLDFAST_OK)
+                << "the context does not work after a failure: " << context.error();
             expect_same(p, expected);
             context.destroy();
             if (n < 0) total = memory.allocations;
@@ -281,7 +286,8 @@ TEST_P(Workspace, EachAllocationMayFail) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(, Workspace, testing::ValuesIn(instances({{64, 64}, {33, 17}})), [](const auto &info) { return name(info.param); });
+INSTANTIATE_TEST_SUITE_P(, Workspace, testing::ValuesIn(instances({{64, 64}, {33, 17}})),
+                         [](const auto &info) { return name(info.param); });
 
 // ---- Targets -------------------------------------------------------------------------------------------------------
 
@@ -290,7 +296,8 @@ TEST(Target, WithoutForcingTheBestRuns) {
     Problem p = problem();
     ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << context.error();
     ASSERT_EQ(context.messages.size(), 1u);
-    EXPECT_NE(context.messages[0].find(variant_for(targets(true).front(), size)->name), std::string::npos) << context.messages[0];
+    EXPECT_NE(context.messages[0].find(variant_for(targets(true).front(), size)->name), std::string::npos)
+        << context.messages[0];
     EXPECT_NE(context.messages[0].find("best target"), std::string::npos) << context.messages[0];
 }
 
@@ -307,7 +314,8 @@ TEST(Target, UnknownNameIsAnErrorAndChangesNothing) {
     for (const char *name : {"avx1024", "", "AVX2", "generic "}) {
         EXPECT_EQ(holdfast_context_set_target(context, name), HOLDFAST_TARGET_UNAVAILABLE);
         EXPECT_NE(context.error().find("'" + std::string(name) + "'; expected one of "), std::string::npos) << context.error();
-        for (const std::string &target : targets()) EXPECT_NE(context.error().find(target), std::string::npos) << context.error();
+        for (const std::string &target : targets())
+            EXPECT_NE(context.error().find(target), std::string::npos) << context.error();
     }
     Problem p = problem();
     ASSERT_EQ(p.forward().run(context), HOLDFAST_OK);

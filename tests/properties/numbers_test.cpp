@@ -33,7 +33,8 @@ TEST_P(Numbers, RelativeErrorOf4096Tokens) {
     EXPECT_LE(relative_rms(tokens.final_state.values(), want.state), tolerance::relative_rms) << "token by token";
 }
 
-INSTANTIATE_TEST_SUITE_P(, Numbers, testing::ValuesIn(instances({{64, 64}})), [](const auto &info) { return name(info.param); });
+INSTANTIATE_TEST_SUITE_P(, Numbers, testing::ValuesIn(instances({{64, 64}})),
+                         [](const auto &info) { return name(info.param); });
 
 TEST(Forms, AgreeOver4096Tokens) {
     Context context;

@@ -15,7 +15,8 @@ protected:
     }
     Problem problem(int64_t B, int64_t T, int64_t H, Gates gates = Gates::weak) const { return {B, T, H, K, V, gates}; }
     void run(Forward f) { ASSERT_EQ(f.run(*context), HOLDFAST_OK) << context->error(); }
-    void run_by(Forward f, const Index &cuts) {  // tokens up to each cut in a call of its own, the state carried from each to the next
+    /// Tokens up to each cut in a call of its own, the state carried from each to the next.
+    void run_by(Forward f, const Index &cuts) {
         int64_t from = 0;
         for (int64_t to : cuts) {
             run(f.tokens(from, to));
@@ -83,8 +84,8 @@ TEST_P(Retention, TakesOneTensorForManyArguments) {
 TEST_P(Retention, ByteOffsetAndNullStrides) {
     Problem p = problem(2, C + 7, 3);
     Forward f = p.forward();
-    DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), initial = f.initial_state.dl(), out = f.out.dl(),
-             final = f.final_state.dl();
+    DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), out = f.out.dl();
+    DLTensor initial = f.initial_state.dl(), final = f.final_state.dl();
     for (DLTensor *x : {&q, &k, &v, &log_decay, &initial, &out, &final}) {
         x->strides = nullptr;
         x->data = (char *)x->data - 64;
@@ -132,7 +133,9 @@ TEST_P(Retention, TokenByTokenAgrees) {
 
 TEST_P(Retention, ContinuesWhereItWasCut) {
     const int64_t T = 20 * C + 9;
-    for (const Index &cuts : {Index{1, T}, {C - 1, T}, {C, T}, {C + 1, T}, {10 * C, T}, {T - 1, T}, {3, 3, 2 * C, 2 * C + 1, 14 * C + 5, T}})
+    const std::vector<Index> all_cuts = {
+        {1, T}, {C - 1, T}, {C, T}, {C + 1, T}, {10 * C, T}, {T - 1, T}, {3, 3, 2 * C, 2 * C + 1, 14 * C + 5, T}};
+    for (const Index &cuts : all_cuts)
         for (Gates gates : {Gates::weak, Gates::resets}) {
             SCOPED_TRACE(text(cuts) + ", gates " + name(gates));
             Problem p = problem(2, T, 2, gates);
@@ -233,7 +236,8 @@ TEST_P(Retention, IsLinearInValuesAndState) {
     each(other.initial_state.shape, [&](const Index &i) { other.initial_state(i) = (float)p.random(-1, 1); });
     Problem sum = problem(1, T, 2);
     each(p.v.shape, [&](const Index &i) { twice.v(i) *= 2, sum.v(i) += other.v(i); });
-    each(p.initial_state.shape, [&](const Index &i) { twice.initial_state(i) *= 2, sum.initial_state(i) += other.initial_state(i); });
+    each(p.initial_state.shape,
+         [&](const Index &i) { twice.initial_state(i) *= 2, sum.initial_state(i) += other.initial_state(i); });
     for (Problem *x : {&p, &twice, &other, &sum}) run(x->forward());
 
     std::vector<double> doubled, added;
@@ -265,12 +269,9 @@ TEST_P(Retention, NotANumberStaysInItsHead) {
     p.q({1, 5, 0, 0}) = nan, p.k({1, 5, 1, 0}) = nan, p.v({0, 5, 2, 0}) = infinity, p.initial_state({0, 1, 0, 0}) = nan;
     run(p.forward());
     auto poisoned = [](int64_t b, int64_t h) { return b == 1 ? h < 2 : h > 0; };
-    each(p.out.shape, [&](const Index &i) {
-        EXPECT_TRUE(poisoned(i[0], i[2]) || p.out(i) == clean.out(i)) << text(i);
-    });
-    each(p.final_state.shape, [&](const Index &i) {
-        EXPECT_TRUE(poisoned(i[0], i[1]) || p.final_state(i) == clean.final_state(i)) << text(i);
-    });
+    each(p.out.shape, [&](const Index &i) { EXPECT_TRUE(poisoned(i[0], i[2]) || p.out(i) == clean.out(i)) << text(i); });
+    each(p.final_state.shape,
+         [&](const Index &i) { EXPECT_TRUE(poisoned(i[0], i[1]) || p.final_state(i) == clean.final_state(i)) << text(i); });
     EXPECT_TRUE(std::isnan(p.out({1, 5, 0, 0})) && std::isnan(p.out({1, C + 8, 1, 0})) && std::isnan(p.out({0, C + 8, 1, 0})));
     EXPECT_FALSE(std::isfinite(p.out({0, C + 8, 2, 0})));
 }

@@ -8,11 +8,11 @@
 
 namespace reference {
 
-/// A tensor of floats in any layout: element (a, b, c, d) is of(data[a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]]).
-/// A stride of 0 repeats one element along its axis.
+/// A tensor of floats in any layout: element (a, b, c, d) is `of` of data[a * stride[0] + b * stride[1] + ...]. A stride of 0
+/// repeats one element along its axis.
 struct Strided {
-    const float *data;
-    std::array<int64_t, 4> stride;
+    const float *data = nullptr;
+    std::array<int64_t, 4> stride = {};
     double (*of)(double) = [](double x) { return x; };
 
     double operator()(int64_t a, int64_t b, int64_t c, int64_t d = 0) const {
@@ -22,10 +22,10 @@ struct Strided {
 
 struct Inputs {
     int64_t B, T, H, K, V;
-    Strided q, k, v;        // [B, T, H, K], [B, T, H, K], [B, T, H, V]
-    Strided log_decay;      // [B, T, H]
-    Strided initial_state;  // [B, H, K, V]
-    double scale;
+    Strided q = {}, k = {}, v = {};  // [B, T, H, K], [B, T, H, K], [B, T, H, V]
+    Strided log_decay = {};          // [B, T, H]
+    Strided initial_state = {};      // [B, H, K, V]
+    double scale = 1;
 };
 
 struct Result {
@@ -58,8 +58,8 @@ inline Result retention(const Inputs &in) {
     return result;
 }
 
-/// Of each element of retention(in): the root of the sum of the squares of its terms, scale q_id k_jd v_je and so on. That is its
-/// size when the terms have random signs, whether or not they happen to cancel: what rounding errors are measured by.
+/// Of each element of retention(in): the root of the sum of the squares of its terms, scale q_id k_jd v_je and so on. That is
+/// its size when the terms have random signs, whether or not they happen to cancel: what rounding errors are measured by.
 inline Result spread(Inputs in) {
     for (Strided *x : {&in.q, &in.k, &in.v, &in.initial_state}) x->of = [](double y) { return y * y; };
     in.log_decay.of = [](double g) { return 2 * g; };

@@ -59,7 +59,8 @@ HOLDFAST_API const char *holdfast_status_name(holdfast_status status);
 /* ---- Context ----------------------------------------------------------------------------------------------------- */
 
 /** Options, an error text and reusable workspace. Two contexts share nothing that changes, except that contexts without a
- *  thread pool of their own draw on the process's one pool, which is made for that.
+ *  thread pool of their own draw on the process's one pool, which is made for that. A forked process computes on the calling
+ *  thread alone, with contexts that no other thread was using when it forked.
  *  Use a context from one thread at a time; different contexts from different threads freely. The default context (NULL)
  *  may be used from any number of threads at once; its options cannot be changed, its error text is kept per thread. */
 typedef struct holdfast_context holdfast_context;
@@ -145,8 +146,8 @@ HOLDFAST_API const char *holdfast_cpu_features(void);
 /* ---- Retention --------------------------------------------------------------------------------------------------- */
 
 /** Arguments of holdfast_forward. Set struct_size to sizeof(holdfast_forward_args) and everything not used to zero, best by
- *  `holdfast_forward_args args = {sizeof args};`. The struct grows at its end in later versions: the library accepts an
- *  older, shorter one, and a longer one whose unknown part is zero.
+ *  `holdfast_forward_args args = {.struct_size = sizeof args};` in C. The struct grows at its end in later versions: the
+ *  library accepts an older, shorter one, and a longer one whose unknown part is zero.
  *
  *  B batch, T time, H heads, K key size, V value size. B, T and H may be 0; K and V are at least 1. All tensors are fp32 on
  *  the CPU. Every axis may have any stride, also 0 (inputs) or negative, except that the last axis of q, k, v, out and the
