@@ -75,13 +75,6 @@ print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[
 pip_install --quiet "$(group_pins pip)"
 for group in "${todo[@]}"; do
     say "installing the wheels of group '$group' (pyproject.toml)"
-    index=()
-    if [[ $group == bench ]] && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-        # The torch of PyPI carries gigabytes of CUDA; its own index, where it can be reached, has one for the CPU.
-        cpu_wheels=https://download.pytorch.org/whl/cpu
-        "$venv/bin/python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=10)' "$cpu_wheels/torch/" \
-            2>/dev/null && index=(--extra-index-url "$cpu_wheels")
-    fi
-    pip_install "${index[@]}" --group "$group" || fail "pip could not install group '$group': see its last lines above"
+    pip_install --group "$group" || fail "pip could not install group '$group': see its last lines above"
     echo "$pins" >"$venv/.installed-$group"
 done

@@ -154,7 +154,7 @@ def compare_forms(in_blocks: np.ndarray, x: Inputs) -> None:
     print(f"largest difference, over the root mean square of the outputs ({tokens:,} tokens; {steps:,} one by one):")
     for name, difference in differences.items():
         print(f"  {name:34} {difference:.1e}")
-    print("  (one by one, each decay is rounded to fp32 at each token, and a head that forgets slowly adds that up)")
+    print("  (one by one, the state is rounded to fp32 at each token; in blocks, once in a chunk)")
     if not max(differences.values()) < LARGEST_DIFFERENCE:
         sys.exit(f"demo: the forms differ by more than {LARGEST_DIFFERENCE}: something is wrong")
 
