@@ -38,13 +38,14 @@ missing() { # lines "package: what it is for", of what is not there
     [[ -e $python_header ]] || echo "python3-dev: $python_header"
     compiles "$cc" stdio.h c && compiles "$cxx" vector c++ || echo "g++: a C and C++17 compiler"
 }
-missing_test_libraries() { # CMake fetches these where the system has none
+missing_for_tests() { # CMake fetches the libraries where the system has none, and leaves the test of holdfast.pc out
     wanted test || return 0
     compiles "$cxx" gtest/gtest.h c++ || echo "libgtest-dev: GoogleTest"
     compiles "$cxx" benchmark/benchmark.h c++ || echo "libbenchmark-dev: Google Benchmark"
+    command -v pkg-config >/dev/null || echo "pkg-config: what holdfast.pc is for"
 }
 
-packages=$( (missing && missing_test_libraries) | cut -d: -f1 | xargs)
+packages=$( (missing && missing_for_tests) | cut -d: -f1 | xargs)
 if [[ -n $packages ]] && command -v apt-get >/dev/null; then
     as_root=()
     ((EUID == 0)) || as_root=(sudo -n)
