@@ -42,7 +42,7 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
 
     // Scores one strip of rows at a time, only up to the end of its causal tile.
     f.weights.compute_at(f.result, ro).bound_storage(j, sizes.chunk)
-        .split(j, jo, ji, wide).reorder(ji, i, jo).vectorize(ji, vec).unroll(ji).unroll(i);
+        .split(j, jo, ji, wide, TailStrategy::RoundUp).reorder(ji, i, jo).vectorize(ji, vec).unroll(ji).unroll(i);
     tile(f.scores, {f.weights, jo}, f.over_key_feature, j, i);
 
     // Rows of the caller's tensors are H * D apart, often a power of two: copied, they do not fight for one cache set, and
