@@ -16,6 +16,7 @@ struct Tile {
 };
 constexpr Tile avx512_tile = {8, 2};  // of 32 registers
 constexpr Tile avx2_tile = {4, 2};    // of 16
+constexpr int score_columns = 16;     // narrower than other products: half of the scores are masked
 
 Tile tile_of(const Target &t) { return t.has_feature(Target::AVX512_Skylake) ? avx512_tile : avx2_tile; }
 
@@ -40,9 +41,10 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
     tile(f.intra, {f.result, eo}, f.over_key, e, i);
     f.row_decay.compute_at(f.result, in).vectorize(i, vec);
 
-    // Scores one strip of rows at a time, only up to the end of its causal tile.
+    // Scores one strip of rows at a time, only up to the end of its causal tile. Columns start at 0: rounded down instead, the
+    // tile would run over keys before the chunk, whatever their memory holds; denormals there are slow on Intel.
     f.weights.compute_at(f.result, ro).bound_storage(j, sizes.chunk)
-        .split(j, jo, ji, wide, TailStrategy::RoundUp).reorder(ji, i, jo).vectorize(ji, vec).unroll(ji).unroll(i);
+        .split(j, jo, ji, score_columns, TailStrategy::RoundUp).reorder(ji, i, jo).vectorize(ji, vec).unroll(ji).unroll(i);
     tile(f.scores, {f.weights, jo}, f.over_key_feature, j, i);
 
     // Rows of the caller's tensors are H * D apart, often a power of two: copied, they do not fight for one cache set, and
@@ -50,10 +52,11 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
     Func queries = f.q.in({f.scores, f.inter}), values = f.v.in({f.intra, f.contribution});
     Func keys_transposed = f.k.in(f.scores), keys = f.k.in({keys_transposed, f.keys_decayed});
     for (Func rows : {queries, keys, values}) rows.compute_root().vectorize(rows.args()[0], vec);
-    // Scores read keys along j: transposed once per chunk.
+    // Scores read keys along j: transposed once per chunk, four features of all keys at a time: as many stores as a row is long
+    // become shuffles in registers.
     const Var key_feature = keys_transposed.args()[0], key = keys_transposed.args()[1];
     keys_transposed.compute_at(f.result, in).reorder_storage(key, key_feature)
-        .split(key, jo, ji, vec).reorder(ji, key_feature, jo).vectorize(ji);
+        .split(key_feature, doo, di, 4).reorder(di, key, doo).vectorize(di).unroll(key);
 
     // States of all chunks, before any output.
     f.state_out.vectorize(e, vec);
