@@ -44,7 +44,8 @@ holdfast_forward_args checked_args(const holdfast_forward_args *args) {
     constexpr size_t first_version = offsetof(holdfast_forward_args, chunk_size) + sizeof(int64_t);
     const size_t size = args->struct_size;
     if (size < first_version)
-        fail(HOLDFAST_INVALID_ARGUMENT, "args.struct_size is ", size, "; expected sizeof(holdfast_forward_args), at least ", first_version);
+        fail(HOLDFAST_INVALID_ARGUMENT, "args.struct_size is ", size, "; expected sizeof(holdfast_forward_args), at least ",
+             first_version);
     for (size_t n = sizeof *args; n < size; n++)
         if (((const unsigned char *)args)[n])
             fail(HOLDFAST_UNSUPPORTED, "args.struct_size is ", size, " and byte ", n, " is not zero; expected zeros past byte ",
@@ -98,7 +99,8 @@ Problem checked_problem(const holdfast_forward_args &args) {
     if (args.log_decay) {
         const bool per_head = args.log_decay->ndim == 1;
         if (!per_head && args.log_decay->ndim != 3)
-            fail(HOLDFAST_INVALID_ARGUMENT, "log_decay has ", args.log_decay->ndim, " dimensions; expected 1, [H], or 3, [B, T, H]");
+            fail(HOLDFAST_INVALID_ARGUMENT, "log_decay has ", args.log_decay->ndim,
+                 " dimensions; expected 1, [H], or 3, [B, T, H]");
         const TensorSpec spec{"log_decay", per_head ? "H" : "BTH"};
         p.log_decay = check_tensor(spec, args.log_decay);
         for (int axis = 0; axis < p.log_decay.rank; axis++)
@@ -222,8 +224,8 @@ class Head {
 public:
     Head(const Problem &p, Workspace &workspace, int64_t b, int64_t h)
         : p(p), b(b), h(h), q(p.q, b, h), k(p.k, b, h), v(p.v, b, h), out(p.out, b, h),
-          log_decay(nullptr, float32, {{0, 0, (int32_t)decay_stride()}, {0, 1, 0}, {0, 1, 0}}),
-          scratch(workspace, p.K * p.V), state(scratch.floats(), p.K, p.V, p.V) {
+          log_decay(nullptr, float32, {{0, 0, (int32_t)decay_stride()}, {0, 1, 0}, {0, 1, 0}}), scratch(workspace, p.K * p.V),
+          state(scratch.floats(), p.K, p.V, p.V) {
         if (p.initial_state.rank)
             copy_state(State(p.initial_state.at(b, h), p.K, p.V, p.initial_state.stride[2]), state);
         else
@@ -289,12 +291,15 @@ extern "C" holdfast_status holdfast_forward(holdfast_context *context, const hol
         if (c.verbose) {
             std::ostringstream line;
             line << "forward: " << variant.name << " ("
-                 << (c.target ? "target forced by the context" : forced ? "target forced by HOLDFAST_TARGET" : "best target that this CPU runs")
-                 << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K " << p.K << ", V " << p.V << ", chunks of " << plan.chunk
-                 << ", " << c.threads_for(pieces) << " threads";
+                 << (c.target ? "target forced by the context"
+                     : forced ? "target forced by HOLDFAST_TARGET"
+                              : "best target that this CPU runs")
+                 << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K " << p.K << ", V " << p.V << ", chunks of "
+                 << plan.chunk << ", " << c.threads_for(pieces) << " threads";
             c.verbose(c.verbose_user, line.str().c_str());
         }
         if (pieces == 0) return;
-        c.for_each(pieces, [&](Workspace &workspace, int64_t n) { run_group(p, plan, workspace, n / plan.groups, n % plan.groups); });
+        c.for_each(pieces,
+                   [&](Workspace &workspace, int64_t n) { run_group(p, plan, workspace, n / plan.groups, n % plan.groups); });
     });
 }

@@ -35,16 +35,25 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
     };
 
     f.result.update(0)
-        .split(row, ro, ri, rows).split(e, eo, ei, wide).reorder(ei, ri, eo, ro, in, h, b)
-        .vectorize(ei, vec).unroll(ei).unroll(ri);
+        .split(row, ro, ri, rows)
+        .split(e, eo, ei, wide)
+        .reorder(ei, ri, eo, ro, in, h, b)
+        .vectorize(ei, vec)
+        .unroll(ei)
+        .unroll(ri);
     tile(f.inter, {f.result, eo}, f.over_state, e, i);
     tile(f.intra, {f.result, eo}, f.over_key, e, i);
     f.row_decay.compute_at(f.result, in).vectorize(i, vec);
 
     // Scores one strip of rows at a time, only up to the end of its causal tile. Columns start at 0: rounded down instead, the
     // tile would run over keys before the chunk, whatever their memory holds; denormals there are slow on Intel.
-    f.weights.compute_at(f.result, ro).bound_storage(j, sizes.chunk)
-        .split(j, jo, ji, score_columns, TailStrategy::RoundUp).reorder(ji, i, jo).vectorize(ji, vec).unroll(ji).unroll(i);
+    f.weights.compute_at(f.result, ro)
+        .bound_storage(j, sizes.chunk)
+        .split(j, jo, ji, score_columns, TailStrategy::RoundUp)
+        .reorder(ji, i, jo)
+        .vectorize(ji, vec)
+        .unroll(ji)
+        .unroll(i);
     tile(f.scores, {f.weights, jo}, f.over_key_feature, j, i);
 
     // Rows of the caller's tensors are H * D apart, often a power of two: copied, they do not fight for one cache set, and
@@ -55,16 +64,24 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
     // Scores read keys along j: transposed once per chunk, four features of all keys at a time: as many stores as a row is long
     // become shuffles in registers.
     const Var key_feature = keys_transposed.args()[0], key = keys_transposed.args()[1];
-    keys_transposed.compute_at(f.result, in).reorder_storage(key, key_feature)
-        .split(key_feature, doo, di, 4).reorder(di, key, doo).vectorize(di).unroll(key);
+    keys_transposed.compute_at(f.result, in)
+        .reorder_storage(key, key_feature)
+        .split(key_feature, doo, di, 4)
+        .reorder(di, key, doo)
+        .vectorize(di)
+        .unroll(key);
 
     // States of all chunks, before any output.
     f.state_out.vectorize(e, vec);
     f.state.compute_root();
     f.state.update(0).vectorize(e, vec);
     f.state.update(1)
-        .split(d, doo, di, rows).split(e, eo, ei, wide).reorder(ei, di, eo, doo, chunk, h, b)
-        .vectorize(ei, vec).unroll(ei).unroll(di);
+        .split(d, doo, di, rows)
+        .split(e, eo, ei, wide)
+        .reorder(ei, di, eo, doo, chunk, h, b)
+        .vectorize(ei, vec)
+        .unroll(ei)
+        .unroll(di);
     tile(f.contribution, {f.state, eo}, f.over_token, e, d);
     f.keys_decayed.compute_at(f.state, chunk).vectorize(d, vec);
     f.key_decay.compute_at(f.state, chunk).vectorize(j, vec);
