@@ -78,7 +78,7 @@ void check_log_decay(const Tensor &g) {
 }
 
 Problem checked_problem(const holdfast_forward_args &args) {
-    constexpr TensorSpec q{"q", "BTHK"}, k{"k", "BTHK"}, v{"v", "BTHV"}, out{"out", "BTHV"};
+    constexpr TensorSpec q{"q", "BTHK", true}, k{"k", "BTHK", true}, v{"v", "BTHV", true}, out{"out", "BTHV", true};
     constexpr TensorSpec initial{"initial_state", "BHKV"}, final{"final_state", "BHKV"};
     Problem p{};
     p.q = check_tensor(q, args.q);
@@ -94,6 +94,7 @@ Problem checked_problem(const holdfast_forward_args &args) {
     for (int axis = 0; axis < 3; axis++) check_extent(v, p.v, axis, p.q.shape[axis], "of q");
     for (int axis = 0; axis < 3; axis++) check_extent(out, p.out, axis, p.q.shape[axis], "of q");
     check_extent(out, p.out, 3, p.V, "of v");
+    for (const Tensor *t : {&p.k, &p.v, &p.out}) check_same_dtype(*t, p.q);
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check_rows(*t);
 
     if (args.log_decay) {
@@ -135,6 +136,11 @@ Problem checked_problem(const holdfast_forward_args &args) {
 
 constexpr halide_type_t float32(halide_type_float, 32), int32(halide_type_int, 32);
 
+/// Of a kernel's buffers: bf16 goes by uint16 (generators/dtypes.h).
+halide_type_t halide_type(const Dtype &dtype) {
+    return halide_type_t(dtype == bf16 ? halide_type_uint : halide_type_float, dtype.dl.bits);
+}
+
 /// A halide_buffer_t with its dimensions, innermost first, all starting at 0.
 struct Buffer : halide_buffer_t {
     halide_dimension_t axes[5];
@@ -148,16 +154,17 @@ struct Buffer : halide_buffer_t {
 /// Rows of one batch entry and head, (d, t, 1, 1), of which a segment at a time is looked at.
 struct Rows : Buffer {
     Rows(const Tensor &x, int64_t b, int64_t h)
-        : Buffer(nullptr, float32, {{0, (int32_t)x.shape[3], 1}, {0, 0, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}}),
-          first(x.at(b, 0, h)), stride(x.stride[1]) {}
+        : Buffer(nullptr, halide_type(x.dtype),
+                 {{0, (int32_t)x.shape[3], 1}, {0, 0, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}}),
+          first(x.at<uint8_t>(b, 0, h)), stride(x.stride[1] * x.dtype.bytes()) {}
     void look_at(int64_t t, int64_t tokens) {
-        host = (uint8_t *)(first + t * stride);
+        host = first + t * stride;
         axes[1].extent = (int32_t)tokens;
     }
 
 private:
-    float *first;
-    int64_t stride;
+    uint8_t *first;
+    int64_t stride;  // in bytes
 };
 
 /// One state: (e, d, 1, 1, 1).
@@ -284,7 +291,7 @@ extern "C" holdfast_status holdfast_forward(holdfast_context *context, const hol
     return guarded(context, [&](holdfast_context &c) {
         const Problem p = checked_problem(checked_args(args));
         const Target *forced = c.target ? c.target : environment_target();
-        const Variant &variant = select_variant("chunkwise", "f32", p.K, p.V, p.chunk_size, forced);
+        const Variant &variant = select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, forced);
         const Plan plan(p, variant, c);
         check_kernel_strides(p, plan.segment);
         const int64_t pieces = p.B * p.H == 0 ? 0 : p.B * plan.groups;

@@ -11,8 +11,6 @@
 namespace holdfast {
 namespace {
 
-constexpr int64_t element = sizeof(float);
-
 std::string describe(const TensorSpec &spec) {
     std::string text = "[";
     for (const char *axis = spec.axes; *axis; axis++) text += (axis == spec.axes ? "" : ", ") + std::string(1, *axis);
@@ -30,6 +28,12 @@ std::string describe(DLDataType type) {
     std::string text = code ? code + std::to_string(type.bits)
                             : "code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits";
     return type.lanes == 1 ? text : text + " x " + std::to_string(type.lanes) + " lanes";
+}
+
+const Dtype *find_dtype(DLDataType type) {
+    for (const Dtype *known : {&f32, &f16, &bf16})
+        if (type.code == known->dl.code && type.bits == known->dl.bits && type.lanes == 1) return known;
+    return nullptr;
 }
 
 std::string describe(const DLTensor &t) {
@@ -51,13 +55,16 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has ", t->ndim, " dimensions; expected ", rank, ", ", describe(spec));
     if (!t->shape)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has a NULL shape; expected ", rank, " extents, ", describe(spec));
-    if (t->dtype.code != kDLFloat || t->dtype.bits != 32 || t->dtype.lanes != 1)
-        fail(HOLDFAST_UNSUPPORTED, spec.name, " has dtype ", describe(t->dtype), "; expected float32");
+    const Dtype *dtype = find_dtype(t->dtype);
+    if (!dtype || (!spec.any_dtype && !(*dtype == f32)))
+        fail(HOLDFAST_UNSUPPORTED, spec.name, " has dtype ", describe(t->dtype), "; expected float32",
+             spec.any_dtype ? ", float16 or bfloat16" : "");
+    const int64_t element = dtype->bytes();
     if (t->device.device_type != kDLCPU)
         fail(HOLDFAST_UNSUPPORTED, spec.name, " is on device type ", (int)t->device.device_type,
              "; expected the CPU (1), the one backend of this build");
 
-    Tensor view{spec.name, nullptr, rank, {}, {}, 0, 0};
+    Tensor view{spec.name, *dtype, nullptr, rank, {}, {}, 0, 0};
     bool empty = false;
     for (int axis = 0; axis < rank; axis++) {
         const int64_t extent = t->shape[axis];
@@ -92,9 +99,9 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
     if (below > base || above > UINTPTR_MAX - base)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and strides that reach from byte ", view.low,
              " to ", view.high, " of its data; expected them within the address space");
-    if (base < t->byte_offset || base % alignof(float))
+    if (base < t->byte_offset || base % element)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has data and byte_offset ", t->byte_offset,
-             " that are not the address of a float; expected a multiple of ", alignof(float));
+             " that are not the address of a ", describe(t->dtype), "; expected a multiple of ", element);
     view.data = (char *)base;
     return view;
 }
@@ -103,6 +110,12 @@ void check_extent(const TensorSpec &spec, const Tensor &tensor, int axis, int64_
     if (tensor.shape[axis] != expected)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " ", describe(spec), " has ", spec.axes[axis], " = ", tensor.shape[axis],
              "; expected ", expected, ", that ", because);
+}
+
+void check_same_dtype(const Tensor &t, const Tensor &first) {
+    if (!(t.dtype == first.dtype))
+        fail(HOLDFAST_INVALID_ARGUMENT, t.name, " has dtype ", describe(t.dtype.dl), "; expected ", describe(first.dtype.dl),
+             ", that of ", first.name);
 }
 
 void check_rows(const Tensor &t) {
@@ -137,6 +150,7 @@ void check_no_overlap(const Tensor &output, const Tensor &other) {
     for (const Tensor *t : {&output, &other}) {
         const int last = t->rank - 1;
         const bool rows = t->stride[last] == 1;
+        const int64_t element = t->dtype.bytes();
         widths[n++] = (rows ? t->shape[last] : 1) * element;
         for (int axis = 0; axis < (rows ? last : t->rank); axis++)
             if (t->shape[axis] > 1) period = std::gcd(period, t->stride[axis] * element);

@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <thread>
+#include <tuple>
 
 namespace {
 using namespace test;
@@ -335,10 +336,11 @@ TEST(Target, WhatDoesNotRunHereIsAnError) {
     if (!tried) GTEST_SKIP() << "this machine runs every target";
 }
 
-TEST(Target, OneVariantIsSelectedForEachSize) {
-    std::map<std::pair<int, int>, int> selected;
-    for (const holdfast_variant &v : variants()) selected[{v.key_size, v.value_size}] += v.selected;
-    for (const auto &[size, count] : selected) EXPECT_EQ(count, 1) << size.first << " x " << size.second;
+TEST(Target, OneVariantIsSelectedForEachTypeAndSize) {
+    std::map<std::tuple<std::string, int, int>, int> selected;
+    for (const holdfast_variant &v : variants()) selected[{v.dtype, v.key_size, v.value_size}] += v.selected;
+    for (const auto &[what, count] : selected)
+        EXPECT_EQ(count, 1) << std::get<0>(what) << ", " << std::get<1>(what) << " x " << std::get<2>(what);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ using namespace test;
 
 struct Variant {
     const char *name;
+    Dtype dtype;
     int chunk;
     Size size;  // 0: any
     int (*run)(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v, halide_buffer_t *log_decay,
@@ -17,7 +18,8 @@ struct Variant {
                halide_buffer_t *state_out);
 };
 constexpr Variant variants[] = {
-#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) {#name, chunk, {key_size, value_size}, name},
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
+    {#name, dtype, chunk, {key_size, value_size}, name},
 #include <variants.inc>
 #undef HOLDFAST_VARIANT
 };
@@ -59,8 +61,9 @@ TEST_P(Chunkwise, MatchesReference) {
     const std::string missing = missing_cpu_features(instance.variant.name);
     if (!missing.empty()) GTEST_SKIP() << "this CPU lacks " << missing;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
-    KernelCall(instance.kernel_case, instance.variant.chunk, instance.size).expect_reference([&](auto &&...arguments) {
-        return instance.variant.run(nullptr, arguments...);
+    const Variant &variant = instance.variant;
+    KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype).expect_reference([&](auto &&...arguments) {
+        return variant.run(nullptr, arguments...);
     });
 }
 

@@ -121,7 +121,7 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 typedef struct holdfast_variant {
     const char *name;    /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
     const char *kernel;  /**< e.g. "chunkwise" */
-    const char *dtype;   /**< of q, k, v and out: "f32" */
+    const char *dtype;   /**< of q, k, v and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
     const char *target;  /**< what holdfast_context_set_target takes */
     int32_t chunk;       /**< tokens in a chunk, at most */
     int32_t key_size;    /**< K; 0: any */
@@ -149,9 +149,10 @@ HOLDFAST_API const char *holdfast_cpu_features(void);
  *  `holdfast_forward_args args = {.struct_size = sizeof args};` in C. The struct grows at its end in later versions: the
  *  library accepts an older, shorter one, and a longer one whose unknown part is zero.
  *
- *  B batch, T time, H heads, K key size, V value size. B, T and H may be 0; K and V are at least 1. All tensors are fp32 on
- *  the CPU. Every axis may have any stride, also 0 (inputs) or negative, except that the last axis of q, k, v, out and the
- *  states is contiguous. */
+ *  B batch, T time, H heads, K key size, V value size. B, T and H may be 0; K and V are at least 1. All tensors are on the
+ *  CPU. q, k, v and out have one type, float32, float16 or bfloat16 (kDLFloat of 32 or 16 bits, kDLBfloat of 16); log_decay
+ *  and the states are float32 always. Every axis may have any stride, also 0 (inputs) or negative, except that the last axis
+ *  of q, k, v, out and the states is contiguous. */
 typedef struct holdfast_forward_args {
     size_t struct_size;            /**< sizeof(holdfast_forward_args) */
     const DLTensor *q;             /**< queries [B, T, H, K] */
@@ -174,8 +175,10 @@ typedef struct holdfast_forward_args {
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621, chunkwise
  *  form); with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
- *  does not depend on T, sums are in fp32. A sequence cut anywhere and continued from final_state gives the same outputs to
- *  rounding; the same call on the same machine and target gives the same bits, for any number of threads.
+ *  does not depend on T. Inputs of 16 bits are widened as they are read, sums are in fp32, and out is rounded once, at the end:
+ *  to the nearest, ties to even, beyond the largest number to infinity. A sequence cut anywhere and continued from final_state
+ *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
+ *  threads.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their batch entry and head, but may
  *  reach earlier tokens of the same chunk.
@@ -183,8 +186,8 @@ typedef struct holdfast_forward_args {
  *  Aliasing: inputs may share memory with one another. out overlaps no other tensor. final_state overlaps none either, but may
  *  be exactly initial_state (the same elements in the same places): the state is then advanced in place.
  *
- *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (dtype other than fp32, device other than the CPU,
- *  an extent of 2^31 or more, K V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31 elements);
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU, an
+ *  extent of 2^31 or more, K V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31 elements);
  *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Tensors as a whole may be larger than 2^31 bytes. Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args);
