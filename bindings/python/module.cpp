@@ -44,7 +44,11 @@ struct Constants {
     py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__";
     py::tuple version = py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
     py::tuple keywords = py::make_tuple("max_version", "copy");
-    py::object empty = py::module_::import("numpy").attr("empty"), float32 = py::module_::import("numpy").attr("float32");
+    py::object empty = numpy("empty"), ndarray = numpy("ndarray");
+    py::object float32 = numpy("float32"), float16 = numpy("float16"), uint16 = numpy("uint16");
+    py::str dtype = "dtype";
+
+    static py::object numpy(const char *name) { return py::module_::import("numpy").attr(name); }
 };
 const Constants &constants() {
     static const Constants *const all = new Constants;
@@ -74,6 +78,39 @@ DLDataType element_type(const char *format, Py_ssize_t bytes) {
     return code < 0 ? DLDataType{0, 0, 0} : DLDataType{(uint8_t)code, (uint8_t)(8 * bytes), 1};
 }
 
+constexpr DLDataType float32 = {kDLFloat, 32, 1}, float16 = {kDLFloat, 16, 1}, bfloat16 = {kDLBfloat, 16, 1};
+bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
+
+/// What the library takes for the argument of that name.
+std::string expected_dtypes(const std::string &name) {
+    const bool rows = name == "q" || name == "k" || name == "v" || name == "out";
+    return rows ? "float32, float16 or bfloat16" : "float32";
+}
+
+/// The bits of a NumPy array of ml_dtypes' bfloat16, as uint16; null for anything else. NumPy exports no such array, neither
+/// as a buffer nor by DLPack; its dtype is known by its name, so that ml_dtypes need not be there.
+py::object bits_of_bfloat16(py::handle array) {
+    const Constants &c = constants();
+    if (!py::isinstance(array, c.ndarray)) return {};
+    const py::object dtype = array.attr(c.dtype);
+    if (std::string(py::str(dtype.attr("name"))) != "bfloat16" || dtype.attr("itemsize").cast<int>() != 2) return {};
+    return array.attr("view")(c.uint16);
+}
+
+/// NumPy's capsule of `bits`, an array of uint16, as one of bfloat16.
+py::object bfloat16_capsule(const py::object &bits, const py::kwargs &options) {
+    py::object capsule = bits.attr(constants().dlpack)(**options);
+    if (void *versioned = PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")) {
+        ((DLManagedTensorVersioned *)versioned)->dl_tensor.dtype = bfloat16;
+    } else {
+        PyErr_Clear();
+        void *managed = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
+        if (!managed) throw py::error_already_set();
+        ((DLManagedTensor *)managed)->dl_tensor.dtype = bfloat16;
+    }
+    return capsule;
+}
+
 /// An array argument as a DLTensor. Keeps the memory alive, and its exporter from resizing it, for as long as it lives.
 class Array {
 public:
@@ -87,7 +124,7 @@ public:
     void borrow(const char *name, py::handle array, int rank, bool writable = false) {
         if (PyObject_CheckBuffer(array.ptr()) && PyObject_GetBuffer(array.ptr(), &view, PyBUF_RECORDS_RO) == 0)
             borrow_buffer(name, writable);
-        else
+        else if (!borrow_bfloat16(name, array, writable))
             borrow_dlpack(name, array, rank, writable);
         given = true;
     }
@@ -105,7 +142,8 @@ private:
         if (writable && view.readonly) raise(PyExc_ValueError, name, " is read-only; expected memory to write to");
         const DLDataType type = element_type(view.format, view.itemsize);
         if (!type.bits)
-            raise(PyExc_NotImplementedError, name, " has elements of buffer format '", view.format, "'; expected float32");
+            raise(PyExc_NotImplementedError, name, " has elements of buffer format '", view.format, "'; expected ",
+                  expected_dtypes(name));
         tensor = {view.buf, {kDLCPU, 0}, view.ndim, type, shape, view.strides ? strides : nullptr, 0};  // ctypes: null, compact
         for (int axis = 0; axis < view.ndim; axis++) {
             shape[axis] = view.shape[axis];
@@ -117,12 +155,27 @@ private:
         }
     }
 
+    /// Whether it was one: bits_of_bfloat16().
+    bool borrow_bfloat16(const char *name, py::handle array, bool writable) {
+        py::object bits;
+        {
+            const py::error_scope refusal;  // of the buffer protocol
+            bits = bits_of_bfloat16(array);
+        }
+        if (!bits) return false;
+        PyErr_Clear();
+        if (PyObject_GetBuffer(bits.ptr(), &view, PyBUF_RECORDS_RO) != 0) throw py::error_already_set();
+        borrow_buffer(name, writable);
+        tensor.dtype = bfloat16;
+        return true;
+    }
+
     void borrow_dlpack(const char *name, py::handle array, int rank, bool writable) {
         export_capsule(name, array);
         if (!capsule) {
             // The library's own answer about the device is wanted, and it has all the rest to say yes to.
             std::fill_n(shape, rank, 0);
-            tensor = {nullptr, tensor.device, rank, {kDLFloat, 32, 1}, shape, nullptr, 0};
+            tensor = {nullptr, tensor.device, rank, float32, shape, nullptr, 0};
         } else if (auto *versioned = (DLManagedTensorVersioned *)pointer("dltensor_versioned")) {
             if (versioned->version.major != DLPACK_MAJOR_VERSION)
                 raise(PyExc_BufferError, name, " is exported as DLPack ", versioned->version.major, ".",
@@ -175,9 +228,10 @@ private:
                     ".detach()");
         if (!on_cpu(array)) return;
         const py::object dtype = py::getattr(array, "dtype", py::none());
-        const std::string dtype_name = dtype.is_none() ? "float32" : py::str(dtype);
-        if (dtype_name.find("float32") == std::string::npos)
-            explain(PyExc_NotImplementedError, " has dtype ", dtype_name, "; expected float32");
+        const std::string dtype_name = dtype.is_none() ? "float32" : py::str(dtype), expected = expected_dtypes(name);
+        const std::string type = dtype_name.substr(dtype_name.rfind('.') + 1);  // torch.float32
+        if (expected.find(type) == std::string::npos)
+            explain(PyExc_NotImplementedError, " has dtype ", dtype_name, "; expected ", expected);
         explain(PyExc_TypeError, " is of type ", type_name(array),
                 ", which does not share its memory; expected an array that does");
     }
@@ -319,7 +373,7 @@ bool shapes_agree(const DLTensor &q, const DLTensor &k, const DLTensor &v) {
            std::all_of(q.shape, q.shape + 4, small) && small(v.shape[3]);
 }
 
-/// out, or (out, state): NumPy arrays, except for an `out` that is given.
+/// out, or (out, state): NumPy arrays, except for an `out` that is given. A new `out` of bfloat16 is its bits, in uint16.
 py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle scale, py::handle chunk_size,
                    py::handle initial_state, bool return_state, py::object out) {
     Array q_array, k_array, v_array, log_decay_array, initial_state_array, out_array, final_state_array;
@@ -342,17 +396,23 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
 
     // Without shapes to go by, an empty `out` stands in, so that the library gets as far as saying what is wrong.
     int64_t no_shape[4] = {};
-    DLTensor nowhere = {nullptr, {kDLCPU, 0}, 4, {kDLFloat, 32, 1}, no_shape, nullptr, 0};
+    const DLDataType type = args.q->dtype;
+    DLTensor nowhere = {nullptr, {kDLCPU, 0}, 4, type, no_shape, nullptr, 0};
     py::object final_state;
     if (shapes_agree(*args.q, *args.k, *args.v)) {
-        auto empty = [](auto... extents) { return constants().empty(py::make_tuple(extents...), constants().float32); };
+        auto empty = [](DLDataType type, auto... extents) {
+            const Constants &c = constants();
+            const py::object &dtype = same(type, float16) ? c.float16 : same(type, bfloat16) ? c.uint16 : c.float32;
+            return c.empty(py::make_tuple(extents...), dtype);
+        };
         const int64_t *shape = args.q->shape, V = args.v->shape[3];
         if (out.is_none()) {
-            out = empty(shape[0], shape[1], shape[2], V);
+            out = empty(type, shape[0], shape[1], shape[2], V);
             out_array.borrow("out", out, 4, true);
+            out_array.get()->dtype = type;
         }
         if (return_state) {
-            final_state = empty(shape[0], shape[2], shape[3], V);
+            final_state = empty(float32, shape[0], shape[2], shape[3], V);
             final_state_array.borrow("final_state", final_state, 4, true);
         }
     }
@@ -397,6 +457,7 @@ py::tuple variants() {
 PYBIND11_MODULE(_holdfast, m) {
     m.attr("TargetUnavailable") = constants().target_unavailable;
     m.def("forward", forward);
+    m.def("bfloat16_capsule", bfloat16_capsule);
     m.def("variants", variants);
     m.def("version", holdfast_version);
     m.def("cpu_features", holdfast_cpu_features);

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import holdfast
+import numpy as np
 import pytest
 from holdfast.cli import main
 
@@ -49,7 +50,12 @@ def test_the_selected_variants_are_those_that_run(problem):
     assert selected and all(v["runs_here"] for v in selected)
     for variant in selected:
         p = problem(1, 3, 1, variant["key_size"] or 5, variant["value_size"] or 3)
-        holdfast.retention(p.q, p.k, p.v)
+        of_dtype = {
+            "f32": lambda x: x,
+            "f16": lambda x: x.astype(np.float16),
+            "bf16": lambda x: holdfast.BFloat16Array(np.zeros(x.shape, np.uint16)),
+        }[variant["dtype"]]
+        holdfast.retention(of_dtype(p.q), of_dtype(p.k), of_dtype(p.v))
         assert f" {variant['name']} " in lines.pop()
 
 

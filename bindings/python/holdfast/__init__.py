@@ -4,13 +4,14 @@
 `set_num_threads`, `set_target` and `set_verbose` set options for all calls of the process.
 
 Arrays are anything that speaks the buffer protocol (NumPy, memoryview, ctypes, array) or DLPack (PyTorch, JAX, ...),
-used where they lie, without a copy. All functions may be called from several threads at once, and `retention` lets
-other Python threads run while it computes.
+used where they lie, without a copy. NumPy arrays of ml_dtypes' bfloat16, which speak neither, are known by the name of
+their dtype; ml_dtypes itself is not needed. All functions may be called from several threads at once, and `retention`
+lets other Python threads run while it computes.
 
 Errors name the argument, say what it was and what was expected:
     ValueError           a malformed argument, or one that contradicts another: rank, shape, stride, overlap, ...
-    NotImplementedError  something that this version does not compute: a dtype other than float32, a device other than
-                         the CPU, an array that requires grad, an option that later versions bring
+    NotImplementedError  something that this version does not compute: another dtype, a device other than the CPU, an
+                         array that requires grad, an option that later versions bring
     TypeError            not an array at all, or one that does not share its memory; not a number
     TargetUnavailable    the forced target is unknown or does not run on this machine (a RuntimeError)
     MemoryError          no memory for results or workspace
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
+    "BFloat16Array",
     "TargetUnavailable",
     "decay",
     "get_num_threads",
@@ -57,6 +59,21 @@ class SupportsDLPack(Protocol):
 
 
 Array: TypeAlias = "Buffer | SupportsDLPack"
+
+
+class BFloat16Array:
+    """Results in bfloat16 where the input was neither of NumPy nor of PyTorch nor of the array API: NumPy has no such
+    type. It speaks DLPack (`torch.from_dlpack`, `jax.dlpack.from_dlpack`, all functions here), without a copy; `bits`
+    is the same memory as a numpy.ndarray of uint16, which ml_dtypes reads as `bits.view(ml_dtypes.bfloat16)`."""
+
+    def __init__(self, bits: np.ndarray) -> None:
+        self.bits = bits
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return _holdfast.bfloat16_capsule(self.bits, **options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.bits.__dlpack_device__()
 
 
 def retention(
@@ -111,10 +128,14 @@ def retention(
     Returns:
         out [B, T, H, V], or (out, state) with state [B, H, K, V]. New arrays are of q's kind: torch.Tensor for a
         torch.Tensor, what from_dlpack of its namespace makes for other arrays of the array API, else numpy.ndarray.
+        In bfloat16 `out` is a numpy.ndarray where q is one, of q's dtype, and where none of these applies a
+        BFloat16Array.
 
-    All arrays are float32, on the CPU, of any strides but with a contiguous last axis (log_decay: any strides), also
-    negative or 0 (inputs). Inputs may be read-only and may share memory; `out` may not share memory with any of them.
-    B, T and H may be 0. Results are the same bits from call to call and for any number of threads.
+    q, k, v and out have one dtype: float32, float16 or bfloat16. log_decay and states are float32. Sums are in float32
+    whatever the dtype, and out is rounded once, to the nearest. All arrays are on the CPU, of any strides but with a
+    contiguous last axis (log_decay: any strides), also negative or 0 (inputs). Inputs may be read-only and may share
+    memory; `out` may not share memory with any of them. B, T and H may be 0. Results are the same bits from call to
+    call and for any number of threads.
 
     Raises: see the module. A positive or NaN decay is a ValueError.
     """
@@ -130,12 +151,10 @@ def retention(
     if cu_seqlens is not None:
         raise NotImplementedError("cu_seqlens is not implemented yet; expected None")
     result = _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, out)
-    if isinstance(q, np.ndarray):
-        return result
-    convert = _from_numpy(q)
-    if not return_state:
-        return out if out is not None else convert(result)
-    return out if out is not None else convert(result[0]), convert(result[1])
+    new_out, state = result if return_state else (result, None)
+    if out is None:
+        new_out = _like(q, new_out)
+    return (new_out, _like(q, state)) if return_state else new_out
 
 
 def retention_step(
@@ -264,11 +283,15 @@ def _check_option(name: str, value: object, now: tuple[object, ...], later: tupl
     raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
-def _from_numpy(q: Any) -> Callable[[np.ndarray], Any]:
-    """What makes arrays of q's kind of NumPy's, sharing their memory."""
+def _like(q: Any, result: np.ndarray) -> Any:
+    """The result as an array of q's kind, in the same memory. Results in uint16 are the bits of bfloat16."""
+    bfloat16 = result.dtype == np.uint16
+    if isinstance(q, np.ndarray):
+        return result.view(q.dtype) if bfloat16 else result
     torch = sys.modules.get("torch")  # whoever has a tensor has imported it
     if torch is not None and isinstance(q, torch.Tensor):
-        return torch.from_numpy
+        return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(result)
+    exporter = BFloat16Array(result) if bfloat16 else result
     if hasattr(q, "__array_namespace__"):
-        return q.__array_namespace__().from_dlpack
-    return lambda array: array
+        return q.__array_namespace__().from_dlpack(exporter)
+    return exporter

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 class TargetUnavailable(RuntimeError):
     """The forced target (HOLDFAST_TARGET or set_target) is unknown, or this machine cannot run it."""
 
@@ -18,6 +20,7 @@ def forward(
     out: Any,
     /,
 ) -> Any: ...
+def bfloat16_capsule(bits: np.ndarray, /, **options: Any) -> Any: ...
 def variants() -> tuple[list[dict[str, Any]], str]: ...
 def version() -> str: ...
 def cpu_features() -> str: ...
