@@ -58,7 +58,8 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
     tile(f.scores, {f.weights, jo}, f.over_key_feature, j, i);
 
     // Rows of the caller's tensors are H * D apart, often a power of two: copied, they do not fight for one cache set, and
-    // the clamp of the row is paid once. All rows of a call at once: many lines are then on their way from memory together.
+    // the clamp of the row and the widening of 16 bits are paid once. All rows of a call at once: many lines are then on their
+    // way from memory together.
     Func queries = f.q.in({f.scores, f.inter}), values = f.v.in({f.intra, f.contribution});
     Func keys_transposed = f.k.in(f.scores), keys = f.k.in({keys_transposed, f.keys_decayed});
     for (Func rows : {queries, keys, values}) rows.compute_root().vectorize(rows.args()[0], vec);
