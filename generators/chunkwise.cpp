@@ -1,5 +1,6 @@
 // The stages of chunkwise.h.
 #include "chunkwise.h"
+#include "operands.h"
 
 using namespace Halide;
 
@@ -101,6 +102,12 @@ ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func
     f.intra(e, i, c, h, b) += f.weights(f.over_key, i, c, h, b) * v(e, f.over_key, c, h, b);
     f.out = Func("out");
     f.out(e, i, c, h, b) = f.row_decay(i, c, h, b) * f.inter(e, i, c, h, b) + f.intra(e, i, c, h, b);
+
+    // Operands of 16 bits. Roundings of weights and state each meet an output once, as its own rounding does. Keys go into a
+    // state that is summed in fp32, and its rounding comes on top: in two parts theirs does not count.
+    f.weights_read = round_operand(f.weights, {f.intra}, sizes.operands);
+    f.state_read = round_operand(f.state, {f.inter}, sizes.operands);
+    f.keys_read = round_operand(f.keys_decayed, {f.contribution}, sizes.operands, 2);
     return f;
 }
 

@@ -8,6 +8,8 @@
 #pragma once
 #include "Halide.h"
 #include "chunks.h"
+#include "dtypes.h"
+#include <vector>
 
 namespace holdfast {
 
@@ -16,6 +18,7 @@ struct ChunkwiseSizes {
     int key, value;   // D, E; 0: any, known at run time only
     int causal_tile;  // rows i of a tile share the end of their sum over keys, (i / tile + 1) * tile; must divide chunk.
                       // Only zero terms are left out. chunk itself: nothing is.
+    Dtype operands = Dtype::f32;  // of matrix products; any but f32 rounds: operands.h
 };
 
 /// b batch, h head, c chunk or slot, i query and j key in the chunk, d key feature, e value feature.
@@ -44,7 +47,11 @@ struct ChunkwiseFuncs {
     Halide::RDom over_state;        // inter:         d in [0, D)
     Halide::RDom over_key;          // intra:         j in [0, C), trimmed to the causal tile
 
-    // set by the generator: what leaves the kernel, in the caller's layout
+    // What products read of weights, state and keys_decayed where operands are not fp32; else none.
+    std::vector<Halide::Func> weights_read, state_read, keys_read;
+
+    // set by the generator: q, k, v and out in the type that they are stored in; what leaves the kernel, in the caller's layout
+    Halide::Func q_stored, k_stored, v_stored, out_stored;
     Halide::Func result;     // (e,t,h,b), update 0 over (over_result.x = i, over_result.y = c)
     Halide::Func state_out;  // (e,d,s,h,b)
     Halide::RDom over_result;

@@ -12,7 +12,9 @@ public:
     GeneratorParam<Dtype> dtype{"dtype", Dtype::f32, dtype_names()};  // of q, k, v and out
     GeneratorParam<int> chunk{"chunk", 64};
     GeneratorParam<int> key_size{"key_size", 64}, value_size{"value_size", 64};  // 0: any
-    GeneratorParam<int> causal_tile{"causal_tile", 8};                   // measured best of 8, 16, 32 on AVX-512 and AVX2
+    GeneratorParam<int> causal_tile{"causal_tile", 8};  // measured best of 8, 16, 32 on AVX-512 and AVX2; 0: the chunk
+    GeneratorParam<bool> round_operands{"round_operands", false};  // matrix products read dtype: operands.h
+    GeneratorParam<int> row_alignment{"row_alignment", 1};  // rows of q, k, v and out start at multiples of so many elements
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};  // schedule.h
 
     // [B, T, H, D] with a contiguous last axis and any other strides; a stride may be 0 (one decay per head).
@@ -40,20 +42,27 @@ public:
         Chunks at{table, count, chunks.dim(1).extent()};
 
         Func cq("q_chunks"), ck("k_chunks"), cv("v_chunks"), cg("log_decay_chunks"), cs("state_start");
-        cq(d, i, c, h, b) = widen(dtype, q(d, at.time(i, c, q.dim(1).extent()), h, b));
-        ck(d, i, c, h, b) = widen(dtype, k(d, at.time(i, c, k.dim(1).extent()), h, b));
-        cv(e, i, c, h, b) = widen(dtype, v(e, at.time(i, c, v.dim(1).extent()), h, b));
+        Func sq("q_stored"), sk("k_stored"), sv("v_stored");
+        sq(d, i, c, h, b) = q(d, at.time(i, c, q.dim(1).extent()), h, b);
+        sk(d, i, c, h, b) = k(d, at.time(i, c, k.dim(1).extent()), h, b);
+        sv(e, i, c, h, b) = v(e, at.time(i, c, v.dim(1).extent()), h, b);
+        cq(d, i, c, h, b) = widen(dtype, sq(d, i, c, h, b));
+        ck(d, i, c, h, b) = widen(dtype, sk(d, i, c, h, b));
+        cv(e, i, c, h, b) = widen(dtype, sv(e, i, c, h, b));
         Expr g = log_decay(at.time(i, c, log_decay.dim(0).extent()), h, b);
         cg(i, c, h, b) = select(i < at.length(c), g, 0.0f);
         cs(e, d, s, h, b) = state_in(e, d, s, h, b);
         f = chunkwise(cq, ck, cv, cg, cs, at, D, scale, size);
+        f.q_stored = sq, f.k_stored = sk, f.v_stored = sv;
 
         // Each row of the result is written once, by the chunk that holds it.
         f.over_result = RDom(0, size.chunk, 0, count, "over_result");
         RVar row = f.over_result.x, in = f.over_result.y;
         f.over_result.where(row < at.length(in));
         out(e, t, h, b) = undef(stored_type(dtype));
-        out(e, at.time(row, in, out.dim(1).extent()), h, b) = narrow(dtype, f.out(e, row, in, h, b));
+        f.out_stored = Func("out_stored");
+        f.out_stored(e, i, c, h, b) = narrow(dtype, f.out(e, i, c, h, b));
+        out(e, at.time(row, in, out.dim(1).extent()), h, b) = f.out_stored(e, row, in, h, b);
         state_out(e, d, s, h, b) = f.state(e, d, count + s, h, b);
         f.result = out, f.state_out = state_out;
 
@@ -66,15 +75,24 @@ public:
         bounds(v, {E, T, H, B}), bounds(out, {E, T, H, B});
         bounds(log_decay, {T, H, B}), log_decay.dim(0).set_stride(Expr());
         bounds(state_in, {E, D, N, H, B}), bounds(state_out, {E, D, N, H, B});
+        auto align = [&](auto &buffer) {
+            if (row_alignment == 1) return;
+            buffer.set_host_alignment(row_alignment * stored_type(dtype).bytes());
+            for (int m = 1; m < 4; m++) buffer.dim(m).set_stride(buffer.dim(m).stride() / row_alignment * row_alignment);
+        };
+        align(q), align(k), align(v), align(out);
         bounds(chunks, {chunk_fields, at.slots}), chunks.dim(1).set_stride(chunk_fields);
     }
     void schedule() {
-        if (!using_autoscheduler()) apply_schedule(f, sizes(), get_target(), forced_schedule.value());
+        if (!using_autoscheduler()) apply_schedule(f, sizes(), get_pipeline(), get_target(), forced_schedule.value());
     }
 
 private:
     ChunkwiseFuncs f;
-    ChunkwiseSizes sizes() const { return {chunk, key_size, value_size, causal_tile}; }
+    ChunkwiseSizes sizes() const {
+        const int tile = causal_tile;
+        return {chunk, key_size, value_size, tile ? tile : (int)chunk, round_operands ? (Dtype)dtype : Dtype::f32};
+    }
 };
 }  // namespace
 

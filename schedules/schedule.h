@@ -1,4 +1,5 @@
-// The only machinery of schedules: a file per kernel and kind of hardware defines one `Schedule` and registers it.
+// The only machinery of schedules: a file per kernel and kind of hardware defines one `Schedule` and registers it. A kind of
+// hardware that needs lowering passes of its own registers a `Lowering` as well.
 #pragma once
 #include "Halide.h"
 #include <string>
@@ -36,10 +37,30 @@ struct Schedule {
     }
 };
 
-/// Schedule `f` with the best match, or with the schedule named `forced`; "none" leaves the algorithm as it is.
+/// Passes that Halide runs on every pipeline for some targets, whichever schedule it has. Halide keeps them with the Pipeline,
+/// not with its Funcs.
+struct Lowering {
+    bool (*matches)(const Halide::Target &);
+    void (*add_passes)(Halide::Pipeline, const Halide::Target &);
+
+    static std::vector<Lowering> &all() {
+        static std::vector<Lowering> list;
+        return list;
+    }
+    static bool add(const Lowering &l) {
+        all().push_back(l);
+        return true;
+    }
+};
+
+/// Schedule `f` with the best match, or with the schedule named `forced`; "none" leaves the algorithm as it is. `pipeline` is
+/// the kernel's whole one, a Generator's get_pipeline(): it gets the target's passes.
 template<class Funcs, class Sizes>
-void apply_schedule(Funcs &f, const Sizes &sizes, const Halide::Target &target, const std::string &forced) {
+void apply_schedule(Funcs &f, const Sizes &sizes, const Halide::Pipeline &pipeline, const Halide::Target &target,
+                    const std::string &forced) {
     if (forced != "none") Schedule<Funcs, Sizes>::best(sizes, target, forced).apply(f, sizes, target);
+    for (const Lowering &l : Lowering::all())
+        if (l.matches(target)) l.add_passes(pipeline, target);
 }
 
 }  // namespace holdfast

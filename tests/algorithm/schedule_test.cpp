@@ -34,7 +34,7 @@ protected:
 
     std::string chosen(const Target &target, int chunk, const std::string &forced = "") {
         Funcs f;
-        holdfast::apply_schedule(f, Sizes{chunk}, target, forced);
+        holdfast::apply_schedule(f, Sizes{chunk}, Halide::Pipeline(), target, forced);
         return f.scheduled_by;
     }
     void expect_error(const char *expected, const Target &target, const std::string &forced = "") {
