@@ -1,0 +1,141 @@
+"""A CUDA device for kernels on a machine that has none: driver.c under Halide's runtime, and the interpreter of
+ptx.py."""
+
+import ctypes
+import dataclasses
+import functools
+import struct
+import subprocess
+import tempfile
+
+import numpy as np
+import ptx
+import tools
+
+
+class Dimension(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int32) for n in ("min", "extent", "stride", "flags")]
+
+
+class Buffer(ctypes.Structure):
+    """halide_buffer_t of a NumPy array, innermost dimension first."""
+
+    _fields_ = [
+        ("device", ctypes.c_uint64),
+        ("device_interface", ctypes.c_void_p),
+        ("host", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("dimensions", ctypes.c_int32),
+        ("dim", ctypes.POINTER(Dimension)),
+        ("padding", ctypes.c_void_p),
+    ]
+
+    @classmethod
+    def of(cls, array):
+        strides = (array.strides[i] // array.itemsize for i in reversed(range(array.ndim)))
+        dims = [Dimension(0, n, s, 0) for n, s in zip(reversed(array.shape), strides, strict=True)]
+        code = {"i": 0, "u": 1, "f": 2}[array.dtype.kind]
+        buffer = cls(
+            host=array.ctypes.data, flags=1, code=code, bits=8 * array.itemsize, lanes=1, dimensions=array.ndim
+        )
+        buffer.dim = (Dimension * array.ndim)(*dims)
+        buffer.keep = array
+        return buffer
+
+
+LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_uint,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+ERROR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p)
+
+
+@functools.cache
+def ptx_of(image):
+    """The PTX text at an address: as it stands, or in a fat binary, behind the machine code."""
+    magic, _, header, size = struct.unpack("<IHHQ", ctypes.string_at(image, 16))
+    if magic != 0xBA55ED50:
+        return ctypes.string_at(image).decode()
+    with tempfile.NamedTemporaryFile(suffix=".fatbin") as file:
+        file.write(ctypes.string_at(image, header + size))
+        file.flush()
+        dump = subprocess.run([tools.find("cuobjdump"), "-ptx", file.name], check=True, capture_output=True, text=True)
+    return dump.stdout[dump.stdout.index(".version") :]
+
+
+@dataclasses.dataclass
+class Launched:
+    kernel: ptx.Kernel
+    grid: tuple
+    block: tuple
+    shared_bytes: int
+    counts: ptx.Counts | None
+
+
+class Device:
+    """`library` holds kernels, Halide's runtime and driver.c. Since the last reset: `launches` are what ran, `fault`
+    is what went wrong first; `change`, given to reset, changes PTX before it runs. With `count` launches are counted
+    (ptx.Counts)."""
+
+    def __init__(self, library, megabytes=64):
+        self.library = ctypes.CDLL(
+            library, mode=ctypes.RTLD_GLOBAL
+        )  # Halide's runtime looks for the driver in the process
+        self.size = megabytes << 20
+        self.callbacks = LAUNCH(self.launch), ERROR(self.error)
+        self.library.halide_set_error_handler(self.callbacks[1])
+        self.library.halide_reuse_device_allocations(None, ctypes.c_bool(False))  # memory starts anew with each reset
+        self.parsed, self.count = {}, False
+        self.reset()
+
+    def reset(self, change=None):
+        self.memory = ptx.Memory(self.size)
+        state = ctypes.c_void_p(self.memory.state.ctypes.data)
+        self.library.standin_start(
+            ctypes.c_void_p(self.memory.base), state, ctypes.c_size_t(self.size), self.callbacks[0]
+        )
+        self.change, self.fault, self.errors, self.launches = change, None, [], []
+
+    def error(self, _, text):
+        self.errors.append(text.decode())
+
+    def launch(self, name, image, grid, block, shared_bytes, parameters):
+        try:
+            text = ptx_of(image)
+            text = self.change(text) if self.change else text
+            if text not in self.parsed:
+                self.parsed[text] = ptx.kernels(text)
+            kernel = self.parsed[text][name.decode()]
+            values = [
+                int.from_bytes(ctypes.string_at(parameters[i], size), "little")
+                for i, (_, size) in enumerate(kernel.parameters)
+            ]
+            counts = ptx.Counts(self.memory) if self.count else None
+            self.launches.append(Launched(kernel, tuple(grid[:3]), tuple(block[:3]), shared_bytes, counts))
+            ptx.Launch(kernel, tuple(grid[:3]), tuple(block[:3]), shared_bytes, values, self.memory, counts).run()
+            return 0
+        except Exception as e:  # nothing may pass through C
+            self.fault = self.fault or e
+            return 719  # launch failure
+
+    def call(self, function, *args):
+        """Calls a kernel: arrays are copied to the device and, when it has run, back; raises what went wrong there."""
+        buffers = [Buffer.of(a) if isinstance(a, np.ndarray) else a for a in args]
+        passed = [ctypes.byref(b) if isinstance(b, Buffer) else b for b in buffers]
+        status = getattr(self.library, function)(*passed)
+        if self.fault:
+            raise self.fault
+        for b in buffers:
+            if isinstance(b, Buffer):
+                status = status or self.library.halide_copy_to_host(None, ctypes.byref(b))
+                self.library.halide_device_free(None, ctypes.byref(b))
+        if status or self.errors:
+            raise RuntimeError(f"{function}: {status}: {self.errors}")

@@ -1,0 +1,54 @@
+"""What ptxas made of the kernels in an object file or library: instructions, registers, stack, by kernel and
+architecture."""
+
+import collections
+import dataclasses
+import pathlib
+import re
+import struct
+import subprocess
+import tempfile
+
+import tools
+
+FATBIN = struct.pack("<I", 0xBA55ED50)
+
+
+@dataclasses.dataclass
+class Code:
+    instructions: collections.Counter  # by name, such as HMMA
+    registers: int
+    stack: int
+
+
+def fat_binaries(path):
+    """The fat binaries in a file, one for each compiled kernel of the library."""
+    data, at = pathlib.Path(path).read_bytes(), 0
+    while (at := data.find(FATBIN, at)) >= 0:
+        _, _, header, size = struct.unpack_from("<IHHQ", data, at)
+        yield data[at : at + header + size]
+        at += header + size
+
+
+def codes(binary):
+    """{architecture: {kernel: Code}} of a fat binary."""
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, "kernels.fatbin")
+        file.write_bytes(binary)
+
+        def run(tool, *args):
+            done = subprocess.run([tools.find(tool), *args], cwd=folder, check=True, capture_output=True, text=True)
+            return done.stdout + done.stderr
+
+        run("cuobjdump", "-xelf", "all", file.name)
+        for cubin in pathlib.Path(folder).glob("*.cubin"):
+            kernels = {}
+            usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", run("cuobjdump", "-res-usage", cubin.name))
+            for section in re.split(r"^\s*\.section\s+\.text\.", run("nvdisasm", "-c", cubin.name), flags=re.M)[1:]:
+                name = re.match(r"\w+", section).group(0)
+                code = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", section, re.M)
+                registers, stack = next((int(r), int(s)) for n, r, s in usage if n == name)
+                kernels[name] = Code(collections.Counter(code), registers, stack)
+            result[re.search(r"sm_(\d+)", cubin.name).group(1)] = kernels
+    return result
