@@ -3,6 +3,7 @@
 #include "../../generators/chunkwise.h"
 #include "../../schedules/schedule.h"
 #include "../kernel_call.h"
+#include "jit_targets.h"
 
 namespace {
 using namespace Halide;
@@ -10,30 +11,6 @@ using namespace test;
 using holdfast::ChunkwiseFuncs;
 using holdfast::ChunkwiseSizes;
 using Schedules = holdfast::Schedule<ChunkwiseFuncs, ChunkwiseSizes>;
-
-struct Named {
-    const char *name;
-    Target target;
-};
-const std::vector<Named> &targets() {
-    static const std::vector<Named> list = {
-#define HOLDFAST_TARGET(name, halide_target) {#name, Target(halide_target)},
-#include "halide_targets.inc"
-#undef HOLDFAST_TARGET
-    };
-    return list;
-}
-
-/// Features of `target` that this machine lacks; "" if it runs here.
-std::string missing(const Target &target) {
-    const Target host = get_host_target();
-    std::string list;
-    for (int n = 0; n < Target::FeatureEnd; n++) {
-        const auto feature = (Target::Feature)n;
-        if (target.has_feature(feature) && !host.has_feature(feature)) list += " " + Target::feature_to_name(feature);
-    }
-    return list;
-}
 
 struct Instance {
     std::string schedule;
@@ -50,16 +27,16 @@ void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
 std::vector<Instance> instances() {
     const std::vector<Instance> unscheduled = {
-        {"none", targets().back(), {4, 3, 5, 4}, {3, 5}},  // chunk, K, V, causal tile
-        {"none", targets().back(), {4, 3, 5, 2}, {3, 5}},
-        {"none", targets().back(), {4, 0, 0, 4}, {5, 3}},
-        {"none", targets().back(), {1, 1, 1, 1}, {1, 1}},
+        {"none", jit_targets().back(), {4, 3, 5, 4}, {3, 5}},  // chunk, K, V, causal tile
+        {"none", jit_targets().back(), {4, 3, 5, 2}, {3, 5}},
+        {"none", jit_targets().back(), {4, 0, 0, 4}, {5, 3}},
+        {"none", jit_targets().back(), {1, 1, 1, 1}, {1, 1}},
     };
     const std::vector<std::pair<ChunkwiseSizes, Size>> scheduled = {
         {{4, 3, 5, 2}, {3, 5}}, {{7, 0, 0, 7}, {9, 17}}, {{32, 16, 32, 8}, {16, 32}}, {{64, 32, 64, 16}, {32, 64}}};
     std::vector<Instance> list = unscheduled;
     for (const auto &schedule : Schedules::all())
-        for (const Named &named : targets())
+        for (const Named &named : jit_targets())
             for (const auto &[sizes, size] : scheduled)
                 if (schedule.matches(named.target, sizes)) list.push_back({schedule.name, named, sizes, size});
     return list;
