@@ -1,7 +1,7 @@
 # The compiled variants: every combination in a row is one. KxV are the key and value sizes, `any` reads them from the
-# tensors; chunk is the longest chunk. Within a target, rows that come first are preferred.
+# tensors; chunk is the longest chunk, of kernels that have chunks. Within a target, rows that come first are preferred.
 #
-#   holdfast_kernel(kernel DTYPES ... CHUNKS ... SIZES KxV ... TARGETS ...)
+#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] SIZES KxV ... TARGETS ...)
 
 # Work per token grows with the chunk, the traffic of states (K V floats a chunk) falls with it: measured, 32 is best up to
 # 128x128 and 64 above.
@@ -14,5 +14,13 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
     TARGETS avx512 avx2)
 
 holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
+    SIZES any
+    TARGETS avx512 avx2 generic)
+
+holdfast_kernel(recurrent DTYPES f32
+    SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256 256x512
+    TARGETS avx512 avx2)
+
+holdfast_kernel(recurrent DTYPES f32
     SIZES any
     TARGETS avx512 avx2 generic)

@@ -163,11 +163,13 @@ inline std::vector<std::string> targets(bool running = false) {
     return names;
 }
 
-/// The variant that `target` runs for the size, by default: the first of exactly that size, else of any. Null if there is none.
-inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size) {
+/// The variant of a kernel that `target` runs for the size, by default: the first of exactly that size, else of any. Null if
+/// there is none.
+inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size,
+                                                   const std::string &kernel = "chunkwise") {
     std::optional<holdfast_variant> any;
     for (const holdfast_variant &v : variants()) {
-        if (v.target != target) continue;
+        if (v.target != target || v.kernel != kernel) continue;
         if (v.key_size == size.K && v.value_size == size.V) return v;
         if (v.key_size == 0 && v.value_size == 0 && !any) any = v;
     }

@@ -3,6 +3,7 @@
 #include "failure.h"
 
 #include <cstdint>
+#include <string>
 
 namespace holdfast {
 
@@ -25,6 +26,9 @@ struct Tensor {
 struct TensorSpec {
     const char *name, *axes;
 };
+
+/// "[B, T, H, K]".
+std::string describe(const TensorSpec &spec);
 
 /// Check pointer, dtype (fp32), device (CPU), rank, extents, data, strides, overflow. Throws INVALID_ARGUMENT, UNSUPPORTED.
 Tensor check_tensor(const TensorSpec &spec, const DLTensor *tensor);

@@ -3,7 +3,7 @@
 #include "../../generators/chunkwise.h"
 #include "../../schedules/schedule.h"
 #include "../kernel_call.h"
-#include "jit_targets.h"
+#include "targets.h"
 
 namespace {
 using namespace Halide;
@@ -14,7 +14,7 @@ using Schedules = holdfast::Schedule<ChunkwiseFuncs, ChunkwiseSizes>;
 
 struct Instance {
     std::string schedule;
-    Named target;
+    NamedTarget target;
     ChunkwiseSizes sizes;
     Size size;  // what the kernel is called with
 };
@@ -27,16 +27,16 @@ void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
 std::vector<Instance> instances() {
     const std::vector<Instance> unscheduled = {
-        {"none", jit_targets().back(), {4, 3, 5, 4}, {3, 5}},  // chunk, K, V, causal tile
-        {"none", jit_targets().back(), {4, 3, 5, 2}, {3, 5}},
-        {"none", jit_targets().back(), {4, 0, 0, 4}, {5, 3}},
-        {"none", jit_targets().back(), {1, 1, 1, 1}, {1, 1}},
+        {"none", targets().back(), {4, 3, 5, 4}, {3, 5}},  // chunk, K, V, causal tile
+        {"none", targets().back(), {4, 3, 5, 2}, {3, 5}},
+        {"none", targets().back(), {4, 0, 0, 4}, {5, 3}},
+        {"none", targets().back(), {1, 1, 1, 1}, {1, 1}},
     };
     const std::vector<std::pair<ChunkwiseSizes, Size>> scheduled = {
         {{4, 3, 5, 2}, {3, 5}}, {{7, 0, 0, 7}, {9, 17}}, {{32, 16, 32, 8}, {16, 32}}, {{64, 32, 64, 16}, {32, 64}}};
     std::vector<Instance> list = unscheduled;
     for (const auto &schedule : Schedules::all())
-        for (const Named &named : jit_targets())
+        for (const Named &named : targets())
             for (const auto &[sizes, size] : scheduled)
                 if (schedule.matches(named.target, sizes)) list.push_back({schedule.name, named, sizes, size});
     return list;

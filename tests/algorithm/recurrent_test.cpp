@@ -3,7 +3,7 @@
 #include "../../generators/recurrent.h"
 #include "../../schedules/schedule.h"
 #include "../step_call.h"
-#include "jit_targets.h"
+#include "targets.h"
 
 namespace {
 using namespace Halide;
@@ -14,7 +14,7 @@ using Schedules = holdfast::Schedule<RecurrentFuncs, RecurrentSizes>;
 
 struct Instance {
     std::string schedule;
-    Named target;
+    NamedTarget target;
     RecurrentSizes sizes;
     Size size;  // what the kernel is called with
 };
@@ -28,9 +28,9 @@ std::vector<Instance> instances() {
     const std::pair<RecurrentSizes, Size> sizes[] = {{{1, 1}, {1, 1}},   {{3, 5}, {3, 5}},     {{0, 0}, {9, 17}},
                                                      {{4, 16}, {4, 16}}, {{64, 48}, {64, 48}}, {{8, 256}, {8, 256}}};
     std::vector<Instance> list;
-    for (const auto &[fixed, size] : sizes) list.push_back({"none", jit_targets().back(), fixed, size});
+    for (const auto &[fixed, size] : sizes) list.push_back({"none", targets().back(), fixed, size});
     for (const auto &schedule : Schedules::all())
-        for (const Named &named : jit_targets())
+        for (const Named &named : targets())
             for (const auto &[fixed, size] : sizes)
                 if (schedule.matches(named.target, fixed)) list.push_back({schedule.name, named, fixed, size});
     return list;

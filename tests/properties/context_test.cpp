@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <thread>
+#include <tuple>
 
 namespace {
 using namespace test;
@@ -336,9 +337,10 @@ TEST(Target, WhatDoesNotRunHereIsAnError) {
 }
 
 TEST(Target, OneVariantIsSelectedForEachSize) {
-    std::map<std::pair<int, int>, int> selected;
-    for (const holdfast_variant &v : variants()) selected[{v.key_size, v.value_size}] += v.selected;
-    for (const auto &[size, count] : selected) EXPECT_EQ(count, 1) << size.first << " x " << size.second;
+    std::map<std::tuple<std::string, int, int>, int> selected;
+    for (const holdfast_variant &v : variants()) selected[{v.kernel, v.key_size, v.value_size}] += v.selected;
+    for (const auto &[of, count] : selected)
+        EXPECT_EQ(count, 1) << std::get<0>(of) << " " << std::get<1>(of) << " x " << std::get<2>(of);
 }
 
 }  // namespace

@@ -87,6 +87,12 @@ TEST(LargeTensors, BatchEntriesAndHeadsGigabytesApart) {
     expect_same_far_apart({2, 70, 2, 64, 64}, {rows, rows, rows, {3 * gigabyte, -1, 5 * gigabyte}, states, rows, states});
 }
 
+TEST(LargeTensors, FewTokensOfHeadsGigabytesApart) {
+    const Index rows = {12 * gigabyte, 2 * gigabyte, -5 * gigabyte, 1}, states = {-5 * gigabyte, 3 * gigabyte, 64, 1};
+    for (int64_t T : {1, 3})
+        expect_same_far_apart({2, T, 2, 64, 64}, {rows, rows, rows, {3 * gigabyte, -1, 5 * gigabyte}, states, rows, states});
+}
+
 TEST(LargeTensors, TokensGigabytesApartInSum) {
     const int64_t T = 400, step = 3 * gigabyte / T;
     const Index rows = {1, step, 64, 1}, states = {4096, 4096, 64, 1};

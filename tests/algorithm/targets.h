@@ -1,4 +1,4 @@
-// The targets of cmake/targets.cmake for compilation just in time.
+// The targets of cmake/targets.cmake for just-in-time compilation.
 #pragma once
 #include "Halide.h"
 
@@ -7,12 +7,12 @@
 
 namespace test {
 
-struct Named {
+struct NamedTarget {
     const char *name;
     Halide::Target target;
 };
-inline const std::vector<Named> &jit_targets() {
-    static const std::vector<Named> list = {
+inline const std::vector<NamedTarget> &targets() {
+    static const std::vector<NamedTarget> list = {
 #define HOLDFAST_TARGET(name, halide_target) {#name, Halide::Target(halide_target)},
 #include "halide_targets.inc"
 #undef HOLDFAST_TARGET
