@@ -45,11 +45,14 @@ def test_info():
 def test_the_selected_variants_are_those_that_run(problem):
     lines = []
     holdfast.set_verbose(lines.append)
-    selected = [v for v in holdfast.info()["variants"] if v["selected"] and v["kernel"] == "chunkwise"]
-    assert selected and all(v["runs_here"] for v in selected)
+    selected = [v for v in holdfast.info()["variants"] if v["selected"]]
+    assert {v["kernel"] for v in selected} == {"chunkwise", "recurrent"} and all(v["runs_here"] for v in selected)
     for variant in selected:
-        p = problem(1, 3, 1, variant["key_size"] or 5, variant["value_size"] or 3)
-        holdfast.retention(p.q, p.k, p.v)
+        p = problem(1, variant["chunk"] or 1, 1, variant["key_size"] or 5, variant["value_size"] or 3)
+        if variant["kernel"] == "recurrent":
+            holdfast.retention_step(p.q[:, 0], p.k[:, 0], p.v[:, 0], None, p.initial_state)
+        else:
+            holdfast.retention(p.q, p.k, p.v)
         assert f" {variant['name']} " in lines.pop()
 
 
