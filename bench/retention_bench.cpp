@@ -1,10 +1,10 @@
 // Times every compiled variant that this machine runs, through the public API: one benchmark per row of variants.inc, length
-// and number of threads. Before the clock starts, the variant that really ran and its result are checked; either one wrong
+// (chunkwise) or batch size (recurrent: one, and as many as make states of a quarter gigabyte) and number of threads. Before the clock starts, the variant that really ran and its result are checked; either one wrong
 // fails the benchmark and the program.
 //
 //     retention_bench [--heads=8] [--threads=1,<cores>] [Google Benchmark's options]
 //
-// Batch entries and heads are the same thing to the library, so B is 1. Not here: peers (`holdfast bench`).
+// Batch entries and heads are the same thing to the chunkwise kernel, so B is 1. Not here: peers (`holdfast bench`).
 //
 // Counters, per call:
 //     GFLOP/s         useful operations: for a chunk of L tokens, L (L + 1) (K + V) for the scores that count and their
@@ -12,6 +12,8 @@
 //     square_GFLOP/s  the same with the masked half of each chunk counted too: 2 L L (K + V)
 //     peak_share      GFLOP/s over the fp32 peak that was measured at the start, on as many threads
 //     bytes_moved     q, k, v, log_decay and the initial state read once, out and the final state written once
+//     copy_share      of the recurrent kernel: bytes_moved per second over what copying reads and writes, measured at the
+//                     start in as much memory on as many threads
 #include "../tests/reference/retention.h"
 #include "../tests/tolerance.h"
 #include "peak.h"
@@ -27,6 +29,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <memory>
 #include <new>
@@ -44,13 +47,16 @@ namespace {
 constexpr int64_t lengths[] = {1, 16, 256, 4096, 65536};
 constexpr double most_bytes = 1 << 30;  // of a call's tensors: longer calls are left out
 
+constexpr double states_in_memory = 1 << 28;  // bytes: far beyond the caches
+
 struct Variant {
-    const char *name, *target;
+    const char *kernel, *name, *target;
     int chunk, key_size, value_size;  // sizes: 0 is any
+    bool recurrent() const { return !std::strcmp(kernel, "recurrent"); }
 };
 constexpr Variant variants[] = {
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
-    {#name, #target, chunk, key_size, value_size},
+    {#kernel, #name, #target, chunk, key_size, value_size},
 #include "variants.inc"
 #undef HOLDFAST_VARIANT
 };
@@ -141,6 +147,16 @@ public:
         return worst;
     }
 
+    /// NaN, which fails every comparison, if there is one.
+    static double relative_rms(const float *rows, int64_t stride, const std::vector<double> &expected, int64_t width) {
+        double difference = 0, norm = 0;
+        for (size_t n = 0; n < expected.size(); n++) {
+            const double d = rows[n / width * stride + n % width] - expected[n];
+            difference += d * d, norm += expected[n] * expected[n];
+        }
+        return std::sqrt(difference / norm);
+    }
+
 private:
     std::vector<int64_t> sampled;
     std::vector<reference::Result> expected;
@@ -153,16 +169,55 @@ private:
         in.initial_state = {initial_state.data() + h * K * V, {0, 0, V, 1}};
         return reference::retention(in);
     }
+};
 
-    /// NaN, which fails every comparison, if there is one.
-    static double relative_rms(const float *rows, int64_t stride, const std::vector<double> &expected, int64_t width) {
-        double difference = 0, norm = 0;
-        for (size_t n = 0; n < expected.size(); n++) {
-            const double d = rows[n / width * stride + n % width] - expected[n];
-            difference += d * d, norm += expected[n] * expected[n];
+/// One token, and what it should give for the first head and the last of all.
+class StepProblem {
+public:
+    const int64_t B, H, K, V;
+    Tensor q, k, v, log_decay, state, out;
+    static constexpr int64_t T = 1;
+
+    StepProblem(int64_t B, int64_t H, int64_t K, int64_t V)
+        : B(B), H(H), K(K), V(V), q({B, H, K}), k({B, H, K}), v({B, H, V}), log_decay({B, H}), state({B, H, K, V}),
+          out({B, H, V}) {
+        std::mt19937 random(1);
+        for (Tensor *x : {&q, &k, &v}) x->fill(random, -1.7f, 1.7f);
+        log_decay.fill(random, -0.05f, 0);
+        std::fill_n(state.data(), state.size, 0.0f);  // all of it is there before the clock starts
+        for (int64_t head : {(int64_t)0, B * H - 1})
+            for (int64_t n = 0; n < K * V; n++) state.data()[head * K * V + n] = (float)(n % 17) / 17 - 0.5f;
+        for (int64_t head : {(int64_t)0, B * H - 1}) {
+            reference::Inputs in{1, 1, 1, K, V, {}, {}, {}, {}, {}, 1 / std::sqrt((double)K)};
+            in.q = {q.data() + head * K, {0, 0, 0, 1}}, in.k = {k.data() + head * K, {0, 0, 0, 1}};
+            in.v = {v.data() + head * V, {0, 0, 0, 1}}, in.log_decay = {log_decay.data() + head, {}};
+            in.initial_state = {state.data() + head * K * V, {0, 0, V, 1}};
+            expected.push_back(reference::retention(in));
         }
-        return std::sqrt(difference / norm);
+        std::fill_n(out.data(), out.size, std::nanf(""));
     }
+
+    holdfast_step_args args() {
+        return {sizeof(holdfast_step_args), &q.view, &k.view, &v.view, &log_decay.view, &state.view, &out.view, 0};
+    }
+    double state_bytes() const { return 2.0 * sizeof(float) * state.size; }  // read and written
+    double bytes() const {
+        return state_bytes() + sizeof(float) * (double)(q.size + k.size + v.size + log_decay.size + out.size);
+    }
+
+    /// Largest relative RMS error of out and state over the two heads, after one step.
+    double error() const {
+        double worst = 0;
+        for (int last : {0, 1}) {
+            const int64_t head = last * (B * H - 1);
+            worst = std::max(worst, Problem::relative_rms(out.data() + head * V, V, expected[last].out, V));
+            worst = std::max(worst, Problem::relative_rms(state.data() + head * K * V, V, expected[last].state, V));
+        }
+        return worst;
+    }
+
+private:
+    std::vector<reference::Result> expected;
 };
 
 /// The problem of this shape. One is kept: benchmarks of a shape are registered one after the other.
@@ -178,10 +233,16 @@ Problem &problem(const Shape &shape) {
 std::map<int, holdfast_bench::Peak> peaks;  // by threads
 bool failed = false;
 
-void retention(benchmark::State &state, const Variant &variant, const Shape &shape, int threads) {
+std::map<std::pair<size_t, int>, double> copies;  // by bytes and threads
+
+/// Time call(context), which is to run `variant`, on at most `threads` threads, after one call for which error() says how wrong
+/// its result is. Calls per second; nothing if something is wrong.
+template<class Call, class Error>
+double calls_per_second(benchmark::State &state, const Variant &variant, int threads, const Call &call, const Error &error_of) {
     auto fail = [&](const std::string &text) {
         failed = true;
         state.SkipWithError(text.c_str());
+        return 0.0;
     };
     const std::unique_ptr<holdfast_context, void (*)(holdfast_context *)> context(holdfast_context_create(),
                                                                                   holdfast_context_destroy);
@@ -191,35 +252,53 @@ void retention(benchmark::State &state, const Variant &variant, const Shape &sha
     holdfast_context_set_verbose(context.get(), remember, &ran);
     if (holdfast_context_set_target(context.get(), variant.target) || holdfast_context_set_threads(context.get(), threads))
         return fail(holdfast_last_error(context.get()));
-
-    Problem &p = problem(shape);
-    holdfast_forward_args args = p.args();
-    args.chunk_size = variant.chunk;
-    p.clear_results();
-    if (holdfast_forward(context.get(), &args)) return fail(holdfast_last_error(context.get()));
+    if (call(context.get())) return fail(holdfast_last_error(context.get()));
     if (ran.find(std::string(" ") + variant.name + " ") == std::string::npos) return fail("another variant ran: " + ran);
-    const double error = p.error();
+    const double error = error_of();
     if (!(error <= tolerance::relative_rms)) {
         std::ostringstream text;
         text << "relative RMS error is " << error << "; expected at most " << tolerance::relative_rms;
         return fail(text.str());
     }
+    state.counters["relative_error"] = error;
     holdfast_context_set_verbose(context.get(), nullptr, nullptr);
 
     const auto start = std::chrono::steady_clock::now();
     for (auto _ : state)
-        if (holdfast_forward(context.get(), &args)) return fail(holdfast_last_error(context.get()));
+        if (call(context.get())) return fail(holdfast_last_error(context.get()));
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    return state.iterations() / seconds.count();
+}
 
+benchmark::Counter bytes_counter(double bytes) {
+    return benchmark::Counter(bytes, benchmark::Counter::kDefaults, benchmark::Counter::kIs1024);
+}
+
+void retention(benchmark::State &state, const Variant &variant, const Shape &shape, int threads) {
+    Problem &p = problem(shape);
+    holdfast_forward_args args = p.args();
+    args.chunk_size = variant.chunk;
+    p.clear_results();
+    const double rate = calls_per_second(
+        state, variant, threads, [&](holdfast_context *c) { return holdfast_forward(c, &args); }, [&] { return p.error(); });
     const Operations operations(shape, variant.chunk);
-    const double calls_per_second = state.iterations() / seconds.count();
     const int at_work = (int)std::min<int64_t>(threads, shape.H);
-    state.counters["GFLOP/s"] = operations.useful * calls_per_second * 1e-9;
-    state.counters["square_GFLOP/s"] = operations.square * calls_per_second * 1e-9;
-    state.counters["peak_share"] = operations.useful * calls_per_second / peaks.at(at_work).flops;
-    state.counters["bytes_moved"] =
-        benchmark::Counter(shape.bytes(), benchmark::Counter::kDefaults, benchmark::Counter::kIs1024);
-    state.counters["relative_error"] = error;
+    state.counters["GFLOP/s"] = operations.useful * rate * 1e-9;
+    state.counters["square_GFLOP/s"] = operations.square * rate * 1e-9;
+    state.counters["peak_share"] = operations.useful * rate / peaks.at(at_work).flops;
+    state.counters["bytes_moved"] = bytes_counter(shape.bytes());
+}
+
+void step(benchmark::State &state, const Variant &variant, int64_t B, int64_t H, int64_t K, int64_t V, int threads) {
+    StepProblem p(B, H, K, V);
+    holdfast_step_args args = p.args();
+    const double rate = calls_per_second(
+        state, variant, threads, [&](holdfast_context *c) { return holdfast_step(c, &args); }, [&] { return p.error(); });
+    const std::pair<size_t, int> memory((size_t)p.state_bytes() / 2, threads);
+    if (!copies.count(memory)) copies[memory] = holdfast_bench::measure_copy(memory.first, threads);
+    state.counters["bytes_moved"] = bytes_counter(p.bytes());
+    state.counters["GB/s"] = p.bytes() * rate * 1e-9;
+    state.counters["copy_share"] = p.bytes() * rate / copies.at(memory);
 }
 
 using Size = std::pair<int, int>;             // K, V
@@ -230,7 +309,8 @@ bool serves(const Variant &row, Size size) {
     if (row.key_size) return Size(row.key_size, row.value_size) == size;
     return std::find(std::begin(untuned), std::end(untuned), size) != std::end(untuned) &&
            std::none_of(std::begin(variants), std::end(variants), [&](const Variant &other) {
-               return !std::strcmp(other.target, row.target) && Size(other.key_size, other.value_size) == size;
+               return !std::strcmp(other.kernel, row.kernel) && !std::strcmp(other.target, row.target) &&
+                      Size(other.key_size, other.value_size) == size;
            });
 }
 
@@ -305,21 +385,32 @@ int main(int argc, char **argv) {
         benchmark::AddCustomContext("peak_GFLOP/s of " + std::to_string(at_work) + " threads, " + peak.unit,
                                     std::to_string(peak.flops * 1e-9));
     }
-    for (const Size &size : sizes())
-        for (int64_t T : lengths) {
-            const Shape shape = {T, heads, size.first, size.second};
-            if (shape.bytes() > most_bytes) continue;
+    auto add = [](const std::ostringstream &name, std::function<void(benchmark::State &)> run) {
+        benchmark::RegisterBenchmark(name.str().c_str(), std::move(run))->UseRealTime()->Unit(benchmark::kMicrosecond);
+    };
+    for (const Size &size : sizes()) {
+        const int K = size.first, V = size.second;
+        auto each_row = [&](bool recurrent, auto &&add_row) {
             for (const Variant &row : variants)
-                for (int at_most : threads) {
-                    if (!serves(row, size) || !runs_here(row)) continue;
-                    std::ostringstream name;
-                    name << row.name << "/T:" << T << "/H:" << heads << "/K:" << shape.K << "/V:" << shape.V
-                         << "/threads:" << at_most;
-                    auto *registered = benchmark::RegisterBenchmark(
-                        name.str().c_str(), [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
-                    registered->UseRealTime()->Unit(benchmark::kMicrosecond);
-                }
+                for (int at_most : threads)
+                    if (row.recurrent() == recurrent && serves(row, size) && runs_here(row)) add_row(row, at_most);
+        };
+        for (int64_t T : lengths) {
+            const Shape shape = {T, heads, K, V};
+            if (shape.bytes() > most_bytes) continue;
+            each_row(false, [&](const Variant &row, int at_most) {
+                std::ostringstream name;
+                name << row.name << "/T:" << T << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
+                add(name, [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
+            });
         }
+        for (int64_t B : {(int64_t)1, (int64_t)std::ceil(states_in_memory / (sizeof(float) * (double)heads * K * V))})
+            each_row(true, [&](const Variant &row, int at_most) {
+                std::ostringstream name;
+                name << row.name << "/B:" << B << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
+                add(name, [=, &row](benchmark::State &state) { step(state, row, B, heads, K, V, at_most); });
+            });
+    }
     const size_t ran = benchmark::RunSpecifiedBenchmarks();
     benchmark::Shutdown();
     return failed || ran == 0;  // a filter that fits nothing is a mistake
