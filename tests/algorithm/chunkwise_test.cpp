@@ -36,7 +36,7 @@ std::vector<Instance> instances() {
         {{4, 3, 5, 2}, {3, 5}}, {{7, 0, 0, 7}, {9, 17}}, {{32, 16, 32, 8}, {16, 32}}, {{64, 32, 64, 16}, {32, 64}}};
     std::vector<Instance> list = unscheduled;
     for (const auto &schedule : Schedules::all())
-        for (const Named &named : targets())
+        for (const NamedTarget &named : targets())
             for (const auto &[sizes, size] : scheduled)
                 if (schedule.matches(named.target, sizes)) list.push_back({schedule.name, named, sizes, size});
     return list;

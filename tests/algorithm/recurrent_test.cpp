@@ -30,7 +30,7 @@ std::vector<Instance> instances() {
     std::vector<Instance> list;
     for (const auto &[fixed, size] : sizes) list.push_back({"none", targets().back(), fixed, size});
     for (const auto &schedule : Schedules::all())
-        for (const Named &named : targets())
+        for (const NamedTarget &named : targets())
             for (const auto &[fixed, size] : sizes)
                 if (schedule.matches(named.target, fixed)) list.push_back({schedule.name, named, fixed, size});
     return list;
