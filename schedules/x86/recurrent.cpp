@@ -1,6 +1,9 @@
 // x86 with AVX-512 or AVX2: a strip of `columns` vectors of the state at a time, down all its rows, with the strip's values
 // and sums in registers. As many columns as there are registers for: rows are then read from end to end. Not parallel: the
 // runtime spreads batch entries and heads over threads.
+//
+// One core of an Intel Xeon at 2.3 GHz, AVX-512, one token of 8 heads: K = V = 64 in 3.6 us, 73 GB/s read and written in L2, 0.6
+// us of it the call's checks; 128 in 14 us, 74 GB/s. From memory 75 to 89% of what copying moves (retention_bench, copy_share).
 #include "../../generators/recurrent.h"
 #include "../schedule.h"
 

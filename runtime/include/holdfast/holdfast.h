@@ -119,16 +119,16 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
-    const char *name;     /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel;   /**< "chunkwise" or "recurrent" */
-    const char *dtype;    /**< of q, k, v and out: "f32" */
-    const char *target;   /**< what holdfast_context_set_target takes */
-    int32_t chunk;        /**< tokens in a chunk, at most; 0: the kernel has no chunks */
-    int32_t key_size;     /**< K; 0: any */
-    int32_t value_size;   /**< V; 0: any */
-    int32_t runs_here;    /**< 1 where this machine has the CPU features it needs, else 0 */
-    int32_t selected;     /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size, run this variant */
-    const char *missing;  /**< the CPU features that this machine lacks, separated by spaces; "" where it runs */
+    const char *name;    /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
+    const char *kernel;  /**< "chunkwise" or "recurrent" */
+    const char *dtype;   /**< of q, k, v and out: "f32" */
+    const char *target;  /**< what holdfast_context_set_target takes */
+    int32_t chunk;       /**< tokens in a chunk, at most; 0: the kernel has no chunks */
+    int32_t key_size;    /**< K; 0: any */
+    int32_t value_size;  /**< V; 0: any */
+    int32_t runs_here;   /**< 1 where this machine has the CPU features it needs, else 0 */
+    int32_t selected;    /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size, run this variant */
+    const char *missing; /**< the CPU features that this machine lacks, separated by spaces; "" where it runs */
 } holdfast_variant;
 
 /** Number of variants in this build. */
@@ -153,17 +153,17 @@ HOLDFAST_API const char *holdfast_cpu_features(void);
  *  the CPU. Every axis may have any stride, also 0 (inputs) or negative, except that the last axis of q, k, v, out and the
  *  states is contiguous. */
 typedef struct holdfast_forward_args {
-    size_t struct_size;             /**< sizeof(holdfast_forward_args) */
-    const DLTensor *q;              /**< queries [B, T, H, K] */
-    const DLTensor *k;              /**< keys    [B, T, H, K] */
-    const DLTensor *v;              /**< values  [B, T, H, V] */
-    const DLTensor *log_decay;      /**< natural logarithm of the decay, [H] or [B, T, H], each <= 0; NULL: no decay.
+    size_t struct_size;            /**< sizeof(holdfast_forward_args) */
+    const DLTensor *q;             /**< queries [B, T, H, K] */
+    const DLTensor *k;             /**< keys    [B, T, H, K] */
+    const DLTensor *v;             /**< values  [B, T, H, V] */
+    const DLTensor *log_decay;     /**< natural logarithm of the decay, [H] or [B, T, H], each <= 0; NULL: no decay.
                                          -infinity forgets all that came before. Positive and NaN are refused. */
-    const DLTensor *initial_state;  /**< [B, H, K, V]; NULL: zeros */
-    DLTensor *out;                  /**< [B, T, H, V], written */
-    DLTensor *final_state;          /**< [B, H, K, V], written; NULL: not wanted */
-    float scale;                    /**< multiplies q.k; 0: K^-1/2. Finite. */
-    int64_t chunk_size;             /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding
+    const DLTensor *initial_state; /**< [B, H, K, V]; NULL: zeros */
+    DLTensor *out;                 /**< [B, T, H, V], written */
+    DLTensor *final_state;         /**< [B, H, K, V], written; NULL: not wanted */
+    float scale;                   /**< multiplies q.k; 0: K^-1/2. Finite. */
+    int64_t chunk_size;            /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding
                                          and speed, nothing else. */
 } holdfast_forward_args;
 
@@ -198,15 +198,15 @@ HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const h
  *  Every axis may have any stride, also 0 (inputs) or negative, except that the last axis of q, k, v, out and the state is
  *  contiguous. One token of [B, T, H, K] tensors is a view of them, with a stride of T H K along B. */
 typedef struct holdfast_step_args {
-    size_t struct_size;         /**< sizeof(holdfast_step_args) */
-    const DLTensor *q;          /**< queries [B, H, K] */
-    const DLTensor *k;          /**< keys    [B, H, K] */
-    const DLTensor *v;          /**< values  [B, H, V] */
-    const DLTensor *log_decay;  /**< natural logarithm of the decay, [H] or [B, H], each <= 0; NULL: no decay.
+    size_t struct_size;        /**< sizeof(holdfast_step_args) */
+    const DLTensor *q;         /**< queries [B, H, K] */
+    const DLTensor *k;         /**< keys    [B, H, K] */
+    const DLTensor *v;         /**< values  [B, H, V] */
+    const DLTensor *log_decay; /**< natural logarithm of the decay, [H] or [B, H], each <= 0; NULL: no decay.
                                      -infinity forgets all that came before. Positive and NaN are refused. */
-    DLTensor *state;            /**< [B, H, K, V], read and written */
-    DLTensor *out;              /**< [B, H, V], written */
-    float scale;                /**< multiplies q.k; 0: K^-1/2. Finite. */
+    DLTensor *state;           /**< [B, H, K, V], read and written */
+    DLTensor *out;             /**< [B, H, V], written */
+    float scale;               /**< multiplies q.k; 0: K^-1/2. Finite. */
 } holdfast_step_args;
 
 /** Retention, recurrent form, of every batch entry and head: one token, the state advanced in place (decay first, then
