@@ -10,7 +10,7 @@ class ChunkwiseGenerator : public Generator<ChunkwiseGenerator> {
 public:
     GeneratorParam<int> chunk{"chunk", 64};
     GeneratorParam<int> key_size{"key_size", 64}, value_size{"value_size", 64};  // 0: any
-    GeneratorParam<int> causal_tile{"causal_tile", 8};  // measured best of 8, 16, 32 on AVX-512 and AVX2
+    GeneratorParam<int> causal_tile{"causal_tile", 8};                   // measured best of 8, 16, 32 on AVX-512 and AVX2
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};  // schedule.h
 
     // [B, T, H, D] with a contiguous last axis and any other strides; a stride may be 0 (one decay per head).

@@ -18,7 +18,7 @@ namespace {
 
 // The states of one call of a kernel, K V floats a chunk, should stay in L2 (1 to 2 MB in today's x86) with the rows of its
 // chunks. Past 16 chunks nothing more is gained: bench/retention_bench.cpp.
-constexpr int64_t states_in_cache = 512 * 1024, most_chunks_per_call = 16;
+constexpr int64_t states_in_cache = 512 * 1024, most_chunks_per_call = 8;
 
 // The states of heads that a thread works on in turn, likewise.
 constexpr int64_t heads_in_cache = 256 * 1024;

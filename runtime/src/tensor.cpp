@@ -13,14 +13,15 @@ namespace {
 constexpr int64_t element = sizeof(float);
 
 std::string describe(DLDataType type) {
-    const char *code = type.code == kDLInt      ? "int"
-                       : type.code == kDLUInt   ? "uint"
-                       : type.code == kDLFloat  ? "float"
-                       : type.code == kDLBfloat ? "bfloat"
-                       : type.code == kDLBool   ? "bool"
+    const char *code = type.code == kDLInt       ? "int"
+                       : type.code == kDLUInt    ? "uint"
+                       : type.code == kDLFloat   ? "float"
+                       : type.code == kDLBfloat  ? "bfloat"
+                       : type.code == kDLBool    ? "bool"
                        : type.code == kDLComplex ? "complex"
-                                                : nullptr;
-    std::string text = code ? code + std::to_string(type.bits) : "code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits";
+                                                 : nullptr;
+    std::string text = code ? code + std::to_string(type.bits)
+                            : "code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits";
     return type.lanes == 1 ? text : text + " x " + std::to_string(type.lanes) + " lanes";
 }
 
@@ -47,7 +48,8 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
     if (!t) fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " is NULL; expected a tensor ", describe(spec));
     if (t->ndim != rank)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has ", t->ndim, " dimensions; expected ", rank, ", ", describe(spec));
-    if (!t->shape) fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has a NULL shape; expected ", rank, " extents, ", describe(spec));
+    if (!t->shape)
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has a NULL shape; expected ", rank, " extents, ", describe(spec));
     if (t->dtype.code != kDLFloat || t->dtype.bits != 32 || t->dtype.lanes != 1)
         fail(HOLDFAST_UNSUPPORTED, spec.name, " has dtype ", describe(t->dtype), "; expected float32");
     if (t->device.device_type != kDLCPU)
@@ -75,8 +77,8 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
                  view.shape[axis], "; expected offsets that fit 64 bits");
         if (!empty && (__builtin_mul_overflow(reach, element, &reach) ||
                        __builtin_add_overflow(reach < 0 ? view.low : view.high, reach, reach < 0 ? &view.low : &view.high)))
-            fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and stride ", view.stride[axis], " on axis ",
-                 axis, "; expected byte offsets that fit 64 bits");
+            fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and stride ", view.stride[axis],
+                 " on axis ", axis, "; expected byte offsets that fit 64 bits");
         if (__builtin_mul_overflow(compact, std::max<int64_t>(view.shape[axis], 1), &compact))
             fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), "; expected fewer than 2^63 elements");
     }
@@ -87,8 +89,8 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
     const uintptr_t base = (uintptr_t)t->data + t->byte_offset;
     const uint64_t below = 0 - (uint64_t)view.low, above = (uint64_t)view.high;
     if (below > base || above > UINTPTR_MAX - base)
-        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and strides that reach from byte ", view.low, " to ",
-             view.high, " of its data; expected them within the address space");
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and strides that reach from byte ", view.low,
+             " to ", view.high, " of its data; expected them within the address space");
     if (base < t->byte_offset || base % alignof(float))
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has data and byte_offset ", t->byte_offset,
              " that are not the address of a float; expected a multiple of ", alignof(float));
@@ -123,8 +125,8 @@ void check_distinct_elements(const Tensor &t) {
         if (t.shape[axis] == 1) continue;
         const int64_t step = std::llabs(t.stride[axis]);
         if (step < covered)
-            fail(HOLDFAST_INVALID_ARGUMENT, t.name, " has stride ", t.stride[axis], " on axis ", axis, ", so that its elements share memory",
-                 "; expected an output with its own memory for each element");
+            fail(HOLDFAST_INVALID_ARGUMENT, t.name, " has stride ", t.stride[axis], " on axis ", axis,
+                 ", so that its elements share memory", "; expected an output with its own memory for each element");
         covered += (t.shape[axis] - 1) * step;
     }
 }

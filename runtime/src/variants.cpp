@@ -41,8 +41,8 @@ const Target *require_target(const std::string &name, const char *prefix) {
     std::string known;
     for (const Target &t : targets()) known += (known.empty() ? "" : ", ") + std::string(t.name);
     if (!target) fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name, "'; expected one of ", known);
-    fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name, "', which needs CPU features that this machine lacks: ",
-         target->missing);
+    fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name,
+         "', which needs CPU features that this machine lacks: ", target->missing);
 }
 
 const Target *environment_target() {
@@ -53,8 +53,8 @@ const Target *environment_target() {
     return name.empty() ? nullptr : require_target(name, "HOLDFAST_TARGET: ");
 }
 
-const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,
-                              int64_t chunk_size, const Target *forced) {
+const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
+                              const Target *forced) {
     const Variant *best = nullptr;
     for (const Variant &v : variants()) {
         // Names last: they are the slowest to compare, and a call for one token has no time to lose.
@@ -65,7 +65,8 @@ const Variant &select_variant(const char *kernel, const char *dtype, int64_t key
         if (!best) {
             best = &v;
         } else if (chunk_size && v.target == best->target && v.key_size == best->key_size && v.value_size == best->value_size) {
-            const bool better = best->chunk < chunk_size ? v.chunk > best->chunk : v.chunk >= chunk_size && v.chunk < best->chunk;
+            const bool better =
+                best->chunk < chunk_size ? v.chunk > best->chunk : v.chunk >= chunk_size && v.chunk < best->chunk;
             if (better) best = &v;
         }
     }

@@ -40,7 +40,7 @@ const Target *environment_target();
 
 /// The variant to run: the best target that runs here, or `forced`; exact sizes before `any`; the shortest chunk that holds
 /// `chunk_size` tokens, else the longest (chunk_size 0: the first listed). Throws UNSUPPORTED when there is none.
-const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,
-                              int64_t chunk_size, const Target *forced);
+const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
+                              const Target *forced);
 
 }  // namespace holdfast
