@@ -336,7 +336,7 @@ TEST_P(Retention, ForcedTargetRuns) {
     struct {
         int64_t T, chunk_size;
         const char *kernel;
-    } calls[] = {{C + 1, 0, "chunkwise"}, {C / 2 + 1, 0, "chunkwise"}, {C / 2, 0, "recurrent"}, {C / 2, C, "chunkwise"}};
+    } calls[] = {{C + 1, 0, "chunkwise"}, {C / 4 + 1, 0, "chunkwise"}, {C / 4, 0, "recurrent"}, {C / 4, C, "chunkwise"}};
     for (const auto &call : calls) {
         SCOPED_TRACE("T " + std::to_string(call.T));
         Problem p = problem(1, call.T, 1);

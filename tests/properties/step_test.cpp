@@ -66,7 +66,7 @@ TEST_P(StepTest, IsAForwardCallOfOneToken) {
 }
 
 TEST_P(StepTest, IsWhatForwardDoesWithFewTokens) {
-    for (int64_t T : {(int64_t)0, (int64_t)1, (int64_t)2, C / 2}) {
+    for (int64_t T : {(int64_t)0, (int64_t)1, (int64_t)2, C / 4}) {
         for (bool initial : {false, true}) {
             SCOPED_TRACE("T " + std::to_string(T) + (initial ? ", initial state" : ""));
             Problem steps = problem(2, T, 3), call = problem(2, T, 3);

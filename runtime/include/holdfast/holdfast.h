@@ -180,7 +180,7 @@ typedef struct holdfast_forward_args {
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
- *  Calls of few tokens, up to half a chunk, compute each by itself, as holdfast_step does, unless chunk_size is set.
+ *  Calls of few tokens, up to a quarter of a chunk, compute each by itself, as holdfast_step does, unless chunk_size is set.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their batch entry and head, but may
  *  reach earlier tokens of the same chunk.
