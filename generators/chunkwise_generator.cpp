@@ -43,15 +43,19 @@ public:
 
         Func cq("q_chunks"), ck("k_chunks"), cv("v_chunks"), cg("log_decay_chunks"), cs("state_start");
         Func sq("q_stored"), sk("k_stored"), sv("v_stored");
-        sq(d, i, c, h, b) = q(d, at.time(i, c, q.dim(1).extent()), h, b);
-        sk(d, i, c, h, b) = k(d, at.time(i, c, k.dim(1).extent()), h, b);
-        sv(e, i, c, h, b) = v(e, at.time(i, c, v.dim(1).extent()), h, b);
+        // Zero past the last feature: schedules may round the sizes up.
+        auto padded = [](auto &rows, const Expr &size) {
+            return BoundaryConditions::constant_exterior(rows, cast(rows.type(), 0), {{0, size}, {}, {}, {}});
+        };
+        sq(d, i, c, h, b) = padded(q, D)(d, at.time(i, c, q.dim(1).extent()), h, b);
+        sk(d, i, c, h, b) = padded(k, D)(d, at.time(i, c, k.dim(1).extent()), h, b);
+        sv(e, i, c, h, b) = padded(v, E)(e, at.time(i, c, v.dim(1).extent()), h, b);
         cq(d, i, c, h, b) = widen(dtype, sq(d, i, c, h, b));
         ck(d, i, c, h, b) = widen(dtype, sk(d, i, c, h, b));
         cv(e, i, c, h, b) = widen(dtype, sv(e, i, c, h, b));
         Expr g = log_decay(at.time(i, c, log_decay.dim(0).extent()), h, b);
         cg(i, c, h, b) = select(i < at.length(c), g, 0.0f);
-        cs(e, d, s, h, b) = state_in(e, d, s, h, b);
+        cs(e, d, s, h, b) = BoundaryConditions::constant_exterior(state_in, 0.0f, {{0, E}, {0, D}, {}, {}, {}})(e, d, s, h, b);
         f = chunkwise(cq, ck, cv, cg, cs, at, D, scale, size);
         f.q_stored = sq, f.k_stored = sk, f.v_stored = sv;
 

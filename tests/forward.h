@@ -184,12 +184,13 @@ inline std::vector<std::string> targets(bool running = false) {
     return names;
 }
 
-/// The variant of a type that `target` runs for the size, by default: the first of exactly that size, else of any. Null if
-/// there is none.
-inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size, const Dtype &dtype = f32) {
+/// The variant of a type and kernel that `target` runs for the size, by default: the first of exactly that size, else of any.
+/// Null if there is none.
+inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size, const Dtype &dtype = f32,
+                                                   const std::string &kernel = "chunkwise") {
     std::optional<holdfast_variant> any;
     for (const holdfast_variant &v : variants()) {
-        if (v.target != target || v.dtype != std::string(dtype.name)) continue;
+        if (v.target != target || v.dtype != std::string(dtype.name) || v.kernel != kernel) continue;
         if (v.key_size == size.K && v.value_size == size.V) return v;
         if (v.key_size == 0 && v.value_size == 0 && !any) any = v;
     }

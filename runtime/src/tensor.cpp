@@ -6,16 +6,9 @@
 #include <limits>
 #include <numeric>
 #include <string>
-#include <vector>
 
 namespace holdfast {
 namespace {
-
-std::string describe(const TensorSpec &spec) {
-    std::string text = "[";
-    for (const char *axis = spec.axes; *axis; axis++) text += (axis == spec.axes ? "" : ", ") + std::string(1, *axis);
-    return text + "]";
-}
 
 std::string describe(DLDataType type) {
     const char *code = type.code == kDLInt       ? "int"
@@ -47,6 +40,12 @@ bool overlaps_range(const Tensor &a, const Tensor &b) {
 }
 
 }  // namespace
+
+std::string describe(const TensorSpec &spec) {
+    std::string text = "[";
+    for (const char *axis = spec.axes; *axis; axis++) text += (axis == spec.axes ? "" : ", ") + std::string(1, *axis);
+    return text + "]";
+}
 
 Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
     const int rank = (int)std::strlen(spec.axes);
@@ -127,11 +126,15 @@ void check_rows(const Tensor &t) {
 void check_distinct_elements(const Tensor &t) {
     if (t.empty()) return;
     // Nested axes: each, taken by growing stride, steps over all that the smaller ones cover.
-    std::vector<int> order(t.rank);
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int a, int b) { return std::llabs(t.stride[a]) < std::llabs(t.stride[b]); });
+    int order[Tensor::max_rank];
+    for (int axis = 0; axis < t.rank; axis++) {
+        int n = axis;
+        for (; n > 0 && std::llabs(t.stride[order[n - 1]]) > std::llabs(t.stride[axis]); n--) order[n] = order[n - 1];
+        order[n] = axis;
+    }
     int64_t covered = 1;
-    for (int axis : order) {
+    for (int n = 0; n < t.rank; n++) {
+        const int axis = order[n];
         if (t.shape[axis] == 1) continue;
         const int64_t step = std::llabs(t.stride[axis]);
         if (step < covered)

@@ -3,6 +3,7 @@
 #include "failure.h"
 
 #include <cstdint>
+#include <string>
 
 namespace holdfast {
 
@@ -38,6 +39,9 @@ struct TensorSpec {
     const char *name, *axes;
     bool any_dtype = false;
 };
+
+/// "[B, T, H, K]".
+std::string describe(const TensorSpec &spec);
 
 /// Check pointer, dtype, device (CPU), rank, extents, data, strides, overflow. Throws INVALID_ARGUMENT, UNSUPPORTED.
 Tensor check_tensor(const TensorSpec &spec, const DLTensor *tensor);

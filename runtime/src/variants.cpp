@@ -57,9 +57,10 @@ const Variant &select_variant(const char *kernel, const char *dtype, int64_t key
                               const Target *forced) {
     const Variant *best = nullptr;
     for (const Variant &v : variants()) {
-        if (std::strcmp(v.kernel, kernel) || std::strcmp(v.dtype, dtype)) continue;
-        if (forced ? v.target != forced : !v.target->missing.empty()) continue;
+        // Names last: they are the slowest to compare, and a call for one token has no time to lose.
         if ((v.key_size && v.key_size != key_size) || (v.value_size && v.value_size != value_size)) continue;
+        if (forced ? v.target != forced : !v.target->missing.empty()) continue;
+        if (std::strcmp(v.kernel, kernel) || std::strcmp(v.dtype, dtype)) continue;
         // The list is best first: a later row replaces the first only for its chunk, all else being equal.
         if (!best) {
             best = &v;

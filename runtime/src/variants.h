@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <variant>
 #include <vector>
 
 struct halide_buffer_t;
@@ -13,6 +14,10 @@ using ChunkwiseKernel = int(const void *user_context, halide_buffer_t *q, halide
                             halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count,
                             float scale, halide_buffer_t *out, halide_buffer_t *state_out);
 
+using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                            halide_buffer_t *log_decay, float scale, halide_buffer_t *state, halide_buffer_t *sum,
+                            halide_buffer_t *out);
+
 struct Target {
     const char *name;
     std::string missing;  // CPU features it needs and this machine lacks; "": it runs here
@@ -20,9 +25,9 @@ struct Target {
 
 struct Variant {
     const char *kernel, *name, *dtype;
-    int chunk, key_size, value_size;  // sizes 0: any
+    int chunk, key_size, value_size;  // chunk 0: the kernel knows none; sizes 0: any
     const Target *target;
-    ChunkwiseKernel *run;
+    std::variant<ChunkwiseKernel *, RecurrentKernel *> run;  // that of `kernel`
 };
 
 const std::vector<Target> &targets();    // best first

@@ -1,6 +1,7 @@
 // Every compiled variant of chunkwise, called directly, on every case of kernel_call.h. What this machine cannot run is
 // skipped, with the CPU features that it lacks.
 #include "../kernel_call.h"
+#include "missing.h"
 
 #include <holdfast/holdfast.h>
 #include <kernels.h>
@@ -18,18 +19,13 @@ struct Variant {
                halide_buffer_t *state_out);
 };
 constexpr Variant variants[] = {
-#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
+#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target) \
     {#name, dtype, chunk, {key_size, value_size}, name},
+#define HOLDFAST_ROW_recurrent(...)
+#define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #include <variants.inc>
 #undef HOLDFAST_VARIANT
 };
-
-std::string missing_cpu_features(const std::string &variant) {
-    holdfast_variant row;
-    for (int n = 0; holdfast_variant_at(nullptr, n, &row) == HOLDFAST_OK; n++)
-        if (variant == row.name) return row.missing;
-    return "(not listed by holdfast_variant_at)";
-}
 
 struct Instance {
     Variant variant;

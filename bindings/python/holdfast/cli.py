@@ -39,7 +39,7 @@ def info_text(report: dict[str, Any]) -> str:
         key_size, value_size = (str(size or "any") for size in (v["key_size"], v["value_size"]))
         note = "" if v["runs_here"] else f"needs {' '.join(v['missing'])}"
         rows.append(
-            (mark, v["name"], v["kernel"], v["dtype"], str(v["chunk"]), key_size, value_size, v["target"], note)
+            (mark, v["name"], v["kernel"], v["dtype"], str(v["chunk"] or ""), key_size, value_size, v["target"], note)
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -53,6 +53,6 @@ def info_text(report: dict[str, Any]) -> str:
             "",
             *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
             "",
-            "* runs here for its dtype and sizes (any: all sizes that no other row with * has)",
+            "* runs here for its dtype and sizes (any: all sizes that no other row of the kernel with * has)",
         ]
     )
