@@ -16,3 +16,8 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
 holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
     SIZES any
     TARGETS avx512 avx2 generic)
+
+# GPUs.
+holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
+    SIZES any
+    TARGETS cuda metal opencl vulkan)

@@ -2,12 +2,17 @@
 # variant, <build>/generated/{variants.inc, targets.inc, kernels.h}, and the INTERFACE target `holdfast_kernels`.
 #
 #   HOLDFAST_TARGETS, HOLDFAST_SIZES: "all", or the list to build.
+#   HOLDFAST_FAKE_METAL: off a Mac, link the stand-in `holdfast_fakemetal` of tests/fakemetal for Apple's frameworks.
 
 set(HOLDFAST_TARGETS "all" CACHE STRING "Targets to build, of cmake/targets.cmake")
 set(HOLDFAST_SIZES "all" CACHE STRING "Sizes to build, of cmake/kernels.cmake, e.g. 64x64;any")
+set(HOLDFAST_BACKENDS cpu cuda metal opencl vulkan)
+option(HOLDFAST_FAKE_METAL "Build the target metal off a Mac, on the stand-in of tests/fakemetal" OFF)
 
-string(REGEX MATCH "^[^-]+-[0-9]+-[^-]+" holdfast_base_target "${Halide_CMAKE_TARGET}")  # e.g. x86-64-linux
-string(REGEX MATCH "^[^-]+-[0-9]+" holdfast_arch "${holdfast_base_target}")
+# The processor is always spelt out: for `host`, Halide would look for the GPUs of the machine that builds.
+string(REGEX MATCH "^([^-]+-[0-9]+)-([^-]+)" holdfast_base_target "${Halide_CMAKE_TARGET}")  # e.g. x86-64-linux
+set(holdfast_arch ${CMAKE_MATCH_1})
+set(holdfast_system ${CMAKE_MATCH_2})
 if(HOLDFAST_SANITIZE STREQUAL "address")
   string(APPEND holdfast_base_target "-asan")
 elseif(HOLDFAST_SANITIZE STREQUAL "thread")
@@ -20,13 +25,22 @@ set(holdfast_all_targets "")
 set(holdfast_all_sizes "")
 
 function(holdfast_target name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "ARCH" "FEATURES;NEEDS")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "ARCH;BACKEND" "SYSTEMS;FEATURES;NEEDS")
   if(arg_UNPARSED_ARGUMENTS)
     message(FATAL_ERROR "holdfast_target(${name}): unknown ${arg_UNPARSED_ARGUMENTS}")
+  endif()
+  if(NOT arg_BACKEND)
+    set(arg_BACKEND cpu)
+  elseif(NOT arg_BACKEND IN_LIST HOLDFAST_BACKENDS)
+    message(FATAL_ERROR "holdfast_target(${name}): BACKEND is ${arg_BACKEND}; expected one of ${HOLDFAST_BACKENDS}")
+  endif()
+  if(arg_BACKEND STREQUAL "metal" AND HOLDFAST_FAKE_METAL)
+    list(APPEND arg_SYSTEMS ${holdfast_system})
   endif()
   list(APPEND holdfast_all_targets ${name})
   set(holdfast_all_targets "${holdfast_all_targets}" PARENT_SCOPE)
   if((arg_ARCH AND NOT arg_ARCH STREQUAL holdfast_arch)
+     OR (arg_SYSTEMS AND NOT holdfast_system IN_LIST arg_SYSTEMS)
      OR NOT (HOLDFAST_TARGETS STREQUAL "all" OR name IN_LIST HOLDFAST_TARGETS))
     return()
   endif()
@@ -36,6 +50,7 @@ function(holdfast_target name)
     string(APPEND halide_target "-${features}")
   endif()
   set(holdfast_halide_target_${name} "${halide_target}" PARENT_SCOPE)
+  set(holdfast_backend_${name} "${arg_BACKEND}" PARENT_SCOPE)
   set(holdfast_needs_${name} "${arg_NEEDS}" PARENT_SCOPE)
   list(APPEND holdfast_targets ${name})
   set(holdfast_targets "${holdfast_targets}" PARENT_SCOPE)
@@ -90,17 +105,24 @@ if(NOT holdfast_variants)
   message(FATAL_ERROR "No variant is left for ${holdfast_arch} with HOLDFAST_TARGETS=${HOLDFAST_TARGETS}, HOLDFAST_SIZES=${HOLDFAST_SIZES}")
 endif()
 
+# One runtime for all targets. Halide gives it every GPU API that one of the kernels uses (USE_RUNTIME), and links Metal by
+# these two names.
+if(HOLDFAST_FAKE_METAL AND NOT APPLE)
+  add_subdirectory(${PROJECT_SOURCE_DIR}/tests/fakemetal ${PROJECT_BINARY_DIR}/tests/fakemetal)
+  set(FOUNDATION_LIBRARY holdfast_fakemetal)
+  set(METAL_LIBRARY holdfast_fakemetal)
+endif()
 add_halide_runtime(holdfast_halide_runtime TARGETS ${holdfast_base_target})
 add_library(holdfast_kernels INTERFACE)
 target_include_directories(holdfast_kernels INTERFACE ${PROJECT_BINARY_DIR}/generated)
 target_link_libraries(holdfast_kernels INTERFACE holdfast_halide_runtime)
 
-set(targets_inc "// Made by cmake/variants.cmake: HOLDFAST_TARGET(name, CPU features needed), best first.\n")
+set(targets_inc "// Made by cmake/variants.cmake: HOLDFAST_TARGET(name, backend, CPU features needed), best first.\n")
 set(variants_inc "// Made by cmake/variants.cmake: HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target), best first.\n")
 set(kernels_h "// Made by cmake/variants.cmake: declarations of all kernels.\n#pragma once\n")
 foreach(target IN LISTS holdfast_targets)
   list(JOIN holdfast_needs_${target} " " needs)
-  string(APPEND targets_inc "HOLDFAST_TARGET(${target}, \"${needs}\")\n")
+  string(APPEND targets_inc "HOLDFAST_TARGET(${target}, ${holdfast_backend_${target}}, \"${needs}\")\n")
   foreach(variant IN LISTS holdfast_variants)
     string(REPLACE "|" ";" variant "${variant}")
     list(POP_FRONT variant variant_target kernel dtype chunk key value)

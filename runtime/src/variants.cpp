@@ -12,7 +12,7 @@ namespace holdfast {
 
 const std::vector<Target> &targets() {
     static const std::vector<Target> list = {
-#define HOLDFAST_TARGET(name, needs) {#name, missing_cpu_features(needs)},
+#define HOLDFAST_TARGET(name, backend, needs) {#name, #backend, missing_cpu_features(needs)},
 #include "targets.inc"
 #undef HOLDFAST_TARGET
     };

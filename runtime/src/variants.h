@@ -14,7 +14,7 @@ using ChunkwiseKernel = int(const void *user_context, halide_buffer_t *q, halide
                             float scale, halide_buffer_t *out, halide_buffer_t *state_out);
 
 struct Target {
-    const char *name;
+    const char *name, *backend;
     std::string missing;  // CPU features it needs and this machine lacks; "": it runs here
 };
 

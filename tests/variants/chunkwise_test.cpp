@@ -4,6 +4,7 @@
 
 #include <holdfast/holdfast.h>
 #include <kernels.h>
+#include <string_view>
 
 namespace {
 using namespace test;
@@ -12,12 +13,21 @@ struct Variant {
     const char *name;
     int chunk;
     Size size;  // 0: any
+    bool gpu;
     int (*run)(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v, halide_buffer_t *log_decay,
                halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count, float scale, halide_buffer_t *out,
                halide_buffer_t *state_out);
 };
+constexpr bool is_gpu(std::string_view target) {
+#define HOLDFAST_TARGET(name, backend, needs) \
+    if (target == #name) return std::string_view(#backend) != "cpu";
+#include <targets.inc>
+#undef HOLDFAST_TARGET
+    return false;
+}
 constexpr Variant variants[] = {
-#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) {#name, chunk, {key_size, value_size}, name},
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
+    {#name, chunk, {key_size, value_size}, is_gpu(#target), name},
 #include <variants.inc>
 #undef HOLDFAST_VARIANT
 };
@@ -58,6 +68,8 @@ TEST_P(Chunkwise, MatchesReference) {
     const Instance &instance = GetParam();
     const std::string missing = missing_cpu_features(instance.variant.name);
     if (!missing.empty()) GTEST_SKIP() << "this CPU lacks " << missing;
+    if (instance.variant.gpu && instance.kernel_case.layout == Layout::reversed)
+        GTEST_SKIP() << "Halide's runtime ends the process when it copies negative strides";
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     KernelCall(instance.kernel_case, instance.variant.chunk, instance.size).expect_reference([&](auto &&...arguments) {
         return instance.variant.run(nullptr, arguments...);
