@@ -19,5 +19,5 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
 
 # GPUs.
 holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
-    SIZES any
+    SIZES 64x64 any
     TARGETS cuda metal opencl vulkan)

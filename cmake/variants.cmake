@@ -116,6 +116,8 @@ add_halide_runtime(holdfast_halide_runtime TARGETS ${holdfast_base_target})
 add_library(holdfast_kernels INTERFACE)
 target_include_directories(holdfast_kernels INTERFACE ${PROJECT_BINARY_DIR}/generated)
 target_link_libraries(holdfast_kernels INTERFACE holdfast_halide_runtime)
+# A source, not a library: it takes the place of a weak definition in the Halide runtime.
+target_sources(holdfast_kernels INTERFACE ${PROJECT_SOURCE_DIR}/runtime/src/vulkan_memory.cpp)
 
 set(targets_inc "// Made by cmake/variants.cmake: HOLDFAST_TARGET(name, backend, CPU features needed), best first.\n")
 set(variants_inc "// Made by cmake/variants.cmake: HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target), best first.\n")
