@@ -47,7 +47,7 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &) {
         decay.compute_at(rows, i).store_in(MemoryType::Register);
     }
 
-    // Contributions: a block per tile of the state and chunk, its decayed keys in shared memory.
+    // Contributions: a block per tile of the state and chunk, the decays of its keys in shared memory.
     const Tile st = state_tile(sizes.key, sizes.value);
     Func contribution = f.contribution.in();
     contribution.compute_root().split(e, eo, et, st.columns, guard).split(d, dd, dt, st.rows, guard)
@@ -58,8 +58,7 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &) {
     }
     contribution.reorder(et, dt, block, h, b).gpu_blocks(block, h, b).gpu_threads(et, dt);
     registers(f.contribution, {contribution, et}, f.over_token, e, d, st);
-    f.keys_decayed.compute_at(contribution, block).store_in(MemoryType::GPUShared)
-        .split(j, jo, ji, 8).reorder(d, ji, jo).gpu_threads(d, ji);
+    f.key_decay.compute_at(contribution, block).store_in(MemoryType::GPUShared).split(j, jo, ji, 8).gpu_threads(jo, ji);
 
     // States: a thread per element, the scan over chunks on the device.
     auto each_element = [&](auto stage, RVar inner) {
