@@ -21,7 +21,7 @@ holdfast_target(avx2
 # Metal is linked.
 holdfast_target(cuda
     BACKEND cuda
-    SYSTEMS linux windows
+    SYSTEMS linux
     FEATURES cuda cuda_capability_80)
 
 holdfast_target(metal
@@ -31,13 +31,13 @@ holdfast_target(metal
 
 holdfast_target(opencl
     BACKEND opencl
-    SYSTEMS linux windows
+    SYSTEMS linux
     FEATURES opencl)
 
 # vk_int16: vectors of bool become 16-bit integers. Signed >> and / of negative numbers are wrong in Halide 21.
 holdfast_target(vulkan
     BACKEND vulkan
-    SYSTEMS linux windows android
+    SYSTEMS linux
     FEATURES vulkan vk_int8 vk_int16)
 
 holdfast_target(generic)

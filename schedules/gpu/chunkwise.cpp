@@ -73,6 +73,7 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &) {
 
     // Output: a block per strip of a chunk's rows, its weights in shared memory.
     const Tile ot = out_tile(sizes.value);
+    f.result.gpu_single_thread();  // undefined at first, so that nothing is run; but Halide would want it in host memory too
     Stage result = f.result.update(0).allow_race_conditions()  // each row belongs to one chunk: chunks.h
         .split(row, ro, ri, strip).split(ri, rt, ri, ot.high).fuse(ro, in, strips)
         .split(e, eo, et, ot.columns, guard).fuse(eo, strips, strips).reorder(ri, et, rt, strips, h, b).unroll(ri);

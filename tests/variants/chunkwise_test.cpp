@@ -19,7 +19,7 @@ struct Variant {
                halide_buffer_t *state_out);
 };
 constexpr bool is_gpu(std::string_view target) {
-#define HOLDFAST_TARGET(name, backend, needs) \
+#define HOLDFAST_TARGET(name, backend, needs, chunk_table) \
     if (target == #name) return std::string_view(#backend) != "cpu";
 #include <targets.inc>
 #undef HOLDFAST_TARGET
