@@ -1,6 +1,8 @@
 // The stages of chunkwise.h.
 #include "chunkwise.h"
 
+#include "decay.h"
+
 using namespace Halide;
 
 namespace holdfast {
@@ -10,22 +12,6 @@ namespace {
 // reset in the middle of a chunk); whole steps of 2^-16 add without error in int32, and what is left is below 2^-17 each.
 // Integers, because no compiler may reorder them into the one sum.
 constexpr float decay_step = 1.0f / 65536;
-
-// exp() of anything below is 0 in fp32, so clamping there changes nothing; it lets -infinity in, and 256 of them fit int32.
-constexpr float least_log_decay = -120.0f;
-
-// exp(x), x <= 0, as a sum of two: rounded to fp32, and what that left out. A long sequence multiplies its state by the same
-// decay again and again, and the same rounding each time adds up: to 1e-4 over the 4096 tokens that RetNet's slowest head
-// remembers. Far from 1 the state forgets faster than that. Through an integer for the reason above.
-Tuple two_part_exp(const Expr &x) {
-    const float near = -0.35f, unit = 1 << 24;
-    Expr series = 1.0f;  // (exp(x) - 1) / x, to 1e-9
-    for (int n = 8; n >= 2; n--) series = 1.0f + x / (float)n * series;
-    Expr minus_1 = x * series;
-    Expr rounded = cast<int32_t>(round((1.0f + minus_1) * unit));
-    Expr rest = minus_1 - cast<float>(rounded - (1 << 24)) / unit;
-    return Tuple(select(x > near, cast<float>(rounded) / unit, exp(x)), select(x > near, rest, 0.0f));
-}
 
 }  // namespace
 
@@ -88,7 +74,7 @@ ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func
     f.state(e, d, chunks.first(s), h, b) = state_in(e, d, s, h, b);
     Tuple decay = f.chunk_decay(in, h, b);
     Expr before = f.state(e, d, in, h, b);
-    f.state(e, d, chunks.next(in), h, b) = decay[0] * before + (decay[1] * before + f.contribution(e, d, in, h, b));
+    f.state(e, d, chunks.next(in), h, b) = decayed(decay, before, f.contribution(e, d, in, h, b));
 
     f.over_state = RDom(0, key_extent, "over_state");
     f.inter = Func("inter");

@@ -1,0 +1,34 @@
+// exp() of a log decay, for the stages that multiply a state by it again and again.
+#pragma once
+#include "Halide.h"
+
+namespace holdfast {
+
+/// exp() of anything below is 0 in fp32, so clamping there changes nothing; it lets -infinity in, and 256 of them fit int32.
+constexpr float least_log_decay = -120.0f;
+
+/// exp(x), x <= 0, as a sum of two: rounded to fp32, and what that left out. A long sequence multiplies its state by the same
+/// decay again and again, and the same rounding each time adds up: to 1e-4 over the 4096 tokens that RetNet's slowest head
+/// remembers. Far from 1 the state forgets faster than that. Through an integer, because no compiler may
+/// reorder those.
+inline Halide::Tuple two_part_exp(const Halide::Expr &x) {
+    using namespace Halide;
+    const float near = -0.35f, unit = 1 << 24;
+    Expr series = 1.0f;  // (exp(x) - 1) / x, to 1e-9
+    for (int n = 8; n >= 2; n--) series = 1.0f + x / (float)n * series;
+    Expr minus_1 = x * series;
+    Expr rounded = cast<int32_t>(round((1.0f + minus_1) * unit));
+    Expr rest = minus_1 - cast<float>(rounded - (1 << 24)) / unit;
+    return Tuple(select(x > near, cast<float>(rounded) / unit, exp(x)), select(x > near, rest, 0.0f));
+}
+
+/// decay * state + added, with a decay of two_part_exp. What is small is summed first: next to the large product it would be
+/// rounded away. Compilers that reorder sums, or make decay[0] + decay[1] one again, stop at the operation on integers, which
+/// costs half a rounding of what is small.
+inline Halide::Expr decayed(const Halide::Tuple &decay, const Halide::Expr &state, const Halide::Expr &added) {
+    using namespace Halide;
+    const Expr small = decay[1] * state + added;
+    return decay[0] * state + reinterpret<float>(reinterpret<int32_t>(small) & ~1);
+}
+
+}  // namespace holdfast

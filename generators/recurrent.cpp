@@ -1,0 +1,30 @@
+// The stages of recurrent.h.
+#include "recurrent.h"
+
+#include "decay.h"
+
+using namespace Halide;
+
+namespace holdfast {
+
+RecurrentFuncs recurrent(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Expr &key_extent,
+                         const Expr &scale) {
+    Var b("b"), h("h"), d("d"), e("e");
+    RecurrentFuncs f;
+    f.q = q, f.k = k, f.v = v, f.log_decay = log_decay;
+
+    f.decay = Func("decay");
+    f.decay(h, b) = two_part_exp(max(log_decay(h, b), least_log_decay));
+
+    f.over_key_feature = RDom(0, key_extent, "over_key_feature");
+    RVar row = f.over_key_feature;
+    f.state_and_out = Func("state_and_out");
+    f.state_and_out(e, d, h, b) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
+    Expr before = f.state_and_out(e, row, h, b)[0];
+    Expr sum = select(likely(row > 0), f.state_and_out(e, max(row - 1, 0), h, b)[1], 0.0f);
+    Expr after = decayed(f.decay(h, b), before, k(row, h, b) * v(e, h, b));
+    f.state_and_out(e, row, h, b) = Tuple(after, sum + scale * q(row, h, b) * after);
+    return f;
+}
+
+}  // namespace holdfast

@@ -1,0 +1,32 @@
+// One token of gated retention, the algorithm only: no target, no schedule, no layout.
+//
+//   S <- exp(g) S + k^T v,   o = scale q S          decay first, then write
+//
+// in one pass over S, row by row: an element is read once, written back where it lay, and added to the output on the way, so
+// that the kernel is as fast as the memory that holds the state. Halide does not compute one output inside the loops of
+// another; so both are one Tuple, in which the output's buffer has a stride of 0 along the rows: each row adds to what the
+// one before left. Left out: layout (recurrent_generator.cpp), degrees above 1, normalisation.
+#pragma once
+#include "Halide.h"
+
+namespace holdfast {
+
+struct RecurrentSizes {
+    int key, value;  // D, E; 0: any, known at run time only
+};
+
+/// b batch, h head, d key feature, e value feature.
+struct RecurrentFuncs {
+    Halide::Func q, k, v;           // (d,h,b) (d,h,b) (e,h,b): inputs
+    Halide::Func log_decay;         // (h,b): input
+    Halide::Func decay;             // (h,b): exp(log_decay), a sum of two
+    Halide::Func state_and_out;     // (e,d,h,b): {state, out}, the output. Update 0 goes down the rows over_key_feature: row d
+                                    // of the state in place, and the sum of out until there
+    Halide::RDom over_key_feature;  // state_and_out: d in [0, D), in that order
+};
+
+/// `key_extent` is D, also where the sizes leave it open.
+RecurrentFuncs recurrent(const Halide::Func &q, const Halide::Func &k, const Halide::Func &v, const Halide::Func &log_decay,
+                         const Halide::Expr &key_extent, const Halide::Expr &scale);
+
+}  // namespace holdfast

@@ -1,0 +1,23 @@
+// Correct on every CPU that Halide has, any sizes: a vector of value columns at a time, down all rows of the state. Not
+// parallel: the runtime spreads batch entries and heads over threads.
+#include "../../generators/recurrent.h"
+#include "../schedule.h"
+
+namespace {
+using namespace Halide;
+using namespace holdfast;
+
+void apply(RecurrentFuncs &f, const RecurrentSizes &, const Target &target) {
+    Var b("b"), h("h"), e("e"), eo("eo"), ei("ei");
+    const int vec = target.natural_vector_size<float>();
+    const TailStrategy tail = TailStrategy::GuardWithIf;  // neither beyond the row nor anything twice: the state is in place
+
+    f.state_and_out.update().split(e, eo, ei, vec, tail).reorder(ei, f.over_key_feature, eo, h, b).vectorize(ei);
+    f.decay.compute_at(f.state_and_out, h);
+    f.v.compute_at(f.state_and_out, eo).vectorize(f.v.args()[0], vec, tail);
+}
+
+bool matches(const Target &t, const RecurrentSizes &) { return !t.has_gpu_feature(); }
+
+const bool added = Schedule<RecurrentFuncs, RecurrentSizes>::add({"generic", 0, matches, apply});
+}  // namespace
