@@ -163,6 +163,18 @@ inline std::vector<std::string> targets(bool running = false) {
     return names;
 }
 
+/// The backend of a target.
+inline std::string backend_of(const std::string &target) {
+    for (int n = 0; n < holdfast_backend_count(); n++) {
+        holdfast_backend backend = {};
+        backend.struct_size = sizeof backend;
+        EXPECT_EQ(holdfast_backend_at(n, &backend), HOLDFAST_OK);
+        if ((" " + std::string(backend.targets) + " ").find(" " + target + " ") != std::string::npos) return backend.name;
+    }
+    ADD_FAILURE() << "no backend has target " << target;
+    return "";
+}
+
 /// The variant that `target` runs for the size, by default: the first of exactly that size, else of any. Null if there is none.
 inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size) {
     std::optional<holdfast_variant> any;
@@ -179,18 +191,22 @@ struct Instance {
     std::string target;
     Size size;
     int64_t chunk;
-    std::string missing;  // CPU features that this machine lacks
+    std::string missing;  // CPU features that this machine lacks, or why the backend cannot run
 };
 inline std::string name(const Instance &i) {
     return i.target + "_K" + std::to_string(i.size.K) + "_V" + std::to_string(i.size.V);
 }
 inline void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
-inline std::vector<Instance> instances(const std::vector<Size> &sizes) {
+/// Of all targets, or of those of one backend.
+inline std::vector<Instance> instances(const std::vector<Size> &sizes, const std::string &backend = "") {
     std::vector<Instance> list;
     for (const std::string &target : targets())
         for (Size size : sizes)
-            if (auto v = variant_for(target, size)) list.push_back({target, size, v->chunk, v->missing});
+            if (!backend.empty() && backend_of(target) != backend)
+                continue;
+            else if (auto v = variant_for(target, size))
+                list.push_back({target, size, v->chunk, v->missing});
     return list;
 }
 

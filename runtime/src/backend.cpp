@@ -51,7 +51,7 @@ std::string list_vulkan(std::vector<std::string> &devices) {
     constexpr uint32_t version_1_1 = 1u << 22 | 1u << 12;
     constexpr size_t properties_bytes = 4096, name_at = 20;  // VkPhysicalDeviceProperties is smaller; deviceName in it
     using Proc = void (*)();
-    auto get = (Proc(*)(void *, const char *))halide_vulkan_get_symbol(nullptr, "vkGetInstanceProcAddr");
+    auto get = (Proc (*)(void *, const char *))halide_vulkan_get_symbol(nullptr, "vkGetInstanceProcAddr");
     if (!get) return "no Vulkan: libvulkan.so.1 cannot be loaded";
     auto create = (int (*)(const Create *, const void *, void **))get(nullptr, "vkCreateInstance");
     void *instance = nullptr;

@@ -26,34 +26,34 @@ using Result = int;
 using Device = int;
 constexpr Result success = 0, out_of_memory = 2;
 constexpr int max_shared_memory_optin = 97, capability_major = 75, capability_minor = 76;  // CUdevice_attribute
-constexpr int max_dynamic_shared_size = 8;                                                   // CUfunction_attribute
+constexpr int max_dynamic_shared_size = 8;                                                 // CUfunction_attribute
 constexpr int default_shared_memory = 48 << 10;  // more has to be asked for, function by function
 constexpr int least_capability = 80;             // cuda_capability_80 in cmake/targets.cmake
 
 // Every function that is used: name, symbol, arguments. Those of the second list may be missing.
-#define HOLDFAST_CUDA(X)                                                                                                   \
-    X(Init, cuInit, (unsigned))                                                                                            \
-    X(DeviceGetCount, cuDeviceGetCount, (int *))                                                                           \
-    X(DeviceGet, cuDeviceGet, (Device *, int))                                                                             \
-    X(DeviceGetName, cuDeviceGetName, (char *, int, Device))                                                               \
-    X(DeviceGetAttribute, cuDeviceGetAttribute, (int *, int, Device))                                                      \
-    X(PrimaryCtxRetain, cuDevicePrimaryCtxRetain, (CUcontext *, Device))                                                   \
-    X(CtxGetCurrent, cuCtxGetCurrent, (CUcontext *))                                                                       \
-    X(CtxGetDevice, cuCtxGetDevice, (Device *))                                                                            \
-    X(CtxPushCurrent, cuCtxPushCurrent_v2, (CUcontext))                                                                    \
-    X(CtxPopCurrent, cuCtxPopCurrent_v2, (CUcontext *))                                                                    \
-    X(ModuleLoadDataEx, cuModuleLoadDataEx, (CUmodule *, const void *, unsigned, int *, void **))                          \
-    X(ModuleGetFunction, cuModuleGetFunction, (CUfunction *, CUmodule, const char *))                                      \
-    X(FuncSetAttribute, cuFuncSetAttribute, (CUfunction, int, int))                                                        \
-    X(LaunchKernel, cuLaunchKernel,                                                                                        \
-      (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **))      \
-    X(MemAlloc, cuMemAlloc_v2, (uint64_t *, size_t))                                                                       \
-    X(MemFree, cuMemFree_v2, (uint64_t))                                                                                   \
-    X(MemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, (uint64_t, const void *, size_t, CUstream))                                   \
-    X(MemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void *, uint64_t, size_t, CUstream))                                         \
-    X(StreamSynchronize, cuStreamSynchronize, (CUstream))                                                                  \
-    X(StreamGetCtx, cuStreamGetCtx, (CUstream, CUcontext *))                                                               \
-    X(GetErrorName, cuGetErrorName, (Result, const char **))                                                               \
+#define HOLDFAST_CUDA(X) \
+    X(Init, cuInit, (unsigned)) \
+    X(DeviceGetCount, cuDeviceGetCount, (int *)) \
+    X(DeviceGet, cuDeviceGet, (Device *, int)) \
+    X(DeviceGetName, cuDeviceGetName, (char *, int, Device)) \
+    X(DeviceGetAttribute, cuDeviceGetAttribute, (int *, int, Device)) \
+    X(PrimaryCtxRetain, cuDevicePrimaryCtxRetain, (CUcontext *, Device)) \
+    X(CtxGetCurrent, cuCtxGetCurrent, (CUcontext *)) \
+    X(CtxGetDevice, cuCtxGetDevice, (Device *)) \
+    X(CtxPushCurrent, cuCtxPushCurrent_v2, (CUcontext)) \
+    X(CtxPopCurrent, cuCtxPopCurrent_v2, (CUcontext *)) \
+    X(ModuleLoadDataEx, cuModuleLoadDataEx, (CUmodule *, const void *, unsigned, int *, void **)) \
+    X(ModuleGetFunction, cuModuleGetFunction, (CUfunction *, CUmodule, const char *)) \
+    X(FuncSetAttribute, cuFuncSetAttribute, (CUfunction, int, int)) \
+    X(LaunchKernel, cuLaunchKernel, \
+      (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **)) \
+    X(MemAlloc, cuMemAlloc_v2, (uint64_t *, size_t)) \
+    X(MemFree, cuMemFree_v2, (uint64_t)) \
+    X(MemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, (uint64_t, const void *, size_t, CUstream)) \
+    X(MemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, (void *, uint64_t, size_t, CUstream)) \
+    X(StreamSynchronize, cuStreamSynchronize, (CUstream)) \
+    X(StreamGetCtx, cuStreamGetCtx, (CUstream, CUcontext *)) \
+    X(GetErrorName, cuGetErrorName, (Result, const char **)) \
     X(GetErrorString, cuGetErrorString, (Result, const char **))
 #define HOLDFAST_CUDA_OPTIONAL(X) X(CtxGetId, cuCtxGetId, (CUcontext, unsigned long long *))  // CUDA 12
 
@@ -166,7 +166,8 @@ Availability probe() {
     }
     if (!any)
         found.missing = found.devices.empty() ? "CUDA has no device"
-                                              : "CUDA has no device of sm_" + std::to_string(least_capability) + " or later; the first is " + found.devices[0];
+                                              : "CUDA has no device of sm_" + std::to_string(least_capability) +
+                                                    " or later; the first is " + found.devices[0];
     return found;
 }
 
@@ -175,7 +176,8 @@ CUcontext choose_context(CUcontext context, CUstream stream, int device) {
     Device wanted;
     check("cuDeviceGet", cuda.DeviceGet(&wanted, device));
     if (const int sm = capability(wanted); sm < least_capability)
-        fail(HOLDFAST_TARGET_UNAVAILABLE, "CUDA device ", device, " is of sm_", sm, "; expected at least sm_", least_capability);
+        fail(HOLDFAST_TARGET_UNAVAILABLE, "CUDA device ", device, " is of sm_", sm, "; expected at least sm_",
+             least_capability);
     auto of_wanted = [&](CUcontext c) {
         Current current(c);
         Device found;
@@ -190,7 +192,8 @@ CUcontext choose_context(CUcontext context, CUstream stream, int device) {
     }
     if (context) {
         if (!of_wanted(context))
-            fail(HOLDFAST_INVALID_ARGUMENT, "the context of ", origin, " is of another device than the tensors, which are on CUDA device ", device);
+            fail(HOLDFAST_INVALID_ARGUMENT, "the context of ", origin,
+                 " is of another device than the tensors, which are on CUDA device ", device);
         return context;
     }
     check("cuCtxGetCurrent", cuda.CtxGetCurrent(&context));
@@ -290,7 +293,12 @@ int halide_cuda_run(void *user_context, void *state, const char *name, int block
             }
             if (shared_memory > known->second.shared_memory) {
                 if (Result result = api().FuncSetAttribute(known->second.function, max_dynamic_shared_size, shared_memory))
-                    return report(user_context, describe(("cuFuncSetAttribute for " + std::to_string(shared_memory) + " bytes of shared memory").c_str(), result), result);
+                    return report(
+                        user_context,
+                        describe(
+                            ("cuFuncSetAttribute for " + std::to_string(shared_memory) + " bytes of shared memory").c_str(),
+                            result),
+                        result);
                 known->second.shared_memory = shared_memory;
             }
             function = known->second.function;
@@ -304,8 +312,8 @@ int halide_cuda_run(void *user_context, void *state, const char *name, int block
             values[n] = arguments[n];
             if (is_buffer[n]) handles[n] = ((halide_buffer_t *)arguments[n])->device, values[n] = &handles[n];
         }
-        if (Result result = api().LaunchKernel(function, blocks_x, blocks_y, blocks_z, threads_x, threads_y, threads_z, shared_memory,
-                                               (CUstream)call.place.stream, values, nullptr))
+        if (Result result = api().LaunchKernel(function, blocks_x, blocks_y, blocks_z, threads_x, threads_y, threads_z,
+                                               shared_memory, (CUstream)call.place.stream, values, nullptr))
             return report(user_context, describe("cuLaunchKernel", result), result);
         return 0;
     } catch (const std::bad_alloc &) {

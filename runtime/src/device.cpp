@@ -9,7 +9,7 @@
 
 // Halide's own memory functions of each API, which its public ones lead to.
 extern "C" {
-#define HOLDFAST_MEMORY(api)                                            \
+#define HOLDFAST_MEMORY(api) \
     int halide_##api##_device_malloc(void *user_context, halide_buffer_t *); \
     int halide_##api##_device_free(void *user_context, halide_buffer_t *);
 HOLDFAST_MEMORY(metal)

@@ -36,12 +36,15 @@ struct Run {
         if (rc == 0) return;
         const std::string text = workspace.error.empty() ? "" : ": " + workspace.error;
         const bool memory = rc == halide_error_code_out_of_memory || rc == halide_error_code_device_malloc_failed ||
-                            text.find("OUT_OF_MEMORY") != std::string::npos || text.find("ALLOCATION_FAILURE") != std::string::npos;
+                            text.find("OUT_OF_MEMORY") != std::string::npos ||
+                            text.find("ALLOCATION_FAILURE") != std::string::npos;
         const bool device = rc == halide_error_code_gpu_device_error || rc == halide_error_code_device_run_failed ||
                             rc == halide_error_code_copy_to_host_failed || rc == halide_error_code_copy_to_device_failed ||
                             rc == halide_error_code_device_sync_failed || rc == halide_error_code_generic_error;
-        fail(memory ? HOLDFAST_OUT_OF_MEMORY : device ? HOLDFAST_DEVICE_ERROR : HOLDFAST_INTERNAL_ERROR, what, " on ",
-             name_of(call.place.backend), " returned ", rc, text);
+        fail(memory   ? HOLDFAST_OUT_OF_MEMORY
+             : device ? HOLDFAST_DEVICE_ERROR
+                      : HOLDFAST_INTERNAL_ERROR,
+             what, " on ", name_of(call.place.backend), " returned ", rc, text);
     }
 };
 
@@ -51,7 +54,8 @@ public:
     Memory(const Run &run, int64_t bytes) : run(run), own(true) {
         whole = {}, axis = {0, (int32_t)bytes, 1};
         whole.type = bytes_type, whole.dimensions = 1, whole.dim = &axis;
-        if (bytes > most_bytes) fail(HOLDFAST_UNSUPPORTED, "a buffer of ", bytes, " bytes is wanted; expected at most ", most_bytes);
+        if (bytes > most_bytes)
+            fail(HOLDFAST_UNSUPPORTED, "a buffer of ", bytes, " bytes is wanted; expected at most ", most_bytes);
         run.check("allocation of device memory", halide_device_malloc(&run.workspace, &whole, run.interface()));
     }
     Memory(const Run &run, void *native) : run(run), own(false) {
@@ -60,7 +64,8 @@ public:
         if (run.cuda())
             whole.device = (uint64_t)native, whole.device_interface = run.interface();
         else
-            run.check("taking over a buffer", run.interface()->wrap_native(&run.workspace, &whole, (uint64_t)native, run.interface()));
+            run.check("taking over a buffer",
+                      run.interface()->wrap_native(&run.workspace, &whole, (uint64_t)native, run.interface()));
     }
     Memory(const Memory &) = delete;
     ~Memory() {
@@ -114,12 +119,14 @@ public:
             int32_t step = 128;
             while (offset % step) step /= 2;
             if (offset / step > most_bytes)
-                fail(HOLDFAST_UNSUPPORTED, "byte offset ", offset, " is beyond the reach of backend ", name_of(memory.run.call.place.backend));
+                fail(HOLDFAST_UNSUPPORTED, "byte offset ", offset, " is beyond the reach of backend ",
+                     name_of(memory.run.call.place.backend));
             halide_dimension_t from(0, 1, step), to((int32_t)(offset / step), 1, step);
             halide_buffer_t source = memory.whole, target = memory.whole;
             source.dim = &from, target.dim = &to;
             target.device = 0, target.device_interface = nullptr;
-            memory.run.check("taking a part of a buffer", source.device_interface->device_crop(&memory.run.workspace, &source, &target));
+            memory.run.check("taking a part of a buffer",
+                             source.device_interface->device_crop(&memory.run.workspace, &source, &target));
             device = target.device, device_interface = target.device_interface;
             cropped = true;
         }
@@ -150,7 +157,10 @@ struct OnDevice {
         int64_t count = 1;
         for (int axis = t.rank - 1; axis >= 0; axis--) t.stride[axis] = count, count *= t.shape[axis];
         memory = std::make_unique<Memory>(run, std::max<int64_t>(count, 1) * (int64_t)sizeof(float));
-        if (read && count && !run.call.rehearsal) {
+        if (!read || !count || run.call.rehearsal) return;
+        if (packed_already(tensor)) {
+            memory->copy_in(tensor.data, count * sizeof(float));
+        } else {
             Scratch packed(run.workspace, count);
             copy(packed.floats(), tensor, true);
             memory->copy_in(packed.floats(), count * sizeof(float));
@@ -161,6 +171,7 @@ struct OnDevice {
     void fetch(const Run &run, const Tensor &host) {
         if (!t.rank || !t.on_host() || host.empty() || run.call.rehearsal) return;
         const int64_t count = t.shape[0] * t.stride[0];
+        if (packed_already(host)) return memory->copy_out(host.data, count * sizeof(float));
         Scratch packed(run.workspace, count);
         memory->copy_out(packed.floats(), count * sizeof(float));
         copy(packed.floats(), host, false);
@@ -174,6 +185,8 @@ struct OnDevice {
     }
 
 private:
+    bool packed_already(const Tensor &host) const { return std::equal(t.stride, t.stride + t.rank, host.stride); }
+
     /// Between a host tensor and its elements in order.
     static void copy(float *packed, const Tensor &host, bool in) {
         int64_t index[Tensor::max_rank] = {};
@@ -194,16 +207,17 @@ private:
     }
 };
 
-/// The part of a tensor that batch entries b .. and heads h .. have.
+/// How many batch entries, and heads of each, a call of the kernel has.
 struct Part {
-    int64_t b, h, batch, heads;
+    int64_t batch, heads;
 };
 
-int32_t narrow(const Tensor &t, int axis) {
-    // Not walked along where there is one: such a stride may be anything.
-    if (t.shape[axis] <= 1) return 0;
+/// The stride of an axis along which a call of the kernel takes `extent`. That of a single one may be anything.
+int32_t narrow(const Tensor &t, int axis, int64_t extent) {
+    if (extent <= 1) return 0;
     if (t.stride[axis] > most_bytes || t.stride[axis] < -most_bytes)
-        fail(HOLDFAST_UNSUPPORTED, t.name, " has stride ", t.stride[axis], " on axis ", axis, "; expected less than 2^31 either way");
+        fail(HOLDFAST_UNSUPPORTED, t.name, " has stride ", t.stride[axis], " on axis ", axis,
+             "; expected less than 2^31 either way");
     return (int32_t)t.stride[axis];
 }
 
@@ -212,15 +226,17 @@ int64_t span(const Tensor &t, int head_axis, int64_t batch, int64_t heads) {
     if (!t.rank || t.empty()) return 0;
     int64_t elements = 1;
     for (int axis = 0; axis < t.rank; axis++) {
-        const int64_t extent = t.rank > 1 && axis == 0 ? std::min(batch, t.shape[0]) : axis == head_axis ? std::min(heads, t.shape[axis]) : t.shape[axis];
+        const int64_t extent = t.rank > 1 && axis == 0 ? std::min(batch, t.shape[0])
+                               : axis == head_axis     ? std::min(heads, t.shape[axis])
+                                                       : t.shape[axis];
         elements += (extent - 1) * std::llabs(t.stride[axis]);
     }
     return elements * (int64_t)sizeof(float);
 }
 
 /// The most batch entries, else heads of one, whose buffers stay within what one call can address.
-Part largest_part(const Problem &p, const OnDevice &q, const OnDevice &k, const OnDevice &v, const OnDevice &out, const OnDevice &g,
-                  const OnDevice &initial, const OnDevice &final, int64_t slots) {
+Part largest_part(const Problem &p, const OnDevice &q, const OnDevice &k, const OnDevice &v, const OnDevice &out,
+                  const OnDevice &g, const OnDevice &initial, const OnDevice &final, int64_t slots) {
     auto fits = [&](int64_t batch, int64_t heads) {
         const double states = (double)slots * p.K * p.V * sizeof(float) * batch * heads;
         int64_t most = 0;
@@ -235,7 +251,7 @@ Part largest_part(const Problem &p, const OnDevice &q, const OnDevice &k, const 
     if (!fits(batch, heads))
         fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head, with ", slots, " states of K V = ", p.K * p.V,
              ", need a buffer beyond 2^31 bytes; expected less: cut the sequence and carry the state");
-    return {0, 0, batch, heads};
+    return {batch, heads};
 }
 
 /// Launch everything.
@@ -254,11 +270,13 @@ void issue(const Run &run) {
     Memory added(run, added_bytes);
     {
         View table(added, 0, int32, {{0, (int32_t)(added_bytes / 4), 1}});
-        run.check("chunk_table", run.variant.target->fill_chunk_table(&workspace, (int32_t)T, (int32_t)run.chunk, (int32_t)count, &table));
+        run.check("chunk_table",
+                  run.variant.target->fill_chunk_table(&workspace, (int32_t)T, (int32_t)run.chunk, (int32_t)count, &table));
     }
     View chunks(added, 0, int32, {{0, ChunkTable::fields, 1}, {0, (int32_t)slots, ChunkTable::fields}});
 
-    OnDevice q(run, p.q, true), k(run, p.k, true), v(run, p.v, true), g(run, p.log_decay, true), initial(run, p.initial_state, true);
+    OnDevice q(run, p.q, true), k(run, p.k, true), v(run, p.v, true), g(run, p.log_decay, true),
+        initial(run, p.initial_state, true);
     OnDevice out(run, p.out, false);
     const bool in_place = p.final_state.rank && p.initial_state.rank && same_elements(p.final_state, p.initial_state);
     std::optional<OnDevice> final_of_its_own;
@@ -278,26 +296,32 @@ void issue(const Run &run) {
             auto rows = [&](const OnDevice &x, Memory *instead, int64_t instead_at) {
                 const int32_t size = (int32_t)x.t.shape[3];
                 if (nothing) return View(*instead, instead_at, float32, {{0, size, 1}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
-                return View(*x.memory, x.at(b, 0, h), float32,
-                            {{0, size, 1}, {0, tokens, narrow(x.t, 1)}, {0, H, narrow(x.t, 2)}, {0, B, narrow(x.t, 0)}});
+                return View(
+                    *x.memory, x.at(b, 0, h), float32,
+                    {{0, size, 1}, {0, tokens, narrow(x.t, 1, T)}, {0, H, narrow(x.t, 2, H)}, {0, B, narrow(x.t, 0, B)}});
             };
             View q_rows = rows(q, &added, zeros), k_rows = rows(k, &added, zeros), v_rows = rows(v, &added, zeros);
             View out_rows = rows(out, unwanted_row ? &*unwanted_row : nullptr, 0);
             const bool per_token = g.t.rank == 3, decays = g.t.rank && !nothing;
-            View log_decay(decays ? *g.memory : added, !decays ? zeros : per_token ? g.at(b, 0, h) : g.at(h), float32,
-                           {{0, tokens, decays && per_token ? narrow(g.t, 1) : 0},
-                            {0, H, decays ? narrow(g.t, g.t.rank - 1) : 0},
-                            {0, B, decays && per_token ? narrow(g.t, 0) : 0}});
+            View log_decay(decays ? *g.memory : added,
+                           !decays     ? zeros
+                           : per_token ? g.at(b, 0, h)
+                                       : g.at(h),
+                           float32,
+                           {{0, tokens, decays && per_token ? narrow(g.t, 1, T) : 0},
+                            {0, H, decays ? narrow(g.t, g.t.rank - 1, H) : 0},
+                            {0, B, decays && per_token ? narrow(g.t, 0, B) : 0}});
             auto states = [&](const OnDevice &x) {
-                return View(*x.memory, x.at(b, h), float32,
-                            {{0, V, 1}, {0, K, narrow(x.t, 2)}, {0, 1, 0}, {0, H, narrow(x.t, 1)}, {0, B, narrow(x.t, 0)}});
+                return View(
+                    *x.memory, x.at(b, h), float32,
+                    {{0, V, 1}, {0, K, narrow(x.t, 2, K)}, {0, 1, 0}, {0, H, narrow(x.t, 1, H)}, {0, B, narrow(x.t, 0, B)}});
             };
             View state_in = p.initial_state.rank
                                 ? states(initial)
                                 : View(added, zeros, float32, {{0, V, 1}, {0, K, 0}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
-            View state_out = p.final_state.rank
-                                 ? states(final)
-                                 : View(*unwanted_state, 0, float32, {{0, V, 1}, {0, K, V}, {0, 1, 0}, {0, H, K * V}, {0, B, H * K * V}});
+            View state_out = p.final_state.rank ? states(final)
+                                                : View(*unwanted_state, 0, float32,
+                                                       {{0, V, 1}, {0, K, V}, {0, 1, 0}, {0, H, K * V}, {0, B, H * K * V}});
             run.check(run.variant.name, run.variant.run(&workspace, &q_rows, &k_rows, &v_rows, &log_decay, &state_in, &chunks,
                                                         (int32_t)count, p.scale, &out_rows, &state_out));
         }
@@ -324,10 +348,13 @@ uint64_t checked_workspace(const Problem &p, size_t needed) {
     Backend backend;
     if (!backend_of(w.device.device_type, &backend) || backend != Backend::cuda || w.device.device_id != p.q.device.device_id)
         fail(HOLDFAST_INVALID_ARGUMENT, "workspace is on ", describe(w.device), "; expected ", describe(p.q.device), ", as q");
-    if (w.ndim != 1 || !w.shape || w.dtype.code != kDLUInt || w.dtype.bits != 8 || w.dtype.lanes != 1 || (w.strides && w.shape[0] > 1 && w.strides[0] != 1))
-        fail(HOLDFAST_INVALID_ARGUMENT, "workspace has ", w.ndim, " dimensions, or another type than uint8, or gaps; expected compact uint8 [bytes]");
+    if (w.ndim != 1 || !w.shape || w.dtype.code != kDLUInt || w.dtype.bits != 8 || w.dtype.lanes != 1 ||
+        (w.strides && w.shape[0] > 1 && w.strides[0] != 1))
+        fail(HOLDFAST_INVALID_ARGUMENT, "workspace has ", w.ndim,
+             " dimensions, or another type than uint8, or gaps; expected compact uint8 [bytes]");
     if (w.shape[0] < 0 || (uint64_t)w.shape[0] < needed)
-        fail(HOLDFAST_INVALID_ARGUMENT, "workspace has ", w.shape[0], " bytes; expected at least ", needed, ", as holdfast_workspace_size says");
+        fail(HOLDFAST_INVALID_ARGUMENT, "workspace has ", w.shape[0], " bytes; expected at least ", needed,
+             ", as holdfast_workspace_size says");
     const uint64_t address = (uint64_t)w.data + w.byte_offset;
     if (!w.data || address % Arena::alignment)
         fail(HOLDFAST_INVALID_ARGUMENT, "workspace is at address ", address, "; expected a multiple of ", Arena::alignment);
@@ -338,21 +365,24 @@ uint64_t checked_workspace(const Problem &p, size_t needed) {
 void check_place(const Problem &p, const Place &place) {
     if (p.q.on_host() || place.backend == Backend::cuda) return;
     if (place.backend == Backend::vulkan)
-        fail(HOLDFAST_UNSUPPORTED, "q is on ", describe(p.q.device), ", and buffers of other Vulkan devices than the library's own cannot be used; "
+        fail(HOLDFAST_UNSUPPORTED, "q is on ", describe(p.q.device),
+             ", and buffers of other Vulkan devices than the library's own cannot be used; "
              "expected tensors on the CPU, with backend vulkan forced");
     if (place.backend == Backend::opencl && !place.stream)
-        fail(HOLDFAST_INVALID_ARGUMENT, "q is on ", describe(p.q.device), " and the context has no stream; expected holdfast_context_set_stream "
+        fail(HOLDFAST_INVALID_ARGUMENT, "q is on ", describe(p.q.device),
+             " and the context has no stream; expected holdfast_context_set_stream "
              "with a cl_command_queue of the buffers' cl_context");
-    const int64_t multiple = place.backend == Backend::opencl ? opencl::offset_alignment(place.context) : (int64_t)sizeof(float);
+    const int64_t multiple =
+        place.backend == Backend::opencl ? opencl::offset_alignment(place.context) : (int64_t)sizeof(float);
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state}) {
         if (!t->rank || t->empty()) continue;
         if ((int64_t)(intptr_t)t->data % multiple)
-            fail(HOLDFAST_UNSUPPORTED, t->name, " is at byte offset ", (int64_t)(intptr_t)t->data, " of its buffer; expected a multiple of ",
-                 multiple, ", which ", describe(t->device), " demands");
+            fail(HOLDFAST_UNSUPPORTED, t->name, " is at byte offset ", (int64_t)(intptr_t)t->data,
+                 " of its buffer; expected a multiple of ", multiple, ", which ", describe(t->device), " demands");
         for (int axis = 0; axis < t->rank; axis++)
             if (t->shape[axis] > 1 && t->stride[axis] < 0)
-                fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[axis], " on axis ", axis, "; expected none below 0 on ",
-                     describe(t->device));
+                fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[axis], " on axis ", axis,
+                     "; expected none below 0 on ", describe(t->device));
     }
 }
 
@@ -369,8 +399,8 @@ void forward_on_gpu(holdfast_context &c, const Problem &p, const Variant &varian
     Place place{variant.target->backend, nullptr, c.stream};
     if (c.verbose) {
         std::ostringstream line;
-        line << "forward: " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K " << p.K << ", V "
-             << p.V << ", chunks of " << chunk_of(p, variant);
+        line << "forward: " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K " << p.K
+             << ", V " << p.V << ", chunks of " << chunk_of(p, variant);
         if (p.q.on_host())
             line << ", tensors copied from the CPU and back";
         else
@@ -383,7 +413,8 @@ void forward_on_gpu(holdfast_context &c, const Problem &p, const Variant &varian
         if (place.backend == Backend::cuda) {
             const size_t needed = rehearse(workspace, p, variant);
 #if HOLDFAST_HAS_CUDA
-            const CUcontext context = cuda::choose_context((CUcontext)c.device, (CUstream)c.stream, p.q.on_host() ? 0 : p.q.device.device_id);
+            const CUcontext context =
+                cuda::choose_context((CUcontext)c.device, (CUstream)c.stream, p.q.on_host() ? 0 : p.q.device.device_id);
             const cuda::Current current(context);
             place.context = context;
             uint64_t memory;

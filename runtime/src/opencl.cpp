@@ -71,7 +71,8 @@ struct Own {
     std::string error;
 
     Own() {
-        auto create_context = find<cl_context (*)(const intptr_t *, unsigned, const Device *, void *, void *, int *)>("clCreateContext");
+        auto create_context =
+            find<cl_context (*)(const intptr_t *, unsigned, const Device *, void *, void *, int *)>("clCreateContext");
         auto create_queue = find<cl_command_queue (*)(cl_context, Device, unsigned long, int *)>("clCreateCommandQueue");
         const std::vector<Found> devices = list();
         const Found *chosen = nullptr;
@@ -86,7 +87,8 @@ struct Own {
         const intptr_t properties[] = {context_platform, (intptr_t)chosen->platform, 0};
         context = create_context(properties, 1, &chosen->device, nullptr, nullptr, &status);
         if (context && status == 0) queue = create_queue(context, chosen->device, 0, &status);
-        if (!context || !queue || status != 0) error = "OpenCL: no context or queue on " + chosen->name + ": status " + std::to_string(status);
+        if (!context || !queue || status != 0)
+            error = "OpenCL: no context or queue on " + chosen->name + ": status " + std::to_string(status);
     }
 };
 
@@ -104,15 +106,48 @@ Availability probe() {
         return found;
     }
     // What Halide's runtime will look up. It stops at the first that is missing, and must not be called again then.
-    for (const char *name :
-         {"clGetPlatformInfo", "clGetDeviceIDs", "clGetDeviceInfo", "clCreateContext", "clCreateContextFromType", "clRetainContext",
-          "clReleaseContext", "clGetContextInfo", "clCreateCommandQueue", "clRetainCommandQueue", "clReleaseCommandQueue",
-          "clGetCommandQueueInfo", "clCreateBuffer", "clCreateSubBuffer", "clRetainMemObject", "clReleaseMemObject",
-          "clGetSupportedImageFormats", "clGetMemObjectInfo", "clGetImageInfo", "clSetMemObjectDestructorCallback",
-          "clCreateProgramWithSource", "clRetainProgram", "clReleaseProgram", "clBuildProgram", "clGetProgramBuildInfo", "clCreateKernel",
-          "clRetainKernel", "clReleaseKernel", "clSetKernelArg", "clFlush", "clFinish", "clEnqueueReadBuffer", "clEnqueueReadBufferRect",
-          "clEnqueueWriteBuffer", "clEnqueueWriteBufferRect", "clEnqueueCopyBuffer", "clEnqueueReadImage", "clEnqueueWriteImage",
-          "clEnqueueMapBuffer", "clEnqueueMapImage", "clEnqueueUnmapMemObject", "clEnqueueNDRangeKernel"})
+    for (const char *name : {"clGetPlatformInfo",
+                             "clGetDeviceIDs",
+                             "clGetDeviceInfo",
+                             "clCreateContext",
+                             "clCreateContextFromType",
+                             "clRetainContext",
+                             "clReleaseContext",
+                             "clGetContextInfo",
+                             "clCreateCommandQueue",
+                             "clRetainCommandQueue",
+                             "clReleaseCommandQueue",
+                             "clGetCommandQueueInfo",
+                             "clCreateBuffer",
+                             "clCreateSubBuffer",
+                             "clRetainMemObject",
+                             "clReleaseMemObject",
+                             "clGetSupportedImageFormats",
+                             "clGetMemObjectInfo",
+                             "clGetImageInfo",
+                             "clSetMemObjectDestructorCallback",
+                             "clCreateProgramWithSource",
+                             "clRetainProgram",
+                             "clReleaseProgram",
+                             "clBuildProgram",
+                             "clGetProgramBuildInfo",
+                             "clCreateKernel",
+                             "clRetainKernel",
+                             "clReleaseKernel",
+                             "clSetKernelArg",
+                             "clFlush",
+                             "clFinish",
+                             "clEnqueueReadBuffer",
+                             "clEnqueueReadBufferRect",
+                             "clEnqueueWriteBuffer",
+                             "clEnqueueWriteBufferRect",
+                             "clEnqueueCopyBuffer",
+                             "clEnqueueReadImage",
+                             "clEnqueueWriteImage",
+                             "clEnqueueMapBuffer",
+                             "clEnqueueMapImage",
+                             "clEnqueueUnmapMemObject",
+                             "clEnqueueNDRangeKernel"})
         if (!halide_opencl_get_symbol(nullptr, name)) {
             found.missing = std::string("the OpenCL library is too old: it lacks ") + name;
             return found;
@@ -126,7 +161,8 @@ void *context_of(void *queue) {
     auto info = find<int (*)(void *, unsigned, size_t, void *, size_t *)>("clGetCommandQueueInfo");
     void *context = nullptr;
     if (int status = info(queue, queue_context, sizeof context, &context, nullptr))
-        fail(HOLDFAST_INVALID_ARGUMENT, "the stream of holdfast_context_set_stream is no cl_command_queue: clGetCommandQueueInfo returned ", status);
+        fail(HOLDFAST_INVALID_ARGUMENT,
+             "the stream of holdfast_context_set_stream is no cl_command_queue: clGetCommandQueueInfo returned ", status);
     return context;
 }
 

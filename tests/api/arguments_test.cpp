@@ -82,8 +82,8 @@ std::vector<Case> cases() {
                    std::function<void(Call &)> spoil) { list.push_back({name, status, text, std::move(spoil)}); };
 
     // ---- The struct.
-    for (size_t size :
-         {(size_t)0, (size_t)1, sizeof(void *), offsetof(holdfast_forward_args, chunk_size), offsetof(holdfast_forward_args, workspace) - 1})
+    for (size_t size : {(size_t)0, (size_t)1, sizeof(void *), offsetof(holdfast_forward_args, chunk_size),
+                        offsetof(holdfast_forward_args, workspace) - 1})
         add("struct_size_" + std::to_string(size), invalid,
             "args.struct_size is " + std::to_string(size) + "; expected sizeof(holdfast_forward_args)",
             [=](Call &c) { c.args.struct_size = size; });

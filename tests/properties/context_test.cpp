@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <map>
+#include <tuple>
 #include <mutex>
 #include <thread>
 
@@ -282,11 +283,12 @@ TEST_P(Workspace, EachAllocationMayFail) {
             context.destroy();
             if (n < 0) total = memory.allocations;
         }
-        EXPECT_GE(total, 1);
+        EXPECT_GT(total, 1);
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(, Workspace, testing::ValuesIn(instances({{64, 64}, {33, 17}})),
+// On the CPU: a GPU has its own.
+INSTANTIATE_TEST_SUITE_P(, Workspace, testing::ValuesIn(instances({{64, 64}, {33, 17}}, "cpu")),
                          [](const auto &info) { return name(info.param); });
 
 // ---- Targets -------------------------------------------------------------------------------------------------------
@@ -296,8 +298,10 @@ TEST(Target, WithoutForcingTheBestRuns) {
     Problem p = problem();
     ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << context.error();
     ASSERT_EQ(context.messages.size(), 1u);
-    EXPECT_NE(context.messages[0].find(variant_for(targets(true).front(), size)->name), std::string::npos)
-        << context.messages[0];
+    std::string best;
+    for (const std::string &target : targets(true))
+        if (best.empty() && backend_of(target) == "cpu") best = target;
+    EXPECT_NE(context.messages[0].find(variant_for(best, size)->name), std::string::npos) << context.messages[0];
     EXPECT_NE(context.messages[0].find("best target"), std::string::npos) << context.messages[0];
 }
 
@@ -336,9 +340,11 @@ TEST(Target, WhatDoesNotRunHereIsAnError) {
 }
 
 TEST(Target, OneVariantIsSelectedForEachSize) {
-    std::map<std::pair<int, int>, int> selected;
-    for (const holdfast_variant &v : variants()) selected[{v.key_size, v.value_size}] += v.selected;
-    for (const auto &[size, count] : selected) EXPECT_EQ(count, 1) << size.first << " x " << size.second;
+    std::map<std::tuple<std::string, int, int>, int> selected;
+    for (const holdfast_variant &v : variants())
+        if (v.runs_here) selected[{backend_of(v.target), v.key_size, v.value_size}] += v.selected;
+    for (const auto &[which, count] : selected)
+        EXPECT_EQ(count, 1) << std::get<0>(which) << " " << std::get<1>(which) << " x " << std::get<2>(which);
 }
 
 }  // namespace

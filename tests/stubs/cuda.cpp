@@ -2,7 +2,7 @@
 // memory of the process, so that copies work; kernels are not run. Loaded in the place of libcuda.so.1 (LD_LIBRARY_PATH).
 //
 //   HOLDFAST_STUB_FAIL=<function>:<result>[:<nth call>]   that call fails
-//   HOLDFAST_STUB_DEVICES=<sm>,<sm>...                    the devices; default "80,90"
+//   HOLDFAST_STUB_DEVICES=<sm>,<sm>...                    the devices; default "80,90,86"
 //
 // Built a second time with HOLDFAST_STUB_OLD as a driver that lacks cuStreamGetCtx.
 #include <cstdint>
@@ -18,7 +18,8 @@
 namespace {
 
 using Result = int;
-constexpr Result success = 0, invalid_value = 1, out_of_memory = 2, invalid_context = 201, invalid_handle = 400, not_found = 500;
+constexpr Result success = 0, invalid_value = 1, out_of_memory = 2, invalid_context = 201, invalid_handle = 400,
+                 not_found = 500;
 
 struct Context {
     int device;
@@ -27,9 +28,9 @@ struct Context {
 
 struct State {
     std::string record;
-    std::vector<Context *> stack;          // of the one thread that tests use
+    std::vector<Context *> stack;  // of the one thread that tests use
     std::map<int, Context *> primary;
-    std::map<const void *, int> shared;    // function -> dynamic shared memory allowed
+    std::map<const void *, int> shared;  // function -> dynamic shared memory allowed
     std::map<void *, size_t> memory;
     std::map<std::string, int> calls;
     unsigned long long contexts = 0;
@@ -63,7 +64,7 @@ std::string text(const void *pointer) {
 std::vector<int> devices() {
     const char *list = std::getenv("HOLDFAST_STUB_DEVICES");
     std::vector<int> sms;
-    for (const char *p = list ? list : "80,90"; *p; p += *p == ',') sms.push_back((int)std::strtol(p, (char **)&p, 10));
+    for (const char *p = list ? list : "80,90,86"; *p; p += *p == ',') sms.push_back((int)std::strtol(p, (char **)&p, 10));
     return sms;
 }
 
@@ -144,8 +145,8 @@ STUB Result cuFuncSetAttribute(void *function, int attribute, int value) {
     state().shared[function] = value;
     return success;
 }
-STUB Result cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                           void *stream, void **arguments, void **) {
+STUB Result cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                           unsigned shared, void *stream, void **arguments, void **) {
     if (Result result = note("cuLaunchKernel", "context " + text(current()) + " stream " + text(stream))) return result;
     const auto allowed = state().shared.find(function);
     const unsigned most = allowed == state().shared.end() ? 48 << 10 : (unsigned)allowed->second;
