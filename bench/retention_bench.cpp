@@ -41,24 +41,29 @@
 
 namespace {
 
+using test::Dtype, test::f32, test::f16, test::bf16;
+
 constexpr int64_t lengths[] = {1, 16, 256, 4096, 65536};
 constexpr double most_bytes = 1 << 30;  // of a call's tensors: longer calls are left out
 
 struct Variant {
     const char *name, *target;
+    Dtype dtype;
     int chunk, key_size, value_size;  // sizes: 0 is any
 };
 constexpr Variant variants[] = {
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
-    {#name, #target, chunk, key_size, value_size},
+    {#name, #target, dtype, chunk, key_size, value_size},
 #include "variants.inc"
 #undef HOLDFAST_VARIANT
 };
 
 struct Shape {
     int64_t T, H, K, V;
-    double bytes() const { return sizeof(float) * (double)(T * H * (2 * K + 2 * V + 1) + 2 * H * K * V); }
-    bool operator==(const Shape &o) const { return std::tie(T, H, K, V) == std::tie(o.T, o.H, o.K, o.V); }
+    Dtype dtype;
+    int64_t element() const { return dtype == f32 ? 4 : 2; }  // bytes, of q, k, v and out
+    double bytes() const { return (double)(T * H * (element() * (2 * K + 2 * V) + 4) + 4 * 2 * H * K * V); }
+    bool operator==(const Shape &o) const { return std::tie(T, H, K, V, dtype) == std::tie(o.T, o.H, o.K, o.V, o.dtype); }
 };
 
 /// Operations of one call in chunks of `chunk`.
@@ -73,21 +78,24 @@ struct Operations {
     }
 };
 
-/// A compact fp32 tensor and its DLPack description. Aligned to cache lines, which std::vector would not be.
+/// A compact tensor and its DLPack description. Aligned to cache lines, which std::vector would not be.
 struct Tensor {
     std::vector<int64_t> shape;
     int64_t size = 1;
     DLTensor view{};
-    explicit Tensor(std::vector<int64_t> extents) : shape(std::move(extents)) {
+    explicit Tensor(std::vector<int64_t> extents, const Dtype &dtype = f32) : shape(std::move(extents)) {
         for (int64_t extent : shape) size *= extent;
         constexpr size_t line = 64;
-        memory.reset(std::aligned_alloc(line, (size * sizeof(float) + line - 1) / line * line));
+        const size_t bytes = size * (dtype == f32 ? sizeof(float) : sizeof(uint16_t));
+        memory.reset(std::aligned_alloc(line, (bytes + line - 1) / line * line));
         if (!memory) throw std::bad_alloc();
         view.data = memory.get(), view.shape = shape.data(), view.ndim = (int)shape.size();
-        view.dtype = {kDLFloat, 32, 1}, view.device = {kDLCPU, 0};
+        view.dtype = {(uint8_t)(dtype == bf16 ? kDLBfloat : kDLFloat), (uint8_t)(dtype == f32 ? 32 : 16), 1};
+        view.device = {kDLCPU, 0};
     }
     float *data() { return (float *)memory.get(); }
     const float *data() const { return (const float *)memory.get(); }
+    uint16_t *bits() { return (uint16_t *)memory.get(); }
     void fill(std::mt19937 &random, float low, float high) {
         std::uniform_real_distribution<float> number(low, high);
         for (int64_t n = 0; n < size; n++) data()[n] = number(random);
@@ -100,7 +108,7 @@ private:
     std::unique_ptr<void, Free> memory;
 };
 
-/// Inputs of one shape, and what the first and the last head, which forget fastest and slowest, should give.
+/// Inputs of one shape and type, in fp32 and as they are handed over, and what the first and the last head, which forget fastest and slowest, should give.
 class Problem {
 public:
     const Shape shape;
@@ -111,6 +119,14 @@ public:
           initial_state({1, s.H, s.K, s.V}), out({1, s.T, s.H, s.V}), final_state({1, s.H, s.K, s.V}) {
         std::mt19937 random(1);
         for (Tensor *x : {&q, &k, &v, &initial_state}) x->fill(random, -1.7f, 1.7f);  // variance 1
+        for (Tensor *x : {&q, &k, &v, &out}) {
+            if (s.dtype == f32) break;
+            stored.emplace_back(x->shape, s.dtype);
+            for (int64_t n = 0; x != &out && n < x->size; n++) {
+                stored.back().bits()[n] = s.dtype.encode(x->data()[n]);
+                x->data()[n] = (float)s.dtype.decode(stored.back().bits()[n]);
+            }
+        }
         log_decay.fill(random, 0.5f, 1.5f);  // times RetNet's decay of the head: weak gates hide no error
         for (int64_t n = 0; n < s.T * s.H; n++) log_decay.data()[n] *= std::log1p(-std::exp2(-5.0f - n % s.H));
         sampled = s.H > 1 ? std::vector<int64_t>{0, s.H - 1} : std::vector<int64_t>{0};
@@ -119,34 +135,39 @@ public:
 
     holdfast_forward_args args() {
         holdfast_forward_args a{};
-        a.struct_size = sizeof a, a.q = &q.view, a.k = &k.view, a.v = &v.view, a.log_decay = &log_decay.view,
-        a.initial_state = &initial_state.view;
-        a.out = &out.view, a.final_state = &final_state.view;
+        auto view = [&](int n, Tensor &wide) { return stored.empty() ? &wide.view : &stored[n].view; };
+        a.struct_size = sizeof a, a.q = view(0, q), a.k = view(1, k), a.v = view(2, v), a.out = view(3, out);
+        a.log_decay = &log_decay.view, a.initial_state = &initial_state.view, a.final_state = &final_state.view;
         return a;
     }
 
     void clear_results() {
         for (Tensor *x : {&out, &final_state}) std::fill_n(x->data(), x->size, std::nanf(""));
+        if (!stored.empty()) std::fill_n(stored[3].bits(), out.size, 0xffff);  // a NaN of either type
     }
 
-    /// Largest relative RMS error of out and final_state over the sampled heads.
-    double error() const {
-        double worst = 0;
+    /// Largest relative RMS errors over the sampled heads: of out, and of final_state.
+    std::pair<double, double> errors() {
+        for (int64_t n = 0; !stored.empty() && n < out.size; n++)
+            out.data()[n] = (float)shape.dtype.decode(stored[3].bits()[n]);
+        double of_out = 0, of_state = 0;
+        auto take_worse = [](double &worst, double error) { worst = error > worst || std::isnan(error) ? error : worst; };
         for (size_t n = 0; n < sampled.size(); n++) {
             const int64_t h = sampled[n], state = shape.K * shape.V;
             const reference::Result &e = expected[n];
-            worst = std::max(worst, relative_rms(out.data() + h * shape.V, shape.H * shape.V, e.out, shape.V));
-            worst = std::max(worst, relative_rms(final_state.data() + h * state, state, e.state, state));
+            take_worse(of_out, relative_rms(out.data() + h * shape.V, shape.H * shape.V, e.out, shape.V));
+            take_worse(of_state, relative_rms(final_state.data() + h * state, state, e.state, state));
         }
-        return worst;
+        return {of_out, of_state};
     }
 
 private:
+    std::vector<Tensor> stored;  // q, k, v and out of 16 bits
     std::vector<int64_t> sampled;
     std::vector<reference::Result> expected;
 
     reference::Result reference_of(int64_t h) const {
-        const auto [T, H, K, V] = shape;
+        const int64_t T = shape.T, H = shape.H, K = shape.K, V = shape.V;
         reference::Inputs in{1, T, 1, K, V, {}, {}, {}, {}, {}, 1 / std::sqrt((double)K)};
         in.q = {q.data() + h * K, {0, H * K, 0, 1}}, in.k = {k.data() + h * K, {0, H * K, 0, 1}};
         in.v = {v.data() + h * V, {0, H * V, 0, 1}}, in.log_decay = {log_decay.data() + h, {0, H, 0, 0}};
@@ -198,10 +219,12 @@ void retention(benchmark::State &state, const Variant &variant, const Shape &sha
     p.clear_results();
     if (holdfast_forward(context.get(), &args)) return fail(holdfast_last_error(context.get()));
     if (ran.find(std::string(" ") + variant.name + " ") == std::string::npos) return fail("another variant ran: " + ran);
-    const double error = p.error();
-    if (!(error <= tolerance::relative_rms)) {
+    const auto [error, state_error] = p.errors();
+    const double allowed = tolerance::relative_rms_of_out(shape.dtype);
+    if (!(error <= allowed && state_error <= tolerance::relative_rms)) {
         std::ostringstream text;
-        text << "relative RMS error is " << error << "; expected at most " << tolerance::relative_rms;
+        text << "relative RMS error is " << error << " of out and " << state_error << " of final_state; expected at most "
+             << allowed << " and " << tolerance::relative_rms;
         return fail(text.str());
     }
     holdfast_context_set_verbose(context.get(), nullptr, nullptr);
@@ -219,7 +242,7 @@ void retention(benchmark::State &state, const Variant &variant, const Shape &sha
     state.counters["peak_share"] = operations.useful * calls_per_second / peaks.at(at_work).flops;
     state.counters["bytes_moved"] =
         benchmark::Counter(shape.bytes(), benchmark::Counter::kDefaults, benchmark::Counter::kIs1024);
-    state.counters["relative_error"] = error;
+    state.counters["relative_error"] = std::max(error, state_error);
 }
 
 using Size = std::pair<int, int>;             // K, V
@@ -230,7 +253,8 @@ bool serves(const Variant &row, Size size) {
     if (row.key_size) return Size(row.key_size, row.value_size) == size;
     return std::find(std::begin(untuned), std::end(untuned), size) != std::end(untuned) &&
            std::none_of(std::begin(variants), std::end(variants), [&](const Variant &other) {
-               return !std::strcmp(other.target, row.target) && Size(other.key_size, other.value_size) == size;
+               return !std::strcmp(other.target, row.target) && other.dtype == row.dtype &&
+                      Size(other.key_size, other.value_size) == size;
            });
 }
 
@@ -306,20 +330,21 @@ int main(int argc, char **argv) {
                                     std::to_string(peak.flops * 1e-9));
     }
     for (const Size &size : sizes())
-        for (int64_t T : lengths) {
-            const Shape shape = {T, heads, size.first, size.second};
-            if (shape.bytes() > most_bytes) continue;
-            for (const Variant &row : variants)
-                for (int at_most : threads) {
-                    if (!serves(row, size) || !runs_here(row)) continue;
-                    std::ostringstream name;
-                    name << row.name << "/T:" << T << "/H:" << heads << "/K:" << shape.K << "/V:" << shape.V
-                         << "/threads:" << at_most;
-                    auto *registered = benchmark::RegisterBenchmark(
-                        name.str().c_str(), [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
-                    registered->UseRealTime()->Unit(benchmark::kMicrosecond);
-                }
-        }
+        for (int64_t T : lengths)
+            for (const Dtype &dtype : test::all_dtypes) {
+                const Shape shape = {T, heads, size.first, size.second, dtype};
+                if (shape.bytes() > most_bytes) continue;
+                for (const Variant &row : variants)
+                    for (int at_most : threads) {
+                        if (!(row.dtype == dtype) || !serves(row, size) || !runs_here(row)) continue;
+                        std::ostringstream name;
+                        name << row.name << "/T:" << T << "/H:" << heads << "/K:" << shape.K << "/V:" << shape.V
+                             << "/threads:" << at_most;
+                        auto *registered = benchmark::RegisterBenchmark(
+                            name.str().c_str(), [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
+                        registered->UseRealTime()->Unit(benchmark::kMicrosecond);
+                    }
+            }
     const size_t ran = benchmark::RunSpecifiedBenchmarks();
     benchmark::Shutdown();
     return failed || ran == 0;  // a filter that fits nothing is a mistake

@@ -1,5 +1,6 @@
-# The compiled variants: every combination in a row is one. KxV are the key and value sizes, `any` reads them from the
-# tensors; chunk is the longest chunk. Within a target, rows that come first are preferred.
+# The compiled variants: every combination in a row is one. The dtype is that of q, k, v and out: f32, f16 or bf16. KxV are
+# the key and value sizes, `any` reads them from the tensors; chunk is the longest chunk. Within a target, rows that come
+# first are preferred.
 #
 #   holdfast_kernel(kernel DTYPES ... CHUNKS ... SIZES KxV ... TARGETS ...)
 
@@ -13,7 +14,11 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
     SIZES 128x256 256x256 256x512
     TARGETS avx512 avx2)
 
-holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
+holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 32
+    SIZES 32x32 64x64 128x128
+    TARGETS avx512 avx2)
+
+holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
     TARGETS avx512 avx2 generic)
 

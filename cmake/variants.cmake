@@ -145,7 +145,7 @@ foreach(target IN LISTS holdfast_targets)
     set(name ${kernel}_${dtype}_c${chunk}_k${key}_v${value}_${target})
     add_halide_library(${name} FROM holdfast_generators GENERATOR ${kernel}
       TARGETS ${holdfast_halide_target_${target}} USE_RUNTIME holdfast_halide_runtime
-      PARAMS chunk=${chunk} key_size=${key} value_size=${value})
+      PARAMS dtype=${dtype} chunk=${chunk} key_size=${key} value_size=${value})
     target_link_libraries(holdfast_kernels INTERFACE ${name})
     string(APPEND kernels_h "#include \"${name}.h\"\n")
     string(APPEND variants_inc "HOLDFAST_VARIANT(${kernel}, ${name}, ${dtype}, ${chunk}, ${key}, ${value}, ${target})\n")

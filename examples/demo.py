@@ -205,12 +205,14 @@ def compare_torch(text: np.ndarray, project: Projections, torch_chunkwise: Torch
         ours += time.perf_counter() - start
         peers.settle()
         start = time.perf_counter()
+        peer.load()
         their_state = peer.run()
+        peer.store()
         theirs += time.perf_counter() - start
     print(
-        f"the same retention of {len(text):,} tokens by PyTorch {torch_chunkwise.version}, in its best layout, prepared"
+        f"the same retention of {len(text):,} tokens by PyTorch {torch_chunkwise.version}, in the layout it likes best"
     )
-    print(f"before the clock starts, and chunks of {torch_chunkwise.chunk}, {torch_chunkwise.at_a_time} at a time:")
+    print(f"(conversions counted), and chunks of {torch_chunkwise.chunk}, {torch_chunkwise.at_a_time} at a time:")
     print(
         f"  Holdfast {ours:.2f} s, PyTorch {theirs:.2f} s: {theirs / ours:.2f} times as long; "
         f"largest difference in the last block {largest_difference(peer.result(), out):.1e}"

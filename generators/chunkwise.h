@@ -20,29 +20,29 @@ struct ChunkwiseSizes {
 
 /// b batch, h head, c chunk or slot, i query and j key in the chunk, d key feature, e value feature.
 struct ChunkwiseFuncs {
-    Halide::Func q, k, v;      // (d,i,c,h,b) (d,j,c,h,b) (e,j,c,h,b): inputs, in chunk coordinates
-    Halide::Func log_decay;    // (i,c,h,b): input, 0 past the end of the chunk
-    Halide::Func state_in;     // (e,d,s,h,b): input, one per sequence s
-    Halide::Func decay_steps;  // (i,c,h,b): log decay from the start of the chunk, row i included: its whole part, in
-    Halide::Func decay_rest;   // (i,c,h,b): steps of decay_step, an integer; and the rest
-    Halide::Func row_decay;    // (i,c,h,b): scale * exp(log decay): what a row keeps of the chunk's initial state
-    Halide::Func key_decay;    // (j,c,h,b): what the chunk's final state keeps of key j
-    Halide::Func chunk_decay;  // (c,h,b): what it keeps of the initial state, a sum of two
-    Halide::Func scores;       // (j,i,c,h,b): q . k
-    Halide::Func mask;         // (j,i,c,h,b): scale * exp(log decay from j to i), causal
-    Halide::Func weights;      // (j,i,c,h,b): scores * mask
-    Halide::Func keys_decayed;  // (d,j,c,h,b)
-    Halide::Func contribution;  // (e,d,c,h,b): what the chunk adds to the state
-    Halide::Func state;         // (e,d,c,h,b): at the start of chunk c, and final ones: chunks.h
-    Halide::Func inter, intra;  // (e,i,c,h,b): from the state; from the chunk's own keys
-    Halide::Func out;           // (e,i,c,h,b): row_decay * inter + intra
-    Halide::RDom over_row;            // decay_steps, decay_rest: r in [0, C)
-    Halide::RDom over_key_feature;    // scores:        d in [0, D)
-    Halide::RDom over_token;          // contribution:  j in [0, C)
-    Halide::RDom over_sequence;       // state, update 0: s
-    Halide::RDom over_chunk;          // state, update 1: c, the serial scan
-    Halide::RDom over_state;          // inter:         d in [0, D)
-    Halide::RDom over_key;            // intra:         j in [0, C), trimmed to the causal tile
+    Halide::Func q, k, v;           // (d,i,c,h,b) (d,j,c,h,b) (e,j,c,h,b): inputs, in chunk coordinates
+    Halide::Func log_decay;         // (i,c,h,b): input, 0 past the end of the chunk
+    Halide::Func state_in;          // (e,d,s,h,b): input, one per sequence s
+    Halide::Func decay_steps;       // (i,c,h,b): log decay from the start of the chunk, row i included: its whole part, in
+    Halide::Func decay_rest;        // (i,c,h,b): steps of decay_step, an integer; and the rest
+    Halide::Func row_decay;         // (i,c,h,b): scale * exp(log decay): what a row keeps of the chunk's initial state
+    Halide::Func key_decay;         // (j,c,h,b): what the chunk's final state keeps of key j
+    Halide::Func chunk_decay;       // (c,h,b): what it keeps of the initial state, a sum of two
+    Halide::Func scores;            // (j,i,c,h,b): q . k
+    Halide::Func mask;              // (j,i,c,h,b): scale * exp(log decay from j to i), causal
+    Halide::Func weights;           // (j,i,c,h,b): scores * mask
+    Halide::Func keys_decayed;      // (d,j,c,h,b)
+    Halide::Func contribution;      // (e,d,c,h,b): what the chunk adds to the state
+    Halide::Func state;             // (e,d,c,h,b): at the start of chunk c, and final ones: chunks.h
+    Halide::Func inter, intra;      // (e,i,c,h,b): from the state; from the chunk's own keys
+    Halide::Func out;               // (e,i,c,h,b): row_decay * inter + intra
+    Halide::RDom over_row;          // decay_steps, decay_rest: r in [0, C)
+    Halide::RDom over_key_feature;  // scores:        d in [0, D)
+    Halide::RDom over_token;        // contribution:  j in [0, C)
+    Halide::RDom over_sequence;     // state, update 0: s
+    Halide::RDom over_chunk;        // state, update 1: c, the serial scan
+    Halide::RDom over_state;        // inter:         d in [0, D)
+    Halide::RDom over_key;          // intra:         j in [0, C), trimmed to the causal tile
 
     // set by the generator: what leaves the kernel, in the caller's layout
     Halide::Func result;     // (e,t,h,b), update 0 over (over_result.x = i, over_result.y = c)

@@ -1,6 +1,7 @@
 // Chunkwise forward kernel: declares the ABI, calls chunkwise(), and scatters rows back to the caller's layout.
 #include "../schedules/schedule.h"
 #include "chunkwise.h"
+#include "dtypes.h"
 
 namespace {
 using namespace Halide;
@@ -8,22 +9,27 @@ using namespace holdfast;
 
 class ChunkwiseGenerator : public Generator<ChunkwiseGenerator> {
 public:
+    GeneratorParam<Dtype> dtype{"dtype", Dtype::f32, dtype_names()};  // of q, k, v and out
     GeneratorParam<int> chunk{"chunk", 64};
     GeneratorParam<int> key_size{"key_size", 64}, value_size{"value_size", 64};  // 0: any
-    GeneratorParam<int> causal_tile{"causal_tile", 8};  // measured best of 8, 16, 32 on AVX-512 and AVX2
+    GeneratorParam<int> causal_tile{"causal_tile", 8};                   // measured best of 8, 16, 32 on AVX-512 and AVX2
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};  // schedule.h
 
     // [B, T, H, D] with a contiguous last axis and any other strides; a stride may be 0 (one decay per head).
-    Input<Buffer<float, 4>> q{"q"}, k{"k"};          // (d, t, h, b)
-    Input<Buffer<float, 4>> v{"v"};                  // (e, t, h, b)
+    Input<Buffer<void, 4>> q{"q"}, k{"k"};           // (d, t, h, b)
+    Input<Buffer<void, 4>> v{"v"};                   // (e, t, h, b)
     Input<Buffer<float, 3>> log_decay{"log_decay"};  // (t, h, b), any strides
     Input<Buffer<float, 5>> state_in{"state_in"};    // (e, d, s, h, b): one state per sequence s of batch entry b
     Input<Buffer<int32_t, 2>> chunks{"chunks"};      // (field, slot): chunks.h
     Input<int> count{"count"};                       // chunks, final slots not counted
     Input<float> scale{"scale"};
-    Output<Buffer<float, 4>> out{"out"};              // (e, t, h, b)
+    Output<Buffer<void, 4>> out{"out"};               // (e, t, h, b)
     Output<Buffer<float, 5>> state_out{"state_out"};  // (e, d, s, h, b); may not alias state_in
 
+    void configure() {
+        q.set_type(stored_type(dtype)), k.set_type(stored_type(dtype)), v.set_type(stored_type(dtype));
+        out.set_type(stored_type(dtype));
+    }
     void generate() {
         Var b("b"), h("h"), c("c"), i("i"), d("d"), e("e"), t("t"), s("s"), n("n");
         const ChunkwiseSizes size = sizes();
@@ -34,9 +40,9 @@ public:
         Chunks at{table, count, chunks.dim(1).extent()};
 
         Func cq("q_chunks"), ck("k_chunks"), cv("v_chunks"), cg("log_decay_chunks"), cs("state_start");
-        cq(d, i, c, h, b) = q(d, at.time(i, c, q.dim(1).extent()), h, b);
-        ck(d, i, c, h, b) = k(d, at.time(i, c, k.dim(1).extent()), h, b);
-        cv(e, i, c, h, b) = v(e, at.time(i, c, v.dim(1).extent()), h, b);
+        cq(d, i, c, h, b) = widen(dtype, q(d, at.time(i, c, q.dim(1).extent()), h, b));
+        ck(d, i, c, h, b) = widen(dtype, k(d, at.time(i, c, k.dim(1).extent()), h, b));
+        cv(e, i, c, h, b) = widen(dtype, v(e, at.time(i, c, v.dim(1).extent()), h, b));
         Expr g = log_decay(at.time(i, c, log_decay.dim(0).extent()), h, b);
         cg(i, c, h, b) = select(i < at.length(c), g, 0.0f);
         cs(e, d, s, h, b) = state_in(e, d, s, h, b);
@@ -46,8 +52,8 @@ public:
         f.over_result = RDom(0, size.chunk, 0, count, "over_result");
         RVar row = f.over_result.x, in = f.over_result.y;
         f.over_result.where(row < at.length(in));
-        out(e, t, h, b) = undef<float>();
-        out(e, at.time(row, in, out.dim(1).extent()), h, b) = f.out(e, row, in, h, b);
+        out(e, t, h, b) = undef(stored_type(dtype));
+        out(e, at.time(row, in, out.dim(1).extent()), h, b) = narrow(dtype, f.out(e, row, in, h, b));
         state_out(e, d, s, h, b) = f.state(e, d, count + s, h, b);
         f.result = out, f.state_out = state_out;
 

@@ -30,20 +30,24 @@ inline std::string text(const Index &index) {
     return s.str();
 }
 
-/// Every element of `got` lies within `share` of its spread from `want`; both row-major.
+/// Every element of `got` lies within `share` of its spread from `want`, both row-major, and within one rounding more if its
+/// type is not fp32.
 inline void expect_close(const char *what, const Array &got, const std::vector<double> &want, const std::vector<double> &spread,
-                         double share) {
+                         double share, const Dtype &dtype = f32) {
     Index where;
     double worst = 0, value = 0, expected = 0;
     size_t n = 0;
     each(got.shape, [&](const Index &i) {
-        const double error = std::abs(got(i) - want[n]) / (share * spread[n] + tolerance::negligible);
+        double allowed = share * spread[n] + tolerance::negligible, error = 0;
+        const bool overflow = std::isinf(got(i)) && (got(i) > 0 ? want[n] : -want[n]) + allowed >= dtype.overflow();
+        if (!(dtype == f32)) allowed += dtype.rounding_of(std::abs(want[n]) + allowed);
+        if (!overflow) error = std::abs(got(i) - want[n]) / allowed;
         if (!(error <= worst)) where = i, worst = error, value = got(i), expected = want[n];
         if (std::isnan(error)) worst = std::numeric_limits<double>::infinity();
         n++;
     });
     EXPECT_LE(worst, 1) << what << text(where) << " is " << value << "; expected " << expected << ", to " << share
-                        << " of its spread";
+                        << " of its spread" << (dtype == f32 ? "" : " and rounded to ") << (dtype == f32 ? "" : dtype.name);
 }
 
 /// Root mean square of got - want, relative to that of want.

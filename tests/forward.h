@@ -3,10 +3,12 @@
 #include "check.h"
 #include "reference/retention.h"
 #include "shapes.h"
+#include "stored.h"
 
 #include <holdfast/holdfast.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <ostream>
@@ -59,23 +61,39 @@ struct Tensor {
     DLTensor dl() { return {data, {kDLCPU, 0}, (int32_t)shape.size(), {kDLFloat, 32, 1}, shape.data(), stride.data(), 0}; }
 };
 
-/// Arguments of holdfast_forward. A Tensor without data is not given.
+inline DLDataType dl_type(const Dtype &dtype) {
+    if (dtype == f32) return {kDLFloat, 32, 1};
+    return {(uint8_t)(dtype == f16 ? kDLFloat : kDLBfloat), 16, 1};
+}
+
+/// Arguments of holdfast_forward. A Tensor without data is not given. q, k, v and out are handed over in the type `dtype`,
+/// from and to the floats here.
 struct Forward {
     Tensor q, k, v, log_decay, initial_state, out, final_state;
     float scale = 0;
     int64_t chunk_size = 0;
+    Dtype dtype = f32;
 
     holdfast_status run(holdfast_context *context) {
         Tensor *tensors[] = {&q, &k, &v, &log_decay, &initial_state, &out, &final_state};
         DLTensor dl[7];
         for (int n = 0; n < 7; n++) dl[n] = tensors[n]->dl();
+        std::deque<Stored> stored;
+        for (int n : {0, 1, 2, 5}) {
+            stored.emplace_back(dtype, tensors[n]->data, tensors[n]->shape, tensors[n]->stride);
+            dl[n].data = stored.back().data(), dl[n].dtype = dl_type(dtype);
+        }
         auto given = [&](int n) { return tensors[n]->data ? &dl[n] : nullptr; };
         holdfast_forward_args args = {};
         args.struct_size = sizeof args;
         args.q = given(0), args.k = given(1), args.v = given(2), args.log_decay = given(3), args.initial_state = given(4);
         args.out = given(5), args.final_state = given(6);
         args.scale = scale, args.chunk_size = chunk_size;
-        return holdfast_forward(context, &args);
+        const holdfast_status status = holdfast_forward(context, &args);
+        for (int n : {0, 1, 2}) EXPECT_TRUE(stored[n].unchanged()) << "input " << n << " was written";
+        EXPECT_TRUE(stored[3].gaps_intact()) << "memory between the elements of out was written";
+        stored[3].load();
+        return status;
     }
 
     Forward tokens(int64_t from, int64_t to) const {
@@ -101,6 +119,7 @@ struct Problem {
     Gates gates = Gates::weak;
     Layout layout = Layout::compact;
     bool initial = true;  // an initial state is given
+    Dtype dtype = f32;
 
     Random random{};
     Array q = array({B, T, H, K}), k = array({B, T, H, K}), v = array({B, T, H, V});
@@ -109,10 +128,12 @@ struct Problem {
     Array out = array({B, T, H, V}).forget(), final_state = array({B, H, K, V}).forget();
     float scale = 0;  // the default, K^-1/2
 
-    /// The call, with everything that there is. A decay that is the same for all tokens is given per head.
+    /// The call, with everything that there is. A decay that is the same for all tokens is given per head. q, k and v are
+    /// rounded to the type first.
     Forward forward() {
+        for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
         Forward f{q, k, v, {}, {}, out, final_state};
-        f.scale = scale;
+        f.scale = scale, f.dtype = dtype;
         if (initial) f.initial_state = initial_state;
         if (gates == Gates::per_head)
             f.log_decay = Tensor(log_decay.data(), {H}, {log_decay.stride[2]});
@@ -139,7 +160,7 @@ struct Problem {
     void expect_reference(int64_t chunk, int64_t decays) const {
         const reference::Result want = reference::retention(inputs()), spread = reference::spread(inputs());
         const double share = tolerance::of_spread(K, chunk, decays);
-        expect_close("out", out, want.out, spread.out, share);
+        expect_close("out", out, want.out, spread.out, share, dtype);
         expect_close("final_state", final_state, want.state, spread.state, share);
         EXPECT_TRUE(out.gaps_intact() && final_state.gaps_intact()) << "memory between the elements was written";
     }
@@ -175,38 +196,44 @@ inline std::string backend_of(const std::string &target) {
     return "";
 }
 
-/// The variant that `target` runs for the size, by default: the first of exactly that size, else of any. Null if there is none.
-inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size) {
+/// The variant of a type that `target` runs for the size, by default: the first of exactly that size, else of any. Null if
+/// there is none.
+inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size, const Dtype &dtype = f32) {
     std::optional<holdfast_variant> any;
     for (const holdfast_variant &v : variants()) {
-        if (v.target != target) continue;
+        if (v.target != target || v.dtype != std::string(dtype.name)) continue;
         if (v.key_size == size.K && v.value_size == size.V) return v;
         if (v.key_size == 0 && v.value_size == 0 && !any) any = v;
     }
     return any;
 }
 
-/// A target and a size that it has a variant for.
+/// A target, and a size and type that it has a variant for.
 struct Instance {
     std::string target;
     Size size;
+    Dtype dtype;
     int64_t chunk;
     std::string missing;  // CPU features that this machine lacks, or why the backend cannot run
 };
 inline std::string name(const Instance &i) {
-    return i.target + "_K" + std::to_string(i.size.K) + "_V" + std::to_string(i.size.V);
+    return i.target + "_" + i.dtype.name + "_K" + std::to_string(i.size.K) + "_V" + std::to_string(i.size.V);
 }
 inline void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
-/// Of all targets, or of those of one backend.
-inline std::vector<Instance> instances(const std::vector<Size> &sizes, const std::string &backend = "") {
+/// Of these sizes in fp32, and of those in the types of 16 bits.
+inline std::vector<Instance> instances(const std::vector<Size> &sizes, const std::vector<Size> &sizes_of_16_bits = {}) {
     std::vector<Instance> list;
     for (const std::string &target : targets())
-        for (Size size : sizes)
-            if (!backend.empty() && backend_of(target) != backend)
-                continue;
-            else if (auto v = variant_for(target, size))
-                list.push_back({target, size, v->chunk, v->missing});
+        for (const Dtype &dtype : all_dtypes)
+            for (Size size : dtype == f32 ? sizes : sizes_of_16_bits)
+                if (auto v = variant_for(target, size, dtype)) list.push_back({target, size, dtype, v->chunk, v->missing});
+    return list;
+}
+
+/// Those of the CPU's targets.
+inline std::vector<Instance> on_cpu(std::vector<Instance> list) {
+    list.erase(std::remove_if(list.begin(), list.end(), [](const Instance &i) { return backend_of(i.target) != "cpu"; }), list.end());
     return list;
 }
 

@@ -5,6 +5,7 @@
 #include "check.h"
 #include "reference/retention.h"
 #include "shapes.h"
+#include "stored.h"
 
 #include <HalideBuffer.h>
 
@@ -44,21 +45,23 @@ inline std::vector<KernelCase> kernel_cases(int C) {
 
 class KernelCall {
 public:
-    KernelCall(const KernelCase &c, int C, Size size)
-        : c(c), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C), starts(starts_of(c.lengths)),
+    KernelCall(const KernelCase &c, int C, Size size, const Dtype &dtype = f32)
+        : c(c), dtype(dtype), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C), starts(starts_of(c.lengths)),
           table(starts, chunk), T(starts.back()), N((int64_t)c.lengths.size()), q(array({c.B, T, c.H, K})),
           k(array({c.B, T, c.H, K})), v(array({c.B, T, c.H, V})), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
           state_in(array({c.B, N, c.H, K, V})), out(array({c.B, T, c.H, V})), state_out(array({c.B, N, c.H, K, V})) {
         out.forget(), state_out.forget();
+        for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
     }
 
     /// kernel(q, k, v, log_decay, state_in, chunks, count, scale, out, state_out) returns 0 and what the reference does.
     template<class Kernel>
     void expect_reference(const Kernel &kernel) {
         SCOPED_TRACE(c.name);
-        using Buffer = Halide::Runtime::Buffer<float>;
-        Buffer bq = rows(q), bk = rows(k), bv = rows(v), bg = view(log_decay, {1, 2, 0});
-        Buffer bs = view(state_in, {4, 3, 1, 2, 0}), bo = rows(out), bz = view(state_out, {4, 3, 1, 2, 0});
+        using Buffer = Halide::Runtime::Buffer<void>;
+        Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out);
+        Buffer bq = rows(sq, q), bk = rows(sk, k), bv = rows(sv, v), bg = view(log_decay.data(), f32, log_decay, {1, 2, 0});
+        Buffer bs = states(state_in), bo = rows(so, out), bz = states(state_out);
         Halide::Runtime::Buffer<int32_t> chunks(table.columns.data(), ChunkTable::fields, table.slots);
         const Array inputs[] = {q, k, v, log_decay, state_in};
         // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
@@ -66,6 +69,7 @@ public:
         chunks.set_host_dirty();
         ASSERT_EQ(kernel(bq, bk, bv, bg, bs, chunks, (int32_t)table.count, scale, bo, bz), 0);
         for (Buffer *buffer : {&bo, &bz}) ASSERT_EQ(buffer->copy_to_host(), 0);
+        so.load();
 
         const double share = tolerance::of_spread(K, chunk, table.count);
         for (int64_t s = 0; s < N; s++) {
@@ -76,16 +80,19 @@ public:
             in.initial_state = states(state_in, s);
             in.scale = scale;
             const reference::Result want = reference::retention(in), spread = reference::spread(in);
-            expect_close("out", part(out, from, length), want.out, spread.out, share);
+            expect_close("out", part(out, from, length), want.out, spread.out, share, dtype);
             expect_close("state", part(state_out, s), want.state, spread.state, share);
         }
-        EXPECT_TRUE(out.gaps_intact() && state_out.gaps_intact()) << "memory between the rows was written";
+        EXPECT_TRUE(out.gaps_intact() && so.gaps_intact() && state_out.gaps_intact()) << "memory between the rows was written";
         const Array *after[] = {&q, &k, &v, &log_decay, &state_in};
         for (int n = 0; n < 5; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
+        const Stored *stored[] = {&sq, &sk, &sv};
+        for (int n = 0; n < 3; n++) EXPECT_TRUE(stored[n]->unchanged()) << "input " << n << " was written";
     }
 
 private:
     const KernelCase c;
+    const Dtype dtype;
     const int64_t K, V, chunk;
     const Index starts;
     ChunkTable table;
@@ -101,13 +108,17 @@ private:
     }
     Array array(const Index &shape) { return Array(shape, c.layout).fill(random); }
 
-    /// Halide's view of an array: `axes` of it, innermost first.
-    static Halide::Runtime::Buffer<float> view(Array &a, const std::vector<int> &axes) {
+    /// Halide's view of an array whose elements lie at `data`: `axes` of it, innermost first. bf16 goes by uint16.
+    static Halide::Runtime::Buffer<void> view(void *data, const Dtype &dtype, const Array &a, const std::vector<int> &axes) {
         std::vector<halide_dimension_t> dims;
         for (int axis : axes) dims.emplace_back(0, (int32_t)a.shape[axis], (int32_t)a.stride[axis]);
-        return Halide::Runtime::Buffer<float>(a.data(), (int)dims.size(), dims.data());
+        const halide_type_t type(dtype == bf16 ? halide_type_uint : halide_type_float, dtype == f32 ? 32 : 16);
+        return Halide::Runtime::Buffer<void>(type, data, (int)dims.size(), dims.data());
     }
-    static Halide::Runtime::Buffer<float> rows(Array &a) { return view(a, {3, 1, 2, 0}); }
+    Halide::Runtime::Buffer<void> rows(Stored &stored, const Array &a) const {
+        return view(stored.data(), dtype, a, {3, 1, 2, 0});
+    }
+    static Halide::Runtime::Buffer<void> states(Array &a) { return view(a.data(), f32, a, {4, 3, 1, 2, 0}); }
 
     static reference::Strided rows(const Array &a, int64_t from) {
         const Index &s = a.stride;

@@ -1,5 +1,7 @@
 // How far a result may lie from the double reference. Every tolerance of the tests is made here, from the number of terms.
 #pragma once
+#include "dtype.h"
+
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -26,8 +28,12 @@ inline double of_spread(int64_t K, int64_t chunk, int64_t decays) {
 constexpr double negligible = std::numeric_limits<float>::min();
 
 /// What the project holds, in the root mean square relative to that of the values, over T = 4096, K = V = 64, 8 heads of RetNet
-/// decay: of out and state against the reference, and of the out of one call against that of a call for every token.
-constexpr double relative_rms = 2e-6;
+/// decay: of the state and of an out in fp32 against the reference, of an out of 16 bits against the reference for inputs
+/// rounded to its type, and of the out of one call against that of a call for every token.
+constexpr double relative_rms = 2e-6, relative_rms_f16 = 4e-4, relative_rms_bf16 = 2.5e-3;
+inline double relative_rms_of_out(const test::Dtype &dtype) {
+    return dtype == test::f32 ? relative_rms : dtype == test::f16 ? relative_rms_f16 : relative_rms_bf16;
+}
 constexpr double relative_rms_between_forms = 1e-6;
 
 }  // namespace tolerance

@@ -11,9 +11,11 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <set>
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #if !defined(DLPACK_MAJOR_VERSION) || DLPACK_MAJOR_VERSION < 1
 #error "The Python module needs the dlpack.h of DLPack 1.0 or newer, such as the PyPI package apache-tvm-ffi carries"
@@ -39,12 +41,17 @@ template<class... Parts>
 struct Constants {
     py::object target_unavailable = py::reinterpret_steal<py::object>(PyErr_NewExceptionWithDoc(
         "holdfast.TargetUnavailable",
-        "The forced target (HOLDFAST_TARGET or set_target) is unknown, or this machine cannot run it.", PyExc_RuntimeError,
+        "The forced target (HOLDFAST_TARGET, set_target) or backend is unknown, or this machine cannot run it, or that of the arrays.", PyExc_RuntimeError,
         nullptr));
     py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__";
     py::tuple version = py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
-    py::tuple keywords = py::make_tuple("max_version", "copy");
-    py::object empty = py::module_::import("numpy").attr("empty"), float32 = py::module_::import("numpy").attr("float32");
+    py::tuple keywords = py::make_tuple("max_version", "copy"), keywords_of_a_gpu = py::make_tuple("max_version", "copy", "stream");
+    py::str stream = "stream";
+    py::object empty = numpy("empty"), ndarray = numpy("ndarray");
+    py::object float32 = numpy("float32"), float16 = numpy("float16"), uint16 = numpy("uint16");
+    py::str dtype = "dtype";
+
+    static py::object numpy(const char *name) { return py::module_::import("numpy").attr(name); }
 };
 const Constants &constants() {
     static const Constants *const all = new Constants;
@@ -74,6 +81,39 @@ DLDataType element_type(const char *format, Py_ssize_t bytes) {
     return code < 0 ? DLDataType{0, 0, 0} : DLDataType{(uint8_t)code, (uint8_t)(8 * bytes), 1};
 }
 
+constexpr DLDataType float32 = {kDLFloat, 32, 1}, float16 = {kDLFloat, 16, 1}, bfloat16 = {kDLBfloat, 16, 1};
+bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
+
+/// What the library takes for the argument of that name.
+std::string expected_dtypes(const std::string &name) {
+    const bool rows = name == "q" || name == "k" || name == "v" || name == "out";
+    return rows ? "float32, float16 or bfloat16" : "float32";
+}
+
+/// The bits of a NumPy array of ml_dtypes' bfloat16, as uint16; null for anything else. NumPy exports no such array, neither
+/// as a buffer nor by DLPack; its dtype is known by its name, so that ml_dtypes need not be there.
+py::object bits_of_bfloat16(py::handle array) {
+    const Constants &c = constants();
+    if (!py::isinstance(array, c.ndarray)) return {};
+    const py::object dtype = array.attr(c.dtype);
+    if (std::string(py::str(dtype.attr("name"))) != "bfloat16" || dtype.attr("itemsize").cast<int>() != 2) return {};
+    return array.attr("view")(c.uint16);
+}
+
+/// NumPy's capsule of `bits`, an array of uint16, as one of bfloat16.
+py::object bfloat16_capsule(const py::object &bits, const py::kwargs &options) {
+    py::object capsule = bits.attr(constants().dlpack)(**options);
+    if (void *versioned = PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")) {
+        ((DLManagedTensorVersioned *)versioned)->dl_tensor.dtype = bfloat16;
+    } else {
+        PyErr_Clear();
+        void *managed = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
+        if (!managed) throw py::error_already_set();
+        ((DLManagedTensor *)managed)->dl_tensor.dtype = bfloat16;
+    }
+    return capsule;
+}
+
 /// An array argument as a DLTensor. Keeps the memory alive, and its exporter from resizing it, for as long as it lives.
 class Array {
 public:
@@ -83,11 +123,13 @@ public:
         if (view.obj) PyBuffer_Release(&view);
     }
 
-    /// `rank` is what the library expects; it only serves to describe a tensor that its producer does not export.
-    void borrow(const char *name, py::handle array, int rank, bool writable = false) {
+    /// `rank` is what the library expects; it only serves to describe a tensor that its producer does not export. `stream`,
+    /// for memory of CUDA: where work with it will be put, as DLPack numbers streams; its producer makes that one wait.
+    void borrow(const char *name, py::handle array, int rank, bool writable = false, uint64_t stream = 1) {
+        this->stream = stream;
         if (PyObject_CheckBuffer(array.ptr()) && PyObject_GetBuffer(array.ptr(), &view, PyBUF_RECORDS_RO) == 0)
             borrow_buffer(name, writable);
-        else
+        else if (!borrow_bfloat16(name, array, writable))
             borrow_dlpack(name, array, rank, writable);
         given = true;
     }
@@ -99,13 +141,15 @@ private:
     bool given = false;
     Py_buffer view{};
     py::object capsule;
+    uint64_t stream = 1;
     int64_t shape[PyBUF_MAX_NDIM], strides[PyBUF_MAX_NDIM];
 
     void borrow_buffer(const char *name, bool writable) {
         if (writable && view.readonly) raise(PyExc_ValueError, name, " is read-only; expected memory to write to");
         const DLDataType type = element_type(view.format, view.itemsize);
         if (!type.bits)
-            raise(PyExc_NotImplementedError, name, " has elements of buffer format '", view.format, "'; expected float32");
+            raise(PyExc_NotImplementedError, name, " has elements of buffer format '", view.format, "'; expected ",
+                  expected_dtypes(name));
         tensor = {view.buf, {kDLCPU, 0}, view.ndim, type, shape, view.strides ? strides : nullptr, 0};  // ctypes: null, compact
         for (int axis = 0; axis < view.ndim; axis++) {
             shape[axis] = view.shape[axis];
@@ -117,12 +161,27 @@ private:
         }
     }
 
+    /// Whether it was one: bits_of_bfloat16().
+    bool borrow_bfloat16(const char *name, py::handle array, bool writable) {
+        py::object bits;
+        {
+            const py::error_scope refusal;  // of the buffer protocol
+            bits = bits_of_bfloat16(array);
+        }
+        if (!bits) return false;
+        PyErr_Clear();
+        if (PyObject_GetBuffer(bits.ptr(), &view, PyBUF_RECORDS_RO) != 0) throw py::error_already_set();
+        borrow_buffer(name, writable);
+        tensor.dtype = bfloat16;
+        return true;
+    }
+
     void borrow_dlpack(const char *name, py::handle array, int rank, bool writable) {
         export_capsule(name, array);
         if (!capsule) {
             // The library's own answer about the device is wanted, and it has all the rest to say yes to.
             std::fill_n(shape, rank, 0);
-            tensor = {nullptr, tensor.device, rank, {kDLFloat, 32, 1}, shape, nullptr, 0};
+            tensor = {nullptr, tensor.device, rank, float32, shape, nullptr, 0};
         } else if (auto *versioned = (DLManagedTensorVersioned *)pointer("dltensor_versioned")) {
             if (versioned->version.major != DLPACK_MAJOR_VERSION)
                 raise(PyExc_BufferError, name, " is exported as DLPack ", versioned->version.major, ".",
@@ -151,12 +210,18 @@ private:
         std::optional<py::error_already_set> refusal;
         if (PyErr_Occurred()) refusal.emplace();  // of the buffer protocol, which names fewer dtypes than DLPack
         if (py::hasattr(array, c.dlpack)) {
-            PyObject *arguments[] = {array.ptr(), c.version.ptr(), Py_False};
-            capsule =
-                py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(c.dlpack.ptr(), arguments, 1, c.keywords.ptr()));
+            on_cpu(array);
+            const bool has_streams = tensor.device.device_type == kDLCUDA || tensor.device.device_type == kDLCUDAManaged;
+            const py::int_ number(stream);
+            PyObject *arguments[] = {array.ptr(), c.version.ptr(), Py_False, number.ptr()};
+            capsule = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(
+                c.dlpack.ptr(), arguments, 1, (has_streams ? c.keywords_of_a_gpu : c.keywords).ptr()));
             if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {  // a producer from before DLPack 1.0
                 PyErr_Clear();
-                capsule = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(array.ptr(), c.dlpack.ptr()));
+                const py::tuple keyword = py::make_tuple(c.stream);
+                PyObject *old[] = {array.ptr(), number.ptr()};
+                capsule = py::reinterpret_steal<py::object>(
+                    PyObject_VectorcallMethod(c.dlpack.ptr(), old, 1, has_streams ? keyword.ptr() : nullptr));
             }
             if (capsule) return;
             refusal.emplace();
@@ -175,9 +240,10 @@ private:
                     ".detach()");
         if (!on_cpu(array)) return;
         const py::object dtype = py::getattr(array, "dtype", py::none());
-        const std::string dtype_name = dtype.is_none() ? "float32" : py::str(dtype);
-        if (dtype_name.find("float32") == std::string::npos)
-            explain(PyExc_NotImplementedError, " has dtype ", dtype_name, "; expected float32");
+        const std::string dtype_name = dtype.is_none() ? "float32" : py::str(dtype), expected = expected_dtypes(name);
+        const std::string type = dtype_name.substr(dtype_name.rfind('.') + 1);  // torch.float32
+        if (expected.find(type) == std::string::npos)
+            explain(PyExc_NotImplementedError, " has dtype ", dtype_name, "; expected ", expected);
         explain(PyExc_TypeError, " is of type ", type_name(array),
                 ", which does not share its memory; expected an array that does");
     }
@@ -200,7 +266,7 @@ private:
 struct Settings {
     int version = 0;  // counts changes
     int threads = 0;
-    std::optional<std::string> target;
+    std::optional<std::string> target, backend;
     py::object listener;
 };
 Settings &settings() {
@@ -262,6 +328,7 @@ holdfast_context *context() {
         for (holdfast_status status :
              {holdfast_context_set_threads(mine.context, wanted.threads),
               holdfast_context_set_target(mine.context, wanted.target ? wanted.target->c_str() : nullptr),
+              holdfast_context_set_backend(mine.context, wanted.backend ? wanted.backend->c_str() : nullptr),
               holdfast_context_set_verbose(mine.context, wanted.listener ? call_verbose : nullptr, nullptr)})
             if (status) raise_status(status, holdfast_last_error(mine.context));
         mine.version = wanted.version;
@@ -273,6 +340,14 @@ void set_num_threads(int threads) {
     holdfast_context *c = context();
     if (holdfast_status status = holdfast_context_set_threads(c, threads)) raise_status(status, holdfast_last_error(c));
     settings().threads = threads;
+    settings().version++;
+}
+
+void set_backend(std::optional<std::string> backend) {
+    holdfast_context *c = context();
+    if (holdfast_status status = holdfast_context_set_backend(c, backend ? backend->c_str() : nullptr))
+        raise_status(status, holdfast_last_error(c));
+    settings().backend = std::move(backend);
     settings().version++;
 }
 
@@ -319,16 +394,18 @@ bool shapes_agree(const DLTensor &q, const DLTensor &k, const DLTensor &v) {
            std::all_of(q.shape, q.shape + 4, small) && small(v.shape[3]);
 }
 
-/// out, or (out, state): NumPy arrays, except for an `out` that is given.
+/// out, or (out, state): NumPy arrays, except for an `out` or `final_state` that is given. A new `out` of bfloat16 is its bits,
+/// in uint16. `stream` is of CUDA, as DLPack numbers them.
 py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle scale, py::handle chunk_size,
-                   py::handle initial_state, bool return_state, py::object out) {
+                   py::handle initial_state, bool return_state, py::object out, py::object final_state, uint64_t stream) {
     Array q_array, k_array, v_array, log_decay_array, initial_state_array, out_array, final_state_array;
-    q_array.borrow("q", q, 4);
-    k_array.borrow("k", k, 4);
-    v_array.borrow("v", v, 4);
-    if (!log_decay.is_none()) log_decay_array.borrow("log_decay", log_decay, 1);
-    if (!initial_state.is_none()) initial_state_array.borrow("initial_state", initial_state, 4);
-    if (!out.is_none()) out_array.borrow("out", out, 4, true);
+    q_array.borrow("q", q, 4, false, stream);
+    k_array.borrow("k", k, 4, false, stream);
+    v_array.borrow("v", v, 4, false, stream);
+    if (!log_decay.is_none()) log_decay_array.borrow("log_decay", log_decay, 1, false, stream);
+    if (!initial_state.is_none()) initial_state_array.borrow("initial_state", initial_state, 4, false, stream);
+    if (!out.is_none()) out_array.borrow("out", out, 4, true, stream);
+    if (!final_state.is_none()) final_state_array.borrow("final_state", final_state, 4, true, stream);
 
     holdfast_forward_args args = {};
     args.struct_size = sizeof args;
@@ -342,17 +419,22 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
 
     // Without shapes to go by, an empty `out` stands in, so that the library gets as far as saying what is wrong.
     int64_t no_shape[4] = {};
-    DLTensor nowhere = {nullptr, {kDLCPU, 0}, 4, {kDLFloat, 32, 1}, no_shape, nullptr, 0};
-    py::object final_state;
+    const DLDataType type = args.q->dtype;
+    DLTensor nowhere = {nullptr, args.q->device, 4, type, no_shape, nullptr, 0};
     if (shapes_agree(*args.q, *args.k, *args.v)) {
-        auto empty = [](auto... extents) { return constants().empty(py::make_tuple(extents...), constants().float32); };
+        auto empty = [](DLDataType type, auto... extents) {
+            const Constants &c = constants();
+            const py::object &dtype = same(type, float16) ? c.float16 : same(type, bfloat16) ? c.uint16 : c.float32;
+            return c.empty(py::make_tuple(extents...), dtype);
+        };
         const int64_t *shape = args.q->shape, V = args.v->shape[3];
         if (out.is_none()) {
-            out = empty(shape[0], shape[1], shape[2], V);
+            out = empty(type, shape[0], shape[1], shape[2], V);
             out_array.borrow("out", out, 4, true);
+            out_array.get()->dtype = type;
         }
-        if (return_state) {
-            final_state = empty(shape[0], shape[2], shape[3], V);
+        if (return_state && final_state.is_none()) {
+            final_state = empty(float32, shape[0], shape[2], shape[3], V);
             final_state_array.borrow("final_state", final_state, 4, true);
         }
     }
@@ -360,14 +442,44 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     args.final_state = final_state_array.get();
 
     holdfast_context *c = context();
+    holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
     if (holdfast_status status = forward_without_gil(c, args)) raise_status(status, holdfast_last_error(c));
     return return_state ? py::make_tuple(out, final_state) : out;
+}
+
+std::vector<holdfast_backend> all_backends() {
+    std::vector<holdfast_backend> list(holdfast_backend_count());
+    for (int n = 0; n < (int)list.size(); n++) {
+        list[n].struct_size = sizeof list[n];
+        if (holdfast_status status = holdfast_backend_at(n, &list[n])) raise_status(status, holdfast_last_error(nullptr));
+    }
+    return list;
+}
+
+/// One dict for each backend.
+py::dict backends() {
+    py::dict dict;
+    for (const holdfast_backend &b : all_backends()) {
+        py::dict backend;
+        backend["compiled"] = b.compiled != 0;
+        backend["available"] = b.available != 0;
+        backend["why_not"] = b.missing;
+        backend["devices"] = py::str(b.devices).attr("splitlines")();
+        backend["targets"] = py::str(b.targets).attr("split")();
+        dict[b.name] = backend;
+    }
+    return dict;
 }
 
 /// ([one dict for each variant], why none of them runs: "" where they do).
 py::tuple variants() {
     py::list list;
     std::string why_not;
+    std::set<std::string> gpu_targets;
+    for (const holdfast_backend &backend : all_backends()) {
+        std::istringstream names(backend.targets);
+        for (std::string name; std::string(backend.name) != "cpu" && names >> name;) gpu_targets.insert(name);
+    }
     holdfast_context *c = context();
     for (int n = 0; n < holdfast_variant_count(); n++) {
         holdfast_variant v;
@@ -386,7 +498,8 @@ py::tuple variants() {
         variant["target"] = v.target;
         variant["runs_here"] = v.runs_here != 0;
         variant["selected"] = v.selected != 0;
-        variant["missing"] = py::str(v.missing).attr("split")();
+        const py::str missing = v.missing;
+        variant["missing"] = gpu_targets.count(v.target) && !v.runs_here ? py::list(py::make_tuple(missing)) : py::list(missing.attr("split")());
         list.append(variant);
     }
     return py::make_tuple(list, why_not);
@@ -397,11 +510,14 @@ py::tuple variants() {
 PYBIND11_MODULE(_holdfast, m) {
     m.attr("TargetUnavailable") = constants().target_unavailable;
     m.def("forward", forward);
+    m.def("bfloat16_capsule", bfloat16_capsule);
+    m.def("backends", backends);
     m.def("variants", variants);
     m.def("version", holdfast_version);
     m.def("cpu_features", holdfast_cpu_features);
     m.def("set_num_threads", set_num_threads);
     m.def("get_num_threads", [] { return settings().threads; });
+    m.def("set_backend", set_backend);
     m.def("set_target", set_target);
     m.def("set_verbose", set_verbose);
 }

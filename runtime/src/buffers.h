@@ -2,6 +2,7 @@
 #pragma once
 #include "context.h"
 #include "failure.h"
+#include "tensor.h"
 
 #include <HalideRuntime.h>
 
@@ -13,6 +14,11 @@
 namespace holdfast {
 
 constexpr halide_type_t float32(halide_type_float, 32), int32(halide_type_int, 32);
+
+/// Of a kernel's buffers: bf16 goes by uint16 (generators/dtypes.h).
+inline halide_type_t halide_type(const Dtype &dtype) {
+    return halide_type_t(dtype == bf16 ? halide_type_uint : halide_type_float, dtype.dl.bits);
+}
 
 /// A halide_buffer_t with its dimensions, innermost first, all starting at 0.
 struct Buffer : halide_buffer_t {

@@ -200,7 +200,8 @@ void holdfast_context::for_each(int64_t items, const std::function<void(Workspac
     if (job.failed) throw job.failure;
     if (rc) fail(HOLDFAST_INTERNAL_ERROR, "thread pool: parallel_for returned ", rc, "; expected 0");
     if (job.done != items)
-        fail(HOLDFAST_INTERNAL_ERROR, "thread pool: parallel_for returned with ", job.done.load(), " of ", items, " pieces of work done");
+        fail(HOLDFAST_INTERNAL_ERROR, "thread pool: parallel_for returned with ", job.done.load(), " of ", items,
+             " pieces of work done");
 }
 
 // Kernels call these by name; they stand in for the weak ones of Halide's runtime. user_context is the Workspace.
@@ -277,9 +278,7 @@ static holdfast_status set_option(holdfast_context *context, const std::function
 extern "C" {
 
 holdfast_status holdfast_context_set_target(holdfast_context *context, const char *target) {
-    return set_option(context, [&](holdfast_context &c) {
-        c.target = target ? require_target(target) : nullptr;
-    });
+    return set_option(context, [&](holdfast_context &c) { c.target = target ? require_target(target) : nullptr; });
 }
 
 holdfast_status holdfast_context_set_backend(holdfast_context *context, const char *backend) {
@@ -315,7 +314,8 @@ holdfast_status holdfast_context_set_allocator(holdfast_context *context, holdfa
                                                holdfast_deallocate deallocate, void *user) {
     return set_option(context, [&](holdfast_context &c) {
         if (!allocate != !deallocate)
-            fail(HOLDFAST_INVALID_ARGUMENT, allocate ? "deallocate" : "allocate", " is NULL; expected both functions or neither");
+            fail(HOLDFAST_INVALID_ARGUMENT, allocate ? "deallocate" : "allocate",
+                 " is NULL; expected both functions or neither");
         c.idle.clear();
         c.allocator = allocate ? Allocator{allocate, deallocate, user} : default_allocator;
     });

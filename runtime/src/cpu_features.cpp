@@ -31,11 +31,11 @@ struct Feature {
 
 // Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, CPUID.
 constexpr Feature known_features[] = {
-    {"sse41", 1, 0, ecx, 19, none},        {"avx", 1, 0, ecx, 28, ymm},           {"f16c", 1, 0, ecx, 29, ymm},
-    {"fma", 1, 0, ecx, 12, ymm},           {"avx2", 7, 0, ebx, 5, ymm},           {"avx512f", 7, 0, ebx, 16, zmm},
-    {"avx512dq", 7, 0, ebx, 17, zmm},      {"avx512cd", 7, 0, ebx, 28, zmm},      {"avx512bw", 7, 0, ebx, 30, zmm},
-    {"avx512vl", 7, 0, ebx, 31, zmm},      {"avx512_vnni", 7, 0, ecx, 11, zmm},   {"avx512_fp16", 7, 0, edx, 23, zmm},
-    {"avx512_bf16", 7, 1, eax, 5, zmm},    {"amx_tile", 7, 0, edx, 24, tiles},    {"amx_int8", 7, 0, edx, 25, tiles},
+    {"sse41", 1, 0, ecx, 19, none},     {"avx", 1, 0, ecx, 28, ymm},         {"f16c", 1, 0, ecx, 29, ymm},
+    {"fma", 1, 0, ecx, 12, ymm},        {"avx2", 7, 0, ebx, 5, ymm},         {"avx512f", 7, 0, ebx, 16, zmm},
+    {"avx512dq", 7, 0, ebx, 17, zmm},   {"avx512cd", 7, 0, ebx, 28, zmm},    {"avx512bw", 7, 0, ebx, 30, zmm},
+    {"avx512vl", 7, 0, ebx, 31, zmm},   {"avx512_vnni", 7, 0, ecx, 11, zmm}, {"avx512_fp16", 7, 0, edx, 23, zmm},
+    {"avx512_bf16", 7, 1, eax, 5, zmm}, {"amx_tile", 7, 0, edx, 24, tiles},  {"amx_int8", 7, 0, edx, 25, tiles},
     {"amx_bf16", 7, 0, edx, 22, tiles},
 };
 

@@ -75,9 +75,7 @@ void DeviceMemory::move_to(const Place &to) {
 }
 
 void DeviceMemory::release() noexcept {
-#if HOLDFAST_HAS_CUDA
     if (memory) cuda::deallocate((CUcontext)place.context, memory);  // waits for the device
-#endif
     memory = 0, bytes = 0;
     if (pieces.empty()) return;
     std::lock_guard<std::mutex> lock(call_mutex(place.backend));
@@ -93,13 +91,11 @@ void DeviceMemory::release() noexcept {
 }
 
 uint64_t DeviceMemory::block(size_t wanted) {
-#if HOLDFAST_HAS_CUDA
     if (wanted > bytes) {
         release();
         memory = cuda::allocate(wanted);
         bytes = wanted;
     }
-#endif
     return memory;
 }
 

@@ -17,7 +17,7 @@ namespace {
 
 // The states of one call of a kernel, K V floats a chunk, should stay in L2 (1 to 2 MB in today's x86) with the rows of its
 // chunks. Past 16 chunks nothing more is gained: bench/retention_bench.cpp.
-constexpr int64_t states_in_cache = 512 * 1024, most_chunks_per_call = 16;
+constexpr int64_t states_in_cache = 512 * 1024, most_chunks_per_call = 8;
 
 // The states of heads that a thread works on in turn, likewise.
 constexpr int64_t heads_in_cache = 256 * 1024;
@@ -25,16 +25,17 @@ constexpr int64_t heads_in_cache = 256 * 1024;
 /// Rows of one batch entry and head, (d, t, 1, 1), of which a segment at a time is looked at.
 struct Rows : Buffer {
     Rows(const Tensor &x, int64_t b, int64_t h)
-        : Buffer(nullptr, float32, {{0, (int32_t)x.shape[3], 1}, {0, 0, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}}),
-          first(x.at(b, 0, h)), stride(x.stride[1]) {}
+        : Buffer(nullptr, halide_type(x.dtype),
+                 {{0, (int32_t)x.shape[3], 1}, {0, 0, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}}),
+          first(x.at<uint8_t>(b, 0, h)), stride(x.stride[1] * x.dtype.bytes()) {}
     void look_at(int64_t t, int64_t tokens) {
-        host = (uint8_t *)(first + t * stride);
+        host = first + t * stride;
         axes[1].extent = (int32_t)tokens;
     }
 
 private:
-    float *first;
-    int64_t stride;
+    uint8_t *first;
+    int64_t stride;  // in bytes
 };
 
 /// How the work is cut up.
@@ -60,8 +61,8 @@ class Head {
 public:
     Head(const Problem &p, Workspace &workspace, int64_t b, int64_t h)
         : p(p), b(b), h(h), q(p.q, b, h), k(p.k, b, h), v(p.v, b, h), out(p.out, b, h),
-          log_decay(nullptr, float32, {{0, 0, (int32_t)decay_stride()}, {0, 1, 0}, {0, 1, 0}}),
-          scratch(workspace, p.K * p.V), state(scratch.floats(), p.K, p.V, p.V) {
+          log_decay(nullptr, float32, {{0, 0, (int32_t)decay_stride()}, {0, 1, 0}, {0, 1, 0}}), scratch(workspace, p.K * p.V),
+          state(scratch.floats(), p.K, p.V, p.V) {
         if (p.initial_state.rank)
             copy_state(State(p.initial_state.at(b, h), p.K, p.V, p.initial_state.stride[2]), state);
         else
@@ -122,7 +123,7 @@ holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forwa
     return guarded(context, [&](holdfast_context &c) {
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        const Variant &variant = select_variant("chunkwise", "f32", p.K, p.V, p.chunk_size, choice.backend, choice.forced);
+        const Variant &variant = select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced);
         if (choice.backend != Backend::cpu) return forward_on_gpu(c, p, variant, choice.why);
         const Plan plan(p, variant, c);
         check_kernel_strides(p, plan.segment);
@@ -134,7 +135,8 @@ holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forwa
             c.verbose(c.verbose_user, line.str().c_str());
         }
         if (pieces == 0) return;
-        c.for_each(pieces, [&](Workspace &workspace, int64_t n) { run_group(p, plan, workspace, n / plan.groups, n % plan.groups); });
+        c.for_each(pieces,
+                   [&](Workspace &workspace, int64_t n) { run_group(p, plan, workspace, n / plan.groups, n % plan.groups); });
     });
 }
 
@@ -143,7 +145,7 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        const Variant &variant = select_variant("chunkwise", "f32", p.K, p.V, p.chunk_size, choice.backend, choice.forced);
+        const Variant &variant = select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced);
         *bytes = choice.backend == Backend::cuda ? workspace_on_gpu(c, p, variant) : 0;
     });
 }

@@ -156,31 +156,32 @@ struct OnDevice {
         }
         int64_t count = 1;
         for (int axis = t.rank - 1; axis >= 0; axis--) t.stride[axis] = count, count *= t.shape[axis];
-        memory = std::make_unique<Memory>(run, std::max<int64_t>(count, 1) * (int64_t)sizeof(float));
+        const int64_t bytes = count * t.dtype.bytes();
+        memory = std::make_unique<Memory>(run, std::max<int64_t>(bytes, 1));
         if (!read || !count || run.call.rehearsal) return;
         if (packed_already(tensor)) {
-            memory->copy_in(tensor.data, count * sizeof(float));
+            memory->copy_in(tensor.data, bytes);
         } else {
-            Scratch packed(run.workspace, count);
-            copy(packed.floats(), tensor, true);
-            memory->copy_in(packed.floats(), count * sizeof(float));
+            Scratch packed(run.workspace, (bytes + 3) / 4);
+            copy((char *)packed.floats(), tensor, true);
+            memory->copy_in(packed.floats(), bytes);
         }
     }
 
     /// Bring a result back to the host tensor that it is for.
     void fetch(const Run &run, const Tensor &host) {
         if (!t.rank || !t.on_host() || host.empty() || run.call.rehearsal) return;
-        const int64_t count = t.shape[0] * t.stride[0];
-        if (packed_already(host)) return memory->copy_out(host.data, count * sizeof(float));
-        Scratch packed(run.workspace, count);
-        memory->copy_out(packed.floats(), count * sizeof(float));
-        copy(packed.floats(), host, false);
+        const int64_t bytes = t.shape[0] * t.stride[0] * t.dtype.bytes();
+        if (packed_already(host)) return memory->copy_out(host.data, bytes);
+        Scratch packed(run.workspace, (bytes + 3) / 4);
+        memory->copy_out(packed.floats(), bytes);
+        copy((char *)packed.floats(), host, false);
     }
 
     int64_t at(int64_t i0, int64_t i1 = 0, int64_t i2 = 0) const {
         const int64_t index[] = {i0, i1, i2, 0};
         int64_t bytes = start;
-        for (int axis = 0; axis < t.rank; axis++) bytes += index[axis] * t.stride[axis] * (int64_t)sizeof(float);
+        for (int axis = 0; axis < t.rank; axis++) bytes += index[axis] * t.stride[axis] * t.dtype.bytes();
         return bytes;
     }
 
@@ -188,18 +189,16 @@ private:
     bool packed_already(const Tensor &host) const { return std::equal(t.stride, t.stride + t.rank, host.stride); }
 
     /// Between a host tensor and its elements in order.
-    static void copy(float *packed, const Tensor &host, bool in) {
+    static void copy(char *packed, const Tensor &host, bool in) {
         int64_t index[Tensor::max_rank] = {};
         const int last = host.rank - 1;
-        const int64_t row = host.shape[last], stride = host.stride[last];
+        const int64_t element = host.dtype.bytes(), row = host.shape[last], stride = host.stride[last];
+        const int64_t pieces = stride == 1 ? 1 : row, bytes = stride == 1 ? row * element : element;
         while (true) {
-            float *from = (float *)host.data;
-            for (int axis = 0; axis < last; axis++) from += index[axis] * host.stride[axis];
-            if (stride == 1)
-                in ? std::memcpy(packed, from, row * sizeof(float)) : std::memcpy(from, packed, row * sizeof(float));
-            else
-                for (int64_t n = 0; n < row; n++) in ? packed[n] = from[n * stride] : from[n * stride] = packed[n];
-            packed += row;
+            char *from = host.data;
+            for (int axis = 0; axis < last; axis++) from += index[axis] * host.stride[axis] * element;
+            for (int64_t n = 0; n < pieces; n++, packed += bytes, from += stride * element)
+                in ? std::memcpy(packed, from, bytes) : std::memcpy(from, packed, bytes);
             int axis = last - 1;
             while (axis >= 0 && ++index[axis] == host.shape[axis]) index[axis--] = 0;
             if (axis < 0) return;
@@ -231,7 +230,7 @@ int64_t span(const Tensor &t, int head_axis, int64_t batch, int64_t heads) {
                                                        : t.shape[axis];
         elements += (extent - 1) * std::llabs(t.stride[axis]);
     }
-    return elements * (int64_t)sizeof(float);
+    return elements * t.dtype.bytes();
 }
 
 /// The most batch entries, else heads of one, whose buffers stay within what one call can address.
@@ -295,7 +294,8 @@ void issue(const Run &run) {
             const int32_t K = (int32_t)p.K, V = (int32_t)p.V, tokens = (int32_t)T;
             auto rows = [&](const OnDevice &x, Memory *instead, int64_t instead_at) {
                 const int32_t size = (int32_t)x.t.shape[3];
-                if (nothing) return View(*instead, instead_at, float32, {{0, size, 1}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
+                const halide_type_t type = halide_type(x.t.dtype);
+                if (nothing) return View(*instead, instead_at, type, {{0, size, 1}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
                 return View(
                     *x.memory, x.at(b, 0, h), float32,
                     {{0, size, 1}, {0, tokens, narrow(x.t, 1, T)}, {0, H, narrow(x.t, 2, H)}, {0, B, narrow(x.t, 0, B)}});
@@ -372,8 +372,10 @@ void check_place(const Problem &p, const Place &place) {
         fail(HOLDFAST_INVALID_ARGUMENT, "q is on ", describe(p.q.device),
              " and the context has no stream; expected holdfast_context_set_stream "
              "with a cl_command_queue of the buffers' cl_context");
-    const int64_t multiple =
-        place.backend == Backend::opencl ? opencl::offset_alignment(place.context) : (int64_t)sizeof(float);
+    int64_t multiple = sizeof(float);
+#if HOLDFAST_HAS_OPENCL
+    if (place.backend == Backend::opencl) multiple = opencl::offset_alignment(place.context);
+#endif
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state}) {
         if (!t->rank || t->empty()) continue;
         if ((int64_t)(intptr_t)t->data % multiple)
@@ -412,7 +414,6 @@ void forward_on_gpu(holdfast_context &c, const Problem &p, const Variant &varian
         workspace.error.clear();
         if (place.backend == Backend::cuda) {
             const size_t needed = rehearse(workspace, p, variant);
-#if HOLDFAST_HAS_CUDA
             const CUcontext context =
                 cuda::choose_context((CUcontext)c.device, (CUstream)c.stream, p.q.on_host() ? 0 : p.q.device.device_id);
             const cuda::Current current(context);
@@ -429,7 +430,6 @@ void forward_on_gpu(holdfast_context &c, const Problem &p, const Variant &varian
             workspace.device = &call;
             issue({p, variant, workspace, call, chunk_of(p, variant)});
             workspace.device = nullptr;
-#endif
             return;
         }
 #if HOLDFAST_HAS_OPENCL

@@ -64,7 +64,7 @@ Tensor with_time(Tensor t) {
 
 /// Arguments of holdfast_forward, or of holdfast_step as far as they are the same, its state in the place of both states.
 Problem checked(const holdfast_forward_args &args, bool step) {
-    const TensorSpec q{"q", step ? "BHK" : "BTHK"}, k{"k", q.axes}, v{"v", step ? "BHV" : "BTHV"}, out{"out", v.axes};
+    const TensorSpec q{"q", step ? "BHK" : "BTHK", true}, k{"k", q.axes, true}, v{"v", step ? "BHV" : "BTHV", true}, out{"out", v.axes, true};
     const TensorSpec initial{step ? "state" : "initial_state", "BHKV"}, final{step ? "state" : "final_state", "BHKV"};
     const int last = step ? 2 : 3;  // axis of q, k, v, out
     Problem p{};
@@ -81,6 +81,7 @@ Problem checked(const holdfast_forward_args &args, bool step) {
     for (int axis = 0; axis < last; axis++) check_extent(v, p.v, axis, p.q.shape[axis], "of q");
     for (int axis = 0; axis < last; axis++) check_extent(out, p.out, axis, p.q.shape[axis], "of q");
     check_extent(out, p.out, last, p.V, "of v");
+    for (const Tensor *t : {&p.k, &p.v, &p.out}) check_same_dtype(*t, p.q);
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check_rows(*t);
 
     if (args.log_decay) {

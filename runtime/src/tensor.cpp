@@ -13,18 +13,24 @@
 namespace holdfast {
 namespace {
 
-constexpr int64_t element = sizeof(float);
 
 std::string describe(DLDataType type) {
-    const char *code = type.code == kDLInt      ? "int"
-                       : type.code == kDLUInt   ? "uint"
-                       : type.code == kDLFloat  ? "float"
-                       : type.code == kDLBfloat ? "bfloat"
-                       : type.code == kDLBool   ? "bool"
+    const char *code = type.code == kDLInt       ? "int"
+                       : type.code == kDLUInt    ? "uint"
+                       : type.code == kDLFloat   ? "float"
+                       : type.code == kDLBfloat  ? "bfloat"
+                       : type.code == kDLBool    ? "bool"
                        : type.code == kDLComplex ? "complex"
-                                                : nullptr;
-    std::string text = code ? code + std::to_string(type.bits) : "code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits";
+                                                 : nullptr;
+    std::string text = code ? code + std::to_string(type.bits)
+                            : "code " + std::to_string(type.code) + ", " + std::to_string(type.bits) + " bits";
     return type.lanes == 1 ? text : text + " x " + std::to_string(type.lanes) + " lanes";
+}
+
+const Dtype *find_dtype(DLDataType type) {
+    for (const Dtype *known : {&f32, &f16, &bf16})
+        if (type.code == known->dl.code && type.bits == known->dl.bits && type.lanes == 1) return known;
+    return nullptr;
 }
 
 std::string describe(const DLTensor &t) {
@@ -85,15 +91,19 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
     if (!t) fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " is NULL; expected a tensor ", describe(spec));
     if (t->ndim != rank)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has ", t->ndim, " dimensions; expected ", rank, ", ", describe(spec));
-    if (!t->shape) fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has a NULL shape; expected ", rank, " extents, ", describe(spec));
-    if (t->dtype.code != kDLFloat || t->dtype.bits != 32 || t->dtype.lanes != 1)
-        fail(HOLDFAST_UNSUPPORTED, spec.name, " has dtype ", describe(t->dtype), "; expected float32");
+    if (!t->shape)
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has a NULL shape; expected ", rank, " extents, ", describe(spec));
+    const Dtype *dtype = find_dtype(t->dtype);
+    if (!dtype || (!spec.any_dtype && !(*dtype == f32)))
+        fail(HOLDFAST_UNSUPPORTED, spec.name, " has dtype ", describe(t->dtype), "; expected float32",
+             spec.any_dtype ? ", float16 or bfloat16" : "");
+    const int64_t element = dtype->bytes();
     Backend backend;
     if (!backend_of(t->device.device_type, &backend) || !compiled(backend))
-        fail(HOLDFAST_UNSUPPORTED, spec.name, " is on device type ", (int)t->device.device_type, "; expected that of a backend of this build: ",
-             device_types());
+        fail(HOLDFAST_UNSUPPORTED, spec.name, " is on device type ", (int)t->device.device_type,
+             "; expected that of a backend of this build: ", device_types());
 
-    Tensor view{spec.name, nullptr, t->device, nullptr, rank, {}, {}, 0, 0};
+    Tensor view{spec.name, *dtype, nullptr, t->device, nullptr, rank, {}, {}, 0, 0};
     bool empty = false;
     for (int axis = 0; axis < rank; axis++) {
         const int64_t extent = t->shape[axis];
@@ -114,8 +124,8 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
                  view.shape[axis], "; expected offsets that fit 64 bits");
         if (!empty && (__builtin_mul_overflow(reach, element, &reach) ||
                        __builtin_add_overflow(reach < 0 ? view.low : view.high, reach, reach < 0 ? &view.low : &view.high)))
-            fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and stride ", view.stride[axis], " on axis ",
-                 axis, "; expected byte offsets that fit 64 bits");
+            fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and stride ", view.stride[axis],
+                 " on axis ", axis, "; expected byte offsets that fit 64 bits");
         if (__builtin_mul_overflow(compact, std::max<int64_t>(view.shape[axis], 1), &compact))
             fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), "; expected fewer than 2^63 elements");
     }
@@ -128,11 +138,11 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
     const uintptr_t base = (addressable ? (uintptr_t)t->data : 0) + t->byte_offset;
     const uint64_t below = 0 - (uint64_t)view.low, above = (uint64_t)view.high;
     if (below > base || above > UINTPTR_MAX - base)
-        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and strides that reach from byte ", view.low, " to ",
-             view.high, " of its data; expected them within the address space");
-    if (base < t->byte_offset || base % alignof(float))
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and strides that reach from byte ", view.low,
+             " to ", view.high, " of its data; expected them within the address space");
+    if (base < t->byte_offset || base % element)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has data and byte_offset ", t->byte_offset,
-             " that are not the address of a float; expected a multiple of ", alignof(float));
+             " that are not the address of a ", describe(t->dtype), "; expected a multiple of ", element);
     view.data = (char *)base;
     return view;
 }
@@ -141,6 +151,12 @@ void check_extent(const TensorSpec &spec, const Tensor &tensor, int axis, int64_
     if (tensor.shape[axis] != expected)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " ", describe(spec), " has ", spec.axes[axis], " = ", tensor.shape[axis],
              "; expected ", expected, ", that ", because);
+}
+
+void check_same_dtype(const Tensor &t, const Tensor &first) {
+    if (!(t.dtype == first.dtype))
+        fail(HOLDFAST_INVALID_ARGUMENT, t.name, " has dtype ", describe(t.dtype.dl), "; expected ", describe(first.dtype.dl),
+             ", that of ", first.name);
 }
 
 void check_rows(const Tensor &t) {
@@ -160,8 +176,8 @@ void check_distinct_elements(const Tensor &t) {
         if (t.shape[axis] == 1) continue;
         const int64_t step = std::llabs(t.stride[axis]);
         if (step < covered)
-            fail(HOLDFAST_INVALID_ARGUMENT, t.name, " has stride ", t.stride[axis], " on axis ", axis, ", so that its elements share memory",
-                 "; expected an output with its own memory for each element");
+            fail(HOLDFAST_INVALID_ARGUMENT, t.name, " has stride ", t.stride[axis], " on axis ", axis,
+                 ", so that its elements share memory", "; expected an output with its own memory for each element");
         covered += (t.shape[axis] - 1) * step;
     }
 }
@@ -175,6 +191,7 @@ void check_no_overlap(const Tensor &output, const Tensor &other) {
     for (const Tensor *t : {&output, &other}) {
         const int last = t->rank - 1;
         const bool rows = t->stride[last] == 1;
+        const int64_t element = t->dtype.bytes();
         widths[n++] = (rows ? t->shape[last] : 1) * element;
         for (int axis = 0; axis < (rows ? last : t->rank); axis++)
             if (t->shape[axis] > 1) period = std::gcd(period, t->stride[axis] * element);

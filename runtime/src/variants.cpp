@@ -84,7 +84,8 @@ const Variant &select_variant(const char *kernel, const char *dtype, int64_t key
         if (!best) {
             best = &v;
         } else if (chunk_size && v.target == best->target && v.key_size == best->key_size && v.value_size == best->value_size) {
-            const bool better = best->chunk < chunk_size ? v.chunk > best->chunk : v.chunk >= chunk_size && v.chunk < best->chunk;
+            const bool better =
+                best->chunk < chunk_size ? v.chunk > best->chunk : v.chunk >= chunk_size && v.chunk < best->chunk;
             if (better) best = &v;
         }
     }

@@ -3,6 +3,7 @@
 #include "../../generators/chunkwise.h"
 #include "../../schedules/schedule.h"
 #include "../kernel_call.h"
+#include "targets.h"
 
 namespace {
 using namespace Halide;
@@ -11,57 +12,39 @@ using holdfast::ChunkwiseFuncs;
 using holdfast::ChunkwiseSizes;
 using Schedules = holdfast::Schedule<ChunkwiseFuncs, ChunkwiseSizes>;
 
-struct Named {
-    const char *name;
-    Target target;
-};
-const std::vector<Named> &targets() {
-    static const std::vector<Named> list = {
-#define HOLDFAST_TARGET(name, halide_target) {#name, Target(halide_target)},
-#include "halide_targets.inc"
-#undef HOLDFAST_TARGET
-    };
-    return list;
-}
-
-/// Features of `target` that this machine lacks; "" if it runs here.
-std::string missing(const Target &target) {
-    const Target host = get_host_target();
-    std::string list;
-    for (int n = 0; n < Target::FeatureEnd; n++) {
-        const auto feature = (Target::Feature)n;
-        if (target.has_feature(feature) && !host.has_feature(feature)) list += " " + Target::feature_to_name(feature);
-    }
-    return list;
-}
-
 struct Instance {
     std::string schedule;
-    Named target;
+    NamedTarget target;
     ChunkwiseSizes sizes;
     Size size;  // what the kernel is called with
+    Dtype dtype;
 };
 std::string name(const Instance &i) {
     auto extent = [](int n) { return n ? std::to_string(n) : std::string("any"); };
     return i.schedule + "_" + i.target.name + "_C" + extent(i.sizes.chunk) + "_K" + extent(i.sizes.key) + "_V" +
-           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile);
+           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile) + "_" + i.dtype.name;
 }
 void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
 std::vector<Instance> instances() {
     const std::vector<Instance> unscheduled = {
-        {"none", targets().back(), {4, 3, 5, 4}, {3, 5}},  // chunk, K, V, causal tile
-        {"none", targets().back(), {4, 3, 5, 2}, {3, 5}},
-        {"none", targets().back(), {4, 0, 0, 4}, {5, 3}},
-        {"none", targets().back(), {1, 1, 1, 1}, {1, 1}},
+        {"none", targets().back(), {4, 3, 5, 4}, {3, 5}, f32},  // chunk, K, V, causal tile
+        {"none", targets().back(), {4, 3, 5, 2}, {3, 5}, f32},  {"none", targets().back(), {4, 0, 0, 4}, {5, 3}, f32},
+        {"none", targets().back(), {1, 1, 1, 1}, {1, 1}, f32},  {"none", targets().back(), {4, 0, 0, 2}, {3, 5}, f16},
+        {"none", targets().back(), {4, 0, 0, 2}, {3, 5}, bf16},
     };
     const std::vector<std::pair<ChunkwiseSizes, Size>> scheduled = {
         {{4, 3, 5, 2}, {3, 5}}, {{7, 0, 0, 7}, {9, 17}}, {{32, 16, 32, 8}, {16, 32}}, {{64, 32, 64, 16}, {32, 64}}};
     std::vector<Instance> list = unscheduled;
     for (const auto &schedule : Schedules::all())
-        for (const Named &named : targets())
+        for (const NamedTarget &named : targets())
             for (const auto &[sizes, size] : scheduled)
-                if (schedule.matches(named.target, sizes)) list.push_back({schedule.name, named, sizes, size});
+                for (const Dtype &dtype : all_dtypes) {
+                    // Types differ where rows are read and written: one size of each schedule shows that.
+                    const bool enough = dtype == f32 || sizes.chunk == (schedule.rank == 0 ? 7 : 32);
+                    if (enough && schedule.matches(named.target, sizes))
+                        list.push_back({schedule.name, named, sizes, size, dtype});
+                }
     return list;
 }
 
@@ -74,13 +57,14 @@ TEST_P(Chunkwise, MatchesReference) {
     try {
         const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
         const Callable kernel = create_callable_from_generator(context, "chunkwise",
-                                                               {{"chunk", std::to_string(sizes.chunk)},
+                                                               {{"dtype", instance.dtype.name},
+                                                                {"chunk", std::to_string(sizes.chunk)},
                                                                 {"key_size", std::to_string(sizes.key)},
                                                                 {"value_size", std::to_string(sizes.value)},
                                                                 {"causal_tile", std::to_string(sizes.causal_tile)},
                                                                 {"forced_schedule", instance.schedule}});
         for (const KernelCase &c : kernel_cases(sizes.chunk))
-            KernelCall(c, sizes.chunk, instance.size).expect_reference(kernel);
+            KernelCall(c, sizes.chunk, instance.size, instance.dtype).expect_reference(kernel);
     } catch (const Halide::Error &e) {
         FAIL() << e.what();
     }

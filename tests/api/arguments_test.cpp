@@ -48,6 +48,15 @@ struct Call {
         EXPECT_TRUE(*far) << "no address space of 64 GB";
         x.data = far->floats() + bytes / sizeof(float) / 2;
     }
+    /// Put compact q, k, v and out of 16 bits an element into `memory`, 1024 bytes apart.
+    void narrow(DLDataTypeCode code) {
+        int64_t offset = 0;
+        for (DLTensor *x : {&q, &k, &v, &out}) {
+            x->dtype = {(uint8_t)code, 16, 1};
+            x->data = (char *)memory.data() + 1024 * offset++;
+            x->strides = nullptr;
+        }
+    }
     /// A decay per head, where there was one per token.
     void decay_per_head() {
         log_decay.ndim = 1;
@@ -115,20 +124,39 @@ std::vector<Case> cases() {
                     "has " + std::to_string(other) + " dimensions; expected " +
                         (who == "log_decay" ? "1, [H], or 3, [B, T, H]" : "4, ["),
                     [=](DLTensor &x) { x.ndim = other; });
-        const std::pair<DLDataType, const char *> dtypes[] = {
-            {{kDLFloat, 64, 1}, "float64"},   {{kDLFloat, 16, 1}, "float16"}, {{kDLBfloat, 16, 1}, "bfloat16"},
-            {{kDLInt, 32, 1}, "int32"},       {{kDLUInt, 8, 1}, "uint8"},     {{kDLFloat, 32, 4}, "float32 x 4 lanes"},
-            {{77, 32, 1}, "code 77, 32 bits"}};
+        const bool any_dtype = who.size() == 1 || who == "out";
+        const std::pair<DLDataType, const char *> dtypes[] = {{{kDLFloat, 64, 1}, "float64"},
+                                                              {{kDLUInt, 16, 1}, "uint16"},
+                                                              {{kDLBfloat, 32, 1}, "bfloat32"},
+                                                              {{kDLInt, 32, 1}, "int32"},
+                                                              {{kDLUInt, 8, 1}, "uint8"},
+                                                              {{kDLFloat, 32, 4}, "float32 x 4 lanes"},
+                                                              {{kDLFloat, 16, 2}, "float16 x 2 lanes"},
+                                                              {{77, 32, 1}, "code 77, 32 bits"}};
         for (size_t n = 0; n < std::size(dtypes); n++) {
             const DLDataType type = dtypes[n].first;
-            add_one("dtype_" + std::to_string(n), unsupported,
-                    std::string("has dtype ") + dtypes[n].second + "; expected float32", [=](DLTensor &x) { x.dtype = type; });
+            const std::string expected = any_dtype ? "; expected float32, float16 or bfloat16" : "; expected float32";
+            add_one("dtype_" + std::to_string(n), unsupported, std::string("has dtype ") + dtypes[n].second + expected,
+                    [=](DLTensor &x) { x.dtype = type; });
+        }
+        // One type for q, k, v and out; fp32 for all else.
+        const std::pair<DLDataType, std::string> narrow[] = {{{kDLFloat, 16, 1}, "float16"}, {{kDLBfloat, 16, 1}, "bfloat16"}};
+        for (const auto &[type, named] : narrow) {
+            const DLDataType other = type;
+            if (who == "q")
+                add("q_" + named, invalid, "k has dtype float32; expected " + named + ", that of q",
+                    [=](Call &c) { c.q.dtype = other; });
+            else
+                add_one(named, any_dtype ? invalid : unsupported,
+                        "has dtype " + named + "; expected float32" + (any_dtype ? ", that of q" : ""),
+                        [=](DLTensor &x) { x.dtype = other; });
         }
         for (DLDeviceType device : {kDLROCM, kDLExtDev})
             add_one("device_" + std::to_string(device), unsupported,
                     "is on device type " + std::to_string(device) + "; expected that of a backend of this build: 1 (cpu)",
                     [=](DLTensor &x) { x.device.device_type = device; });
-        add_one("byte_offset_odd", invalid, "has data and byte_offset 2 that are not the address of a float",
+        add_one("byte_offset_odd", invalid,
+                "has data and byte_offset 2 that are not the address of a float32; expected a multiple of 4",
                 [](DLTensor &x) { x.byte_offset = 2; });
         add_one("byte_offset_beyond_memory", invalid, "has data and byte_offset 18446744073709551612",
                 [](DLTensor &x) { x.byte_offset = std::numeric_limits<uint64_t>::max() - 3; });
@@ -230,6 +258,24 @@ std::vector<Case> cases() {
         c.place(c.q, 1024 + B * T * H * V - 1);
     });
 
+    // ---- In 16 bits.
+    add("float16_at_an_odd_byte", invalid,
+        "v has data and byte_offset 1 that are not the address of a float16; expected a multiple of 2", [](Call &c) {
+            c.narrow(kDLFloat);
+            c.v.byte_offset = 1;
+        });
+    add("bfloat16_out_ends_where_q_begins_less_one", invalid, "out overlaps q in memory; expected separate memory",
+        [](Call &c) {
+            c.narrow(kDLBfloat);
+            c.q.data = (char *)c.out.data + 2 * (B * T * H * V - 1);
+        });
+    add("float16_state_ends_where_out_begins_less_one", invalid, "out overlaps final_state in memory; expected separate memory",
+        [](Call &c) {
+            c.narrow(kDLFloat);
+            c.place(c.final_state, 1024);
+            c.out.data = (char *)c.final_state.data + 4 * B * H * K * V - 2;
+        });
+
     // ---- Decays.
     auto add_decay = [&](const std::string &name, const std::string &text, float value) {
         add("log_decay_" + name, invalid, "log_decay[1, 2, 0] is " + text + "; expected a number <= 0",
@@ -291,6 +337,25 @@ std::vector<GoodCase> good_cases() {
         {"q_and_k_overlap", [](Call &c) { c.place(c.q, 1024), c.place(c.k, 1025); }},
         {"state_in_place", [](Call &c) { c.place(c.initial_state, 1024), c.place(c.final_state, 1024); }},
         {"out_ends_where_q_begins", [](Call &c) { c.place(c.out, 1024), c.place(c.q, 1024 + B * T * H * V); }},
+        {"float16", [](Call &c) { c.narrow(kDLFloat); }},
+        {"bfloat16", [](Call &c) { c.narrow(kDLBfloat); }},
+        {"float16_at_byte_2",
+         [](Call &c) {
+             c.narrow(kDLFloat);
+             c.v.byte_offset = 2;
+         }},
+        {"bfloat16_out_ends_where_q_begins",
+         [](Call &c) {
+             c.narrow(kDLBfloat);
+             c.q.data = (char *)c.out.data + 2 * B * T * H * V;
+         }},
+        {"float16_out_and_v_are_columns_of_one_array",
+         [](Call &c) {
+             c.narrow(kDLFloat);
+             c.out.data = (char *)c.v.data + 2 * V;
+             c.other_strides = {T * H * 2 * V, H * 2 * V, 2 * V, 1};
+             c.v.strides = c.out.strides = c.other_strides.data();
+         }},
         {"out_and_v_are_columns_of_one_array",
          [](Call &c) {
              c.place(c.v, 1024), c.place(c.out, 1024 + V);

@@ -4,9 +4,9 @@
 #include <atomic>
 #include <cstring>
 #include <map>
-#include <tuple>
 #include <mutex>
 #include <thread>
+#include <tuple>
 
 namespace {
 using namespace test;
@@ -288,7 +288,7 @@ TEST_P(Workspace, EachAllocationMayFail) {
 }
 
 // On the CPU: a GPU has its own.
-INSTANTIATE_TEST_SUITE_P(, Workspace, testing::ValuesIn(instances({{64, 64}, {33, 17}}, "cpu")),
+INSTANTIATE_TEST_SUITE_P(, Workspace, testing::ValuesIn(on_cpu(instances({{64, 64}, {33, 17}}))),
                          [](const auto &info) { return name(info.param); });
 
 // ---- Targets -------------------------------------------------------------------------------------------------------
@@ -339,12 +339,13 @@ TEST(Target, WhatDoesNotRunHereIsAnError) {
     if (!tried) GTEST_SKIP() << "this machine runs every target";
 }
 
-TEST(Target, OneVariantIsSelectedForEachSize) {
-    std::map<std::tuple<std::string, int, int>, int> selected;
+TEST(Target, OneVariantIsSelectedForEachTypeAndSize) {
+    std::map<std::tuple<std::string, std::string, int, int>, int> selected;
     for (const holdfast_variant &v : variants())
-        if (v.runs_here) selected[{backend_of(v.target), v.key_size, v.value_size}] += v.selected;
-    for (const auto &[which, count] : selected)
-        EXPECT_EQ(count, 1) << std::get<0>(which) << " " << std::get<1>(which) << " x " << std::get<2>(which);
+        if (v.runs_here) selected[{backend_of(v.target), v.dtype, v.key_size, v.value_size}] += v.selected;
+    for (const auto &[what, count] : selected)
+        EXPECT_EQ(count, 1) << std::get<0>(what) << ", " << std::get<1>(what) << ", " << std::get<2>(what) << " x "
+                            << std::get<3>(what);
 }
 
 }  // namespace

@@ -7,13 +7,16 @@ using namespace test;
 class Retention : public testing::TestWithParam<Instance> {
 protected:
     const int64_t K = GetParam().size.K, V = GetParam().size.V, C = GetParam().chunk;
+    const Dtype dtype = GetParam().dtype;
     std::optional<Context> context;
 
     void SetUp() override {
         if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
         context.emplace(GetParam().target);
     }
-    Problem problem(int64_t B, int64_t T, int64_t H, Gates gates = Gates::weak) const { return {B, T, H, K, V, gates}; }
+    Problem problem(int64_t B, int64_t T, int64_t H, Gates gates = Gates::weak) const {
+        return {B, T, H, K, V, gates, Layout::compact, true, dtype};
+    }
     void run(Forward f) { ASSERT_EQ(f.run(*context), HOLDFAST_OK) << context->error(); }
     /// Tokens up to each cut in a call of its own, the state carried from each to the next.
     void run_by(Forward f, const Index &cuts) {
@@ -35,10 +38,27 @@ TEST_P(Retention, MatchesReference) {
             for (bool initial : {false, true}) {
                 SCOPED_TRACE("T " + std::to_string(T) + ", gates " + name(gates) + (initial ? ", initial state" : ""));
                 if (T == 1000 && !initial) continue;
-                Problem p{2, T, 3, K, V, gates, Layout::compact, initial};
+                Problem p{2, T, 3, K, V, gates, Layout::compact, initial, dtype};
                 run(p.forward());
                 p.expect_reference(C, chunks(T));
             }
+}
+
+TEST_P(Retention, RoundsOutOnceAndNothingElse) {
+    // In 16 bits: what fp32 gives for the same numbers, in the same chunks, rounded at the end. Over several calls of a kernel.
+    for (Gates gates : {Gates::weak, Gates::resets}) {
+        SCOPED_TRACE(name(gates));
+        Problem p = problem(2, 20 * C + 9, 2, gates);
+        run(p.forward());
+        Problem wide = p;
+        wide.dtype = f32;
+        Forward f = wide.forward();
+        f.chunk_size = C;
+        run(f);
+        round_to(dtype, wide.out);
+        EXPECT_TRUE(same_bits(p.out, wide.out));
+        EXPECT_TRUE(same_bits(p.final_state, wide.final_state));
+    }
 }
 
 TEST_P(Retention, ScaleMultipliesScores) {
@@ -55,9 +75,10 @@ TEST_P(Retention, TakesAnyStrides) {
     for (Layout layout : layouts)
         for (Gates gates : {Gates::per_head, Gates::resets}) {
             SCOPED_TRACE(std::string(name(layout)) + ", gates " + name(gates));
-            Problem p{2, 2 * C + 5, 3, K, V, gates, layout};
+            Problem p{2, 2 * C + 5, 3, K, V, gates, layout, true, dtype};
+            Forward f = p.forward();
             const Array inputs[] = {p.q, p.k, p.v, p.log_decay, p.initial_state};
-            run(p.forward());
+            run(f);
             p.expect_reference(C, 3);
             const Array *after[] = {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state};
             for (int n = 0; n < 5; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
@@ -86,6 +107,9 @@ TEST_P(Retention, ByteOffsetAndNullStrides) {
     Forward f = p.forward();
     DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), out = f.out.dl();
     DLTensor initial = f.initial_state.dl(), final = f.final_state.dl();
+    Stored rows[] = {{dtype, p.q}, {dtype, p.k}, {dtype, p.v}, {dtype, p.out}};
+    int n = 0;
+    for (DLTensor *x : {&q, &k, &v, &out}) x->data = rows[n++].data(), x->dtype = dl_type(dtype);
     for (DLTensor *x : {&q, &k, &v, &log_decay, &initial, &out, &final}) {
         x->strides = nullptr;
         x->data = (char *)x->data - 64;
@@ -93,6 +117,7 @@ TEST_P(Retention, ByteOffsetAndNullStrides) {
     }
     const holdfast_forward_args args = {sizeof args, &q, &k, &v, &log_decay, &initial, &out, &final, 0, 0, nullptr};
     ASSERT_EQ(holdfast_forward(*context, &args), HOLDFAST_OK) << context->error();
+    rows[3].load();
     p.expect_reference(C, 2);
 }
 
@@ -108,7 +133,7 @@ TEST_P(Retention, StateMayBeLeftOut) {
 TEST_P(Retention, StateInPlace) {
     for (Layout layout : layouts) {
         SCOPED_TRACE(name(layout));
-        Problem apart{2, 2 * C + 7, 3, K, V, Gates::weak, layout}, in_place{2, 2 * C + 7, 3, K, V, Gates::weak, layout};
+        Problem apart{2, 2 * C + 7, 3, K, V, Gates::weak, layout, true, dtype}, in_place = apart;
         run(apart.forward());
         Forward f = in_place.forward();
         f.final_state = f.initial_state;
@@ -211,7 +236,7 @@ TEST_P(Retention, InfiniteDecayForgetsAllBefore) {
         p.initial_state.fill(p.random, -1e30, 1e30);
         for (Array *x : {&p.k, &p.v})
             each(x->shape, [&](const Index &i) {
-                if (i[1] < reset) (*x)(i) *= 1e15f;
+                if (i[1] < reset) (*x)(i) *= dtype == f16 ? 1e4f : 1e15f;
             });
         for (int64_t h = 0; h < 2; h++) p.log_decay({0, reset, h}) = -std::numeric_limits<float>::infinity();
         run(p.forward());
@@ -231,10 +256,12 @@ TEST_P(Retention, SmallDecaysCountAfterALargeOne) {
 TEST_P(Retention, IsLinearInValuesAndState) {
     // Twice the values and state, exactly twice the result; and the sum of two calls, up to rounding.
     const int64_t T = C + 9;
-    Problem p = problem(1, T, 2), twice = problem(1, T, 2), other = problem(1, T, 2);
-    each(other.v.shape, [&](const Index &i) { other.v(i) = (float)p.random(-1, 1); });
+    Problem p = problem(1, T, 2);
+    each(p.v.shape, [&](const Index &i) { p.v(i) = std::round(16 * p.v(i)) / 16; });  // so that every type has the sums too
+    Problem twice = p, other = p;
+    each(other.v.shape, [&](const Index &i) { other.v(i) = (float)std::round(p.random(-16, 16)) / 16; });
     each(other.initial_state.shape, [&](const Index &i) { other.initial_state(i) = (float)p.random(-1, 1); });
-    Problem sum = problem(1, T, 2);
+    Problem sum = p;
     each(p.v.shape, [&](const Index &i) { twice.v(i) *= 2, sum.v(i) += other.v(i); });
     each(p.initial_state.shape,
          [&](const Index &i) { twice.initial_state(i) *= 2, sum.initial_state(i) += other.initial_state(i); });
@@ -242,12 +269,15 @@ TEST_P(Retention, IsLinearInValuesAndState) {
 
     std::vector<double> doubled, added;
     each(p.out.shape, [&](const Index &i) {
-        EXPECT_EQ(twice.out(i), 2 * p.out(i)) << text(i);
+        const bool denormal = std::abs(p.out(i)) < std::ldexp(1, dtype.least);  // with fewer digits than its double
+        EXPECT_LE(std::abs(twice.out(i) - 2 * p.out(i)), denormal ? 2 * dtype.rounding_of(0) : 0) << text(i);
         added.push_back((double)p.out(i) + other.out(i));
     });
     each(p.final_state.shape, [&](const Index &i) { EXPECT_EQ(twice.final_state(i), 2 * p.final_state(i)) << text(i); });
-    // Three results with errors of their own.
-    expect_close("out", sum.out, added, reference::spread(sum.inputs()).out, 3 * tolerance::of_spread(K, C, 2));
+    // Three results with errors of their own; in 16 bits, two of up to five spreads are rounded before they are added.
+    const double rounding = dtype == f32 ? 0 : 10 * std::ldexp(1, -dtype.digits);
+    expect_close("out", sum.out, added, reference::spread(sum.inputs()).out, 3 * tolerance::of_spread(K, C, 2) + rounding,
+                 dtype);
 }
 
 TEST_P(Retention, HeadsAndBatchEntriesAreIndependent) {
@@ -294,7 +324,7 @@ TEST_P(Retention, NothingToDo) {
         for (Gates gates : all_gates)
             for (bool initial : {false, true}) {
                 SCOPED_TRACE(text({B, T, H}) + ", gates " + name(gates));
-                Problem p{B, T, H, K, V, gates, Layout::compact, initial};
+                Problem p{B, T, H, K, V, gates, Layout::compact, initial, dtype};
                 run(p.forward());
                 const std::vector<float> state = p.final_state.values(), expected = p.initial_state.values();
                 for (size_t n = 0; n < state.size(); n++) EXPECT_EQ(state[n], initial ? expected[n] : 0);
@@ -305,7 +335,7 @@ TEST_P(Retention, ForcedTargetRuns) {
     Problem p = problem(1, 3, 1);
     run(p.forward());
     ASSERT_EQ(context->messages.size(), 1u);
-    const std::string &message = context->messages[0], variant = variant_for(GetParam().target, GetParam().size)->name;
+    const std::string &message = context->messages[0], variant = variant_for(GetParam().target, GetParam().size, dtype)->name;
     EXPECT_NE(message.find(variant), std::string::npos) << message;
     EXPECT_NE(message.find("forced by the context"), std::string::npos) << message;
 
@@ -316,7 +346,7 @@ TEST_P(Retention, ForcedTargetRuns) {
     EXPECT_TRUE(listed);
 }
 
-INSTANTIATE_TEST_SUITE_P(, Retention, testing::ValuesIn(instances({{64, 64}, {1, 1}, {3, 5}, {33, 17}})),
+INSTANTIATE_TEST_SUITE_P(, Retention, testing::ValuesIn(instances({{64, 64}, {1, 1}, {3, 5}, {33, 17}}, {{64, 64}, {33, 17}})),
                          [](const auto &info) { return name(info.param); });
 
 }  // namespace

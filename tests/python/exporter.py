@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-CPU, CUDA = 1, 2
+CPU, CUDA, ROCM = 1, 2, 10
 READ_ONLY, IS_COPIED = 1, 2
+FLOAT, BFLOAT = 2, 4
 
 
 class DLTensor(ctypes.Structure):
@@ -48,7 +49,7 @@ _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, _destructor_type]
 
 
 class Exporter:
-    """Speaks DLPack, and nothing else, for a float32 array."""
+    """Speaks DLPack, and nothing else, for an array of float32 or of another type: its code and bits."""
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class Exporter:
         strides: bool = True,
         byte_offset: int = 0,
         refuses: bool = False,
+        dtype: tuple[int, int] = (FLOAT, 32),
     ) -> None:
         self.array, self.device, self.refuses = array, device, refuses
         self.exported = self.given_back = 0
@@ -68,7 +70,7 @@ class Exporter:
         self._shape = (ctypes.c_int64 * array.ndim)(*array.shape)
         self._strides = (ctypes.c_int64 * array.ndim)(*steps)
         tensor = DLTensor(
-            array.ctypes.data - byte_offset, device, 0, array.ndim, 2, 32, 1, self._shape, None, byte_offset
+            array.ctypes.data - byte_offset, device, 0, array.ndim, *dtype, 1, self._shape, None, byte_offset
         )
         if strides:
             tensor.strides = self._strides
@@ -114,4 +116,9 @@ class Namespaced(Exporter):
 
     @classmethod
     def from_dlpack(cls, array: Any) -> Namespaced:
-        return cls(np.from_dlpack(array))
+        """Of a float32 array; bfloat16, which NumPy does not import, is kept as it comes."""
+        if isinstance(array, np.ndarray):
+            return cls(np.from_dlpack(array))
+        kept = cls.__new__(cls)
+        kept.array = array
+        return kept

@@ -183,8 +183,8 @@ def test_torch_that_requires_grad(problem):
 def test_torch_dtypes_and_layouts(problem):
     torch = pytest.importorskip("torch")
     p = problem(*SHAPE)
-    with pytest.raises(NotImplementedError, match="k has dtype bfloat16; expected float32"):
-        holdfast.retention(p.q, torch.from_numpy(p.k).bfloat16(), p.v)
+    with pytest.raises(NotImplementedError, match="k has dtype float64; expected float32, float16 or bfloat16"):
+        holdfast.retention(p.q, torch.from_numpy(p.k).double(), p.v)
     with pytest.raises(TypeError, match="k is of type Tensor, which does not share its memory"):
         holdfast.retention(p.q, torch.from_numpy(p.k).to_sparse(), p.v)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import holdfast
+import numpy as np
 import pytest
 from holdfast.cli import main
 
@@ -25,7 +26,8 @@ def run(tmp_path, *arguments, **environment):
 def test_info():
     report = holdfast.info()
     assert report["version"] == holdfast.__version__
-    assert report["backends"] == {"cpu": {"compiled": True, "available": True, "why_not": ""}}
+    cpu = report["backends"]["cpu"]
+    assert cpu["compiled"] and cpu["available"] and cpu["why_not"] == "" and "generic" in cpu["targets"]
     assert all(isinstance(feature, str) and feature for feature in report["cpu_features"])
 
     targets = report["targets"]
@@ -48,9 +50,17 @@ def test_the_selected_variants_are_those_that_run(problem):
     selected = [v for v in holdfast.info()["variants"] if v["selected"] and v["kernel"] == "chunkwise"]
     assert selected and all(v["runs_here"] for v in selected)
     for variant in selected:
+        [backend] = [name for name, b in holdfast.info()["backends"].items() if variant["target"] in b["targets"]]
+        holdfast.set_backend(backend if backend != "cpu" else None)
         p = problem(1, 3, 1, variant["key_size"] or 5, variant["value_size"] or 3)
-        holdfast.retention(p.q, p.k, p.v)
+        of_dtype = {
+            "f32": lambda x: x,
+            "f16": lambda x: x.astype(np.float16),
+            "bf16": lambda x: holdfast.BFloat16Array(np.zeros(x.shape, np.uint16)),
+        }[variant["dtype"]]
+        holdfast.retention(of_dtype(p.q), of_dtype(p.k), of_dtype(p.v))
         assert f" {variant['name']} " in lines.pop()
+    holdfast.set_backend(None)
 
 
 def test_info_as_json(tmp_path):

@@ -11,6 +11,7 @@ using namespace test;
 
 struct Variant {
     const char *name;
+    Dtype dtype;
     int chunk;
     Size size;  // 0: any
     bool gpu;
@@ -27,7 +28,7 @@ constexpr bool is_gpu(std::string_view target) {
 }
 constexpr Variant variants[] = {
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
-    {#name, chunk, {key_size, value_size}, is_gpu(#target), name},
+    {#name, dtype, chunk, {key_size, value_size}, is_gpu(#target), name},
 #include <variants.inc>
 #undef HOLDFAST_VARIANT
 };
@@ -71,8 +72,9 @@ TEST_P(Chunkwise, MatchesReference) {
     if (instance.variant.gpu && instance.kernel_case.layout == Layout::reversed)
         GTEST_SKIP() << "Halide's runtime ends the process when it copies negative strides";
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
-    KernelCall(instance.kernel_case, instance.variant.chunk, instance.size).expect_reference([&](auto &&...arguments) {
-        return instance.variant.run(nullptr, arguments...);
+    const Variant &variant = instance.variant;
+    KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype).expect_reference([&](auto &&...arguments) {
+        return variant.run(nullptr, arguments...);
     });
 }
 

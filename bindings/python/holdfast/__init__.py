@@ -1,20 +1,23 @@
 """Holdfast: retention kernels compiled ahead of time.
 
 `retention` computes; `decay` makes RetNet's decays; `info` says what was compiled and what would run here;
-`set_num_threads`, `set_target` and `set_verbose` set options for all calls of the process.
+`set_num_threads`, `set_target`, `set_backend` and `set_verbose` set options for all calls of the process.
 
 Arrays are anything that speaks the buffer protocol (NumPy, memoryview, ctypes, array) or DLPack (PyTorch, JAX, ...),
-used where they lie, without a copy. All functions may be called from several threads at once, and `retention` lets
-other Python threads run while it computes.
+used where they lie, without a copy. NumPy arrays of ml_dtypes' bfloat16, which speak neither, are known by the name of
+their dtype; ml_dtypes itself is not needed. Arrays on a GPU go by DLPack and are computed there: on CUDA the work is put
+into the stream that is current for PyTorch's tensors or CuPy's arrays, else into the default one. All functions may be called from several threads at once, and `retention`
+lets other Python threads run while it computes.
 
 Errors name the argument, say what it was and what was expected:
     ValueError           a malformed argument, or one that contradicts another: rank, shape, stride, overlap, ...
-    NotImplementedError  something that this version does not compute: a dtype other than float32, a device other than
-                         the CPU, an array that requires grad, an option that later versions bring
+    NotImplementedError  something that this version does not compute: another dtype, a device of no backend of this
+                         build, an array that requires grad, an option that later versions bring
     TypeError            not an array at all, or one that does not share its memory; not a number
-    TargetUnavailable    the forced target is unknown or does not run on this machine (a RuntimeError)
+    TargetUnavailable    the forced target or backend is unknown or does not run on this machine, or that of the arrays
+                         does not (a RuntimeError)
     MemoryError          no memory for results or workspace
-    RuntimeError         a fault of the library
+    RuntimeError         a fault of the library, or of a GPU's driver
 After ValueError, NotImplementedError, TypeError and TargetUnavailable nothing has been written.
 """
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
+    "BFloat16Array",
     "TargetUnavailable",
     "decay",
     "get_num_threads",
@@ -42,6 +46,7 @@ __all__ = [
     "retention",
     "retention_step",
     "rotate",
+    "set_backend",
     "set_num_threads",
     "set_target",
     "set_verbose",
@@ -57,6 +62,21 @@ class SupportsDLPack(Protocol):
 
 
 Array: TypeAlias = "Buffer | SupportsDLPack"
+
+
+class BFloat16Array:
+    """Results in bfloat16 where the input was neither of NumPy nor of PyTorch nor of the array API: NumPy has no such
+    type. It speaks DLPack (`torch.from_dlpack`, `jax.dlpack.from_dlpack`, all functions here), without a copy; `bits`
+    is the same memory as a numpy.ndarray of uint16, which ml_dtypes reads as `bits.view(ml_dtypes.bfloat16)`."""
+
+    def __init__(self, bits: np.ndarray) -> None:
+        self.bits = bits
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return _holdfast.bfloat16_capsule(self.bits, **options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.bits.__dlpack_device__()
 
 
 def retention(
@@ -111,10 +131,15 @@ def retention(
     Returns:
         out [B, T, H, V], or (out, state) with state [B, H, K, V]. New arrays are of q's kind: torch.Tensor for a
         torch.Tensor, what from_dlpack of its namespace makes for other arrays of the array API, else numpy.ndarray.
+        In bfloat16 `out` is a numpy.ndarray where q is one, of q's dtype, and where none of these applies a
+        BFloat16Array.
 
-    All arrays are float32, on the CPU, of any strides but with a contiguous last axis (log_decay: any strides), also
-    negative or 0 (inputs). Inputs may be read-only and may share memory; `out` may not share memory with any of them.
-    B, T and H may be 0. Results are the same bits from call to call and for any number of threads.
+    q, k, v and out have one dtype: float32, float16 or bfloat16. log_decay and states are float32. Sums are in float32
+    whatever the dtype, and out is rounded once, to the nearest. All arrays are on one device, of any strides but with a
+    contiguous last axis (log_decay: any strides), also negative or 0 (inputs). On CUDA the call returns when its work is in
+    the stream. Inputs may be read-only and may share
+    memory; `out` may not share memory with any of them. B, T and H may be 0. Results are the same bits from call to
+    call and for any number of threads.
 
     Raises: see the module. A positive or NaN decay is a ValueError.
     """
@@ -129,13 +154,16 @@ def retention(
         raise NotImplementedError("initial_sum_of_keys is not implemented yet; expected None")
     if cu_seqlens is not None:
         raise NotImplementedError("cu_seqlens is not implemented yet; expected None")
-    result = _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, out)
-    if isinstance(q, np.ndarray):
-        return result
-    convert = _from_numpy(q)
-    if not return_state:
-        return out if out is not None else convert(result)
-    return out if out is not None else convert(result[0]), convert(result[1])
+    if (device := _gpu(q)) is not None:
+        results = _on_gpu(q, v, return_state, out)
+        stream = _cuda_stream(q) if device in _CUDA else 0
+        _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, *results, stream)
+        return results if return_state else results[0]
+    result = _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, out, None, 1)
+    new_out, state = result if return_state else (result, None)
+    if out is None:
+        new_out = _like(q, new_out)
+    return (new_out, _like(q, state)) if return_state else new_out
 
 
 def retention_step(
@@ -196,8 +224,9 @@ def info() -> dict[str, Any]:
 
     version:      of the library
     cpu_features: of this machine, those that the library knows
-    backends:     {name: {"compiled", "available", "why_not"}}
-    targets:      best first: [{"name", "runs_here", "missing": CPU features that it lacks}]
+    backends:     {name: {"compiled", "available", "why_not", "devices": their names, "targets": of its own}}: "cpu",
+                  "cuda", "metal", "opencl", "vulkan". Looking for GPUs loads their drivers
+    targets:      best first: [{"name", "runs_here", "missing": CPU features that it lacks, or why its backend cannot run}]
     variants:     best target first: [{"name", "kernel", "dtype", "chunk", "key_size", "value_size", "target",
                   "runs_here", "missing", "selected"}]; sizes 0: any; selected: calls of these sizes run it (set_target
                   and HOLDFAST_TARGET are heeded)
@@ -205,13 +234,15 @@ def info() -> dict[str, Any]:
     A wrong HOLDFAST_TARGET is no error here: the backend "cpu" is not available then, and says why.
     """
     variants, why_not = _holdfast.variants()
+    backends = _holdfast.backends()
+    backends["cpu"].update(available=not why_not, why_not=why_not)
     targets = {
         v["target"]: {"name": v["target"], **{key: v[key] for key in ("runs_here", "missing")}} for v in variants
     }
     return {
         "version": __version__,
         "cpu_features": _holdfast.cpu_features().split(),
-        "backends": {"cpu": {"compiled": True, "available": not why_not, "why_not": why_not}},
+        "backends": backends,
         "targets": list(targets.values()),
         "variants": variants,
     }
@@ -243,6 +274,17 @@ def set_target(target: str | None) -> None:
     _holdfast.set_target(target)
 
 
+def set_backend(backend: str | None) -> None:
+    """Force the backend ("cpu", "cuda", "metal", "opencl", "vulkan": `info`) whose best target runs, also for arrays on the
+    CPU, which are copied to the GPU and back then. None goes back to the default: that of the device that the arrays are
+    on. For all calls that begin after this one, of all threads.
+
+    Raises: TargetUnavailable for an unknown name or a backend that cannot run here; the option then stays as it was."""
+    if not isinstance(backend, str | None):
+        raise TypeError(f"backend is of type {type(backend).__name__}; expected str or None")
+    _holdfast.set_backend(backend)
+
+
 def set_verbose(listener: Callable[[str], object] | None) -> None:
     """Call `listener` with one line for each kernel call: which variant runs, why, and on what. None, the default:
     silence. It is called before the work begins, by the thread that made the call; what it raises is reported to
@@ -264,11 +306,62 @@ def _check_option(name: str, value: object, now: tuple[object, ...], later: tupl
     raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
-def _from_numpy(q: Any) -> Callable[[np.ndarray], Any]:
-    """What makes arrays of q's kind of NumPy's, sharing their memory."""
+_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_GPUS = (*_CUDA, 4, 7, 8)  # kDLOpenCL, kDLVulkan, kDLMetal
+
+
+def _gpu(q: Any) -> int | None:
+    """DLPack's type of the GPU that q is on; None where it is not, or does not say."""
+    if isinstance(q, np.ndarray) or not hasattr(q, "__dlpack_device__"):
+        return None
+    try:
+        device = int(q.__dlpack_device__()[0])
+    except Exception:  # the library says what is wrong
+        return None
+    return device if device in _GPUS else None
+
+
+def _cuda_stream(q: Any) -> int:
+    """The stream that is current for q's library, as DLPack numbers them: 1 is the default one."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and isinstance(q, torch.Tensor):
+        return torch.cuda.current_stream(q.device).cuda_stream or 1
+    if cupy is not None and isinstance(q, cupy.ndarray):
+        return cupy.cuda.get_current_stream().ptr or 1
+    return 1
+
+
+def _on_gpu(q: Any, v: Any, return_state: bool, out: Any) -> tuple[Any, Any]:
+    """(out, state), made where q is by q's own library as far as they are not given."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(q, torch.Tensor):
+        library = torch
+    elif hasattr(q, "__array_namespace__"):
+        library = q.__array_namespace__()
+    elif out is None or return_state:
+        raise NotImplementedError(
+            f"q is on a GPU and of type {type(q).__name__}, of which no new array can be made; expected an array of the array API"
+        )
+    else:
+        return out, None
+    if len(q.shape) != 4 or len(v.shape) != 4:
+        raise ValueError(f"q has {len(q.shape)} dimensions and v {len(v.shape)}; expected 4, [B, T, H, K], and 4, [B, T, H, V]")
+    b, t, h, key_size = q.shape
+    if out is None:
+        out = library.empty((b, t, h, v.shape[3]), dtype=q.dtype, device=q.device)
+    state = library.empty((b, h, key_size, v.shape[3]), dtype=library.float32, device=q.device) if return_state else None
+    return out, state
+
+
+def _like(q: Any, result: np.ndarray) -> Any:
+    """The result as an array of q's kind, in the same memory. Results in uint16 are the bits of bfloat16."""
+    bfloat16 = result.dtype == np.uint16
+    if isinstance(q, np.ndarray):
+        return result.view(q.dtype) if bfloat16 else result
     torch = sys.modules.get("torch")  # whoever has a tensor has imported it
     if torch is not None and isinstance(q, torch.Tensor):
-        return torch.from_numpy
+        return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(result)
+    exporter = BFloat16Array(result) if bfloat16 else result
     if hasattr(q, "__array_namespace__"):
-        return q.__array_namespace__().from_dlpack
-    return lambda array: array
+        return q.__array_namespace__().from_dlpack(exporter)
+    return exporter

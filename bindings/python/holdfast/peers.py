@@ -1,8 +1,8 @@
 """Other implementations that Holdfast is timed against, each prepared to run at its best.
 
-A peer gets the same numbers as Holdfast and may lay them out as it likes before the clock starts. Peers that are not
-installed, or cannot do a job, are `Absent`: they stay in the tables, with the reason. Used by `holdfast bench` and by
-examples/demo.py; no part of the library's public interface.
+A peer gets the same numbers as Holdfast and lays them out as it likes; what that takes is timed apart. Peers that are
+not installed, or cannot do a job, are `Absent`: they stay in the tables, with the reason. Used by `holdfast bench` and
+by examples/demo.py; no part of the library's public interface.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Peer:
     run: Callable[[], Any]
     result: Callable[[], np.ndarray]
     how: str = ""
-    layout_seconds: float = 0.0  # to convert from and to [B, T, H, size], which `run` does not count
+    layout_seconds: float = 0.0  # to convert from and to [B, T, H, size], which `run` leaves out
     is_retention: bool = True
     tried: dict[str, float] = field(default_factory=dict)  # best seconds of each setting that was tried
 
@@ -228,29 +228,44 @@ def functional_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, sta
     return state
 
 
-def chunk_major(x: np.ndarray, C: int) -> Any:
-    """`[B, T, H, ...]` as a contiguous tensor `[chunks, B * H, C, ...]`; the last chunk is filled up with zeros, which
-    add nothing to the state."""
-    import torch
-
-    B, T, H, *rest = x.shape
-    chunks = -(-T // C)
-    tensor = torch.from_numpy(np.pad(x, [(0, 0), (0, chunks * C - T)] + [(0, 0)] * (x.ndim - 2)) if T % C else x)
-    tensor = tensor.view(B, chunks, C, H, *rest).movedim((1, 0, 3, 2), (0, 1, 2, 3))
-    return tensor.contiguous().view(chunks, B * H, C, *rest)
-
-
 class TorchChunkwise:
     """Retention by PyTorch in chunks of `chunk`, `at_a_time` chunks to a call of `segment`, with the state carried."""
 
     def __init__(self, x: Inputs, chunk: int, at_a_time: int, segment: Callable[..., Any] = eager_segment) -> None:
         import torch
 
-        B, _, H, K, V = x.shape
+        B, T, H, K, V = x.shape
+        chunks = -(-T // chunk)
         self.inputs, self.chunk, self.segment, self.at_a_time = x, chunk, segment, at_a_time
-        self.q, self.k, self.v, self.log_decay = (chunk_major(a, chunk) for a in (x.q, x.k, x.v, x.log_decay))
-        self.out = torch.empty_like(self.v)
+        # What is past the end stays zero, and adds nothing to the state.
+        self.q, self.k, self.v, self.log_decay, self.out = (
+            torch.zeros(chunks, B * H, chunk, *size) for size in ((K,), (K,), (V,), (), (V,))
+        )
+        self.given = tuple(torch.from_numpy(a) for a in (x.q, x.k, x.v, x.log_decay))
+        self.returned = torch.empty(B, T, H, V)
         self.state = torch.zeros(B * H, K, V)  # what the next run starts from
+        self.load()
+
+    def parts(self, chunked: Any, plain: Any) -> Iterable[tuple[Any, Any]]:
+        """`chunked` [chunks, B * H, C, ...] and `plain` [B, T, H, ...] as pairs of views of one shape: all whole
+        chunks, and the rest."""
+        B, T, H, *rest = plain.shape
+        C, whole = self.chunk, T // self.chunk
+        by_head = chunked.view(-1, B, H, C, *rest)
+        yield by_head[:whole], plain[:, : whole * C].view(B, whole, C, H, *rest).movedim((1, 0, 3, 2), (0, 1, 2, 3))
+        if T % C:
+            yield by_head[-1][:, :, : T % C], plain[:, whole * C :].transpose(1, 2)
+
+    def load(self) -> None:
+        """Take the inputs into the layout of `segment`."""
+        for chunked, plain in zip((self.q, self.k, self.v, self.log_decay), self.given, strict=True):
+            for to, source in self.parts(chunked, plain):
+                to.copy_(source)
+
+    def store(self) -> None:
+        """Bring the output back to [B, T, H, V]."""
+        for source, to in self.parts(self.out, self.returned):
+            to.copy_(source)
 
     def run(self) -> Any:
         """Writes `out` and returns the final state."""
@@ -265,10 +280,8 @@ class TorchChunkwise:
         return state
 
     def result(self) -> np.ndarray:
-        B, T, H, _, V = self.inputs.shape
-        chunks, _, C, _ = self.out.shape
-        out = self.out.view(chunks, B, H, C, V).permute(1, 0, 3, 2, 4).reshape(B, chunks * C, H, V)
-        return out[:, :T].numpy()
+        self.store()
+        return self.returned.numpy()
 
 
 def fastest_chunkwise(
@@ -310,8 +323,8 @@ def torch_chunkwise(x: Inputs, threads: int, compiled: bool = False) -> Peer | A
         best, tried = fastest_chunkwise(x, (*TOKENS_AT_A_TIME, x.shape[1]))
 
     def convert() -> None:
-        TorchChunkwise(x, best.chunk, best.at_a_time)
-        best.result()
+        best.load()
+        best.store()
 
     how = f"chunks of {best.chunk}, {best.at_a_time} at a time, laid out [chunks, heads, {best.chunk}, size]"
     return Peer(name, best.run, best.result, how, layout_seconds=best_seconds(convert), tried=tried)

@@ -144,18 +144,18 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
-    const char *name;     /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel;   /**< e.g. "chunkwise" */
-    const char *dtype;    /**< of q, k, v and out: "f32" */
-    const char *target;   /**< what holdfast_context_set_target takes */
-    int32_t chunk;        /**< tokens in a chunk, at most */
-    int32_t key_size;     /**< K; 0: any */
-    int32_t value_size;   /**< V; 0: any */
-    int32_t runs_here;    /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
-    int32_t selected;     /**< 1 where calls of its dtype and sizes, with the default chunk size and tensors on a device of
-                               its backend (or that backend forced), run this variant */
-    const char *missing;  /**< the CPU features that this machine lacks, separated by spaces, or why its backend cannot run;
-                               "" where it runs */
+    const char *name;    /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
+    const char *kernel;  /**< e.g. "chunkwise" */
+    const char *dtype;   /**< of q, k, v and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
+    const char *target;  /**< what holdfast_context_set_target takes */
+    int32_t chunk;       /**< tokens in a chunk, at most */
+    int32_t key_size;    /**< K; 0: any */
+    int32_t value_size;  /**< V; 0: any */
+    int32_t runs_here;   /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
+    int32_t selected;    /**< 1 where calls of its dtype and sizes, with the default chunk size and tensors on a device of its
+                              backend (or that backend forced), run this variant */
+    const char *missing; /**< the CPU features that this machine lacks, separated by spaces, or why its backend cannot run;
+                              "" where it runs */
 } holdfast_variant;
 
 /** Number of variants in this build. */
@@ -199,23 +199,25 @@ HOLDFAST_API const char *holdfast_cpu_features(void);
  *  `holdfast_forward_args args = {.struct_size = sizeof args};` in C. The struct grows at its end in later versions: the
  *  library accepts an older, shorter one, and a longer one whose unknown part is zero.
  *
- *  B batch, T time, H heads, K key size, V value size. B, T and H may be 0; K and V are at least 1. All tensors are fp32 and
- *  on one device, of a backend of this build: the CPU (kDLCPU, kDLCUDAHost), CUDA (kDLCUDA, kDLCUDAManaged; data is a device
- *  pointer), OpenCL (data is a cl_mem) or Metal (data is an id<MTLBuffer>). There they are used where they lie, at byte_offset,
- *  which OpenCL wants as a multiple of CL_DEVICE_MEM_BASE_ADDR_ALIGN. Every axis may have any stride, also 0 (inputs) or
- *  negative (the CPU and CUDA), except that the last axis of q, k, v, out and the states is contiguous. */
+ *  B batch, T time, H heads, K key size, V value size. B, T and H may be 0; K and V are at least 1. q, k, v and out have one
+ *  type, float32, float16 or bfloat16 (kDLFloat of 32 or 16 bits, kDLBfloat of 16); log_decay and the states are float32
+ *  always. All tensors are on one device, of a backend of this build: the CPU (kDLCPU, kDLCUDAHost), CUDA (kDLCUDA,
+ *  kDLCUDAManaged; data is a device pointer), OpenCL (data is a cl_mem) or Metal (data is an id<MTLBuffer>). There they are used
+ *  where they lie, at byte_offset, which OpenCL wants as a multiple of CL_DEVICE_MEM_BASE_ADDR_ALIGN. Every axis may have any
+ *  stride, also 0 (inputs) or negative (the CPU and CUDA), except that the last axis of q, k, v, out and the states is
+ *  contiguous. */
 typedef struct holdfast_forward_args {
-    size_t struct_size;             /**< sizeof(holdfast_forward_args) */
-    const DLTensor *q;              /**< queries [B, T, H, K] */
-    const DLTensor *k;              /**< keys    [B, T, H, K] */
-    const DLTensor *v;              /**< values  [B, T, H, V] */
-    const DLTensor *log_decay;      /**< natural logarithm of the decay, [H] or [B, T, H], each <= 0; NULL: no decay.
+    size_t struct_size;            /**< sizeof(holdfast_forward_args) */
+    const DLTensor *q;             /**< queries [B, T, H, K] */
+    const DLTensor *k;             /**< keys    [B, T, H, K] */
+    const DLTensor *v;             /**< values  [B, T, H, V] */
+    const DLTensor *log_decay;     /**< natural logarithm of the decay, [H] or [B, T, H], each <= 0; NULL: no decay.
                                          -infinity forgets all that came before. Positive and NaN are refused. */
-    const DLTensor *initial_state;  /**< [B, H, K, V]; NULL: zeros */
-    DLTensor *out;                  /**< [B, T, H, V], written */
-    DLTensor *final_state;          /**< [B, H, K, V], written; NULL: not wanted */
-    float scale;                    /**< multiplies q.k; 0: K^-1/2. Finite. */
-    int64_t chunk_size;             /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding
+    const DLTensor *initial_state; /**< [B, H, K, V]; NULL: zeros */
+    DLTensor *out;                 /**< [B, T, H, V], written */
+    DLTensor *final_state;         /**< [B, H, K, V], written; NULL: not wanted */
+    float scale;                   /**< multiplies q.k; 0: K^-1/2. Finite. */
+    int64_t chunk_size;            /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding
                                          and speed, nothing else. */
     const DLTensor *workspace;      /**< CUDA: memory for the call alone, uint8 [bytes], compact, on the tensors' device and
                                          aligned to 256 bytes, at least as large as holdfast_workspace_size says; the work in
@@ -235,8 +237,10 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621, chunkwise
  *  form); with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
- *  does not depend on T, sums are in fp32. A sequence cut anywhere and continued from final_state gives the same outputs to
- *  rounding; the same call on the same machine and target gives the same bits, for any number of threads.
+ *  does not depend on T. Inputs of 16 bits are widened as they are read, sums are in fp32, and out is rounded once, at the end:
+ *  to the nearest, ties to even, beyond the largest number to infinity. A sequence cut anywhere and continued from final_state
+ *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
+ *  threads.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their batch entry and head, but may
  *  reach earlier tokens of the same chunk.
@@ -250,7 +254,7 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  Calls on Metal, OpenCL and Vulkan are made one after the other in a process, whatever their contexts; those on CUDA run
  *  side by side. A process that has used a GPU and forks must not use it in the child.
  *
- *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (dtype other than fp32, a device of no backend of
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
  *  this build, an extent of 2^31 or more, K V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
  *  elements; on a GPU, one batch entry and head, or its states, of 2^31 bytes or more); HOLDFAST_TARGET_UNAVAILABLE;
  *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
