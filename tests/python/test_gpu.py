@@ -1,4 +1,4 @@
-"""Arrays on a GPU, and backends by name. CUDA's driver is the stub of tests/stubs: it keeps a record and runs no kernel."""
+"""Arrays on a GPU, and backends by name. CUDA's driver is a stub of tests/stubs, which runs no kernel."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class Array(Exporter):
         return self._export()
 
 class Library(Array):  # of the array API: makes new arrays
-    shape, dtype, device = property(lambda s: s.array.shape), property(lambda s: s.array.dtype), "gpu"
+    shape, dtype = property(lambda self: self.array.shape), property(lambda self: self.array.dtype)
     float32 = np.float32
     def __init__(self, array): super().__init__(array, device=CUDA)
     def __array_namespace__(self): return Library
     @staticmethod
     def empty(shape, dtype, device):
-        assert device == "gpu"
+        assert device == CUDA
         return Library(np.full(shape, 7, dtype))
 
 def on_gpu(*shape): return Array(np.ones(shape, np.float32), device=CUDA)
@@ -101,7 +101,9 @@ print("done", holdfast.info()["backends"]["cuda"]["devices"])
 """
 
 
-@pytest.mark.skipif(not STUB.is_dir(), reason="no stub of CUDA's driver in the build: it has no target of cuda, or no tests")
+@pytest.mark.skipif(
+    not STUB.is_dir(), reason="no stub of CUDA's driver in the build: it has no target of cuda, or no tests"
+)
 def test_arrays_on_cuda():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],

@@ -5,8 +5,9 @@
 
 Arrays are anything that speaks the buffer protocol (NumPy, memoryview, ctypes, array) or DLPack (PyTorch, JAX, ...),
 used where they lie, without a copy. NumPy arrays of ml_dtypes' bfloat16, which speak neither, are known by the name of
-their dtype; ml_dtypes itself is not needed. Arrays on a GPU go by DLPack and are computed there: on CUDA the work is put
-into the stream that is current for PyTorch's tensors or CuPy's arrays, else into the default one. All functions may be called from several threads at once, and `retention`
+their dtype; ml_dtypes itself is not needed. Arrays on a GPU go by DLPack and are computed there: on CUDA the work is
+put into the stream that is current for PyTorch's tensors or CuPy's arrays, else into the default one. All functions
+may be called from several threads at once, and `retention`
 lets other Python threads run while it computes.
 
 Errors name the argument, say what it was and what was expected:
@@ -136,8 +137,8 @@ def retention(
 
     q, k, v and out have one dtype: float32, float16 or bfloat16. log_decay and states are float32. Sums are in float32
     whatever the dtype, and out is rounded once, to the nearest. All arrays are on one device, of any strides but with a
-    contiguous last axis (log_decay: any strides), also negative or 0 (inputs). On CUDA the call returns when its work is in
-    the stream. Inputs may be read-only and may share
+    contiguous last axis (log_decay: any strides), also negative or 0 (inputs). On CUDA the call returns when its work
+    is in the stream. Inputs may be read-only and may share
     memory; `out` may not share memory with any of them. B, T and H may be 0. Results are the same bits from call to
     call and for any number of threads.
 
@@ -226,7 +227,8 @@ def info() -> dict[str, Any]:
     cpu_features: of this machine, those that the library knows
     backends:     {name: {"compiled", "available", "why_not", "devices": their names, "targets": of its own}}: "cpu",
                   "cuda", "metal", "opencl", "vulkan". Looking for GPUs loads their drivers
-    targets:      best first: [{"name", "runs_here", "missing": CPU features that it lacks, or why its backend cannot run}]
+    targets:      best first: [{"name", "runs_here", "missing": CPU features that it lacks, or why its backend does not
+                  run}]
     variants:     best target first: [{"name", "kernel", "dtype", "chunk", "key_size", "value_size", "target",
                   "runs_here", "missing", "selected"}]; sizes 0: any; selected: calls of these sizes run it (set_target
                   and HOLDFAST_TARGET are heeded)
@@ -275,9 +277,8 @@ def set_target(target: str | None) -> None:
 
 
 def set_backend(backend: str | None) -> None:
-    """Force the backend ("cpu", "cuda", "metal", "opencl", "vulkan": `info`) whose best target runs, also for arrays on the
-    CPU, which are copied to the GPU and back then. None goes back to the default: that of the device that the arrays are
-    on. For all calls that begin after this one, of all threads.
+    """Force the backend ("cpu", "cuda", "metal", "opencl", "vulkan": `info`) whose best target runs, also for arrays on
+    the CPU, which are copied to the GPU and back then. None goes back to the default: that of the arrays' device. For all calls that begin after this one, of all threads.
 
     Raises: TargetUnavailable for an unknown name or a backend that cannot run here; the option then stays as it was."""
     if not isinstance(backend, str | None):
@@ -340,16 +341,21 @@ def _on_gpu(q: Any, v: Any, return_state: bool, out: Any) -> tuple[Any, Any]:
         library = q.__array_namespace__()
     elif out is None or return_state:
         raise NotImplementedError(
-            f"q is on a GPU and of type {type(q).__name__}, of which no new array can be made; expected an array of the array API"
+            f"q is on a GPU and of type {type(q).__name__}, of which no new array can be made; "
+            "expected an array of the array API"
         )
     else:
         return out, None
-    if len(q.shape) != 4 or len(v.shape) != 4:
-        raise ValueError(f"q has {len(q.shape)} dimensions and v {len(v.shape)}; expected 4, [B, T, H, K], and 4, [B, T, H, V]")
-    b, t, h, key_size = q.shape
+    for name, x, axes in (("q", q, "[B, T, H, K]"), ("v", v, "[B, T, H, V]")):
+        rank = len(getattr(x, "shape", ()))
+        if rank != 4:
+            raise ValueError(f"{name} has {rank} dimensions; expected 4, {axes}")
+    (b, t, h, key_size), value_size = q.shape, v.shape[3]
+    state = None
     if out is None:
-        out = library.empty((b, t, h, v.shape[3]), dtype=q.dtype, device=q.device)
-    state = library.empty((b, h, key_size, v.shape[3]), dtype=library.float32, device=q.device) if return_state else None
+        out = library.empty((b, t, h, value_size), dtype=q.dtype, device=q.device)
+    if return_state:
+        state = library.empty((b, h, key_size, value_size), dtype=library.float32, device=q.device)
     return out, state
 
 

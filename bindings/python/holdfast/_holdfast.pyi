@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 class TargetUnavailable(RuntimeError):
-    """The forced target (HOLDFAST_TARGET, set_target) or backend is unknown, or this machine cannot run it, or that of the arrays."""
+    """The forced target (HOLDFAST_TARGET, set_target) or backend is unknown, or this machine cannot
+    run it, or that of the arrays."""
 
 def forward(
     q: Any,

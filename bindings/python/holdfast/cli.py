@@ -49,12 +49,12 @@ def info_text(report: dict[str, Any]) -> str:
             f"Holdfast {report['version']}",
             f"CPU features: {' '.join(report['cpu_features'])}",
             *(
-                f"Backend {name}: {'; '.join(['available', *backend['devices']]) if backend['available'] else backend['why_not']}"
+                f"Backend {name}: {backend['why_not'] or ', '.join(['available', *backend['devices']])}"
                 for name, backend in report["backends"].items()
             ),
             "",
             *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
             "",
-            "* runs here for its dtype and sizes (any: all sizes that no other row with * has) on arrays of its backend",
+            "* runs here on its backend's arrays of its dtype and sizes (any: all that no other row with * has)",
         ]
     )
