@@ -104,6 +104,7 @@ uint64_t DeviceMemory::block(size_t wanted) {
 }
 
 int DeviceMemory::lend(void *user_context, halide_buffer_t *buffer) {
+    if (!keeps()) return allocate(user_context, place.backend, buffer);
     const size_t wanted = (buffer->size_in_bytes() + Arena::alignment - 1) / Arena::alignment * Arena::alignment;
     Piece *best = nullptr;
     for (Piece &piece : pieces)
@@ -122,7 +123,11 @@ int DeviceMemory::lend(void *user_context, halide_buffer_t *buffer) {
     return 0;
 }
 
-void DeviceMemory::take_back(halide_buffer_t *buffer) {
+void DeviceMemory::take_back(void *user_context, halide_buffer_t *buffer) {
+    if (!keeps()) {
+        deallocate(user_context, place.backend, buffer);
+        return;
+    }
     for (Piece &piece : pieces)
         if (piece.device == buffer->device) piece.used = false;
 }
@@ -158,7 +163,7 @@ int halide_device_free(void *user_context, halide_buffer_t *buffer) {
     if (call->arena)
         call->arena->free(buffer->device);
     else
-        call->memory->take_back(buffer);
+        call->memory->take_back(user_context, buffer);
     buffer->device = 0, buffer->device_interface = nullptr;
     buffer->set_device_dirty(false);
     return 0;

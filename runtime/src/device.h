@@ -43,13 +43,16 @@ public:
 
     /// Others: memory for `buffer`, and its return. A status of Halide.
     int lend(void *user_context, halide_buffer_t *buffer);
-    void take_back(halide_buffer_t *buffer);
+    void take_back(void *user_context, halide_buffer_t *buffer);
 
     /// Memory that nobody keeps.
     static int allocate(void *user_context, Backend backend, halide_buffer_t *buffer);
     static int deallocate(void *user_context, Backend backend, halide_buffer_t *buffer);
 
 private:
+    // Halide 21's Vulkan runtime mixes up regions of a block when some stay in use while their neighbours come and go.
+    bool keeps() const { return place.backend != Backend::vulkan; }
+
     Place place;
     uint64_t memory = 0;
     size_t bytes = 0;

@@ -282,7 +282,7 @@ TEST_P(Workspace, EachAllocationMayFail) {
             context.destroy();
             if (n < 0) total = memory.allocations;
         }
-        EXPECT_GT(total, 1);
+        EXPECT_GE(total, 1);
     }
 }
 

@@ -91,7 +91,7 @@ TEST_P(Retention, ByteOffsetAndNullStrides) {
         x->data = (char *)x->data - 64;
         x->byte_offset = 64;
     }
-    const holdfast_forward_args args = {sizeof args, &q, &k, &v, &log_decay, &initial, &out, &final, 0, 0};
+    const holdfast_forward_args args = {sizeof args, &q, &k, &v, &log_decay, &initial, &out, &final, 0, 0, nullptr};
     ASSERT_EQ(holdfast_forward(*context, &args), HOLDFAST_OK) << context->error();
     p.expect_reference(C, 2);
 }
