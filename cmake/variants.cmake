@@ -89,6 +89,7 @@ endfunction()
 
 include(${CMAKE_CURRENT_LIST_DIR}/targets.cmake)
 include(${CMAKE_CURRENT_LIST_DIR}/kernels.cmake)
+include(${CMAKE_CURRENT_LIST_DIR}/apple.cmake)
 
 # A name that is in no table is a mistake, not an empty build.
 foreach(list targets sizes)
@@ -143,9 +144,15 @@ foreach(target IN LISTS holdfast_targets)
       continue()
     endif()
     set(name ${kernel}_${dtype}_c${chunk}_k${key}_v${value}_${target})
+    set(params dtype=${dtype} chunk=${chunk} key_size=${key} value_size=${value})
+    set(metal_text "")
+    if(backend STREQUAL "metal")
+      set(metal_text DEVICE_CODE metal_text_file)  # for the test that Apple's objects have the same
+      holdfast_apple_objects(${name} ${kernel} ${params})
+    endif()
     add_halide_library(${name} FROM holdfast_generators GENERATOR ${kernel}
       TARGETS ${holdfast_halide_target_${target}} USE_RUNTIME holdfast_halide_runtime
-      PARAMS dtype=${dtype} chunk=${chunk} key_size=${key} value_size=${value})
+      PARAMS ${params} ${metal_text})
     target_link_libraries(holdfast_kernels INTERFACE ${name})
     string(APPEND kernels_h "#include \"${name}.h\"\n")
     string(APPEND variants_inc "HOLDFAST_VARIANT(${kernel}, ${name}, ${dtype}, ${chunk}, ${key}, ${value}, ${target})\n")

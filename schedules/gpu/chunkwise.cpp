@@ -19,9 +19,9 @@ struct Tile {
     int columns, rows;  // of a block
     int wide, high;     // of a thread; columns in one vector
 };
-// Four columns are one load of 16 bytes; 4 x 4 sums take two such loads for every 16 products. Blocks have 64 to 256 threads.
-Tile out_tile(int value) { return value == 0 ? Tile{64, strip, 1, 8} : Tile{std::min(value, 128), strip, 4, 4}; }
+// Four columns are one load of 16 bytes; 4 x 4 sums take two such loads for every 16 products. Blocks have up to 256 threads.
 // Where sizes are known at run time only, a thread is in or out as a whole: one column; and one feature of the state.
+Tile out_tile(int value) { return value == 0 ? Tile{64, strip, 1, 8} : Tile{std::min(value, 128), strip, 4, 4}; }
 Tile state_tile(int key, int value) {
     return value == 0 || key == 0 ? Tile{32, 8, 1, 1} : Tile{std::min(value, 64), std::min(key, 32), 4, 4};
 }
@@ -50,11 +50,17 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &) {
     // Contributions: a block per tile of the state and chunk, the decays of its keys in shared memory.
     const Tile st = state_tile(sizes.key, sizes.value);
     Func contribution = f.contribution.in();
-    contribution.compute_root().split(e, eo, et, st.columns, guard).split(d, dd, dt, st.rows, guard)
-        .fuse(eo, dd, block).fuse(block, c, block);
+    contribution.compute_root()
+        .split(e, eo, et, st.columns, guard)
+        .split(d, dd, dt, st.rows, guard)
+        .fuse(eo, dd, block)
+        .fuse(block, c, block);
     if (st.wide * st.high > 1) {
-        contribution.split(et, et, ei, st.wide).split(dt, dt, di, st.high).reorder(ei, di, et, dt, block, h, b)
-            .vectorize(ei).unroll(di);
+        contribution.split(et, et, ei, st.wide)
+            .split(dt, dt, di, st.high)
+            .reorder(ei, di, et, dt, block, h, b)
+            .vectorize(ei)
+            .unroll(di);
     }
     contribution.reorder(et, dt, block, h, b).gpu_blocks(block, h, b).gpu_threads(et, dt);
     registers(f.contribution, {contribution, et}, f.over_token, e, d, st);
@@ -62,33 +68,56 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &) {
 
     // States: a thread per element, the scan over chunks on the device.
     auto each_element = [&](auto stage, RVar inner) {
-        stage.split(e, eo, ei, 32, guard).split(d, dd, di, 8, guard).fuse(eo, dd, block)
-            .reorder(inner, ei, di, block, h, b).gpu_blocks(block, h, b).gpu_threads(ei, di);
+        stage.split(e, eo, ei, 32, guard)
+            .split(d, dd, di, 8, guard)
+            .fuse(eo, dd, block)
+            .reorder(inner, ei, di, block, h, b)
+            .gpu_blocks(block, h, b)
+            .gpu_threads(ei, di);
     };
     f.state.compute_root();
     each_element(f.state.update(0), f.over_sequence.x);
     each_element(f.state.update(1), f.over_chunk.x);
-    f.state_out.split(e, eo, ei, 32, guard).split(d, dd, di, 8, guard).fuse(eo, dd, block).fuse(block, s, block)
-        .reorder(ei, di, block, h, b).gpu_blocks(block, h, b).gpu_threads(ei, di);
+    f.state_out.split(e, eo, ei, 32, guard)
+        .split(d, dd, di, 8, guard)
+        .fuse(eo, dd, block)
+        .fuse(block, s, block)
+        .reorder(ei, di, block, h, b)
+        .gpu_blocks(block, h, b)
+        .gpu_threads(ei, di);
 
     // Output: a block per strip of a chunk's rows, its weights in shared memory.
     const Tile ot = out_tile(sizes.value);
     f.result.gpu_single_thread();  // undefined at first, so that nothing is run; but Halide would want it in host memory too
-    Stage result = f.result.update(0).allow_race_conditions()  // each row belongs to one chunk: chunks.h
-        .split(row, ro, ri, strip).split(ri, rt, ri, ot.high).fuse(ro, in, strips)
-        .split(e, eo, et, ot.columns, guard).fuse(eo, strips, strips).reorder(ri, et, rt, strips, h, b).unroll(ri);
+    Stage result = f.result.update(0)
+                       .allow_race_conditions()  // each row belongs to one chunk: chunks.h
+                       .split(row, ro, ri, strip)
+                       .split(ri, rt, ri, ot.high)
+                       .fuse(ro, in, strips)
+                       .split(e, eo, et, ot.columns, guard)
+                       .fuse(eo, strips, strips)
+                       .reorder(ri, et, rt, strips, h, b)
+                       .unroll(ri);
     if (ot.wide > 1) result.split(et, et, ei, ot.wide).reorder(ei, ri, et).vectorize(ei);
     result.gpu_blocks(strips, h, b).gpu_threads(et, rt);
     registers(f.inter, {f.result, et}, f.over_state, e, i, ot);
     registers(f.intra, {f.result, et}, f.over_key, e, i, ot);
-    f.weights.compute_at(f.result, strips).store_in(MemoryType::GPUShared).bound_storage(j, sizes.chunk)
-        .tile(j, i, jo, io, ji, ii, 4, 4).gpu_threads(jo, io).unroll(ji).unroll(ii);
+    f.weights.compute_at(f.result, strips)
+        .store_in(MemoryType::GPUShared)
+        .bound_storage(j, sizes.chunk)
+        .tile(j, i, jo, io, ji, ii, 4, 4)
+        .gpu_threads(jo, io)
+        .unroll(ji)
+        .unroll(ii);
     f.scores.compute_at(f.weights, jo).store_in(MemoryType::Register).unroll(j).unroll(i);
     f.scores.update().reorder(j, i, f.over_key_feature.x).unroll(j).unroll(i);
 }
 
+// Powers of two are divided by shifts; for other constants Halide multiplies with 64 bits.
+bool fits(int size) { return size == 0 || (size >= 4 && (size & (size - 1)) == 0); }
+
 bool matches(const Target &t, const ChunkwiseSizes &s) {
-    return t.has_gpu_feature() && s.chunk % strip == 0 && s.key % 4 == 0 && s.value % 4 == 0;
+    return t.has_gpu_feature() && s.chunk % strip == 0 && fits(s.key) && fits(s.value);
 }
 
 const bool added = Schedule<ChunkwiseFuncs, ChunkwiseSizes>::add({"gpu", 5, matches, apply});

@@ -51,8 +51,23 @@ std::string setting(const char *name, const char *otherwise = "") {
 
 // ---- Objects --------------------------------------------------------------------------------------------------------
 
-enum class Kind { any, class_, string, pool, options, device, queue, command_buffer, encoder, blit, buffer, library, function,
-                  pipeline, error };
+enum class Kind {
+    any,
+    class_,
+    string,
+    pool,
+    options,
+    device,
+    queue,
+    command_buffer,
+    encoder,
+    blit,
+    buffer,
+    library,
+    function,
+    pipeline,
+    error
+};
 
 struct Object {
     const Kind kind;
@@ -198,8 +213,10 @@ std::string translated(const std::string &source) {
     const std::regex kernel("kernel void ([A-Za-z_0-9]+)\\(");
     for (std::sregex_iterator match(source.begin(), source.end(), kernel), end; match != end; ++match) {
         const std::string name = (*match)[1];
-        text += "\nextern \"C\" void launch_" + name + "(int *count, void **buffers, void *shared, const unsigned *group_index, "
-                "const unsigned *thread_index) { metal::launch(&" + name + ", count, buffers, shared, group_index, thread_index); }\n";
+        text += "\nextern \"C\" void launch_" + name +
+                "(int *count, void **buffers, void *shared, const unsigned *group_index, "
+                "const unsigned *thread_index) { metal::launch(&" +
+                name + ", count, buffers, shared, group_index, thread_index); }\n";
     }
     return text;
 }
@@ -212,7 +229,8 @@ Library *compile(std::string source, std::string &error) {
     const size_t hash = std::hash<std::string>()(text + flags + compiler + contents(FAKEMETAL_INCLUDE "/metal_stdlib"));
     const std::string path = FAKEMETAL_CACHE "/" + std::to_string(hash), library = path + ".so";
     if (access(library.c_str(), R_OK)) {
-        const std::string own = path + "." + std::to_string(getpid()), cpp = own + ".cpp", log = own + ".log", made = own + ".so";
+        const std::string own = path + "." + std::to_string(getpid()), cpp = own + ".cpp", log = own + ".log",
+                          made = own + ".so";
         std::ofstream(cpp, std::ios::binary) << text;
         const std::string command = compiler + " -std=c++17 -shared -fPIC -fno-strict-aliasing -ffp-contract=off -w " + flags +
                                     " -I" FAKEMETAL_INCLUDE " '" + cpp + "' -o '" + made + "' >'" + log + "' 2>&1";
@@ -259,7 +277,9 @@ void run(Dispatch &d) {
     if (order == Order::shuffle) std::shuffle(turns.begin(), turns.end(), random);
     for (size_t n : turns) {
         // Its own allocation for each group: the address sanitizer sees its ends.
-        struct alignas(16) Lane { char bytes[16]; };
+        struct alignas(16) Lane {
+            char bytes[16];
+        };
         std::vector<Lane> shared(std::max<size_t>(d.shared_bytes / 16, 1));
         std::memset(shared.data(), 0xff, shared.size() * 16);
         const Size group = {unsigned(n % d.groups[0]), unsigned(n / d.groups[0] % d.groups[1]),

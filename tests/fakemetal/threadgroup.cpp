@@ -87,7 +87,8 @@ void run_group(Launch launch, void **buffers, void *shared, const Size &group, c
         Fiber &fiber = fibers[n];
         turns[n] = order == Order::reverse ? count - 1 - n : n;
         fiber.finished = false, fiber.sanitizer = nullptr;
-        fiber.thread[0] = n % threads[0], fiber.thread[1] = n / threads[0] % threads[1], fiber.thread[2] = n / threads[0] / threads[1];
+        fiber.thread[0] = n % threads[0], fiber.thread[1] = n / threads[0] % threads[1],
+        fiber.thread[2] = n / threads[0] / threads[1];
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = stack_bytes;
         fiber.context.uc_link = nullptr;
