@@ -50,25 +50,6 @@ int DeviceMemory::deallocate(void *user_context, Backend backend, halide_buffer_
     }
 }
 
-uint64_t Arena::allocate(size_t size) {
-    size = (std::max<size_t>(size, 1) + alignment - 1) / alignment * alignment;
-    size_t from = 0;
-    auto next = pieces.begin();
-    while (next != pieces.end() && next->from - from < size) from = next->to, ++next;
-    if (size > bytes || from > bytes - size) return 0;
-    pieces.insert(next, {from, from + size});
-    high = std::max(high, from + size);
-    return start + from;
-}
-
-void Arena::free(uint64_t memory) {
-    for (auto piece = pieces.begin(); piece != pieces.end(); ++piece)
-        if (start + piece->from == memory) {
-            pieces.erase(piece);
-            return;
-        }
-}
-
 void DeviceMemory::move_to(const Place &to) {
     if (!(place == to)) release();
     place = to;

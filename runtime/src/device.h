@@ -5,6 +5,7 @@
 // large it must be is found by a rehearsal, which runs the host code of the kernels without launching them. Elsewhere each
 // piece is a buffer of its own, kept by the holdfast_context for the next call.
 #pragma once
+#include "arena.h"
 #include "backend.h"
 #include "tensor.h"
 
@@ -62,24 +63,6 @@ private:
         bool used;
     };
     std::vector<Piece> pieces;
-};
-
-/// Cuts pieces out of one block: first fit, the same for the same requests.
-class Arena {
-public:
-    static constexpr size_t alignment = 256;  // of CUDA's own allocations
-    Arena(uint64_t start, size_t bytes) : start(start), bytes(bytes) {}
-    uint64_t allocate(size_t size);  // 0: it does not fit
-    void free(uint64_t memory);
-    size_t most() const { return high; }  // bytes in use at worst
-
-private:
-    struct Piece {
-        size_t from, to;
-    };
-    uint64_t start;
-    size_t bytes, high = 0;
-    std::vector<Piece> pieces;  // in use, in order
 };
 
 /// What the user_context of a kernel on a GPU leads to (Workspace::device).

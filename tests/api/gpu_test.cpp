@@ -1,9 +1,12 @@
 // Backends by their names; and tensors in OpenCL's memory, used where they lie, on whatever OpenCL device this machine has.
+#include "../../runtime/src/arena.h"
 #include "../forward.h"
 
 #include <dlfcn.h>
 
+#include <map>
 #include <set>
+#include <thread>
 
 namespace {
 using namespace test;
@@ -94,6 +97,70 @@ TEST(Backends, VulkanBuffersOfOthersAreRefused) {
     Context context;
     EXPECT_EQ(holdfast_forward(context, &args), HOLDFAST_UNSUPPORTED);
     EXPECT_NE(context.error().find("q is on Vulkan device 0"), std::string::npos) << context.error();
+}
+
+TEST(Backends, TakeCallsOfManyThreads) {
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
+        if (!backend(name).available) continue;
+        SCOPED_TRACE(name);
+        Problem expected{1, 70, 2, 8, 8};
+        Context context;
+        ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+        ASSERT_EQ(expected.forward().run(context), HOLDFAST_OK) << context.error();
+        std::vector<Problem> problems(4, Problem{1, 70, 2, 8, 8});
+        std::vector<int> failures(4);
+        std::vector<std::thread> threads;
+        for (int n = 0; n < 4; n++)
+            threads.emplace_back([&, n] {
+                holdfast_context *c = holdfast_context_create();
+                holdfast_context_set_backend(c, name);
+                for (int call = 0; call < 5; call++) failures[n] += problems[n].forward().run(c) != HOLDFAST_OK;
+                holdfast_context_destroy(c);
+            });
+        for (std::thread &thread : threads) thread.join();
+        for (int n = 0; n < 4; n++) {
+            EXPECT_EQ(failures[n], 0);
+            EXPECT_TRUE(same_bits(problems[n].out, expected.out) && same_bits(problems[n].final_state, expected.final_state));
+        }
+    }
+}
+
+TEST(Arena, PiecesInUseLieApartAndWithin) {
+    constexpr uint64_t start = 4096, bytes = 64 * 256;
+    holdfast::Arena arena(start, bytes);
+    Random random;
+    auto below = [&](size_t n) { return (size_t)random(0, (double)n); };
+    std::map<uint64_t, uint64_t> used;  // from, to
+    uint64_t highest = 0;
+    for (int n = 0; n < 10000; n++) {
+        if (!used.empty() && below(2)) {
+            auto piece = std::next(used.begin(), (ptrdiff_t)below(used.size()));
+            arena.free(piece->first);
+            used.erase(piece);
+            continue;
+        }
+        const uint64_t size = below(4000), memory = arena.allocate(size);
+        const uint64_t rounded = std::max<uint64_t>((size + 255) / 256, 1) * 256;
+        uint64_t end = start;  // of the piece before: is there a gap that it would have fitted in?
+        bool gap = false;
+        for (const auto &[from, to] : used) gap |= from - end >= rounded, end = to;
+        gap |= start + bytes - end >= rounded;
+        EXPECT_EQ(memory != 0, gap);
+        if (!memory) continue;
+        EXPECT_EQ(memory % 256, 0u);
+        EXPECT_GE(memory, start);
+        EXPECT_LE(memory + rounded, start + bytes);
+        const auto after = used.lower_bound(memory);
+        if (after != used.end()) {
+            EXPECT_LE(memory + rounded, after->first);
+        }
+        if (after != used.begin()) {
+            EXPECT_LE(std::prev(after)->second, memory);
+        }
+        used[memory] = memory + rounded;
+        highest = std::max(highest, memory + rounded - start);
+    }
+    EXPECT_EQ(arena.most(), highest);
 }
 
 // ---- OpenCL --------------------------------------------------------------------------------------------------------
