@@ -40,12 +40,16 @@ public:
         Chunks at{table, count, chunks.dim(1).extent()};
 
         Func cq("q_chunks"), ck("k_chunks"), cv("v_chunks"), cg("log_decay_chunks"), cs("state_start");
-        cq(d, i, c, h, b) = widen(dtype, q(d, at.time(i, c, q.dim(1).extent()), h, b));
-        ck(d, i, c, h, b) = widen(dtype, k(d, at.time(i, c, k.dim(1).extent()), h, b));
-        cv(e, i, c, h, b) = widen(dtype, v(e, at.time(i, c, v.dim(1).extent()), h, b));
+        // Zero past the last feature: schedules may round the sizes up.
+        auto padded = [](auto &rows, const Expr &size) {
+            return BoundaryConditions::constant_exterior(rows, cast(rows.type(), 0), {{0, size}, {}, {}, {}});
+        };
+        cq(d, i, c, h, b) = widen(dtype, padded(q, D)(d, at.time(i, c, q.dim(1).extent()), h, b));
+        ck(d, i, c, h, b) = widen(dtype, padded(k, D)(d, at.time(i, c, k.dim(1).extent()), h, b));
+        cv(e, i, c, h, b) = widen(dtype, padded(v, E)(e, at.time(i, c, v.dim(1).extent()), h, b));
         Expr g = log_decay(at.time(i, c, log_decay.dim(0).extent()), h, b);
         cg(i, c, h, b) = select(i < at.length(c), g, 0.0f);
-        cs(e, d, s, h, b) = state_in(e, d, s, h, b);
+        cs(e, d, s, h, b) = BoundaryConditions::constant_exterior(state_in, 0.0f, {{0, E}, {0, D}, {}, {}, {}})(e, d, s, h, b);
         f = chunkwise(cq, ck, cv, cg, cs, at, D, scale, size);
 
         // Each row of the result is written once, by the chunk that holds it.

@@ -29,21 +29,22 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
     const int vec = target.natural_vector_size<float>();
     const int rows = tile_of(target).rows, wide = tile_of(target).columns * vec;
 
-    // A product accumulated in registers for the tile that its consumer works on.
-    auto tile = [&](Func p, const LoopLevel &at, const RDom &over, Var x, Var y) {
-        p.compute_at(at).vectorize(x, vec).unroll(x).unroll(y);
+    // A product accumulated in registers for the tile that its consumer works on: a whole one, also where the consumer ends
+    // inside it, at a size that no tile divides.
+    auto tile = [&](Func p, const LoopLevel &at, const RDom &over, Var x, int x_extent, Var y, int y_extent) {
+        p.compute_at(at).bound_extent(x, x_extent).bound_extent(y, y_extent).vectorize(x, vec).unroll(x).unroll(y);
         p.update().reorder(x, y, over.x).vectorize(x, vec).unroll(x).unroll(y);
     };
 
     f.result.update(0)
         .split(row, ro, ri, rows)
-        .split(e, eo, ei, wide)
+        .split(e, eo, ei, wide, TailStrategy::GuardWithIf)
         .reorder(ei, ri, eo, ro, in, h, b)
         .vectorize(ei, vec)
         .unroll(ei)
         .unroll(ri);
-    tile(f.inter, {f.result, eo}, f.over_state, e, i);
-    tile(f.intra, {f.result, eo}, f.over_key, e, i);
+    tile(f.inter, {f.result, eo}, f.over_state, e, wide, i, rows);
+    tile(f.intra, {f.result, eo}, f.over_key, e, wide, i, rows);
     f.row_decay.compute_at(f.result, in).vectorize(i, vec);
 
     // Scores one strip of rows at a time, only up to the end of its causal tile. Columns start at 0: rounded down instead, the
@@ -55,7 +56,7 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
         .vectorize(ji, vec)
         .unroll(ji)
         .unroll(i);
-    tile(f.scores, {f.weights, jo}, f.over_key_feature, j, i);
+    tile(f.scores, {f.weights, jo}, f.over_key_feature, j, score_columns, i, rows);
 
     // Rows of the caller's tensors are H * D apart, often a power of two: copied, they do not fight for one cache set, and
     // the clamp of the row and the widening of 16 bits are paid once. All rows of a call at once: many lines are then on their
@@ -74,8 +75,8 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
         .unroll(key);
 
     // States of all chunks, before any output.
-    f.state_out.vectorize(e, vec);
-    f.state.compute_root();
+    f.state_out.vectorize(e, vec, TailStrategy::GuardWithIf);
+    f.state.compute_root().align_bounds(e, wide).align_bounds(d, rows);
     f.state.update(0).vectorize(e, vec);
     f.state.update(1)
         .split(d, doo, di, rows)
@@ -84,7 +85,7 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
         .vectorize(ei, vec)
         .unroll(ei)
         .unroll(di);
-    tile(f.contribution, {f.state, eo}, f.over_token, e, d);
+    tile(f.contribution, {f.state, eo}, f.over_token, e, wide, d, rows);
     f.keys_decayed.compute_at(f.state, chunk).vectorize(d, vec);
     f.key_decay.compute_at(f.state, chunk).vectorize(j, vec);
     f.chunk_decay.compute_at(f.state, chunk);
@@ -96,9 +97,8 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
 
 bool matches(const Target &t, const ChunkwiseSizes &s) {
     if (t.arch != Target::X86 || t.has_gpu_feature() || !t.has_feature(Target::AVX2)) return false;
-    const int vec = t.natural_vector_size<float>(), rows = tile_of(t).rows, wide = tile_of(t).columns * vec;
-    return s.key > 0 && s.value > 0 && s.chunk % wide == 0 && s.chunk % rows == 0 && s.key % rows == 0 && s.key % vec == 0 &&
-           s.value % wide == 0;
+    const int wide = tile_of(t).columns * t.natural_vector_size<float>();
+    return s.chunk % wide == 0 && s.chunk % tile_of(t).rows == 0;
 }
 
 const bool added = Schedule<ChunkwiseFuncs, ChunkwiseSizes>::add({"x86", 10, matches, apply});
