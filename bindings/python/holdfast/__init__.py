@@ -278,7 +278,8 @@ def set_target(target: str | None) -> None:
 
 def set_backend(backend: str | None) -> None:
     """Force the backend ("cpu", "cuda", "metal", "opencl", "vulkan": `info`) whose best target runs, also for arrays on
-    the CPU, which are copied to the GPU and back then. None goes back to the default: that of the arrays' device. For all calls that begin after this one, of all threads.
+    the CPU, which are copied to the GPU and back then. None goes back to the default: that of the arrays' device. For
+    all calls that begin after this one, of all threads.
 
     Raises: TargetUnavailable for an unknown name or a backend that cannot run here; the option then stays as it was."""
     if not isinstance(backend, str | None):
