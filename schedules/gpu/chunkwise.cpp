@@ -48,22 +48,22 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &) {
     }
 
     // Contributions: a block per tile of the state and chunk, the decays of its keys in shared memory.
-    const Tile st = state_tile(sizes.key, sizes.value);
+    const Tile states_tile = state_tile(sizes.key, sizes.value);
     Func contribution = f.contribution.in();
     contribution.compute_root()
-        .split(e, eo, et, st.columns, guard)
-        .split(d, dd, dt, st.rows, guard)
+        .split(e, eo, et, states_tile.columns, guard)
+        .split(d, dd, dt, states_tile.rows, guard)
         .fuse(eo, dd, block)
         .fuse(block, c, block);
-    if (st.wide * st.high > 1) {
-        contribution.split(et, et, ei, st.wide)
-            .split(dt, dt, di, st.high)
+    if (states_tile.wide * states_tile.high > 1) {
+        contribution.split(et, et, ei, states_tile.wide)
+            .split(dt, dt, di, states_tile.high)
             .reorder(ei, di, et, dt, block, h, b)
             .vectorize(ei)
             .unroll(di);
     }
     contribution.reorder(et, dt, block, h, b).gpu_blocks(block, h, b).gpu_threads(et, dt);
-    registers(f.contribution, {contribution, et}, f.over_token, e, d, st);
+    registers(f.contribution, {contribution, et}, f.over_token, e, d, states_tile);
     f.key_decay.compute_at(contribution, block).store_in(MemoryType::GPUShared).split(j, jo, ji, 8).gpu_threads(jo, ji);
 
     // States: a thread per element, the scan over chunks on the device.
@@ -87,21 +87,21 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &) {
         .gpu_threads(ei, di);
 
     // Output: a block per strip of a chunk's rows, its weights in shared memory.
-    const Tile ot = out_tile(sizes.value);
+    const Tile rows_tile = out_tile(sizes.value);
     f.result.gpu_single_thread();  // undefined at first, so that nothing is run; but Halide would want it in host memory too
     Stage result = f.result.update(0)
                        .allow_race_conditions()  // each row belongs to one chunk: chunks.h
                        .split(row, ro, ri, strip)
-                       .split(ri, rt, ri, ot.high)
+                       .split(ri, rt, ri, rows_tile.high)
                        .fuse(ro, in, strips)
-                       .split(e, eo, et, ot.columns, guard)
+                       .split(e, eo, et, rows_tile.columns, guard)
                        .fuse(eo, strips, strips)
                        .reorder(ri, et, rt, strips, h, b)
                        .unroll(ri);
-    if (ot.wide > 1) result.split(et, et, ei, ot.wide).reorder(ei, ri, et).vectorize(ei);
+    if (rows_tile.wide > 1) result.split(et, et, ei, rows_tile.wide).reorder(ei, ri, et).vectorize(ei);
     result.gpu_blocks(strips, h, b).gpu_threads(et, rt);
-    registers(f.inter, {f.result, et}, f.over_state, e, i, ot);
-    registers(f.intra, {f.result, et}, f.over_key, e, i, ot);
+    registers(f.inter, {f.result, et}, f.over_state, e, i, rows_tile);
+    registers(f.intra, {f.result, et}, f.over_key, e, i, rows_tile);
     f.weights.compute_at(f.result, strips)
         .store_in(MemoryType::GPUShared)
         .bound_storage(j, sizes.chunk)
