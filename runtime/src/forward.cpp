@@ -27,15 +27,15 @@ struct Rows : Buffer {
     Rows(const Tensor &x, int64_t b, int64_t h)
         : Buffer(nullptr, halide_type(x.dtype),
                  {{0, (int32_t)x.shape[3], 1}, {0, 0, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}}),
-          first(x.at<uint8_t>(b, 0, h)), stride(x.stride[1] * x.dtype.bytes()) {}
+          first(x.at<uint8_t>(b, 0, h)), stride(x.stride[1]) {}
     void look_at(int64_t t, int64_t tokens) {
-        host = first + t * stride;
+        host = first + t * stride * type.bytes();
         axes[1].extent = (int32_t)tokens;
     }
 
 private:
     uint8_t *first;
-    int64_t stride;  // in bytes
+    int64_t stride;
 };
 
 /// How the work is cut up.
