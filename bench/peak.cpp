@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
+#include <memory>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -83,32 +86,61 @@ Unit widest_unit() {
     return {"baseline", baseline_loop, 2 * 4 * baseline_accumulators};
 }
 
-}  // namespace
-
-Peak measure_peak(int threads) {
+/// The sum over threads of the best rate that each reaches: run() does work and says how much, on all threads at once.
+template<class Run>
+double best_rates(int threads, int runs, const Run &run) {
     using Clock = std::chrono::steady_clock;
-    constexpr long steps = 1 << 17;
-    constexpr int runs = 100;  // of about a millisecond on every thread, without a pause between them
-    const Unit unit = widest_unit();
     std::vector<double> best(threads, 0.0);
     std::atomic<int> waiting{threads};
     auto measure = [&](int thread) {
+        auto work = run();
         waiting--;
         while (waiting > 0) std::this_thread::yield();
-        for (int run = 0; run < runs; run++) {
+        for (int n = 0; n < runs; n++) {
             const auto start = Clock::now();
-            unit.loop(steps);
+            const double done = work();
             const std::chrono::duration<double> seconds = Clock::now() - start;
-            best[thread] = std::max(best[thread], (double)unit.flops_per_step * steps / seconds.count());
+            best[thread] = std::max(best[thread], done / seconds.count());
         }
     };
     std::vector<std::thread> others;
     for (int thread = 1; thread < threads; thread++) others.emplace_back(measure, thread);
     measure(0);
     for (std::thread &other : others) other.join();
-    double sum = 0;
-    for (double flops : best) sum += flops;
-    return {sum, unit.name};
+    return std::accumulate(best.begin(), best.end(), 0.0);
+}
+
+}  // namespace
+
+Peak measure_peak(int threads) {
+    constexpr long steps = 1 << 17;
+    constexpr int runs = 100;  // of about a millisecond on every thread, without a pause between them
+    const Unit unit = widest_unit();
+    const double flops = best_rates(threads, runs, [&] {
+        return [&] {
+            unit.loop(steps);
+            return (double)unit.flops_per_step * steps;
+        };
+    });
+    return {flops, unit.name};
+}
+
+double measure_copy(size_t bytes, int threads) {
+    constexpr size_t bytes_in_a_run = 8 << 20;  // at least: half a millisecond or more
+    constexpr int runs = 100;
+    const size_t half = std::max<size_t>(bytes / threads / 2, 64);
+    const int copies = (int)((bytes_in_a_run + half - 1) / half);
+    return best_rates(threads, half > bytes_in_a_run ? runs / 10 : runs, [&] {
+        return [=, memory = std::make_shared<std::vector<char>>(2 * half, 1)] {
+            for (int n = 0; n < copies; n++) {
+                char *data = memory->data();
+                std::memcpy(data + (n & 1 ? 0 : half), data + (n & 1 ? half : 0), half);
+            }
+            volatile char used = (*memory)[half];
+            (void)used;
+            return 2.0 * half * copies;
+        };
+    });
 }
 
 }  // namespace holdfast_bench

@@ -1,5 +1,6 @@
-// The fp32 peak of this machine, measured: what benchmarks are compared with.
+// The fp32 peak and the memory of this machine, measured: what benchmarks are compared with.
 #pragma once
+#include <cstddef>
 
 namespace holdfast_bench {
 
@@ -11,5 +12,9 @@ struct Peak {
 /// Fused multiply-adds on registers alone, on `threads` threads at once, with the widest vectors that this CPU has. The best
 /// of a hundred short runs per thread, about 0.1 s in all.
 Peak measure_peak(int threads);
+
+/// Bytes per second that `threads` threads together read and write when each copies one half of its share of `bytes` to the
+/// other half, again and again. The best of many runs, about 0.1 s in all.
+double measure_copy(size_t bytes, int threads);
 
 }  // namespace holdfast_bench

@@ -1,10 +1,11 @@
 // Times every compiled variant that this machine runs, through the public API: one benchmark per row of variants.inc, length
-// and number of threads. Before the clock starts, the variant that really ran and its result are checked; either one wrong
-// fails the benchmark and the program.
+// (chunkwise) or batch size (recurrent: one, and as many as make states of a quarter gigabyte) and number of threads. Before
+// the clock starts, the variant that really ran and its result are checked; either one wrong fails the benchmark and the
+// program.
 //
 //     retention_bench [--heads=8] [--threads=1,<cores>] [Google Benchmark's options]
 //
-// Batch entries and heads are the same thing to the library, so B is 1. Not here: peers (`holdfast bench`).
+// Batch entries and heads are the same thing to the chunkwise kernel, so B is 1. Not here: peers (`holdfast bench`).
 //
 // Counters, per call:
 //     GFLOP/s         useful operations: for a chunk of L tokens, L (L + 1) (K + V) for the scores that count and their
@@ -12,6 +13,8 @@
 //     square_GFLOP/s  the same with the masked half of each chunk counted too: 2 L L (K + V)
 //     peak_share      GFLOP/s over the fp32 peak that was measured at the start, on as many threads
 //     bytes_moved     q, k, v, log_decay and the initial state read once, out and the final state written once
+//     copy_share      of the recurrent kernel: bytes_moved per second over what copying reads and writes, measured at the
+//                     start in as much memory on as many threads
 #include "../tests/reference/retention.h"
 #include "../tests/tolerance.h"
 #include "peak.h"
@@ -27,9 +30,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <memory>
 #include <new>
+#include <optional>
 #include <random>
 #include <sstream>
 #include <stdexcept>
@@ -46,14 +51,17 @@ using test::Dtype, test::f32, test::f16, test::bf16;
 constexpr int64_t lengths[] = {1, 16, 256, 4096, 65536};
 constexpr double most_bytes = 1 << 30;  // of a call's tensors: longer calls are left out
 
+constexpr double states_in_memory = 1 << 28;  // bytes: far beyond the caches
+
 struct Variant {
-    const char *name, *target;
+    const char *kernel, *name, *target;
     Dtype dtype;
     int chunk, key_size, value_size;  // sizes: 0 is any
+    bool recurrent() const { return !std::strcmp(kernel, "recurrent"); }
 };
 constexpr Variant variants[] = {
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
-    {#name, #target, dtype, chunk, key_size, value_size},
+    {#kernel, #name, #target, dtype, chunk, key_size, value_size},
 #include "variants.inc"
 #undef HOLDFAST_VARIANT
 };
@@ -108,7 +116,48 @@ private:
     std::unique_ptr<void, Free> memory;
 };
 
-/// Inputs of one shape and type, in fp32 and as they are handed over, and what the first and the last head, which forget fastest and slowest, should give.
+/// q, k, v and out of a call: in fp32, and as they are handed over.
+class Stored {
+public:
+    /// q, k and v are rounded to the type.
+    Stored(const Dtype &dtype, Tensor &q, Tensor &k, Tensor &v, Tensor &out) : dtype(dtype), wide{&q, &k, &v, &out} {
+        for (Tensor *x : wide) {
+            if (dtype == f32) break;
+            narrow.emplace_back(x->shape, dtype);
+            for (int64_t n = 0; x != &out && n < x->size; n++) {
+                narrow.back().bits()[n] = dtype.encode(x->data()[n]);
+                x->data()[n] = (float)dtype.decode(narrow.back().bits()[n]);
+            }
+        }
+        forget();
+    }
+    DLTensor *q() { return view(0); }
+    DLTensor *k() { return view(1); }
+    DLTensor *v() { return view(2); }
+    DLTensor *out() { return view(3); }
+
+    /// Make all of out a NaN.
+    void forget() {
+        std::fill_n(wide[3]->data(), wide[3]->size, std::nanf(""));
+        if (!narrow.empty()) std::fill_n(narrow[3].bits(), wide[3]->size, 0xffff);  // a NaN of either type
+    }
+    /// Put out into its fp32.
+    void load() {
+        for (int64_t n = 0; !narrow.empty() && n < wide[3]->size; n++)
+            wide[3]->data()[n] = (float)dtype.decode(narrow[3].bits()[n]);
+    }
+
+private:
+    const Dtype dtype;
+    Tensor *const wide[4];
+    std::vector<Tensor> narrow;  // those of 16 bits
+    DLTensor *view(int n) { return narrow.empty() ? &wide[n]->view : &narrow[n].view; }
+};
+
+/// The worse one of two errors. NaN is worst.
+double worse(double a, double b) { return b > a || std::isnan(b) ? b : a; }
+
+/// Inputs of one shape and type, and what the first and the last head, which forget fastest and slowest, should give.
 class Problem {
 public:
     const Shape shape;
@@ -119,14 +168,7 @@ public:
           initial_state({1, s.H, s.K, s.V}), out({1, s.T, s.H, s.V}), final_state({1, s.H, s.K, s.V}) {
         std::mt19937 random(1);
         for (Tensor *x : {&q, &k, &v, &initial_state}) x->fill(random, -1.7f, 1.7f);  // variance 1
-        for (Tensor *x : {&q, &k, &v, &out}) {
-            if (s.dtype == f32) break;
-            stored.emplace_back(x->shape, s.dtype);
-            for (int64_t n = 0; x != &out && n < x->size; n++) {
-                stored.back().bits()[n] = s.dtype.encode(x->data()[n]);
-                x->data()[n] = (float)s.dtype.decode(stored.back().bits()[n]);
-            }
-        }
+        stored.emplace(s.dtype, q, k, v, out);
         log_decay.fill(random, 0.5f, 1.5f);  // times RetNet's decay of the head: weak gates hide no error
         for (int64_t n = 0; n < s.T * s.H; n++) log_decay.data()[n] *= std::log1p(-std::exp2(-5.0f - n % s.H));
         sampled = s.H > 1 ? std::vector<int64_t>{0, s.H - 1} : std::vector<int64_t>{0};
@@ -135,44 +177,27 @@ public:
 
     holdfast_forward_args args() {
         holdfast_forward_args a{};
-        auto view = [&](int n, Tensor &wide) { return stored.empty() ? &wide.view : &stored[n].view; };
-        a.struct_size = sizeof a, a.q = view(0, q), a.k = view(1, k), a.v = view(2, v), a.out = view(3, out);
+        a.struct_size = sizeof a, a.q = stored->q(), a.k = stored->k(), a.v = stored->v(), a.out = stored->out();
         a.log_decay = &log_decay.view, a.initial_state = &initial_state.view, a.final_state = &final_state.view;
         return a;
     }
 
     void clear_results() {
-        for (Tensor *x : {&out, &final_state}) std::fill_n(x->data(), x->size, std::nanf(""));
-        if (!stored.empty()) std::fill_n(stored[3].bits(), out.size, 0xffff);  // a NaN of either type
+        stored->forget();
+        std::fill_n(final_state.data(), final_state.size, std::nanf(""));
     }
 
     /// Largest relative RMS errors over the sampled heads: of out, and of final_state.
     std::pair<double, double> errors() {
-        for (int64_t n = 0; !stored.empty() && n < out.size; n++)
-            out.data()[n] = (float)shape.dtype.decode(stored[3].bits()[n]);
+        stored->load();
         double of_out = 0, of_state = 0;
-        auto take_worse = [](double &worst, double error) { worst = error > worst || std::isnan(error) ? error : worst; };
         for (size_t n = 0; n < sampled.size(); n++) {
             const int64_t h = sampled[n], state = shape.K * shape.V;
             const reference::Result &e = expected[n];
-            take_worse(of_out, relative_rms(out.data() + h * shape.V, shape.H * shape.V, e.out, shape.V));
-            take_worse(of_state, relative_rms(final_state.data() + h * state, state, e.state, state));
+            of_out = worse(of_out, relative_rms(out.data() + h * shape.V, shape.H * shape.V, e.out, shape.V));
+            of_state = worse(of_state, relative_rms(final_state.data() + h * state, state, e.state, state));
         }
         return {of_out, of_state};
-    }
-
-private:
-    std::vector<Tensor> stored;  // q, k, v and out of 16 bits
-    std::vector<int64_t> sampled;
-    std::vector<reference::Result> expected;
-
-    reference::Result reference_of(int64_t h) const {
-        const int64_t T = shape.T, H = shape.H, K = shape.K, V = shape.V;
-        reference::Inputs in{1, T, 1, K, V, {}, {}, {}, {}, {}, 1 / std::sqrt((double)K)};
-        in.q = {q.data() + h * K, {0, H * K, 0, 1}}, in.k = {k.data() + h * K, {0, H * K, 0, 1}};
-        in.v = {v.data() + h * V, {0, H * V, 0, 1}}, in.log_decay = {log_decay.data() + h, {0, H, 0, 0}};
-        in.initial_state = {initial_state.data() + h * K * V, {0, 0, V, 1}};
-        return reference::retention(in);
     }
 
     /// NaN, which fails every comparison, if there is one.
@@ -184,6 +209,76 @@ private:
         }
         return std::sqrt(difference / norm);
     }
+
+private:
+    std::optional<Stored> stored;
+    std::vector<int64_t> sampled;
+    std::vector<reference::Result> expected;
+
+    reference::Result reference_of(int64_t h) const {
+        const int64_t T = shape.T, H = shape.H, K = shape.K, V = shape.V;
+        reference::Inputs in{1, T, 1, K, V, {}, {}, {}, {}, {}, 1 / std::sqrt((double)K)};
+        in.q = {q.data() + h * K, {0, H * K, 0, 1}}, in.k = {k.data() + h * K, {0, H * K, 0, 1}};
+        in.v = {v.data() + h * V, {0, H * V, 0, 1}}, in.log_decay = {log_decay.data() + h, {0, H, 0, 0}};
+        in.initial_state = {initial_state.data() + h * K * V, {0, 0, V, 1}};
+        return reference::retention(in);
+    }
+};
+
+/// One token, and what it should give for the first head and the last of all.
+class StepProblem {
+public:
+    const int64_t B, H, K, V;
+    Tensor q, k, v, log_decay, state, out;
+    static constexpr int64_t T = 1;
+
+    StepProblem(int64_t B, int64_t H, int64_t K, int64_t V, const Dtype &dtype)
+        : B(B), H(H), K(K), V(V), q({B, H, K}), k({B, H, K}), v({B, H, V}), log_decay({B, H}), state({B, H, K, V}),
+          out({B, H, V}), dtype(dtype) {
+        std::mt19937 random(1);
+        for (Tensor *x : {&q, &k, &v}) x->fill(random, -1.7f, 1.7f);
+        stored.emplace(dtype, q, k, v, out);
+        log_decay.fill(random, -0.05f, 0);
+        std::fill_n(state.data(), state.size, 0.0f);  // all of it is there before the clock starts
+        for (int64_t head : {(int64_t)0, B * H - 1})
+            for (int64_t n = 0; n < K * V; n++) state.data()[head * K * V + n] = (float)(n % 17) / 17 - 0.5f;
+        for (int64_t head : {(int64_t)0, B * H - 1}) {
+            reference::Inputs in{1, 1, 1, K, V, {}, {}, {}, {}, {}, 1 / std::sqrt((double)K)};
+            in.q = {q.data() + head * K, {0, 0, 0, 1}}, in.k = {k.data() + head * K, {0, 0, 0, 1}};
+            in.v = {v.data() + head * V, {0, 0, 0, 1}}, in.log_decay = {log_decay.data() + head, {}};
+            in.initial_state = {state.data() + head * K * V, {0, 0, V, 1}};
+            expected.push_back(reference::retention(in));
+        }
+    }
+
+    holdfast_step_args args() {
+        holdfast_step_args a{};
+        a.struct_size = sizeof a, a.q = stored->q(), a.k = stored->k(), a.v = stored->v(), a.out = stored->out();
+        a.log_decay = &log_decay.view, a.state = &state.view;
+        return a;
+    }
+    double state_bytes() const { return 2.0 * sizeof(float) * state.size; }  // read and written
+    double bytes() const {
+        const double element = dtype == f32 ? 4 : 2;
+        return state_bytes() + element * (double)(q.size + k.size + v.size + out.size) + sizeof(float) * log_decay.size;
+    }
+
+    /// Largest relative RMS errors over the two heads, after one step: of out, and of the state.
+    std::pair<double, double> errors() {
+        stored->load();
+        double of_out = 0, of_state = 0;
+        for (int last : {0, 1}) {
+            const int64_t head = last * (B * H - 1);
+            of_out = worse(of_out, Problem::relative_rms(out.data() + head * V, V, expected[last].out, V));
+            of_state = worse(of_state, Problem::relative_rms(state.data() + head * K * V, V, expected[last].state, V));
+        }
+        return {of_out, of_state};
+    }
+
+private:
+    const Dtype dtype;
+    std::optional<Stored> stored;
+    std::vector<reference::Result> expected;
 };
 
 /// The problem of this shape. One is kept: benchmarks of a shape are registered one after the other.
@@ -199,10 +294,17 @@ Problem &problem(const Shape &shape) {
 std::map<int, holdfast_bench::Peak> peaks;  // by threads
 bool failed = false;
 
-void retention(benchmark::State &state, const Variant &variant, const Shape &shape, int threads) {
+std::map<std::pair<size_t, int>, double> copies;  // by bytes and threads
+
+/// Time call(context), which is to run `variant`, on at most `threads` threads, after one call for which errors_of() says
+/// how wrong its out and its state are. Calls per second; nothing if something is wrong.
+template<class Call, class Errors>
+double calls_per_second(benchmark::State &state, const Variant &variant, int threads, const Call &call,
+                        const Errors &errors_of) {
     auto fail = [&](const std::string &text) {
         failed = true;
         state.SkipWithError(text.c_str());
+        return 0.0;
     };
     const std::unique_ptr<holdfast_context, void (*)(holdfast_context *)> context(holdfast_context_create(),
                                                                                   holdfast_context_destroy);
@@ -212,37 +314,55 @@ void retention(benchmark::State &state, const Variant &variant, const Shape &sha
     holdfast_context_set_verbose(context.get(), remember, &ran);
     if (holdfast_context_set_target(context.get(), variant.target) || holdfast_context_set_threads(context.get(), threads))
         return fail(holdfast_last_error(context.get()));
-
-    Problem &p = problem(shape);
-    holdfast_forward_args args = p.args();
-    args.chunk_size = variant.chunk;
-    p.clear_results();
-    if (holdfast_forward(context.get(), &args)) return fail(holdfast_last_error(context.get()));
+    if (call(context.get())) return fail(holdfast_last_error(context.get()));
     if (ran.find(std::string(" ") + variant.name + " ") == std::string::npos) return fail("another variant ran: " + ran);
-    const auto [error, state_error] = p.errors();
-    const double allowed = tolerance::relative_rms_of_out(shape.dtype);
+    const auto [error, state_error] = errors_of();
+    const double allowed = tolerance::relative_rms_of_out(variant.dtype);
     if (!(error <= allowed && state_error <= tolerance::relative_rms)) {
         std::ostringstream text;
         text << "relative RMS error is " << error << " of out and " << state_error << " of final_state; expected at most "
              << allowed << " and " << tolerance::relative_rms;
         return fail(text.str());
     }
+    state.counters["relative_error"] = std::max(error, state_error);
     holdfast_context_set_verbose(context.get(), nullptr, nullptr);
 
     const auto start = std::chrono::steady_clock::now();
     for (auto _ : state)
-        if (holdfast_forward(context.get(), &args)) return fail(holdfast_last_error(context.get()));
+        if (call(context.get())) return fail(holdfast_last_error(context.get()));
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    return state.iterations() / seconds.count();
+}
 
+benchmark::Counter bytes_counter(double bytes) {
+    return benchmark::Counter(bytes, benchmark::Counter::kDefaults, benchmark::Counter::kIs1024);
+}
+
+void retention(benchmark::State &state, const Variant &variant, const Shape &shape, int threads) {
+    Problem &p = problem(shape);
+    holdfast_forward_args args = p.args();
+    args.chunk_size = variant.chunk;
+    p.clear_results();
+    const double rate = calls_per_second(
+        state, variant, threads, [&](holdfast_context *c) { return holdfast_forward(c, &args); }, [&] { return p.errors(); });
     const Operations operations(shape, variant.chunk);
-    const double calls_per_second = state.iterations() / seconds.count();
     const int at_work = (int)std::min<int64_t>(threads, shape.H);
-    state.counters["GFLOP/s"] = operations.useful * calls_per_second * 1e-9;
-    state.counters["square_GFLOP/s"] = operations.square * calls_per_second * 1e-9;
-    state.counters["peak_share"] = operations.useful * calls_per_second / peaks.at(at_work).flops;
-    state.counters["bytes_moved"] =
-        benchmark::Counter(shape.bytes(), benchmark::Counter::kDefaults, benchmark::Counter::kIs1024);
-    state.counters["relative_error"] = std::max(error, state_error);
+    state.counters["GFLOP/s"] = operations.useful * rate * 1e-9;
+    state.counters["square_GFLOP/s"] = operations.square * rate * 1e-9;
+    state.counters["peak_share"] = operations.useful * rate / peaks.at(at_work).flops;
+    state.counters["bytes_moved"] = bytes_counter(shape.bytes());
+}
+
+void step(benchmark::State &state, const Variant &variant, int64_t B, int64_t H, int64_t K, int64_t V, int threads) {
+    StepProblem p(B, H, K, V, variant.dtype);
+    holdfast_step_args args = p.args();
+    const double rate = calls_per_second(
+        state, variant, threads, [&](holdfast_context *c) { return holdfast_step(c, &args); }, [&] { return p.errors(); });
+    const std::pair<size_t, int> memory((size_t)p.state_bytes() / 2, threads);
+    if (!copies.count(memory)) copies[memory] = holdfast_bench::measure_copy(memory.first, threads);
+    state.counters["bytes_moved"] = bytes_counter(p.bytes());
+    state.counters["GB/s"] = p.bytes() * rate * 1e-9;
+    state.counters["copy_share"] = p.bytes() * rate / copies.at(memory);
 }
 
 using Size = std::pair<int, int>;             // K, V
@@ -253,8 +373,8 @@ bool serves(const Variant &row, Size size) {
     if (row.key_size) return Size(row.key_size, row.value_size) == size;
     return std::find(std::begin(untuned), std::end(untuned), size) != std::end(untuned) &&
            std::none_of(std::begin(variants), std::end(variants), [&](const Variant &other) {
-               return !std::strcmp(other.target, row.target) && other.dtype == row.dtype &&
-                      Size(other.key_size, other.value_size) == size;
+               return !std::strcmp(other.kernel, row.kernel) && !std::strcmp(other.target, row.target) &&
+                      other.dtype == row.dtype && Size(other.key_size, other.value_size) == size;
            });
 }
 
@@ -329,22 +449,35 @@ int main(int argc, char **argv) {
         benchmark::AddCustomContext("peak_GFLOP/s of " + std::to_string(at_work) + " threads, " + peak.unit,
                                     std::to_string(peak.flops * 1e-9));
     }
-    for (const Size &size : sizes())
+    auto add = [](const std::ostringstream &name, std::function<void(benchmark::State &)> run) {
+        benchmark::RegisterBenchmark(name.str().c_str(), std::move(run))->UseRealTime()->Unit(benchmark::kMicrosecond);
+    };
+    for (const Size &size : sizes()) {
+        const int K = size.first, V = size.second;
+        auto each_row = [&](bool recurrent, const Dtype &dtype, auto &&add_row) {
+            for (const Variant &row : variants)
+                for (int at_most : threads)
+                    if (row.recurrent() == recurrent && row.dtype == dtype && serves(row, size) && runs_here(row))
+                        add_row(row, at_most);
+        };
         for (int64_t T : lengths)
             for (const Dtype &dtype : test::all_dtypes) {
-                const Shape shape = {T, heads, size.first, size.second, dtype};
+                const Shape shape = {T, heads, K, V, dtype};
                 if (shape.bytes() > most_bytes) continue;
-                for (const Variant &row : variants)
-                    for (int at_most : threads) {
-                        if (!(row.dtype == dtype) || !serves(row, size) || !runs_here(row)) continue;
-                        std::ostringstream name;
-                        name << row.name << "/T:" << T << "/H:" << heads << "/K:" << shape.K << "/V:" << shape.V
-                             << "/threads:" << at_most;
-                        auto *registered = benchmark::RegisterBenchmark(
-                            name.str().c_str(), [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
-                        registered->UseRealTime()->Unit(benchmark::kMicrosecond);
-                    }
+                each_row(false, dtype, [&](const Variant &row, int at_most) {
+                    std::ostringstream name;
+                    name << row.name << "/T:" << T << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
+                    add(name, [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
+                });
             }
+        for (int64_t B : {(int64_t)1, (int64_t)std::ceil(states_in_memory / (sizeof(float) * (double)heads * K * V))})
+            for (const Dtype &dtype : test::all_dtypes)
+                each_row(true, dtype, [&](const Variant &row, int at_most) {
+                    std::ostringstream name;
+                    name << row.name << "/B:" << B << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
+                    add(name, [=, &row](benchmark::State &state) { step(state, row, B, heads, K, V, at_most); });
+                });
+    }
     const size_t ran = benchmark::RunSpecifiedBenchmarks();
     benchmark::Shutdown();
     return failed || ran == 0;  // a filter that fits nothing is a mistake

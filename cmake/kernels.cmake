@@ -1,8 +1,8 @@
 # The compiled variants: every combination in a row is one. The dtype is that of q, k, v and out: f32, f16 or bf16. KxV are
-# the key and value sizes, `any` reads them from the tensors; chunk is the longest chunk. Within a target, rows that come
-# first are preferred.
+# the key and value sizes, `any` reads them from the tensors; chunk is the longest chunk, of kernels that have chunks. Within
+# a target, rows that come first are preferred.
 #
-#   holdfast_kernel(kernel DTYPES ... CHUNKS ... SIZES KxV ... TARGETS ...)
+#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] SIZES KxV ... TARGETS ...)
 
 # Work per token grows with the chunk, the traffic of states (K V floats a chunk) falls with it: measured, 32 is best up to
 # 128x128 and 64 above.
@@ -19,6 +19,15 @@ holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 32
     TARGETS avx512 avx2)
 
 holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
+    SIZES any
+    TARGETS avx512 avx2 generic)
+
+# Small kernels: all types for all sizes that chunkwise is tuned for in fp32.
+holdfast_kernel(recurrent DTYPES f32 f16 bf16
+    SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256 256x512
+    TARGETS avx512 avx2)
+
+holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES any
     TARGETS avx512 avx2 generic)
 

@@ -18,12 +18,14 @@ RecurrentFuncs recurrent(const Func &q, const Func &k, const Func &v, const Func
 
     f.over_key_feature = RDom(0, key_extent, "over_key_feature");
     RVar row = f.over_key_feature;
-    f.state_and_out = Func("state_and_out");
-    f.state_and_out(e, d, h, b) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
-    Expr before = f.state_and_out(e, row, h, b)[0];
-    Expr sum = select(likely(row > 0), f.state_and_out(e, max(row - 1, 0), h, b)[1], 0.0f);
+    f.state_and_sum = Func("state_and_sum");
+    f.state_and_sum(e, d, h, b) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
+    Expr before = f.state_and_sum(e, row, h, b)[0];
+    Expr sum = select(likely(row > 0), f.state_and_sum(e, max(row - 1, 0), h, b)[1], 0.0f);
     Expr after = decayed(f.decay(h, b), before, k(row, h, b) * v(e, h, b));
-    f.state_and_out(e, row, h, b) = Tuple(after, sum + scale * q(row, h, b) * after);
+    f.state_and_sum(e, row, h, b) = Tuple(after, sum + scale * q(row, h, b) * after);
+    f.out = Func("out_of_state");
+    f.out(e, h, b) = f.state_and_sum(e, key_extent - 1, h, b)[1];
     return f;
 }
 

@@ -196,12 +196,13 @@ inline std::string backend_of(const std::string &target) {
     return "";
 }
 
-/// The variant of a type that `target` runs for the size, by default: the first of exactly that size, else of any. Null if
-/// there is none.
-inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size, const Dtype &dtype = f32) {
+/// The variant of a type and kernel that `target` runs for the size, by default: the first of exactly that size, else of any.
+/// Null if there is none.
+inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size, const Dtype &dtype = f32,
+                                                   const std::string &kernel = "chunkwise") {
     std::optional<holdfast_variant> any;
     for (const holdfast_variant &v : variants()) {
-        if (v.target != target || v.dtype != std::string(dtype.name)) continue;
+        if (v.target != target || v.dtype != std::string(dtype.name) || v.kernel != kernel) continue;
         if (v.key_size == size.K && v.value_size == size.V) return v;
         if (v.key_size == 0 && v.value_size == 0 && !any) any = v;
     }
@@ -233,7 +234,8 @@ inline std::vector<Instance> instances(const std::vector<Size> &sizes, const std
 
 /// Those of the CPU's targets.
 inline std::vector<Instance> on_cpu(std::vector<Instance> list) {
-    list.erase(std::remove_if(list.begin(), list.end(), [](const Instance &i) { return backend_of(i.target) != "cpu"; }), list.end());
+    list.erase(std::remove_if(list.begin(), list.end(), [](const Instance &i) { return backend_of(i.target) != "cpu"; }),
+               list.end());
     return list;
 }
 

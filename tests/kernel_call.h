@@ -6,8 +6,7 @@
 #include "reference/retention.h"
 #include "shapes.h"
 #include "stored.h"
-
-#include <HalideBuffer.h>
+#include "view.h"
 
 #include <algorithm>
 #include <string>
@@ -108,13 +107,6 @@ private:
     }
     Array array(const Index &shape) { return Array(shape, c.layout).fill(random); }
 
-    /// Halide's view of an array whose elements lie at `data`: `axes` of it, innermost first. bf16 goes by uint16.
-    static Halide::Runtime::Buffer<void> view(void *data, const Dtype &dtype, const Array &a, const std::vector<int> &axes) {
-        std::vector<halide_dimension_t> dims;
-        for (int axis : axes) dims.emplace_back(0, (int32_t)a.shape[axis], (int32_t)a.stride[axis]);
-        const halide_type_t type(dtype == bf16 ? halide_type_uint : halide_type_float, dtype == f32 ? 32 : 16);
-        return Halide::Runtime::Buffer<void>(type, data, (int)dims.size(), dims.data());
-    }
     Halide::Runtime::Buffer<void> rows(Stored &stored, const Array &a) const {
         return view(stored.data(), dtype, a, {3, 1, 2, 0});
     }

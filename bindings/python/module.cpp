@@ -39,13 +39,15 @@ template<class... Parts>
 
 /// Python objects that live as long as the process. Made once; never freed, for the interpreter may be gone by then.
 struct Constants {
-    py::object target_unavailable = py::reinterpret_steal<py::object>(PyErr_NewExceptionWithDoc(
-        "holdfast.TargetUnavailable",
-        "The forced target (HOLDFAST_TARGET, set_target) or backend is unknown, or this machine cannot run it, or that of the arrays.", PyExc_RuntimeError,
-        nullptr));
+    py::object target_unavailable = py::reinterpret_steal<py::object>(
+        PyErr_NewExceptionWithDoc("holdfast.TargetUnavailable",
+                                  "The forced target (HOLDFAST_TARGET, set_target) or backend is unknown, or this machine "
+                                  "cannot run it, or that of the arrays.",
+                                  PyExc_RuntimeError, nullptr));
     py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__";
     py::tuple version = py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
-    py::tuple keywords = py::make_tuple("max_version", "copy"), keywords_of_a_gpu = py::make_tuple("max_version", "copy", "stream");
+    py::tuple keywords = py::make_tuple("max_version", "copy"),
+              keywords_of_a_gpu = py::make_tuple("max_version", "copy", "stream");
     py::str stream = "stream";
     py::object empty = numpy("empty"), ndarray = numpy("ndarray");
     py::object float32 = numpy("float32"), float16 = numpy("float16"), uint16 = numpy("uint16");
@@ -299,10 +301,12 @@ void call_verbose(void *, const char *message) {
     wait.waiting = false;
 }
 
-/// holdfast_forward, with other Python threads running meanwhile.
-holdfast_status forward_without_gil(holdfast_context *context, const holdfast_forward_args &args) {
+/// A call of the library, with other Python threads running meanwhile.
+template<class Args>
+holdfast_status without_gil(holdfast_status (*function)(holdfast_context *, const Args *), holdfast_context *context,
+                            const Args &args) {
     PyThreadState *thread = PyEval_SaveThread();
-    const holdfast_status status = holdfast_forward(context, &args);
+    const holdfast_status status = function(context, &args);
     WaitForGil wait;
     PyEval_RestoreThread(thread);
     wait.waiting = false;
@@ -385,14 +389,30 @@ int64_t chunk_size_argument(py::handle chunk_size) {
     return value;
 }
 
-/// Whether q, k and v have shapes from which those of the outputs follow: holdfast_forward refuses all others.
-bool shapes_agree(const DLTensor &q, const DLTensor &k, const DLTensor &v) {
+/// Whether q, k and v have shapes, of `rank` axes, from which those of the outputs follow: the library refuses all others.
+bool shapes_agree(int rank, const DLTensor &q, const DLTensor &k, const DLTensor &v) {
     for (const DLTensor *tensor : {&q, &k, &v})
-        if (tensor->ndim != 4 || !tensor->shape) return false;
+        if (tensor->ndim != rank || !tensor->shape) return false;
     auto small = [](int64_t extent) { return extent >= 0 && extent <= std::numeric_limits<int32_t>::max(); };
-    return std::equal(q.shape, q.shape + 4, k.shape) && std::equal(q.shape, q.shape + 3, v.shape) &&
-           std::all_of(q.shape, q.shape + 4, small) && small(v.shape[3]);
+    const int last = rank - 1;
+    return std::equal(q.shape, q.shape + rank, k.shape) && std::equal(q.shape, q.shape + last, v.shape) &&
+           std::all_of(q.shape, q.shape + rank, small) && small(v.shape[last]);
 }
+
+/// A new NumPy array for elements of that type, of bfloat16 for their bits, in uint16.
+template<class... Extents>
+py::object empty_array(DLDataType type, Extents... extents) {
+    const Constants &c = constants();
+    const py::object &dtype = same(type, float16) ? c.float16 : same(type, bfloat16) ? c.uint16 : c.float32;
+    return c.empty(py::make_tuple(extents...), dtype);
+}
+
+/// Stands in, where q is, for an `out` whose shape is not known, so that the library gets as far as saying what is wrong.
+struct Nowhere {
+    int64_t shape[4] = {};
+    DLTensor tensor;
+    Nowhere(int rank, const DLTensor &q) : tensor{nullptr, q.device, rank, q.dtype, shape, nullptr, 0} {}
+};
 
 /// out, or (out, state): NumPy arrays, except for an `out` or `final_state` that is given. A new `out` of bfloat16 is its bits,
 /// in uint16. `stream` is of CUDA, as DLPack numbers them.
@@ -417,34 +437,61 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     args.scale = scale_argument(scale);
     args.chunk_size = chunk_size_argument(chunk_size);
 
-    // Without shapes to go by, an empty `out` stands in, so that the library gets as far as saying what is wrong.
-    int64_t no_shape[4] = {};
     const DLDataType type = args.q->dtype;
-    DLTensor nowhere = {nullptr, args.q->device, 4, type, no_shape, nullptr, 0};
-    if (shapes_agree(*args.q, *args.k, *args.v)) {
-        auto empty = [](DLDataType type, auto... extents) {
-            const Constants &c = constants();
-            const py::object &dtype = same(type, float16) ? c.float16 : same(type, bfloat16) ? c.uint16 : c.float32;
-            return c.empty(py::make_tuple(extents...), dtype);
-        };
+    Nowhere nowhere(4, *args.q);
+    if (shapes_agree(4, *args.q, *args.k, *args.v)) {
         const int64_t *shape = args.q->shape, V = args.v->shape[3];
         if (out.is_none()) {
-            out = empty(type, shape[0], shape[1], shape[2], V);
+            out = empty_array(type, shape[0], shape[1], shape[2], V);
             out_array.borrow("out", out, 4, true);
             out_array.get()->dtype = type;
         }
         if (return_state && final_state.is_none()) {
-            final_state = empty(float32, shape[0], shape[2], shape[3], V);
+            final_state = empty_array(float32, shape[0], shape[2], shape[3], V);
             final_state_array.borrow("final_state", final_state, 4, true);
         }
     }
-    args.out = out_array.get() ? out_array.get() : &nowhere;
+    args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
     args.final_state = final_state_array.get();
 
     holdfast_context *c = context();
     holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
-    if (holdfast_status status = forward_without_gil(c, args)) raise_status(status, holdfast_last_error(c));
+    if (holdfast_status status = without_gil(holdfast_forward, c, args)) raise_status(status, holdfast_last_error(c));
     return return_state ? py::make_tuple(out, final_state) : out;
+}
+
+/// out: a NumPy array as from forward(), except for one that is given. The state is updated in place.
+py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle state, py::handle scale,
+                py::object out) {
+    Array q_array, k_array, v_array, log_decay_array, state_array, out_array;
+    q_array.borrow("q", q, 3);
+    k_array.borrow("k", k, 3);
+    v_array.borrow("v", v, 3);
+    if (!log_decay.is_none()) log_decay_array.borrow("log_decay", log_decay, 1);
+    state_array.borrow("state", state, 4, true);
+    if (!out.is_none()) out_array.borrow("out", out, 3, true);
+
+    holdfast_step_args args = {};
+    args.struct_size = sizeof args;
+    args.q = q_array.get();
+    args.k = k_array.get();
+    args.v = v_array.get();
+    args.log_decay = log_decay_array.get();
+    args.state = state_array.get();
+    args.scale = scale_argument(scale);
+
+    const DLDataType type = args.q->dtype;
+    Nowhere nowhere(3, *args.q);
+    if (out.is_none() && shapes_agree(3, *args.q, *args.k, *args.v)) {
+        out = empty_array(type, args.q->shape[0], args.q->shape[1], args.v->shape[2]);
+        out_array.borrow("out", out, 3, true);
+        out_array.get()->dtype = type;
+    }
+    args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
+
+    holdfast_context *c = context();
+    if (holdfast_status status = without_gil(holdfast_step, c, args)) raise_status(status, holdfast_last_error(c));
+    return out;
 }
 
 std::vector<holdfast_backend> all_backends() {
@@ -499,7 +546,8 @@ py::tuple variants() {
         variant["runs_here"] = v.runs_here != 0;
         variant["selected"] = v.selected != 0;
         const py::str missing = v.missing;
-        variant["missing"] = gpu_targets.count(v.target) && !v.runs_here ? py::list(py::make_tuple(missing)) : py::list(missing.attr("split")());
+        variant["missing"] =
+            gpu_targets.count(v.target) && !v.runs_here ? py::list(py::make_tuple(missing)) : py::list(missing.attr("split")());
         list.append(variant);
     }
     return py::make_tuple(list, why_not);
@@ -511,6 +559,7 @@ PYBIND11_MODULE(_holdfast, m) {
     m.attr("TargetUnavailable") = constants().target_unavailable;
     m.def("forward", forward);
     m.def("bfloat16_capsule", bfloat16_capsule);
+    m.def("step", step);
     m.def("backends", backends);
     m.def("variants", variants);
     m.def("version", holdfast_version);

@@ -138,7 +138,8 @@ Choice choose_backend(const holdfast_context &c, Backend home) {
         if (c.backend && *c.backend != forced->backend)
             fail(HOLDFAST_TARGET_UNAVAILABLE, "target is '", forced->name, "', of backend ", name_of(forced->backend),
                  ", and the context's backend is ", name_of(*c.backend), "; expected a target of that backend");
-        choice.backend = forced->backend, choice.why = c.target ? "target forced by the context" : "target forced by HOLDFAST_TARGET";
+        choice.backend = forced->backend,
+        choice.why = c.target ? "target forced by the context" : "target forced by HOLDFAST_TARGET";
     }
     if (home != Backend::cpu && choice.backend != home)
         fail(HOLDFAST_UNSUPPORTED, "the tensors are in memory of backend ", name_of(home), ", and ", choice.why, " is ",
@@ -334,10 +335,12 @@ holdfast_status holdfast_variant_at(holdfast_context *context, int index, holdfa
         if (index < 0 || index >= count) fail(HOLDFAST_INVALID_ARGUMENT, "index is ", index, "; expected 0 to ", count - 1);
         const Variant &v = variants()[index];
         const std::string &missing = missing_for(*v.target);
-        *variant = {v.name, v.kernel, v.dtype, v.target->name, v.chunk, v.key_size, v.value_size, missing.empty(), 0, missing.c_str()};
+        *variant = {v.name,       v.kernel,        v.dtype, v.target->name, v.chunk, v.key_size,
+                    v.value_size, missing.empty(), 0,       missing.c_str()};
         const Target *forced = c.target ? c.target : environment_target();
         if (missing.empty() && (!forced || forced == v.target) && (!c.backend || c.backend == v.target->backend))
-            variant->selected = &select_variant(v.kernel, v.dtype, v.key_size, v.value_size, 0, v.target->backend, forced) == &v;
+            variant->selected =
+                &select_variant(v.kernel, v.dtype, v.key_size, v.value_size, 0, v.target->backend, forced) == &v;
     });
 }
 
@@ -348,7 +351,8 @@ holdfast_status holdfast_backend_at(int index, holdfast_backend *backend) {
         const int count = holdfast_backend_count();
         if (!backend) fail(HOLDFAST_INVALID_ARGUMENT, "backend is NULL; expected a holdfast_backend to fill in");
         if (backend->struct_size < sizeof *backend)
-            fail(HOLDFAST_INVALID_ARGUMENT, "backend.struct_size is ", backend->struct_size, "; expected sizeof(holdfast_backend), at least ", sizeof *backend);
+            fail(HOLDFAST_INVALID_ARGUMENT, "backend.struct_size is ", backend->struct_size,
+                 "; expected sizeof(holdfast_backend), at least ", sizeof *backend);
         if (index < 0 || index >= count) fail(HOLDFAST_INVALID_ARGUMENT, "index is ", index, "; expected 0 to ", count - 1);
         static struct Lists {
             std::string devices[std::size(all_backends)], targets[std::size(all_backends)];
@@ -357,13 +361,20 @@ holdfast_status holdfast_backend_at(int index, holdfast_backend *backend) {
         const Backend b = all_backends[index];
         const Availability &found = availability(b);
         std::call_once(lists.once[index], [&] {
-            for (const std::string &device : found.devices) lists.devices[index] += (lists.devices[index].empty() ? "" : "\n") + device;
+            for (const std::string &device : found.devices)
+                lists.devices[index] += (lists.devices[index].empty() ? "" : "\n") + device;
             for (const Target &t : targets())
                 if (t.backend == b) lists.targets[index] += (lists.targets[index].empty() ? "" : " ") + std::string(t.name);
         });
         const size_t size = backend->struct_size;
-        *backend = {size, name_of(b), compiled(b), found.missing.empty(), found.missing.c_str(), (int32_t)found.devices.size(),
-                    lists.devices[index].c_str(), lists.targets[index].c_str()};
+        *backend = {size,
+                    name_of(b),
+                    compiled(b),
+                    found.missing.empty(),
+                    found.missing.c_str(),
+                    (int32_t)found.devices.size(),
+                    lists.devices[index].c_str(),
+                    lists.targets[index].c_str()};
     });
 }
 

@@ -51,10 +51,10 @@ private:
 struct holdfast_context {
     holdfast_context();
     std::string error;
-    const holdfast::Target *target = nullptr;  // forced; null: HOLDFAST_TARGET, or the best
-    std::optional<holdfast::Backend> backend;  // forced; none: where the tensors are
+    const holdfast::Target *target = nullptr;   // forced; null: HOLDFAST_TARGET, or the best
+    std::optional<holdfast::Backend> backend;   // forced; none: where the tensors are
     void *device = nullptr, *stream = nullptr;  // as holdfast_context_set_device and _set_stream took them
-    int threads = 0;                           // 0: one per core
+    int threads = 0;                            // 0: one per core
     holdfast_parallel_for parallel_for = nullptr;
     void *parallel_for_user = nullptr;
     holdfast::Allocator allocator;

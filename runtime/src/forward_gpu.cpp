@@ -322,8 +322,9 @@ void issue(const Run &run) {
             View state_out = p.final_state.rank ? states(final)
                                                 : View(*unwanted_state, 0, float32,
                                                        {{0, V, 1}, {0, K, V}, {0, 1, 0}, {0, H, K * V}, {0, B, H * K * V}});
-            run.check(run.variant.name, run.variant.run(&workspace, &q_rows, &k_rows, &v_rows, &log_decay, &state_in, &chunks,
-                                                        (int32_t)count, p.scale, &out_rows, &state_out));
+            run.check(run.variant.name,
+                      std::get<ChunkwiseKernel *>(run.variant.run)(&workspace, &q_rows, &k_rows, &v_rows, &log_decay, &state_in,
+                                                                   &chunks, (int32_t)count, p.scale, &out_rows, &state_out));
         }
     out.fetch(run, p.out);
     final.fetch(run, p.final_state);
@@ -333,12 +334,22 @@ int64_t chunk_of(const Problem &p, const Variant &variant) {
     return p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
 }
 
+/// What a workspace's kernels find while a call lasts, also one that fails.
+class Lent {
+public:
+    Lent(Workspace &workspace, DeviceCall &call) : workspace(workspace) { workspace.device = &call; }
+    Lent(const Lent &) = delete;
+    ~Lent() { workspace.device = nullptr; }
+
+private:
+    Workspace &workspace;
+};
+
 size_t rehearse(Workspace &workspace, const Problem &p, const Variant &variant) {
     Arena arena(Arena::alignment, std::numeric_limits<size_t>::max() / 2);
     DeviceCall call{Place{Backend::cuda}, &arena, nullptr, true};
-    workspace.device = &call;
+    const Lent lent(workspace, call);
     issue({p, variant, workspace, call, chunk_of(p, variant)});
-    workspace.device = nullptr;
     return arena.most();
 }
 
@@ -427,9 +438,8 @@ void forward_on_gpu(holdfast_context &c, const Problem &p, const Variant &varian
             }
             Arena arena(memory, needed);
             DeviceCall call{place, &arena};
-            workspace.device = &call;
+            const Lent lent(workspace, call);
             issue({p, variant, workspace, call, chunk_of(p, variant)});
-            workspace.device = nullptr;
             return;
         }
 #if HOLDFAST_HAS_OPENCL
@@ -439,13 +449,12 @@ void forward_on_gpu(holdfast_context &c, const Problem &p, const Variant &varian
         check_place(p, place);
         workspace.device_memory.move_to(place);
         DeviceCall call{place, nullptr, &workspace.device_memory};
-        workspace.device = &call;
+        const Lent lent(workspace, call);
         std::lock_guard<std::mutex> lock(call_mutex(place.backend));
         const Run run{p, variant, workspace, call, chunk_of(p, variant)};
         issue(run);
         if (!p.q.on_host() && place.backend == Backend::metal)
             run.check("waiting for the device", halide_device_sync_global(&workspace, run.interface()));
-        workspace.device = nullptr;
     });
 }
 

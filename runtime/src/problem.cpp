@@ -20,7 +20,8 @@ Args checked_args(const Args *args, const char *type, size_t first_version) {
     if (!args) fail(HOLDFAST_INVALID_ARGUMENT, "args is NULL; expected a ", type);
     const size_t size = args->struct_size;
     if (size < first_version)
-        fail(HOLDFAST_INVALID_ARGUMENT, "args.struct_size is ", size, "; expected sizeof(", type, "), at least ", first_version);
+        fail(HOLDFAST_INVALID_ARGUMENT, "args.struct_size is ", size, "; expected sizeof(", type, "), at least ",
+             first_version);
     for (size_t n = sizeof *args; n < size; n++)
         if (((const unsigned char *)args)[n])
             fail(HOLDFAST_UNSUPPORTED, "args.struct_size is ", size, " and byte ", n, " is not zero; expected zeros past byte ",
@@ -64,7 +65,8 @@ Tensor with_time(Tensor t) {
 
 /// Arguments of holdfast_forward, or of holdfast_step as far as they are the same, its state in the place of both states.
 Problem checked(const holdfast_forward_args &args, bool step) {
-    const TensorSpec q{"q", step ? "BHK" : "BTHK", true}, k{"k", q.axes, true}, v{"v", step ? "BHV" : "BTHV", true}, out{"out", v.axes, true};
+    const TensorSpec q{"q", step ? "BHK" : "BTHK", true}, k{"k", q.axes, true}, v{"v", step ? "BHV" : "BTHV", true},
+        out{"out", v.axes, true};
     const TensorSpec initial{step ? "state" : "initial_state", "BHKV"}, final{step ? "state" : "final_state", "BHKV"};
     const int last = step ? 2 : 3;  // axis of q, k, v, out
     Problem p{};
@@ -88,8 +90,8 @@ Problem checked(const holdfast_forward_args &args, bool step) {
         const bool per_head = args.log_decay->ndim == 1;
         const TensorSpec spec{"log_decay", per_head ? "H" : step ? "BH" : "BTH"};
         if (!per_head && args.log_decay->ndim != last)
-            fail(HOLDFAST_INVALID_ARGUMENT, "log_decay has ", args.log_decay->ndim, " dimensions; expected 1, [H], or ", last, ", ",
-                 describe(spec));
+            fail(HOLDFAST_INVALID_ARGUMENT, "log_decay has ", args.log_decay->ndim, " dimensions; expected 1, [H], or ", last,
+                 ", ", describe(spec));
         p.log_decay = check_tensor(spec, args.log_decay);
         for (int axis = 0; axis < p.log_decay.rank; axis++)
             check_extent(spec, p.log_decay, axis, per_head ? p.H : p.q.shape[axis], "of q");
@@ -139,6 +141,15 @@ Problem checked_problem(const holdfast_forward_args *args) {
     return checked(checked_args(args, "holdfast_forward_args", first_version), false);
 }
 
+Problem checked_problem(const holdfast_step_args *args) {
+    constexpr size_t first_version = offsetof(holdfast_step_args, scale) + sizeof(float);
+    const holdfast_step_args step = checked_args(args, "holdfast_step_args", first_version);
+    holdfast_forward_args same{};
+    same.q = step.q, same.k = step.k, same.v = step.v, same.log_decay = step.log_decay, same.initial_state = step.state;
+    same.out = step.out, same.scale = step.scale;
+    return checked(same, true);
+}
+
 Backend Problem::home() const {
     Backend backend = Backend::cpu;
     backend_of(q.device.device_type, &backend);
@@ -155,6 +166,15 @@ void check_kernel_strides(const Problem &p, int64_t tokens) {
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check(*t, 1, std::min(tokens, p.T));
     if (p.log_decay.rank == 3) check(p.log_decay, 1, std::min(tokens, p.T));
     for (const Tensor *t : {&p.initial_state, &p.final_state}) check(*t, 2, p.K);
+}
+
+void announce(const holdfast_context &c, const char *call, const Variant &variant, const char *why, const Problem &p,
+              const std::string &how, int64_t pieces) {
+    if (!c.verbose) return;
+    std::ostringstream line;
+    line << call << ": " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K " << p.K
+         << ", V " << p.V << ", " << how << ", " << c.threads_for(pieces) << " threads";
+    c.verbose(c.verbose_user, line.str().c_str());
 }
 
 }  // namespace holdfast

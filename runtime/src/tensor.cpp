@@ -8,11 +8,9 @@
 #include <limits>
 #include <numeric>
 #include <string>
-#include <vector>
 
 namespace holdfast {
 namespace {
-
 
 std::string describe(DLDataType type) {
     const char *code = type.code == kDLInt       ? "int"
@@ -82,8 +80,8 @@ void check_same_device(const Tensor &tensor, const Tensor &other) {
     Backend a{}, b{};
     backend_of(tensor.device.device_type, &a), backend_of(other.device.device_type, &b);
     if (a != b || (a != Backend::cpu && tensor.device.device_id != other.device.device_id))
-        fail(HOLDFAST_INVALID_ARGUMENT, tensor.name, " is on ", describe(tensor.device), " and ", other.name, " on ", describe(other.device),
-             "; expected all tensors on one device");
+        fail(HOLDFAST_INVALID_ARGUMENT, tensor.name, " is on ", describe(tensor.device), " and ", other.name, " on ",
+             describe(other.device), "; expected all tensors on one device");
 }
 
 Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
@@ -168,11 +166,15 @@ void check_rows(const Tensor &t) {
 void check_distinct_elements(const Tensor &t) {
     if (t.empty()) return;
     // Nested axes: each, taken by growing stride, steps over all that the smaller ones cover.
-    std::vector<int> order(t.rank);
-    std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int a, int b) { return std::llabs(t.stride[a]) < std::llabs(t.stride[b]); });
+    int order[Tensor::max_rank];
+    for (int axis = 0; axis < t.rank; axis++) {
+        int n = axis;
+        for (; n > 0 && std::llabs(t.stride[order[n - 1]]) > std::llabs(t.stride[axis]); n--) order[n] = order[n - 1];
+        order[n] = axis;
+    }
     int64_t covered = 1;
-    for (int axis : order) {
+    for (int n = 0; n < t.rank; n++) {
+        const int axis = order[n];
         if (t.shape[axis] == 1) continue;
         const int64_t step = std::llabs(t.stride[axis]);
         if (step < covered)

@@ -29,7 +29,8 @@ Backend require_backend(const std::string &name) {
     for (Backend backend : all_backends) {
         if (name == name_of(backend)) {
             const std::string &missing = availability(backend).missing;
-            if (!missing.empty()) fail(HOLDFAST_TARGET_UNAVAILABLE, "backend is '", name, "', which cannot run here: ", missing);
+            if (!missing.empty())
+                fail(HOLDFAST_TARGET_UNAVAILABLE, "backend is '", name, "', which cannot run here: ", missing);
             return backend;
         }
         known += (known.empty() ? "" : ", ") + std::string(name_of(backend));
@@ -60,8 +61,8 @@ const Target *require_target(const std::string &name, const char *prefix) {
     for (const Target &t : targets()) known += (known.empty() ? "" : ", ") + std::string(t.name);
     if (!target) fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name, "'; expected one of ", known);
     if (!target->missing_features.empty())
-        fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name, "', which needs CPU features that this machine lacks: ",
-             target->missing_features);
+        fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name,
+             "', which needs CPU features that this machine lacks: ", target->missing_features);
     fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name, "', whose backend cannot run here: ", missing_for(*target));
 }
 
@@ -73,13 +74,14 @@ const Target *environment_target() {
     return name.empty() ? nullptr : require_target(name, "HOLDFAST_TARGET: ");
 }
 
-const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,
-                              int64_t chunk_size, Backend backend, const Target *forced) {
+const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
+                              Backend backend, const Target *forced) {
     const Variant *best = nullptr;
     for (const Variant &v : variants()) {
-        if (std::strcmp(v.kernel, kernel) || std::strcmp(v.dtype, dtype)) continue;
+        // Names last: they are the slowest to compare, and a call for one token has no time to lose.
         if (forced ? v.target != forced : v.target->backend != backend || !v.target->missing_features.empty()) continue;
         if ((v.key_size && v.key_size != key_size) || (v.value_size && v.value_size != value_size)) continue;
+        if (std::strcmp(v.kernel, kernel) || std::strcmp(v.dtype, dtype)) continue;
         // The list is best first: a later row replaces the first only for its chunk, all else being equal.
         if (!best) {
             best = &v;

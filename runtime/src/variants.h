@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <variant>
 #include <vector>
 
 struct halide_buffer_t;
@@ -15,21 +16,26 @@ using ChunkwiseKernel = int(const void *user_context, halide_buffer_t *q, halide
                             halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count,
                             float scale, halide_buffer_t *out, halide_buffer_t *state_out);
 
+using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                            halide_buffer_t *log_decay, float scale, halide_buffer_t *state, halide_buffer_t *sum,
+                            halide_buffer_t *out);
+
 struct Target {
     const char *name;
     Backend backend;
     std::string missing_features;  // CPU features it needs and this machine lacks
-    int (*fill_chunk_table)(const void *user_context, int32_t tokens, int32_t chunk, int32_t count, halide_buffer_t *table);  // GPUs
+    int (*fill_chunk_table)(const void *user_context, int32_t tokens, int32_t chunk, int32_t count,
+                            halide_buffer_t *table);  // GPUs
 };
 
 struct Variant {
     const char *kernel, *name, *dtype;
-    int chunk, key_size, value_size;  // sizes 0: any
+    int chunk, key_size, value_size;  // chunk 0: the kernel knows none; sizes 0: any
     const Target *target;
-    ChunkwiseKernel *run;
+    std::variant<ChunkwiseKernel *, RecurrentKernel *> run;  // that of `kernel`
 };
 
-const std::vector<Target> &targets();    // best first
+const std::vector<Target> &targets();  // best first
 
 /// What a target needs and this machine lacks: CPU features, or why its backend cannot run; "": it runs here. Loads the
 /// backend's driver.
@@ -55,7 +61,7 @@ const Target *environment_target();
 
 /// The variant to run: the best target of `backend` that runs here, or `forced`; exact sizes before `any`; the shortest chunk that holds
 /// `chunk_size` tokens, else the longest (chunk_size 0: the first listed). Throws UNSUPPORTED when there is none.
-const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,
-                              int64_t chunk_size, Backend backend, const Target *forced);
+const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
+                              Backend backend, const Target *forced);
 
 }  // namespace holdfast

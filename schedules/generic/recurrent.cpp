@@ -12,9 +12,11 @@ void apply(RecurrentFuncs &f, const RecurrentSizes &, const Target &target) {
     const int vec = target.natural_vector_size<float>();
     const TailStrategy tail = TailStrategy::GuardWithIf;  // neither beyond the row nor anything twice: the state is in place
 
-    f.state_and_out.update().split(e, eo, ei, vec, tail).reorder(ei, f.over_key_feature, eo, h, b).vectorize(ei);
-    f.decay.compute_at(f.state_and_out, h);
-    f.v.compute_at(f.state_and_out, eo).vectorize(f.v.args()[0], vec, tail);
+    f.state_and_sum.update().split(e, eo, ei, vec, tail).reorder(ei, f.over_key_feature, eo, h, b).vectorize(ei);
+    f.decay.compute_at(f.state_and_sum, h);
+    for (Func row : {f.q, f.k}) row.compute_at(f.state_and_sum, h).vectorize(row.args()[0], vec, tail);
+    f.v.compute_at(f.state_and_sum, eo).vectorize(f.v.args()[0], vec, tail);
+    f.result.vectorize(e, vec, tail);
 }
 
 bool matches(const Target &t, const RecurrentSizes &) { return !t.has_gpu_feature(); }

@@ -1,5 +1,6 @@
-// The choice among schedules (schedules/schedule.h): with schedules made up here, and with those of chunkwise.
+// The choice among schedules (schedules/schedule.h): with schedules made up here, and with those of the kernels.
 #include "../../generators/chunkwise.h"
+#include "../../generators/recurrent.h"
 #include "../../schedules/schedule.h"
 
 #include <gtest/gtest.h>
@@ -109,6 +110,21 @@ TEST(ChunkwiseSchedules, GenericTakesTheRest) {
     EXPECT_EQ(best(avx2, 20, 64, 64), "generic");
     EXPECT_EQ(best(generic, 64, 64, 64), "generic");
     EXPECT_EQ(best(Target("arm-64-linux"), 64, 64, 64), "generic");
+}
+
+std::string best_recurrent(const Target &target, int key, int value) {
+    return holdfast::Schedule<holdfast::RecurrentFuncs, holdfast::RecurrentSizes>::best({key, value}, target).name;
+}
+
+TEST(RecurrentSchedules, X86TakesWholeVectors) {
+    EXPECT_EQ(best_recurrent(avx512, 64, 64), "x86");
+    EXPECT_EQ(best_recurrent(avx512, 256, 512), "x86");
+    EXPECT_EQ(best_recurrent(avx2, 32, 8), "x86");
+    EXPECT_EQ(best_recurrent(avx512, 32, 8), "generic");
+    EXPECT_EQ(best_recurrent(avx2, 33, 64), "generic");
+    EXPECT_EQ(best_recurrent(avx2, 0, 0), "generic");
+    EXPECT_EQ(best_recurrent(generic, 64, 64), "generic");
+    EXPECT_EQ(best_recurrent(Target("arm-64-linux"), 64, 64), "generic");
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Backends by their names; and tensors in OpenCL's memory, used where they lie, on whatever OpenCL device this machine has.
 #include "../../runtime/src/arena.h"
-#include "../forward.h"
+#include "../step.h"
 
 #include <dlfcn.h>
 
@@ -81,6 +81,23 @@ TEST(Backends, ForcingOneThatCannotRunIsAnError) {
     for (const char *name : {"", "CUDA", "gpu"}) {
         EXPECT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_TARGET_UNAVAILABLE);
         EXPECT_EQ(context.error(), std::string("backend is '") + name + "'; expected one of cpu, cuda, metal, opencl, vulkan");
+    }
+}
+
+TEST(Backends, StepsAreTheCpus) {
+    for (const char *name : {"cuda", "metal", "opencl", "vulkan"}) {
+        if (!backend(name).available) continue;
+        SCOPED_TRACE(name);
+        Context context;
+        ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+        Problem p{1, 1, 2, 8, 8};
+        const Array out = p.out, state = p.final_state;
+        EXPECT_EQ(step(p.forward(), 0).run(context), HOLDFAST_UNSUPPORTED);
+        EXPECT_NE(context.error().find(std::string("backend ") + name + "; expected the CPU"), std::string::npos)
+            << context.error();
+        EXPECT_TRUE(p.out.same_memory(out) && p.final_state.same_memory(state));
+        ASSERT_EQ(holdfast_context_set_backend(context, "cpu"), HOLDFAST_OK);
+        EXPECT_EQ(step(p.forward(), 0).run(context), HOLDFAST_OK) << context.error();
     }
 }
 

@@ -23,15 +23,20 @@ int main(void) {
       (function)holdfast_variant_at,
       (function)holdfast_cpu_features,
       (function)holdfast_forward,
+      (function)holdfast_step,
   };
   size_t n;
   static holdfast_forward_args args;
+  static holdfast_step_args step_args;
   args.struct_size = sizeof args;
   if (holdfast_forward(NULL, &args) != HOLDFAST_INVALID_ARGUMENT)
     return 1;
   if (strcmp(holdfast_last_error(NULL),
              "q is NULL; expected a tensor [B, T, H, K]") != 0)
     return 2;
+  step_args.struct_size = sizeof step_args;
+  if (holdfast_step(NULL, &step_args) != HOLDFAST_INVALID_ARGUMENT)
+    return 4;
   for (n = 0; n < sizeof functions / sizeof *functions; n++)
     if (!functions[n])
       return 3;

@@ -184,7 +184,9 @@ std::vector<std::vector<Object *>> &pools() {
 }
 template<class T>
 T *autorelease(T *object) {
-    if (!pools().empty()) pools().back().push_back(object);
+    // Without a pool nobody gives it back: so it is in Halide's cleaning up at exit.
+    static auto &for_good = *new std::vector<Object *>;
+    (pools().empty() ? for_good : pools().back()).push_back(object);
     return object;
 }
 

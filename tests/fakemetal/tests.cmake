@@ -1,4 +1,4 @@
-# What the stand-in for Metal makes possible. It is always there, so that none of its tests may be skipped. Halide's Metal
+# What the stand-in for Metal makes possible. It is always there, so that no test may be skipped for lack of it. Halide's Metal
 # runtime keeps its device, queue and kernels until the process ends: leaks, to the address sanitizer.
 set(metal_modifications HOLDFAST_TARGET=unset: HOLDFAST_REQUIRED_BACKENDS=set:metal ASAN_OPTIONS=set:detect_leaks=0)
 set_property(TEST variants_test.metal PROPERTY ENVIRONMENT_MODIFICATION ${metal_modifications})

@@ -339,13 +339,13 @@ TEST(Target, WhatDoesNotRunHereIsAnError) {
     if (!tried) GTEST_SKIP() << "this machine runs every target";
 }
 
-TEST(Target, OneVariantIsSelectedForEachTypeAndSize) {
-    std::map<std::tuple<std::string, std::string, int, int>, int> selected;
+TEST(Target, OneVariantIsSelectedForEachKernelTypeAndSize) {
+    std::map<std::tuple<std::string, std::string, std::string, int, int>, int> selected;
     for (const holdfast_variant &v : variants())
-        if (v.runs_here) selected[{backend_of(v.target), v.dtype, v.key_size, v.value_size}] += v.selected;
-    for (const auto &[what, count] : selected)
-        EXPECT_EQ(count, 1) << std::get<0>(what) << ", " << std::get<1>(what) << ", " << std::get<2>(what) << " x "
-                            << std::get<3>(what);
+        if (v.runs_here) selected[{backend_of(v.target), v.kernel, v.dtype, v.key_size, v.value_size}] += v.selected;
+    for (const auto &[of, count] : selected)
+        EXPECT_EQ(count, 1) << std::get<0>(of) << ", " << std::get<1>(of) << " of " << std::get<2>(of) << ", "
+                            << std::get<3>(of) << " x " << std::get<4>(of);
 }
 
 }  // namespace

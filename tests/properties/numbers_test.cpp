@@ -36,6 +36,29 @@ TEST_P(Numbers, RelativeErrorOf4096Tokens) {
     EXPECT_LE(relative_rms(tokens.final_state.values(), want.state), tolerance::relative_rms) << "token by token";
 }
 
+TEST_P(Numbers, DecaysThatFp32CannotHoldDoNotDrift) {
+    // RetNet's decays, 1 - 2^-n, are numbers of fp32. These are not: rounded, each would be off the same way at every token.
+    for (bool token_by_token : {false, true}) {
+        SCOPED_TRACE(token_by_token ? "token by token" : "one call");
+        if (token_by_token && backend_of(GetParam().target) != "cpu") continue;  // as above
+        Context context(GetParam().target);
+        Problem p = retnet();
+        each({p.H}, [&](const Index &h) { p.log_decay({0, 0, h[0]}) = -1e-4f * (float)(1 + std::sqrt(h[0])); });
+        if (token_by_token)
+            run_token_by_token(p.forward(), context);
+        else
+            run(p.forward(), context);
+        const std::vector<double> want = reference::retention(p.inputs()).state;
+        const std::vector<float> got = p.final_state.values();
+        for (int64_t h = 0; h < p.H; h++) {
+            const int64_t size = p.K * p.V;
+            const std::vector<double> want_of_head(want.begin() + h * size, want.begin() + (h + 1) * size);
+            const std::vector<float> got_of_head(got.begin() + h * size, got.begin() + (h + 1) * size);
+            EXPECT_LE(relative_rms(got_of_head, want_of_head), tolerance::relative_rms) << "head " << h;
+        }
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(, Numbers, testing::ValuesIn(instances({{64, 64}}, {{64, 64}})),
                          [](const auto &info) { return name(info.param); });
 
@@ -88,6 +111,12 @@ constexpr int64_t gigabyte = (1 << 30) / sizeof(float);  // in elements
 TEST(LargeTensors, BatchEntriesAndHeadsGigabytesApart) {
     const Index rows = {3 * gigabyte, 64, -5 * gigabyte, 1}, states = {-5 * gigabyte, 3 * gigabyte, 64, 1};
     expect_same_far_apart({2, 70, 2, 64, 64}, {rows, rows, rows, {3 * gigabyte, -1, 5 * gigabyte}, states, rows, states});
+}
+
+TEST(LargeTensors, FewTokensOfHeadsGigabytesApart) {
+    const Index rows = {12 * gigabyte, 2 * gigabyte, -5 * gigabyte, 1}, states = {-5 * gigabyte, 3 * gigabyte, 64, 1};
+    for (int64_t T : {1, 3})
+        expect_same_far_apart({2, T, 2, 64, 64}, {rows, rows, rows, {3 * gigabyte, -1, 5 * gigabyte}, states, rows, states});
 }
 
 TEST(LargeTensors, TokensGigabytesApartInSum) {

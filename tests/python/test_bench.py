@@ -37,7 +37,11 @@ def test_quick_without_peers(brief, nothing_installed, tmp_path, capsys):
     assert [tuple(result["shape"].values()) for result in report["results"]] == bench.QUICK
     for result in report["results"]:
         (ours,) = result["times"]
-        assert ours["name"] == "Holdfast" and ours["how"].startswith("chunkwise_f32_") and "1 threads" in ours["how"]
+        assert (
+            ours["name"] == "Holdfast"
+            and ours["how"].startswith(("chunkwise_f32_", "recurrent_f32_"))
+            and "1 threads" in ours["how"]
+        )
         assert ours["correct"] and ours["relative_error"] < bench.TOLERANCE and ours["ratio"] == 1
         assert 0 < ours["best_ms"] == min(ours["all_ms"]) <= ours["median_ms"] and len(ours["all_ms"]) >= 2
         absent = {peer["name"]: peer["reason"] for peer in result["absent"]}

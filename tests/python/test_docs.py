@@ -89,7 +89,10 @@ def test_adding_hardware(tmp_path: Path) -> None:
 
     environment = {"PYTHONPATH": str(tree / "build/dev/python"), "HOLDFAST_TARGET": "avx"}
     info = json.loads(run([sys.executable, "-m", "holdfast", "info", "--json"], tree, **environment))
-    assert [v["name"] for v in info["variants"] if v["selected"]] == ["chunkwise_f32_c64_k64_v64_avx"]
+    assert [v["name"] for v in info["variants"] if v["selected"]] == [
+        "chunkwise_f32_c64_k64_v64_avx",
+        "recurrent_f32_k64_v64_avx",
+    ]
     # README's example checks itself, and now runs on the new target: its sizes are 64x64.
     ((_, _, example),) = blocks("README.md", "python")
     assert float(run([sys.executable, "-c", example], tree, **environment)) < 1e-4

@@ -1,4 +1,5 @@
-"""float16 and bfloat16: what retention() takes, what kind of array it returns, and that mixtures are refused."""
+"""float16 and bfloat16: what retention() and retention_step() take, what kind of array they return, and that mixtures
+are refused."""
 
 from __future__ import annotations
 
@@ -79,6 +80,7 @@ def rounded(problem):
             *(numbers(x) for x in stored.values()), p.log_decay, initial_state=p.initial_state
         )
         p.q, p.k, p.v = map(make_array, stored.values())
+        p.token = lambda t: [make_array(x[:, t]) for x in stored.values()]
         p.out = make_array(np.zeros((B, T, H, V), np.float16 if dtype == "float16" else np.uint16))
         return p
 
@@ -112,6 +114,17 @@ def test_out_is_written_in_place(rounded, dtype, kind):
     p = rounded(dtype, kind)
     assert holdfast.retention(p.q, p.k, p.v, p.log_decay, initial_state=p.initial_state, out=p.out) is p.out
     assert_close(numbers_of(dtype, kind, p.out), p.expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype, kind", KINDS)
+def test_steps(rounded, dtype, kind):
+    p, state = rounded(dtype, kind), rounded(dtype, kind).initial_state
+    for t in range(T):
+        out = holdfast.retention_step(*p.token(t), p.log_decay[:, t], state)
+        assert type(out) is returned_kind(dtype, kind)
+        assert_close(numbers_of(dtype, kind, out), p.expected[:, t], TOLERANCE[dtype])
+    assert_close(state, p.expected_state)
+    assert holdfast.retention_step(*p.token(0), None, state, out=out) is out
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -260,8 +260,6 @@ def test_arrays_of_later_versions(check, name):
 
 def test_functions_of_later_versions():
     x = np.ones((1, 1, 1, 1), np.float32)
-    with pytest.raises(NotImplementedError, match="retention_step"):
-        holdfast.retention_step(x, x, x, None, x)
     with pytest.raises(NotImplementedError, match="rotate"):
         holdfast.rotate(x, x)
     with pytest.raises(NotImplementedError, match="head_norm_gate"):

@@ -47,18 +47,21 @@ def test_info():
 def test_the_selected_variants_are_those_that_run(problem):
     lines = []
     holdfast.set_verbose(lines.append)
-    selected = [v for v in holdfast.info()["variants"] if v["selected"] and v["kernel"] == "chunkwise"]
-    assert selected and all(v["runs_here"] for v in selected)
+    selected = [v for v in holdfast.info()["variants"] if v["selected"]]
+    assert {v["kernel"] for v in selected} == {"chunkwise", "recurrent"} and all(v["runs_here"] for v in selected)
     for variant in selected:
         [backend] = [name for name, b in holdfast.info()["backends"].items() if variant["target"] in b["targets"]]
         holdfast.set_backend(backend if backend != "cpu" else None)
-        p = problem(1, 3, 1, variant["key_size"] or 5, variant["value_size"] or 3)
+        p = problem(1, variant["chunk"] or 1, 1, variant["key_size"] or 5, variant["value_size"] or 3)
         of_dtype = {
             "f32": lambda x: x,
             "f16": lambda x: x.astype(np.float16),
             "bf16": lambda x: holdfast.BFloat16Array(np.zeros(x.shape, np.uint16)),
         }[variant["dtype"]]
-        holdfast.retention(of_dtype(p.q), of_dtype(p.k), of_dtype(p.v))
+        if variant["kernel"] == "recurrent":
+            holdfast.retention_step(*(of_dtype(x[:, 0]) for x in (p.q, p.k, p.v)), None, p.initial_state)
+        else:
+            holdfast.retention(of_dtype(p.q), of_dtype(p.k), of_dtype(p.v))
         assert f" {variant['name']} " in lines.pop()
     holdfast.set_backend(None)
 

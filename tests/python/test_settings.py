@@ -126,7 +126,7 @@ def test_a_wrong_environment_variable(name, tmp_path):
 
 
 def test_num_threads(problem):
-    p = problem(1, 3, 8, 4, 4)
+    p = problem(1, 100, 8, 4, 4)
     assert holdfast.get_num_threads() == 0
     holdfast.set_num_threads(3)
     assert holdfast.get_num_threads() == 3

@@ -1,6 +1,7 @@
 // Every compiled variant of chunkwise, called directly, on every case of kernel_call.h. What this machine cannot run is
 // skipped, with the reason; a GPU backend that HOLDFAST_REQUIRED_BACKENDS names may not be.
 #include "../kernel_call.h"
+#include "missing.h"
 
 #include <holdfast/holdfast.h>
 #include <kernels.h>
@@ -27,28 +28,13 @@ constexpr const char *backend_of(std::string_view target) {
     return "";
 }
 constexpr Variant variants[] = {
-#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
+#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target) \
     {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), name},
+#define HOLDFAST_ROW_recurrent(...)
+#define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #include <variants.inc>
 #undef HOLDFAST_VARIANT
 };
-
-/// Why a variant cannot run here; "" if it can.
-std::string missing_here(const std::string &variant) {
-    holdfast_variant row;
-    for (int n = 0; holdfast_variant_at(nullptr, n, &row) == HOLDFAST_OK; n++)
-        if (variant == row.name) return row.missing;
-    return "(not listed by holdfast_variant_at)";
-}
-
-/// HOLDFAST_REQUIRED_BACKENDS, names separated by spaces, has that one.
-bool required(const std::string &backend) {
-    const char *list = std::getenv("HOLDFAST_REQUIRED_BACKENDS");
-    std::istringstream names(list ? list : "");
-    for (std::string name; names >> name;)
-        if (name == backend) return true;
-    return false;
-}
 
 struct Instance {
     Variant variant;
@@ -68,10 +54,7 @@ std::vector<Instance> instances() {
         std::vector<Size> sizes(std::begin(odd_sizes), std::end(odd_sizes));
         if (variant.size.K && variant.size.V) sizes = {variant.size};
         for (Size size : sizes)
-            for (const KernelCase &c : kernel_cases(variant.chunk)) {
-                // Halide's runtime does not copy negative strides to a GPU; the library never asks it to.
-                if (c.layout != Layout::reversed || variant.backend == std::string("cpu")) list.push_back({variant, size, c});
-            }
+            for (const KernelCase &c : kernel_cases(variant.chunk)) list.push_back({variant, size, c});
     }
     return list;
 }
@@ -83,6 +66,8 @@ TEST_P(Chunkwise, MatchesReference) {
     const std::string missing = missing_here(instance.variant.name), backend = instance.variant.backend;
     if (!missing.empty() && required(backend)) FAIL() << "HOLDFAST_REQUIRED_BACKENDS has " << backend << ": " << missing;
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
+    if (instance.kernel_case.layout == Layout::reversed && backend != "cpu")
+        GTEST_SKIP() << "Halide's runtime does not copy negative strides to a GPU; the library never asks it to";
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     const Variant &variant = instance.variant;
     KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype).expect_reference([&](auto &&...arguments) {

@@ -1,14 +1,15 @@
 """Holdfast: retention kernels compiled ahead of time.
 
-`retention` computes; `decay` makes RetNet's decays; `info` says what was compiled and what would run here;
-`set_num_threads`, `set_target`, `set_backend` and `set_verbose` set options for all calls of the process.
+`retention` computes; `retention_step` does one token, with the state in place; `decay` makes RetNet's decays; `info`
+says what was compiled and what would run here; `set_num_threads`, `set_target`, `set_backend` and `set_verbose` set
+options for all calls of the process.
 
 Arrays are anything that speaks the buffer protocol (NumPy, memoryview, ctypes, array) or DLPack (PyTorch, JAX, ...),
 used where they lie, without a copy. NumPy arrays of ml_dtypes' bfloat16, which speak neither, are known by the name of
-their dtype; ml_dtypes itself is not needed. Arrays on a GPU go by DLPack and are computed there: on CUDA the work is
-put into the stream that is current for PyTorch's tensors or CuPy's arrays, else into the default one. All functions
-may be called from several threads at once, and `retention`
-lets other Python threads run while it computes.
+their dtype; ml_dtypes itself is not needed. Arrays on a GPU go by DLPack and are computed there, by `retention`: on
+CUDA the work is put into the stream that is current for PyTorch's tensors or CuPy's arrays, else into the default one.
+All functions may be called from several threads at once, and `retention` and `retention_step` let other Python threads
+run while they compute.
 
 Errors name the argument, say what it was and what was expected:
     ValueError           a malformed argument, or one that contradicts another: rank, shape, stride, overlap, ...
@@ -138,9 +139,8 @@ def retention(
     q, k, v and out have one dtype: float32, float16 or bfloat16. log_decay and states are float32. Sums are in float32
     whatever the dtype, and out is rounded once, to the nearest. All arrays are on one device, of any strides but with a
     contiguous last axis (log_decay: any strides), also negative or 0 (inputs). On CUDA the call returns when its work
-    is in the stream. Inputs may be read-only and may share
-    memory; `out` may not share memory with any of them. B, T and H may be 0. Results are the same bits from call to
-    call and for any number of threads.
+    is in the stream. Inputs may be read-only and may share memory; `out` may not share memory with any of them. B, T
+    and H may be 0. Results are the same bits from call to call and for any number of threads.
 
     Raises: see the module. A positive or NaN decay is a ValueError.
     """
@@ -180,8 +180,44 @@ def retention_step(
     normalize: bool | None = None,
     out: Array | None = None,
 ) -> Any:
-    """One token of `retention`, with the state updated in place. Of a later version: NotImplementedError."""
-    raise NotImplementedError("retention_step is not implemented yet; retention with T = 1 computes the same")
+    """One token of `retention`, the state updated in place (decay first, then write): what a model does for each token
+    that it generates.
+
+        state <- exp(log_decay) state + k^T v
+        out = scale q state
+
+    Args:
+        q: queries [B, H, K].
+        k: keys [B, H, K].
+        v: values [B, H, V].
+        log_decay: natural logarithm of the decay, [H] or [B, H], each <= 0; -infinity forgets all that came before.
+            None: no decay.
+        state: [B, H, K, V], read and written.
+        scale: multiplies q.k; finite, not 0. None: K^-1/2.
+        degree: power of q.k; 1.
+        normalize: divide by the sum of weights; False. None: degree > 1.
+        out: written in place and returned itself, [B, H, V].
+        sum_of_keys: of later versions, like all other values of degree and normalize: NotImplementedError.
+
+    Returns:
+        out [B, H, V]: a new array of q's kind, as from `retention`, unless `out` is given.
+
+    Arrays are as for `retention`, but on the CPU only; neither `state` nor `out` may share memory with another one.
+    Results are those of `retention` with T = 1, to the bit. `out` spares the making of an array, which takes as long as
+    a small step.
+
+    Raises: see the module. A positive or NaN decay is a ValueError. After an error other than MemoryError and
+    RuntimeError the state is as it was.
+    """
+    if (degree, normalize) != (1, None):
+        _check_option("degree", degree, now=(1,), later=(2, 3, 4))
+        _check_option("normalize", normalize, now=(None, False), later=(True,))
+    if sum_of_keys is not None:
+        raise NotImplementedError("sum_of_keys is not implemented yet; expected None")
+    if out is None and _gpu(q) is not None:
+        raise NotImplementedError("q is on a GPU; expected arrays on the CPU, where all kernels of retention_step are")
+    result = _holdfast.step(q, k, v, log_decay, state, scale, out)
+    return _like(q, result) if out is None else result
 
 
 def rotate(x: Array, theta: Array, offset: int = 0, interleaved: bool = False) -> Any:
@@ -230,8 +266,8 @@ def info() -> dict[str, Any]:
     targets:      best first: [{"name", "runs_here", "missing": CPU features that it lacks, or why its backend does not
                   run}]
     variants:     best target first: [{"name", "kernel", "dtype", "chunk", "key_size", "value_size", "target",
-                  "runs_here", "missing", "selected"}]; sizes 0: any; selected: calls of these sizes run it (set_target
-                  and HOLDFAST_TARGET are heeded)
+                  "runs_here", "missing", "selected"}]; chunk 0: the kernel has none; sizes 0: any; selected: calls of
+                  the kernel with these sizes run it (set_target and HOLDFAST_TARGET are heeded)
 
     A wrong HOLDFAST_TARGET is no error here: the backend "cpu" is not available then, and says why.
     """

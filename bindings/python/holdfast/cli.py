@@ -41,7 +41,7 @@ def info_text(report: dict[str, Any]) -> str:
         needs = "its backend" if v["target"] in gpu_targets else " ".join(v["missing"])
         note = "" if v["runs_here"] else f"needs {needs}"
         rows.append(
-            (mark, v["name"], v["kernel"], v["dtype"], str(v["chunk"]), key_size, value_size, v["target"], note)
+            (mark, v["name"], v["kernel"], v["dtype"], str(v["chunk"] or ""), key_size, value_size, v["target"], note)
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -55,6 +55,6 @@ def info_text(report: dict[str, Any]) -> str:
             "",
             *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
             "",
-            "* runs here on its backend's arrays of its dtype and sizes (any: all that no other row with * has)",
+            "* runs here on its backend's arrays of its dtype and sizes (any: those that no other * of the kernel has)",
         ]
     )

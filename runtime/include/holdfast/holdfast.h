@@ -144,15 +144,16 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
-    const char *name;    /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel;  /**< e.g. "chunkwise" */
-    const char *dtype;   /**< of q, k, v and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
-    const char *target;  /**< what holdfast_context_set_target takes */
-    int32_t chunk;       /**< tokens in a chunk, at most */
-    int32_t key_size;    /**< K; 0: any */
-    int32_t value_size;  /**< V; 0: any */
-    int32_t runs_here;   /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
-    int32_t selected;    /**< 1 where calls of its dtype and sizes, with the default chunk size and tensors on a device of its
+    const char *name;   /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
+    const char *kernel; /**< "chunkwise" or "recurrent" */
+    const char *dtype;  /**< of q, k, v and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
+    const char *target; /**< what holdfast_context_set_target takes */
+    int32_t chunk;      /**< tokens in a chunk, at most; 0: the kernel has no chunks */
+    int32_t key_size;   /**< K; 0: any */
+    int32_t value_size; /**< V; 0: any */
+    int32_t runs_here;  /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
+    int32_t
+        selected; /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size and tensors on a device of its
                               backend (or that backend forced), run this variant */
     const char *missing; /**< the CPU features that this machine lacks, separated by spaces, or why its backend cannot run;
                               "" where it runs */
@@ -169,14 +170,14 @@ HOLDFAST_API holdfast_status holdfast_variant_at(holdfast_context *context, int 
 
 /** What can run kernels: the CPU, or a GPU's API. Set struct_size to sizeof(holdfast_backend); strings are static. */
 typedef struct holdfast_backend {
-    size_t struct_size;    /**< sizeof(holdfast_backend) */
-    const char *name;      /**< "cpu", "cuda", "metal", "opencl", "vulkan": what holdfast_context_set_backend takes */
-    int32_t compiled;      /**< 1 where this build has a target of it, else 0 */
-    int32_t available;     /**< 1 where it can run here, else 0 */
-    const char *missing;   /**< why it cannot; "" where it can */
-    int32_t device_count;  /**< devices found, also where none of them will do */
-    const char *devices;   /**< their names, separated by newlines, in the order of DLPack's device_id on CUDA */
-    const char *targets;   /**< its targets in this build, separated by spaces, best first */
+    size_t struct_size;   /**< sizeof(holdfast_backend) */
+    const char *name;     /**< "cpu", "cuda", "metal", "opencl", "vulkan": what holdfast_context_set_backend takes */
+    int32_t compiled;     /**< 1 where this build has a target of it, else 0 */
+    int32_t available;    /**< 1 where it can run here, else 0 */
+    const char *missing;  /**< why it cannot; "" where it can */
+    int32_t device_count; /**< devices found, also where none of them will do */
+    const char *devices;  /**< their names, separated by newlines, in the order of DLPack's device_id on CUDA */
+    const char *targets;  /**< its targets in this build, separated by spaces, best first */
 } holdfast_backend;
 
 /** Number of backends that the library knows, compiled or not. */
@@ -219,7 +220,7 @@ typedef struct holdfast_forward_args {
     float scale;                   /**< multiplies q.k; 0: K^-1/2. Finite. */
     int64_t chunk_size;            /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding
                                          and speed, nothing else. */
-    const DLTensor *workspace;      /**< CUDA: memory for the call alone, uint8 [bytes], compact, on the tensors' device and
+    const DLTensor *workspace;     /**< CUDA: memory for the call alone, uint8 [bytes], compact, on the tensors' device and
                                          aligned to 256 bytes, at least as large as holdfast_workspace_size says; the work in
                                          the stream uses it until it is done. NULL: the context keeps such memory, and
                                          allocates it when it has to grow. Other backends do not look at it. */
@@ -228,7 +229,8 @@ typedef struct holdfast_forward_args {
 /** Bytes of workspace that holdfast_forward needs for these arguments on `context`, of which `workspace` itself is not looked
  *  at: they depend on shapes and options alone. 0 where the tensors are not computed by CUDA.
  *  @returns like holdfast_forward, and HOLDFAST_INVALID_ARGUMENT for a NULL `bytes`. Nothing is computed. */
-HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args, size_t *bytes);
+HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args,
+                                                     size_t *bytes);
 
 /** Retention, chunkwise form, of every batch entry and head (decay first, then write):
  *
@@ -241,6 +243,9 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  to the nearest, ties to even, beyond the largest number to infinity. A sequence cut anywhere and continued from final_state
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
+ *
+ *  On the CPU, calls of few tokens, up to a quarter of a chunk, compute each by itself, as holdfast_step does, unless chunk_size
+ *  is set.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their batch entry and head, but may
  *  reach earlier tokens of the same chunk.
@@ -260,6 +265,43 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Tensors as a whole may be larger than 2^31 bytes. Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args);
+
+/** Arguments of holdfast_step. As with holdfast_forward_args: set struct_size to sizeof(holdfast_step_args) and everything not
+ *  used to zero; the struct grows at its end.
+ *
+ *  B batch, H heads, K key size, V value size. B and H may be 0; K and V are at least 1. All tensors are on the CPU; types and
+ *  strides are as for holdfast_forward_args: q, k, v and out have one type, log_decay and the state are float32 always. One
+ *  token of [B, T, H, K] tensors is a view of them, with a stride of T H K along B. */
+typedef struct holdfast_step_args {
+    size_t struct_size;        /**< sizeof(holdfast_step_args) */
+    const DLTensor *q;         /**< queries [B, H, K] */
+    const DLTensor *k;         /**< keys    [B, H, K] */
+    const DLTensor *v;         /**< values  [B, H, V] */
+    const DLTensor *log_decay; /**< natural logarithm of the decay, [H] or [B, H], each <= 0; NULL: no decay.
+                                     -infinity forgets all that came before. Positive and NaN are refused. */
+    DLTensor *state;           /**< [B, H, K, V], read and written */
+    DLTensor *out;             /**< [B, H, V], written */
+    float scale;               /**< multiplies q.k; 0: K^-1/2. Finite. */
+} holdfast_step_args;
+
+/** Retention, recurrent form, of every batch entry and head: one token, the state advanced in place (decay first, then
+ *  write). What a model does for each token that it generates.
+ *
+ *      S <- exp(log_decay) S + k^T v          S: [K, V], `state`
+ *      out = scale q S                        of the new state
+ *
+ *  The same as holdfast_forward with T = 1 and `state` as both states, to the bit; as holdfast_forward of many tokens at once
+ *  to rounding. Each state is read and written once. After the first call a context allocates nothing more. One thread works on
+ *  up to half a megabyte of states; the same call on the same machine and target gives the same bits, for any number of
+ *  threads.
+ *
+ *  Aliasing: q, k, v and log_decay may share memory with one another. state and out overlap no other tensor.
+ *
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU,
+ *  an extent of 2^31 or more, K V above 2^25, or a stride along K that carries a state beyond 2^31 elements);
+ *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text. On
+ *  the last two the state may have been advanced in part. Thread-safety: that of the context. */
+HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,229 @@
+// What holdfast_step promises, for every target of the CPU that runs here and for tuned and odd sizes.
+#include "../step.h"
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+// Counts what the library allocates, which takes its operator new from here.
+static std::atomic<int64_t> allocations{0};
+[[gnu::noinline]] void *operator new(size_t bytes) {
+    allocations++;
+    if (void *memory = std::malloc(bytes)) return memory;
+    throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void *memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void *memory, size_t) noexcept { std::free(memory); }
+
+namespace {
+using namespace test;
+
+class StepTest : public testing::TestWithParam<Instance> {
+protected:
+    const int64_t K = GetParam().size.K, V = GetParam().size.V, C = GetParam().chunk;
+    const Dtype dtype = GetParam().dtype;
+    std::optional<Context> context;
+
+    void SetUp() override {
+        if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
+        context.emplace(GetParam().target);
+    }
+    Problem problem(int64_t B, int64_t T, int64_t H, Gates gates = Gates::weak) const {
+        return {B, T, H, K, V, gates, Layout::compact, true, dtype};
+    }
+    void run(Forward f) { ASSERT_EQ(f.run(*context), HOLDFAST_OK) << context->error(); }
+};
+
+TEST_P(StepTest, MatchesReference) {
+    for (Gates gates : all_gates)
+        for (Layout layout : layouts)
+            for (bool initial : {false, true}) {
+                SCOPED_TRACE(std::string("gates ") + name(gates) + ", " + name(layout) + (initial ? ", initial state" : ""));
+                Problem p{2, 50, 3, K, V, gates, layout, initial, dtype};
+                p.forward();  // rounds to the type
+                const Array inputs[] = {p.q, p.k, p.v, p.log_decay, p.initial_state};
+                run_steps(p, *context);
+                p.expect_reference(1, p.T);
+                const Array *after[] = {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state};
+                for (int n = 0; n < 5; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
+            }
+}
+
+TEST_P(StepTest, IsAForwardCallOfOneToken) {
+    for (Gates gates : {Gates::per_head, Gates::resets}) {
+        SCOPED_TRACE(name(gates));
+        Problem steps = problem(2, 9, 3, gates), calls = problem(2, 9, 3, gates);
+        run_steps(steps, *context);
+        Forward f = calls.forward();
+        for (int64_t t = 0; t < 9; t++) {
+            run(f.tokens(t, t + 1));
+            f.initial_state = f.final_state;
+        }
+        EXPECT_TRUE(same_bits(steps.out, calls.out));
+        EXPECT_TRUE(same_bits(steps.final_state, calls.final_state));
+    }
+}
+
+TEST_P(StepTest, IsWhatForwardDoesWithFewTokens) {
+    for (int64_t T : {(int64_t)0, (int64_t)1, (int64_t)2, C / 4}) {
+        for (bool initial : {false, true}) {
+            SCOPED_TRACE("T " + std::to_string(T) + (initial ? ", initial state" : ""));
+            Problem steps = problem(2, T, 3), call = problem(2, T, 3);
+            steps.initial = call.initial = initial;
+            run_steps(steps, *context);
+            run(call.forward());
+            EXPECT_TRUE(same_bits(steps.out, call.out));
+            EXPECT_TRUE(same_bits(steps.final_state, call.final_state));
+        }
+    }
+}
+
+TEST_P(StepTest, GoesOnFromAForwardCall) {
+    const int64_t T = 3 * C + 2, cut = 2 * C + 1;
+    Problem p = problem(2, T, 2);
+    run(p.forward().tokens(0, cut));
+    for (int64_t t = cut; t < T; t++) ASSERT_EQ(step(p.forward(), t).run(*context), HOLDFAST_OK) << context->error();
+    p.expect_reference(C, T);
+}
+
+TEST_P(StepTest, ScaleMultipliesScores) {
+    for (float scale : {1.0f, -0.3f, 1e-20f}) {
+        SCOPED_TRACE(scale);
+        Problem p = problem(1, 5, 2);
+        p.scale = scale;
+        run_steps(p, *context);
+        p.expect_reference(1, 5);
+    }
+}
+
+TEST_P(StepTest, ByteOffsetAndNullStrides) {
+    Problem p = problem(2, 1, 3);
+    p.final_state = p.initial_state;
+    Step s = step(p.forward(), 0);
+    DLTensor q = s.q.dl(), k = s.k.dl(), v = s.v.dl(), log_decay = s.log_decay.dl(), state = s.state.dl(), out = s.out.dl();
+    Stored rows[] = {{dtype, p.q}, {dtype, p.k}, {dtype, p.v}, {dtype, p.out}};
+    int n = 0;
+    for (DLTensor *x : {&q, &k, &v, &out}) x->data = rows[n++].data(), x->dtype = dl_type(dtype);
+    for (DLTensor *x : {&q, &k, &v, &log_decay, &state, &out}) {
+        x->strides = nullptr;
+        x->data = (char *)x->data - 64;
+        x->byte_offset = 64;
+    }
+    const holdfast_step_args args = {sizeof args, &q, &k, &v, &log_decay, &state, &out, 0};
+    ASSERT_EQ(holdfast_step(*context, &args), HOLDFAST_OK) << context->error();
+    rows[3].load();
+    p.expect_reference(1, 1);
+}
+
+TEST_P(StepTest, InputsMayBeOneTensor) {
+    Problem p = problem(2, 1, 3);
+    p.final_state = p.initial_state;
+    Step s = step(p.forward(), 0);
+    s.q = s.k = Tensor(p.q.data(), {2, 3, K}, {0, 0, 1});
+    ASSERT_EQ(s.run(*context), HOLDFAST_OK) << context->error();
+    each(p.q.shape, [&](const Index &i) { p.k(i) = p.q({0, 0, 0, i[3]}); });
+    p.q = p.k;
+    p.expect_reference(1, 1);
+}
+
+TEST_P(StepTest, HeadsAndBatchEntriesAreIndependent) {
+    Problem whole = problem(3, 4, 2), apart = problem(3, 4, 2);
+    run_steps(whole, *context);
+    apart.final_state = apart.initial_state;
+    for (int64_t b = 2; b >= 0; b--)
+        for (int64_t h = 0; h < 2; h++)
+            for (int64_t t = 0; t < 4; t++)
+                ASSERT_EQ(step(apart.forward().head(b, h), t).run(*context), HOLDFAST_OK) << context->error();
+    EXPECT_TRUE(same_bits(whole.out, apart.out));
+    EXPECT_TRUE(same_bits(whole.final_state, apart.final_state));
+}
+
+TEST_P(StepTest, NotANumberStaysInItsHead) {
+    Problem clean = problem(2, 3, 3), p = problem(2, 3, 3);
+    run_steps(clean, *context);
+    const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+    p.q({1, 1, 0, 0}) = nan, p.k({1, 1, 1, 0}) = nan, p.v({0, 1, 2, 0}) = infinity, p.initial_state({0, 1, 0, 0}) = nan;
+    run_steps(p, *context);
+    auto poisoned = [](int64_t b, int64_t h) { return b == 1 ? h < 2 : h > 0; };
+    each(p.out.shape, [&](const Index &i) {
+        EXPECT_TRUE(poisoned(i[0], i[2]) || p.out(i) == clean.out(i)) << text(i);
+        EXPECT_TRUE(i[1] > 0 || (i[0] == 0 && i[2] == 1) || p.out(i) == clean.out(i)) << "before it came: " << text(i);
+    });
+    EXPECT_TRUE(std::isnan(p.out({1, 1, 0, 0})) && std::isnan(p.out({1, 2, 1, 0})) && std::isnan(p.out({0, 2, 1, 0})));
+    EXPECT_FALSE(std::isfinite(p.out({0, 2, 2, 0})));
+}
+
+TEST_P(StepTest, InfiniteDecayForgetsAllBefore) {
+    Problem p = problem(1, 3, 2);
+    p.initial_state.fill(p.random, -1e30, 1e30);
+    for (int64_t h = 0; h < 2; h++) p.log_decay({0, 1, h}) = -std::numeric_limits<float>::infinity();
+    run_steps(p, *context);
+    p.expect_reference(1, 3);
+}
+
+TEST_P(StepTest, SameBitsForAnyNumberOfThreads) {
+    const int64_t H = 5 + ((int64_t)1 << 18) / (K * V);  // a megabyte in each batch entry
+    Problem first = problem(2, 1, H, Gates::resets);
+    run_steps(first, *context);
+    for (int threads : {1, 2, 3, 7}) {
+        SCOPED_TRACE(threads);
+        ASSERT_EQ(holdfast_context_set_threads(*context, threads), HOLDFAST_OK);
+        Problem again = problem(2, 1, H, Gates::resets);
+        run_steps(again, *context);
+        const std::string used = " " + std::to_string(std::min(threads, 5)) + " threads";
+        EXPECT_NE(context->messages.back().find(used), std::string::npos) << context->messages.back();
+        EXPECT_TRUE(same_bits(first.out, again.out));
+        EXPECT_TRUE(same_bits(first.final_state, again.final_state));
+    }
+}
+
+TEST_P(StepTest, SmallStatesAreLeftToOneThread) {
+    Problem p = problem(1, 1, 2);
+    run_steps(p, *context);
+    EXPECT_NE(context->messages.back().find(" 1 threads"), std::string::npos) << context->messages.back();
+}
+
+TEST_P(StepTest, AllocatesNothingAfterTheFirstCall) {
+    ASSERT_EQ(holdfast_context_set_verbose(*context, nullptr, nullptr), HOLDFAST_OK);  // composes a text
+    Problem p = problem(2, 1, 3);
+    p.final_state = p.initial_state;
+    Step s = step(p.forward(), 0);
+    Tensor *tensors[] = {&s.q, &s.k, &s.v, &s.log_decay, &s.state, &s.out};
+    DLTensor dl[6];
+    for (int n = 0; n < 6; n++) dl[n] = tensors[n]->dl();
+    Stored rows[] = {{dtype, p.q}, {dtype, p.k}, {dtype, p.v}, {dtype, p.out}};
+    int row = 0;
+    for (int n : {0, 1, 2, 5}) dl[n].data = rows[row++].data(), dl[n].dtype = dl_type(dtype);
+    const holdfast_step_args args = {sizeof args, &dl[0], &dl[1], &dl[2], &dl[3], &dl[4], &dl[5], 0};
+    ASSERT_EQ(holdfast_step(*context, &args), HOLDFAST_OK) << context->error();
+    const int64_t before = allocations;
+    for (int n = 0; n < 10; n++) holdfast_step(*context, &args);
+    EXPECT_EQ(allocations - before, 0);
+    EXPECT_GT(before, 0) << "allocations are not counted";
+}
+
+TEST_P(StepTest, NothingToDo) {
+    for (const auto &[B, H] : {std::array<int64_t, 2>{0, 2}, {2, 0}, {0, 0}})
+        for (Gates gates : all_gates) {
+            SCOPED_TRACE(text({B, H}) + ", gates " + name(gates));
+            Problem p{B, 1, H, K, V, gates, Layout::compact, true, dtype};
+            EXPECT_EQ(step(p.forward(), 0).run(*context), HOLDFAST_OK) << context->error();
+        }
+}
+
+TEST_P(StepTest, ForcedTargetRuns) {
+    Problem p = problem(1, 1, 1);
+    run_steps(p, *context);
+    ASSERT_EQ(context->messages.size(), 1u);
+    const std::string &message = context->messages[0];
+    const std::string variant = variant_for(GetParam().target, GetParam().size, dtype, "recurrent")->name;
+    EXPECT_EQ(message.find("step: " + variant + " "), 0u) << message;
+    EXPECT_NE(message.find("forced by the context"), std::string::npos) << message;
+}
+
+INSTANTIATE_TEST_SUITE_P(, StepTest,
+                         testing::ValuesIn(on_cpu(instances({{64, 64}, {1, 1}, {3, 5}, {33, 17}}, {{64, 64}, {33, 17}}))),
+                         [](const auto &info) { return name(info.param); });
+
+}  // namespace

@@ -1,0 +1,51 @@
+// Calls of holdfast_step for tests.
+#pragma once
+#include "forward.h"
+
+namespace test {
+
+/// Arguments of holdfast_step. A Tensor without data is not given. Types are as in Forward.
+struct Step {
+    Tensor q, k, v, log_decay, state, out;
+    float scale = 0;
+    Dtype dtype = f32;
+
+    holdfast_status run(holdfast_context *context) {
+        Tensor *tensors[] = {&q, &k, &v, &log_decay, &state, &out};
+        DLTensor dl[6];
+        for (int n = 0; n < 6; n++) dl[n] = tensors[n]->dl();
+        std::deque<Stored> stored;
+        for (int n : {0, 1, 2, 5}) {
+            stored.emplace_back(dtype, tensors[n]->data, tensors[n]->shape, tensors[n]->stride);
+            dl[n].data = stored.back().data(), dl[n].dtype = dl_type(dtype);
+        }
+        auto given = [&](int n) { return tensors[n]->data ? &dl[n] : nullptr; };
+        const holdfast_step_args args = {sizeof args, given(0), given(1), given(2), given(3), given(4), given(5), scale};
+        const holdfast_status status = holdfast_step(context, &args);
+        for (int n : {0, 1, 2}) EXPECT_TRUE(stored[n].unchanged()) << "input " << n << " was written";
+        EXPECT_TRUE(stored[3].gaps_intact()) << "memory between the elements of out was written";
+        stored[3].load();
+        return status;
+    }
+};
+
+/// Token t of a tensor [B, T, H, ...].
+inline Tensor token(Tensor x, int64_t t) {
+    x = x.part(1, t, t + 1);
+    x.shape.erase(x.shape.begin() + 1), x.stride.erase(x.stride.begin() + 1);
+    return x;
+}
+
+/// Token t of a call, on its final state.
+inline Step step(const Forward &f, int64_t t) {
+    return {token(f.q, t), token(f.k, t),   token(f.v, t), f.log_decay.shape.size() == 3 ? token(f.log_decay, t) : f.log_decay,
+            f.final_state, token(f.out, t), f.scale,       f.dtype};
+}
+
+/// All tokens of a problem by steps: what its forward() call computes.
+inline void run_steps(Problem &p, holdfast_context *context) {
+    each(p.final_state.shape, [&](const Index &i) { p.final_state(i) = p.initial ? p.initial_state(i) : 0; });
+    for (int64_t t = 0; t < p.T; t++) ASSERT_EQ(step(p.forward(), t).run(context), HOLDFAST_OK) << holdfast_last_error(context);
+}
+
+}  // namespace test

@@ -1,0 +1,61 @@
+// Every compiled variant of recurrent, called directly, on every case of step_call.h. What this machine cannot run is
+// skipped, with the reason. They are all for CPUs.
+#include "../step_call.h"
+#include "missing.h"
+
+#include <kernels.h>
+
+namespace {
+using namespace test;
+
+struct Variant {
+    const char *name;
+    Dtype dtype;
+    Size size;  // 0: any
+    int (*run)(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v, halide_buffer_t *log_decay,
+               float scale, halide_buffer_t *state, halide_buffer_t *sum, halide_buffer_t *out);
+};
+constexpr Variant variants[] = {
+#define HOLDFAST_ROW_chunkwise(...)
+#define HOLDFAST_ROW_recurrent(name, dtype, chunk, key_size, value_size, target) {#name, dtype, {key_size, value_size}, name},
+#define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
+#include <variants.inc>
+#undef HOLDFAST_VARIANT
+};
+
+struct Instance {
+    Variant variant;
+    Size size;
+};
+std::string name(const Instance &i) {
+    if (i.variant.size.K) return i.variant.name;
+    return std::string(i.variant.name) + "_K" + std::to_string(i.size.K) + "_V" + std::to_string(i.size.V);
+}
+void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+
+std::vector<Instance> instances() {
+    std::vector<Instance> list;
+    for (const Variant &variant : variants) {
+        std::vector<Size> sizes(std::begin(odd_sizes), std::end(odd_sizes));
+        if (variant.size.K && variant.size.V) sizes = {variant.size};
+        for (Size size : sizes) list.push_back({variant, size});
+    }
+    return list;
+}
+
+class Recurrent : public testing::TestWithParam<Instance> {};
+
+TEST_P(Recurrent, MatchesReference) {
+    const Instance &instance = GetParam();
+    const std::string missing = missing_here(instance.variant.name);
+    if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
+    halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
+    for (const StepCase &c : step_cases())
+        StepCall(c, instance.size, instance.variant.dtype).expect_reference([&](auto &&...arguments) {
+            return instance.variant.run(nullptr, arguments...);
+        });
+}
+
+INSTANTIATE_TEST_SUITE_P(, Recurrent, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+
+}  // namespace

@@ -1,0 +1,20 @@
+// What kernels are called with by their own C signatures: arrays of tests as Halide sees them.
+#pragma once
+#include "array.h"
+#include "dtype.h"
+
+#include <HalideBuffer.h>
+
+#include <vector>
+
+namespace test {
+
+/// An array whose elements lie at `data`: `axes` of it, innermost first. bf16 goes by uint16.
+inline Halide::Runtime::Buffer<void> view(void *data, const Dtype &dtype, const Array &a, const std::vector<int> &axes) {
+    std::vector<halide_dimension_t> dims;
+    for (int axis : axes) dims.emplace_back(0, (int32_t)a.shape[axis], (int32_t)a.stride[axis]);
+    const halide_type_t type(dtype == bf16 ? halide_type_uint : halide_type_float, dtype == f32 ? 32 : 16);
+    return Halide::Runtime::Buffer<void>(type, data, (int)dims.size(), dims.data());
+}
+
+}  // namespace test
