@@ -30,3 +30,12 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES any
     TARGETS avx512 avx2 generic)
+
+# GPUs: half the traffic of states that chunks of 32 have, and the weights of 32 rows are 8 KiB of shared memory.
+holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
+    SIZES 64x64 128x128
+    TARGETS metal opencl vulkan)
+
+holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
+    SIZES any
+    TARGETS cuda metal opencl vulkan)

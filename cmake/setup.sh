@@ -2,7 +2,7 @@
 # The environment of the make commands: cmake/setup.sh GROUP...
 #
 # Installs the named [dependency-groups] of pyproject.toml into .venv, and what no wheel carries (compiler, headers,
-# GoogleTest, Google Benchmark) by apt-get where that works without a password. Where something stays missing it says in one
+# GoogleTest, Google Benchmark, OpenCL and Vulkan on the CPU) by apt-get where that works without a password. Where something stays missing it says in one
 # line what. Does nothing for a group that is in place, until pyproject.toml changes. PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -43,7 +43,13 @@ missing_for_tests() { # CMake fetches the libraries where the system has none, a
     compiles "$cxx" gtest/gtest.h c++ || echo "libgtest-dev: GoogleTest"
     compiles "$cxx" benchmark/benchmark.h c++ || echo "libbenchmark-dev: Google Benchmark"
     command -v pkg-config >/dev/null || echo "pkg-config: what holdfast.pc is for"
+    [[ $(uname) == Linux ]] || return 0
+    has_library libOpenCL.so.1 || echo "ocl-icd-libopencl1: OpenCL"
+    compgen -G "/etc/OpenCL/vendors/*.icd" >/dev/null || echo "pocl-opencl-icd: an OpenCL device, the CPU"
+    has_library libvulkan.so.1 || echo "libvulkan1: Vulkan"
+    compgen -G "/usr/share/vulkan/icd.d/*.json" >/dev/null || echo "mesa-vulkan-drivers: a Vulkan device, the CPU"
 }
+has_library() { [[ $(PATH=$PATH:/sbin:/usr/sbin ldconfig -p) == *"$1"* ]]; }
 
 packages=$( (missing && missing_for_tests) | cut -d: -f1 | xargs)
 if [[ -n $packages ]] && command -v apt-get >/dev/null; then
@@ -59,6 +65,8 @@ fi
 still_missing=$(missing)
 [[ -z $still_missing ]] ||
     fail "missing: ${still_missing//$'\n'/; } (Debian, Ubuntu: sudo apt-get install $(cut -d: -f1 <<<"$still_missing" | xargs))"
+still_missing=$(missing_for_tests)
+[[ -z $still_missing ]] || say "not there, so that its tests are skipped or it is fetched: ${still_missing//$'\n'/; }"
 
 # ---- Wheels ------------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
-# The kinds of hardware, best first: dispatch takes the first one that the machine runs. `generic` stays last.
+# The kinds of hardware, best first: dispatch takes the first one of the backend in use that runs here. `generic` stays last.
 #
 #   holdfast_target(name
+#       BACKEND   cpu (default) | cuda | metal | opencl | vulkan: what runs it; each compiled one is in the Halide runtime too
 #       ARCH      <processor>     built where CMake's target processor is this; without it: everywhere
+#       SYSTEMS   <Halide's names of operating systems>   built for these; without it: for all
 #       FEATURES  <Halide target features>
 #       NEEDS     <CPU features, as runtime/src/cpu_features.cpp names them: all must be there at run time>)
 
@@ -14,5 +16,28 @@ holdfast_target(avx2
     ARCH x86-64
     FEATURES sse41 avx avx2 f16c fma
     NEEDS sse41 avx avx2 f16c fma)
+
+# Host code of the GPUs' targets runs on any processor. CUDA, OpenCL and Vulkan are loaded at run time, where they are;
+# Metal is linked.
+holdfast_target(cuda
+    BACKEND cuda
+    SYSTEMS linux
+    FEATURES cuda cuda_capability_80)
+
+holdfast_target(metal
+    BACKEND metal
+    SYSTEMS osx ios
+    FEATURES metal)
+
+holdfast_target(opencl
+    BACKEND opencl
+    SYSTEMS linux
+    FEATURES opencl)
+
+# vk_int16: vectors of bool become 16-bit integers. Signed >> and / of negative numbers are wrong in Halide 21.
+holdfast_target(vulkan
+    BACKEND vulkan
+    SYSTEMS linux
+    FEATURES vulkan vk_int8 vk_int16)
 
 holdfast_target(generic)

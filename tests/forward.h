@@ -184,6 +184,18 @@ inline std::vector<std::string> targets(bool running = false) {
     return names;
 }
 
+/// The backend of a target.
+inline std::string backend_of(const std::string &target) {
+    for (int n = 0; n < holdfast_backend_count(); n++) {
+        holdfast_backend backend = {};
+        backend.struct_size = sizeof backend;
+        EXPECT_EQ(holdfast_backend_at(n, &backend), HOLDFAST_OK);
+        if ((" " + std::string(backend.targets) + " ").find(" " + target + " ") != std::string::npos) return backend.name;
+    }
+    ADD_FAILURE() << "no backend has target " << target;
+    return "";
+}
+
 /// The variant of a type and kernel that `target` runs for the size, by default: the first of exactly that size, else of any.
 /// Null if there is none.
 inline std::optional<holdfast_variant> variant_for(const std::string &target, Size size, const Dtype &dtype = f32,
@@ -203,7 +215,7 @@ struct Instance {
     Size size;
     Dtype dtype;
     int64_t chunk;
-    std::string missing;  // CPU features that this machine lacks
+    std::string missing;  // CPU features that this machine lacks, or why the backend cannot run
 };
 inline std::string name(const Instance &i) {
     return i.target + "_" + i.dtype.name + "_K" + std::to_string(i.size.K) + "_V" + std::to_string(i.size.V);
@@ -217,6 +229,13 @@ inline std::vector<Instance> instances(const std::vector<Size> &sizes, const std
         for (const Dtype &dtype : all_dtypes)
             for (Size size : dtype == f32 ? sizes : sizes_of_16_bits)
                 if (auto v = variant_for(target, size, dtype)) list.push_back({target, size, dtype, v->chunk, v->missing});
+    return list;
+}
+
+/// Those of the CPU's targets.
+inline std::vector<Instance> on_cpu(std::vector<Instance> list) {
+    list.erase(std::remove_if(list.begin(), list.end(), [](const Instance &i) { return backend_of(i.target) != "cpu"; }),
+               list.end());
     return list;
 }
 

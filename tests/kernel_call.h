@@ -63,7 +63,11 @@ public:
         Buffer bs = states(state_in), bo = rows(so, out), bz = states(state_out);
         Halide::Runtime::Buffer<int32_t> chunks(table.columns.data(), ChunkTable::fields, table.slots);
         const Array inputs[] = {q, k, v, log_decay, state_in};
+        // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
+        for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bo, &bz}) buffer->set_host_dirty();
+        chunks.set_host_dirty();
         ASSERT_EQ(kernel(bq, bk, bv, bg, bs, chunks, (int32_t)table.count, scale, bo, bz), 0);
+        for (Buffer *buffer : {&bo, &bz}) ASSERT_EQ(buffer->copy_to_host(), 0);
         so.load();
 
         const double share = tolerance::of_spread(K, chunk, table.count);

@@ -11,9 +11,11 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <set>
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #if !defined(DLPACK_MAJOR_VERSION) || DLPACK_MAJOR_VERSION < 1
 #error "The Python module needs the dlpack.h of DLPack 1.0 or newer, such as the PyPI package apache-tvm-ffi carries"
@@ -37,13 +39,16 @@ template<class... Parts>
 
 /// Python objects that live as long as the process. Made once; never freed, for the interpreter may be gone by then.
 struct Constants {
-    py::object target_unavailable = py::reinterpret_steal<py::object>(PyErr_NewExceptionWithDoc(
-        "holdfast.TargetUnavailable",
-        "The forced target (HOLDFAST_TARGET or set_target) is unknown, or this machine cannot run it.", PyExc_RuntimeError,
-        nullptr));
+    py::object target_unavailable = py::reinterpret_steal<py::object>(
+        PyErr_NewExceptionWithDoc("holdfast.TargetUnavailable",
+                                  "The forced target (HOLDFAST_TARGET, set_target) or backend is unknown, or this machine "
+                                  "cannot run it, or that of the arrays.",
+                                  PyExc_RuntimeError, nullptr));
     py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__";
     py::tuple version = py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
-    py::tuple keywords = py::make_tuple("max_version", "copy");
+    py::tuple keywords = py::make_tuple("max_version", "copy"),
+              keywords_of_a_gpu = py::make_tuple("max_version", "copy", "stream");
+    py::str stream = "stream";
     py::object empty = numpy("empty"), ndarray = numpy("ndarray");
     py::object float32 = numpy("float32"), float16 = numpy("float16"), uint16 = numpy("uint16");
     py::str dtype = "dtype";
@@ -120,8 +125,10 @@ public:
         if (view.obj) PyBuffer_Release(&view);
     }
 
-    /// `rank` is what the library expects; it only serves to describe a tensor that its producer does not export.
-    void borrow(const char *name, py::handle array, int rank, bool writable = false) {
+    /// `rank` is what the library expects; it only serves to describe a tensor that its producer does not export. `stream`,
+    /// for memory of CUDA: where work with it will be put, as DLPack numbers streams; its producer makes that one wait.
+    void borrow(const char *name, py::handle array, int rank, bool writable = false, uint64_t stream = 1) {
+        this->stream = stream;
         if (PyObject_CheckBuffer(array.ptr()) && PyObject_GetBuffer(array.ptr(), &view, PyBUF_RECORDS_RO) == 0)
             borrow_buffer(name, writable);
         else if (!borrow_bfloat16(name, array, writable))
@@ -136,6 +143,7 @@ private:
     bool given = false;
     Py_buffer view{};
     py::object capsule;
+    uint64_t stream = 1;
     int64_t shape[PyBUF_MAX_NDIM], strides[PyBUF_MAX_NDIM];
 
     void borrow_buffer(const char *name, bool writable) {
@@ -204,12 +212,18 @@ private:
         std::optional<py::error_already_set> refusal;
         if (PyErr_Occurred()) refusal.emplace();  // of the buffer protocol, which names fewer dtypes than DLPack
         if (py::hasattr(array, c.dlpack)) {
-            PyObject *arguments[] = {array.ptr(), c.version.ptr(), Py_False};
-            capsule =
-                py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(c.dlpack.ptr(), arguments, 1, c.keywords.ptr()));
+            on_cpu(array);
+            const bool has_streams = tensor.device.device_type == kDLCUDA || tensor.device.device_type == kDLCUDAManaged;
+            const py::int_ number(stream);
+            PyObject *arguments[] = {array.ptr(), c.version.ptr(), Py_False, number.ptr()};
+            capsule = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(
+                c.dlpack.ptr(), arguments, 1, (has_streams ? c.keywords_of_a_gpu : c.keywords).ptr()));
             if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {  // a producer from before DLPack 1.0
                 PyErr_Clear();
-                capsule = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(array.ptr(), c.dlpack.ptr()));
+                const py::tuple keyword = py::make_tuple(c.stream);
+                PyObject *old[] = {array.ptr(), number.ptr()};
+                capsule = py::reinterpret_steal<py::object>(
+                    PyObject_VectorcallMethod(c.dlpack.ptr(), old, 1, has_streams ? keyword.ptr() : nullptr));
             }
             if (capsule) return;
             refusal.emplace();
@@ -254,7 +268,7 @@ private:
 struct Settings {
     int version = 0;  // counts changes
     int threads = 0;
-    std::optional<std::string> target;
+    std::optional<std::string> target, backend;
     py::object listener;
 };
 Settings &settings() {
@@ -318,6 +332,7 @@ holdfast_context *context() {
         for (holdfast_status status :
              {holdfast_context_set_threads(mine.context, wanted.threads),
               holdfast_context_set_target(mine.context, wanted.target ? wanted.target->c_str() : nullptr),
+              holdfast_context_set_backend(mine.context, wanted.backend ? wanted.backend->c_str() : nullptr),
               holdfast_context_set_verbose(mine.context, wanted.listener ? call_verbose : nullptr, nullptr)})
             if (status) raise_status(status, holdfast_last_error(mine.context));
         mine.version = wanted.version;
@@ -329,6 +344,14 @@ void set_num_threads(int threads) {
     holdfast_context *c = context();
     if (holdfast_status status = holdfast_context_set_threads(c, threads)) raise_status(status, holdfast_last_error(c));
     settings().threads = threads;
+    settings().version++;
+}
+
+void set_backend(std::optional<std::string> backend) {
+    holdfast_context *c = context();
+    if (holdfast_status status = holdfast_context_set_backend(c, backend ? backend->c_str() : nullptr))
+        raise_status(status, holdfast_last_error(c));
+    settings().backend = std::move(backend);
     settings().version++;
 }
 
@@ -384,23 +407,25 @@ py::object empty_array(DLDataType type, Extents... extents) {
     return c.empty(py::make_tuple(extents...), dtype);
 }
 
-/// Stands in for an `out` whose shape is not known, so that the library gets as far as saying what is wrong.
+/// Stands in, where q is, for an `out` whose shape is not known, so that the library gets as far as saying what is wrong.
 struct Nowhere {
     int64_t shape[4] = {};
     DLTensor tensor;
-    Nowhere(int rank, DLDataType type) : tensor{nullptr, {kDLCPU, 0}, rank, type, shape, nullptr, 0} {}
+    Nowhere(int rank, const DLTensor &q) : tensor{nullptr, q.device, rank, q.dtype, shape, nullptr, 0} {}
 };
 
-/// out, or (out, state): NumPy arrays, except for an `out` that is given. A new `out` of bfloat16 is its bits, in uint16.
+/// out, or (out, state): NumPy arrays, except for an `out` or `final_state` that is given. A new `out` of bfloat16 is its bits,
+/// in uint16. `stream` is of CUDA, as DLPack numbers them.
 py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle scale, py::handle chunk_size,
-                   py::handle initial_state, bool return_state, py::object out) {
+                   py::handle initial_state, bool return_state, py::object out, py::object final_state, uint64_t stream) {
     Array q_array, k_array, v_array, log_decay_array, initial_state_array, out_array, final_state_array;
-    q_array.borrow("q", q, 4);
-    k_array.borrow("k", k, 4);
-    v_array.borrow("v", v, 4);
-    if (!log_decay.is_none()) log_decay_array.borrow("log_decay", log_decay, 1);
-    if (!initial_state.is_none()) initial_state_array.borrow("initial_state", initial_state, 4);
-    if (!out.is_none()) out_array.borrow("out", out, 4, true);
+    q_array.borrow("q", q, 4, false, stream);
+    k_array.borrow("k", k, 4, false, stream);
+    v_array.borrow("v", v, 4, false, stream);
+    if (!log_decay.is_none()) log_decay_array.borrow("log_decay", log_decay, 1, false, stream);
+    if (!initial_state.is_none()) initial_state_array.borrow("initial_state", initial_state, 4, false, stream);
+    if (!out.is_none()) out_array.borrow("out", out, 4, true, stream);
+    if (!final_state.is_none()) final_state_array.borrow("final_state", final_state, 4, true, stream);
 
     holdfast_forward_args args = {};
     args.struct_size = sizeof args;
@@ -413,8 +438,7 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     args.chunk_size = chunk_size_argument(chunk_size);
 
     const DLDataType type = args.q->dtype;
-    Nowhere nowhere(4, type);
-    py::object final_state;
+    Nowhere nowhere(4, *args.q);
     if (shapes_agree(4, *args.q, *args.k, *args.v)) {
         const int64_t *shape = args.q->shape, V = args.v->shape[3];
         if (out.is_none()) {
@@ -422,7 +446,7 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
             out_array.borrow("out", out, 4, true);
             out_array.get()->dtype = type;
         }
-        if (return_state) {
+        if (return_state && final_state.is_none()) {
             final_state = empty_array(float32, shape[0], shape[2], shape[3], V);
             final_state_array.borrow("final_state", final_state, 4, true);
         }
@@ -431,6 +455,7 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     args.final_state = final_state_array.get();
 
     holdfast_context *c = context();
+    holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
     if (holdfast_status status = without_gil(holdfast_forward, c, args)) raise_status(status, holdfast_last_error(c));
     return return_state ? py::make_tuple(out, final_state) : out;
 }
@@ -456,7 +481,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
     args.scale = scale_argument(scale);
 
     const DLDataType type = args.q->dtype;
-    Nowhere nowhere(3, type);
+    Nowhere nowhere(3, *args.q);
     if (out.is_none() && shapes_agree(3, *args.q, *args.k, *args.v)) {
         out = empty_array(type, args.q->shape[0], args.q->shape[1], args.v->shape[2]);
         out_array.borrow("out", out, 3, true);
@@ -469,10 +494,39 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
     return out;
 }
 
+std::vector<holdfast_backend> all_backends() {
+    std::vector<holdfast_backend> list(holdfast_backend_count());
+    for (int n = 0; n < (int)list.size(); n++) {
+        list[n].struct_size = sizeof list[n];
+        if (holdfast_status status = holdfast_backend_at(n, &list[n])) raise_status(status, holdfast_last_error(nullptr));
+    }
+    return list;
+}
+
+/// One dict for each backend.
+py::dict backends() {
+    py::dict dict;
+    for (const holdfast_backend &b : all_backends()) {
+        py::dict backend;
+        backend["compiled"] = b.compiled != 0;
+        backend["available"] = b.available != 0;
+        backend["why_not"] = b.missing;
+        backend["devices"] = py::str(b.devices).attr("splitlines")();
+        backend["targets"] = py::str(b.targets).attr("split")();
+        dict[b.name] = backend;
+    }
+    return dict;
+}
+
 /// ([one dict for each variant], why none of them runs: "" where they do).
 py::tuple variants() {
     py::list list;
     std::string why_not;
+    std::set<std::string> gpu_targets;
+    for (const holdfast_backend &backend : all_backends()) {
+        std::istringstream names(backend.targets);
+        for (std::string name; std::string(backend.name) != "cpu" && names >> name;) gpu_targets.insert(name);
+    }
     holdfast_context *c = context();
     for (int n = 0; n < holdfast_variant_count(); n++) {
         holdfast_variant v;
@@ -491,7 +545,9 @@ py::tuple variants() {
         variant["target"] = v.target;
         variant["runs_here"] = v.runs_here != 0;
         variant["selected"] = v.selected != 0;
-        variant["missing"] = py::str(v.missing).attr("split")();
+        const py::str missing = v.missing;
+        variant["missing"] =
+            gpu_targets.count(v.target) && !v.runs_here ? py::list(py::make_tuple(missing)) : py::list(missing.attr("split")());
         list.append(variant);
     }
     return py::make_tuple(list, why_not);
@@ -504,11 +560,13 @@ PYBIND11_MODULE(_holdfast, m) {
     m.def("forward", forward);
     m.def("bfloat16_capsule", bfloat16_capsule);
     m.def("step", step);
+    m.def("backends", backends);
     m.def("variants", variants);
     m.def("version", holdfast_version);
     m.def("cpu_features", holdfast_cpu_features);
     m.def("set_num_threads", set_num_threads);
     m.def("get_num_threads", [] { return settings().threads; });
+    m.def("set_backend", set_backend);
     m.def("set_target", set_target);
     m.def("set_verbose", set_verbose);
 }

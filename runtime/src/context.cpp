@@ -78,6 +78,7 @@ private:
             if (!context.idle.empty()) {
                 auto workspace = std::move(context.idle.back());
                 context.idle.pop_back();
+                workspace->error.clear();
                 return workspace;
             }
         }
@@ -127,6 +128,25 @@ holdfast_context &resolve(holdfast_context *context) {
     // Never destroyed: calls on it may outlive static destruction.
     static holdfast_context *const shared = new holdfast_context;
     return context ? *context : *shared;
+}
+
+Choice choose_backend(const holdfast_context &c, Backend home) {
+    const Target *forced = c.target ? c.target : environment_target();
+    Choice choice{home, forced, home == Backend::cpu ? "best target that this CPU runs" : "where the tensors are"};
+    if (c.backend) choice.backend = *c.backend, choice.why = "backend forced by the context";
+    if (forced) {
+        if (c.backend && *c.backend != forced->backend)
+            fail(HOLDFAST_TARGET_UNAVAILABLE, "target is '", forced->name, "', of backend ", name_of(forced->backend),
+                 ", and the context's backend is ", name_of(*c.backend), "; expected a target of that backend");
+        choice.backend = forced->backend,
+        choice.why = c.target ? "target forced by the context" : "target forced by HOLDFAST_TARGET";
+    }
+    if (home != Backend::cpu && choice.backend != home)
+        fail(HOLDFAST_UNSUPPORTED, "the tensors are in memory of backend ", name_of(home), ", and ", choice.why, " is ",
+             name_of(choice.backend), "; expected the tensors' own backend, or tensors on the CPU");
+    if (const std::string &missing = availability(choice.backend).missing; !missing.empty())
+        fail(HOLDFAST_TARGET_UNAVAILABLE, "backend ", name_of(choice.backend), " cannot run here: ", missing);
+    return choice;
 }
 
 holdfast_status guarded(holdfast_context *context, const std::function<void(holdfast_context &)> &body) {
@@ -188,19 +208,29 @@ void holdfast_context::for_each(int64_t items, const std::function<void(Workspac
 // Kernels call these by name; they stand in for the weak ones of Halide's runtime. user_context is the Workspace.
 extern "C" {
 
+// A GPU's runtime keeps some of what it asks for beyond the call, and gives it back at the end of the process with no context.
 void *halide_malloc(void *user_context, size_t bytes) {
+    const Workspace *workspace = (Workspace *)user_context;
     try {
+        if (!workspace || workspace->device) return default_allocate(nullptr, bytes, alignment);
         return ((Workspace *)user_context)->allocate(bytes);
     } catch (const std::bad_alloc &) {
         return nullptr;
     }
 }
 
-void halide_free(void *user_context, void *memory) { ((Workspace *)user_context)->free(memory); }
+void halide_free(void *user_context, void *memory) {
+    Workspace *workspace = (Workspace *)user_context;
+    if (!workspace || workspace->device)
+        std::free(memory);
+    else
+        workspace->free(memory);
+}
 
 void halide_error(void *user_context, const char *text) {
+    Workspace *workspace = (Workspace *)user_context;
     try {
-        ((Workspace *)user_context)->error = text;
+        if (workspace && workspace->error.empty()) workspace->error = text;
     } catch (const std::bad_alloc &) {  // the status says that it failed
     }
 }
@@ -221,6 +251,7 @@ const char *holdfast_status_name(holdfast_status status) {
     case HOLDFAST_TARGET_UNAVAILABLE: return "HOLDFAST_TARGET_UNAVAILABLE";
     case HOLDFAST_OUT_OF_MEMORY: return "HOLDFAST_OUT_OF_MEMORY";
     case HOLDFAST_INTERNAL_ERROR: return "HOLDFAST_INTERNAL_ERROR";
+    case HOLDFAST_DEVICE_ERROR: return "HOLDFAST_DEVICE_ERROR";
     }
     return "unknown status";
 }
@@ -249,6 +280,23 @@ extern "C" {
 
 holdfast_status holdfast_context_set_target(holdfast_context *context, const char *target) {
     return set_option(context, [&](holdfast_context &c) { c.target = target ? require_target(target) : nullptr; });
+}
+
+holdfast_status holdfast_context_set_backend(holdfast_context *context, const char *backend) {
+    return set_option(context, [&](holdfast_context &c) {
+        if (!backend)
+            c.backend.reset();
+        else
+            c.backend = require_backend(backend);
+    });
+}
+
+holdfast_status holdfast_context_set_device(holdfast_context *context, void *device) {
+    return set_option(context, [&](holdfast_context &c) { c.device = device; });
+}
+
+holdfast_status holdfast_context_set_stream(holdfast_context *context, void *stream) {
+    return set_option(context, [&](holdfast_context &c) { c.stream = stream; });
 }
 
 holdfast_status holdfast_context_set_threads(holdfast_context *context, int threads) {
@@ -286,19 +334,47 @@ holdfast_status holdfast_variant_at(holdfast_context *context, int index, holdfa
         if (!variant) fail(HOLDFAST_INVALID_ARGUMENT, "variant is NULL; expected a holdfast_variant to fill in");
         if (index < 0 || index >= count) fail(HOLDFAST_INVALID_ARGUMENT, "index is ", index, "; expected 0 to ", count - 1);
         const Variant &v = variants()[index];
-        *variant = {v.name,
-                    v.kernel,
-                    v.dtype,
-                    v.target->name,
-                    v.chunk,
-                    v.key_size,
-                    v.value_size,
-                    v.target->missing.empty(),
-                    0,
-                    v.target->missing.c_str()};
+        const std::string &missing = missing_for(*v.target);
+        *variant = {v.name,       v.kernel,        v.dtype, v.target->name, v.chunk, v.key_size,
+                    v.value_size, missing.empty(), 0,       missing.c_str()};
         const Target *forced = c.target ? c.target : environment_target();
-        if (v.target->missing.empty() && (!forced || forced == v.target))
-            variant->selected = &select_variant(v.kernel, v.dtype, v.key_size, v.value_size, 0, forced) == &v;
+        if (missing.empty() && (!forced || forced == v.target) && (!c.backend || c.backend == v.target->backend))
+            variant->selected =
+                &select_variant(v.kernel, v.dtype, v.key_size, v.value_size, 0, v.target->backend, forced) == &v;
+    });
+}
+
+int holdfast_backend_count(void) { return (int)std::size(all_backends); }
+
+holdfast_status holdfast_backend_at(int index, holdfast_backend *backend) {
+    return guarded(nullptr, [&](holdfast_context &) {
+        const int count = holdfast_backend_count();
+        if (!backend) fail(HOLDFAST_INVALID_ARGUMENT, "backend is NULL; expected a holdfast_backend to fill in");
+        if (backend->struct_size < sizeof *backend)
+            fail(HOLDFAST_INVALID_ARGUMENT, "backend.struct_size is ", backend->struct_size,
+                 "; expected sizeof(holdfast_backend), at least ", sizeof *backend);
+        if (index < 0 || index >= count) fail(HOLDFAST_INVALID_ARGUMENT, "index is ", index, "; expected 0 to ", count - 1);
+        static struct Lists {
+            std::string devices[std::size(all_backends)], targets[std::size(all_backends)];
+            std::once_flag once[std::size(all_backends)];
+        } lists;
+        const Backend b = all_backends[index];
+        const Availability &found = availability(b);
+        std::call_once(lists.once[index], [&] {
+            for (const std::string &device : found.devices)
+                lists.devices[index] += (lists.devices[index].empty() ? "" : "\n") + device;
+            for (const Target &t : targets())
+                if (t.backend == b) lists.targets[index] += (lists.targets[index].empty() ? "" : " ") + std::string(t.name);
+        });
+        const size_t size = backend->struct_size;
+        *backend = {size,
+                    name_of(b),
+                    compiled(b),
+                    found.missing.empty(),
+                    found.missing.c_str(),
+                    (int32_t)found.devices.size(),
+                    lists.devices[index].c_str(),
+                    lists.targets[index].c_str()};
     });
 }
 

@@ -1,6 +1,7 @@
 // What a holdfast_context holds, and how work runs on it: threads, workspace, and the hooks that kernels call back.
 #pragma once
 #include "holdfast/holdfast.h"
+#include "device.h"
 #include "variants.h"
 
 #include <atomic>
@@ -8,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,7 +31,10 @@ public:
     ~Workspace();
     void *allocate(size_t bytes);  // null when memory is short; aligned for every vector unit
     void free(void *memory);
-    std::string error;  // of the kernel that failed last
+    std::string error;  // of the kernel that failed last: the first text, which says what was wrong
+
+    DeviceCall *device = nullptr;  // of the call that is under way, if that is one on a GPU
+    DeviceMemory device_memory;    // kept for the next one
 
 private:
     struct Block {
@@ -46,8 +51,10 @@ private:
 struct holdfast_context {
     holdfast_context();
     std::string error;
-    const holdfast::Target *target = nullptr;  // forced; null: HOLDFAST_TARGET, or the best
-    int threads = 0;                           // 0: one per core
+    const holdfast::Target *target = nullptr;   // forced; null: HOLDFAST_TARGET, or the best
+    std::optional<holdfast::Backend> backend;   // forced; none: where the tensors are
+    void *device = nullptr, *stream = nullptr;  // as holdfast_context_set_device and _set_stream took them
+    int threads = 0;                            // 0: one per core
     holdfast_parallel_for parallel_for = nullptr;
     void *parallel_for_user = nullptr;
     holdfast::Allocator allocator;
@@ -68,6 +75,10 @@ namespace holdfast {
 
 /// `context`, or the process's default one.
 holdfast_context &resolve(holdfast_context *context);
+
+/// What a call whose tensors are on `home` runs on: a target or backend that is forced, else `home`. Host tensors can go
+/// anywhere, others only to their own backend. Throws TARGET_UNAVAILABLE, UNSUPPORTED.
+Choice choose_backend(const holdfast_context &context, Backend home);
 
 /// Run `body(context)`, turn what it throws into a status, and keep the text for holdfast_last_error.
 holdfast_status guarded(holdfast_context *context, const std::function<void(holdfast_context &)> &body);

@@ -4,12 +4,14 @@
 #include "chunk_table.h"
 #include "context.h"
 #include "failure.h"
+#include "forward_gpu.h"
 #include "problem.h"
 #include "recurrent.h"
 
 #include <HalideRuntime.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <deque>
 #include <string>
 
@@ -124,18 +126,35 @@ void run_group(const Problem &p, const Plan &plan, Workspace &workspace, int64_t
 
 using namespace holdfast;
 
-extern "C" holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args) {
+extern "C" {
+
+holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args) {
     return guarded(context, [&](holdfast_context &c) {
         const Problem p = checked_problem(args);
-        const Target *forced = c.target ? c.target : environment_target();
-        const Variant &variant = select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, forced);
-        if (p.chunk_size == 0 && p.T <= variant.chunk / least_share) return run_recurrent(c, "forward", p);
+        const Choice choice = choose_backend(c, p.home());
+        const Variant &variant =
+            select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced);
+        if (choice.backend != Backend::cpu) return forward_on_gpu(c, p, variant, choice.why);
+        if (p.chunk_size == 0 && p.T <= variant.chunk / least_share) return run_recurrent(c, "forward", p, choice);
         const Plan plan(p, variant, c);
         check_kernel_strides(p, plan.segment);
         const int64_t pieces = p.B * p.H == 0 ? 0 : p.B * plan.groups;
-        announce(c, "forward", variant, p, "chunks of " + std::to_string(plan.chunk), pieces);
+        announce(c, "forward", variant, choice.why, p, "chunks of " + std::to_string(plan.chunk), pieces);
         if (pieces == 0) return;
         c.for_each(pieces,
                    [&](Workspace &workspace, int64_t n) { run_group(p, plan, workspace, n / plan.groups, n % plan.groups); });
     });
 }
+
+holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args, size_t *bytes) {
+    return guarded(context, [&](holdfast_context &c) {
+        if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
+        const Problem p = checked_problem(args);
+        const Choice choice = choose_backend(c, p.home());
+        const Variant &variant =
+            select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced);
+        *bytes = choice.backend == Backend::cuda ? workspace_on_gpu(c, p, variant) : 0;
+    });
+}
+
+}  // extern "C"

@@ -118,11 +118,15 @@ Problem checked(const holdfast_forward_args &args, bool step) {
         }
     }
 
+    for (const Tensor *t : {&p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state})
+        if (t->rank) check_same_device(*t, p.q);
+    p.workspace = args.workspace;
+
     if (!std::isfinite(args.scale)) fail(HOLDFAST_INVALID_ARGUMENT, "scale is ", args.scale, "; expected a finite number");
     p.scale = args.scale != 0 ? args.scale : 1 / std::sqrt((float)p.K);
     if (args.chunk_size < 0) fail(HOLDFAST_INVALID_ARGUMENT, "chunk_size is ", args.chunk_size, "; expected at least 0");
     p.chunk_size = args.chunk_size;
-    check_log_decay(p.log_decay);
+    if (p.q.on_host()) check_log_decay(p.log_decay);  // to fetch a GPU's would take longer than the call
     if (step) {
         for (Tensor *t : {&p.q, &p.k, &p.v, &p.out}) *t = with_time(*t);
         if (p.log_decay.rank == 2) p.log_decay = with_time(p.log_decay);
@@ -140,7 +144,16 @@ Problem checked_problem(const holdfast_forward_args *args) {
 Problem checked_problem(const holdfast_step_args *args) {
     constexpr size_t first_version = offsetof(holdfast_step_args, scale) + sizeof(float);
     const holdfast_step_args step = checked_args(args, "holdfast_step_args", first_version);
-    return checked({0, step.q, step.k, step.v, step.log_decay, step.state, step.out, nullptr, step.scale, 0}, true);
+    holdfast_forward_args same{};
+    same.q = step.q, same.k = step.k, same.v = step.v, same.log_decay = step.log_decay, same.initial_state = step.state;
+    same.out = step.out, same.scale = step.scale;
+    return checked(same, true);
+}
+
+Backend Problem::home() const {
+    Backend backend = Backend::cpu;
+    backend_of(q.device.device_type, &backend);
+    return backend;
 }
 
 void check_kernel_strides(const Problem &p, int64_t tokens) {
@@ -155,12 +168,9 @@ void check_kernel_strides(const Problem &p, int64_t tokens) {
     for (const Tensor *t : {&p.initial_state, &p.final_state}) check(*t, 2, p.K);
 }
 
-void announce(const holdfast_context &c, const char *call, const Variant &variant, const Problem &p, const std::string &how,
-              int64_t pieces) {
+void announce(const holdfast_context &c, const char *call, const Variant &variant, const char *why, const Problem &p,
+              const std::string &how, int64_t pieces) {
     if (!c.verbose) return;
-    const char *why = c.target               ? "target forced by the context"
-                      : environment_target() ? "target forced by HOLDFAST_TARGET"
-                                             : "best target that this CPU runs";
     std::ostringstream line;
     line << call << ": " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K " << p.K
          << ", V " << p.V << ", " << how << ", " << c.threads_for(pieces) << " threads";

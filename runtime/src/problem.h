@@ -18,7 +18,10 @@ struct Problem {
     Tensor log_decay;                   // [H] or [B, T, H]; rank 0: not given
     Tensor initial_state, final_state;  // [B, H, K, V]; rank 0: not given
     float scale;
-    int64_t chunk_size;  // 0: the library's choice
+    int64_t chunk_size;         // 0: the library's choice
+    const DLTensor *workspace;  // null: not given. Not checked: only a GPU looks at it
+
+    Backend home() const;  // where all tensors are
 };
 
 /// Check all arguments. Throws a Failure that names the first that is wrong.
@@ -29,7 +32,7 @@ Problem checked_problem(const holdfast_step_args *args);
 void check_kernel_strides(const Problem &p, int64_t tokens);
 
 /// Tell the context's listener, if there is one, what runs for `call` ("forward"), `how` ("chunks of 32") and why.
-void announce(const holdfast_context &context, const char *call, const Variant &variant, const Problem &p,
+void announce(const holdfast_context &context, const char *call, const Variant &variant, const char *why, const Problem &p,
               const std::string &how, int64_t pieces);
 
 }  // namespace holdfast

@@ -123,12 +123,14 @@ private:
 
 }  // namespace
 
-void run_recurrent(holdfast_context &c, const char *call, const Problem &p) {
-    const Target *forced = c.target ? c.target : environment_target();
-    const Variant &variant = select_variant("recurrent", p.q.dtype.name, p.K, p.V, 0, forced);
+void run_recurrent(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
+    if (choice.backend != Backend::cpu)
+        fail(HOLDFAST_UNSUPPORTED, "holdfast_", call, " was to run on backend ", name_of(choice.backend),
+             "; expected the CPU, where all of its kernels are");
+    const Variant &variant = select_variant("recurrent", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
     check_kernel_strides(p, 1);
     const Work work(p, variant);
-    announce(c, call, variant, p, "token by token", work.pieces);
+    announce(c, call, variant, choice.why, p, "token by token", work.pieces);
     if (work.pieces > 0) c.for_each(work.pieces, std::cref(work));
 }
 
@@ -137,5 +139,8 @@ void run_recurrent(holdfast_context &c, const char *call, const Problem &p) {
 using namespace holdfast;
 
 extern "C" holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args) {
-    return guarded(context, [&](holdfast_context &c) { run_recurrent(c, "step", checked_problem(args)); });
+    return guarded(context, [&](holdfast_context &c) {
+        const Problem p = checked_problem(args);
+        run_recurrent(c, "step", p, choose_backend(c, p.home()));
+    });
 }

@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include "backend.h"
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -35,7 +37,19 @@ std::string describe(const DLTensor &t) {
     return text + "]";
 }
 
+/// "1 (cpu), 2 (cuda)": what tensors may be on.
+std::string device_types() {
+    std::string text;
+    for (DLDeviceType type : {kDLCPU, kDLCUDA, kDLOpenCL, kDLVulkan, kDLMetal}) {
+        Backend backend;
+        if (backend_of(type, &backend) && compiled(backend))
+            text += (text.empty() ? "" : ", ") + std::to_string(type) + " (" + name_of(backend) + ")";
+    }
+    return text;
+}
+
 bool overlaps_range(const Tensor &a, const Tensor &b) {
+    if (a.handle != b.handle) return false;
     return a.data + a.low < b.data + b.high && b.data + b.low < a.data + a.high;
 }
 
@@ -45,6 +59,29 @@ std::string describe(const TensorSpec &spec) {
     std::string text = "[";
     for (const char *axis = spec.axes; *axis; axis++) text += (axis == spec.axes ? "" : ", ") + std::string(1, *axis);
     return text + "]";
+}
+
+std::string describe(DLDevice device) {
+    const char *api = nullptr;
+    switch (device.device_type) {
+    case kDLCPU:
+    case kDLCUDAHost: return "the CPU";
+    case kDLCUDA:
+    case kDLCUDAManaged: api = "CUDA"; break;
+    case kDLOpenCL: api = "OpenCL"; break;
+    case kDLVulkan: api = "Vulkan"; break;
+    case kDLMetal: api = "Metal"; break;
+    default: return "device type " + std::to_string(device.device_type);
+    }
+    return std::string(api) + " device " + std::to_string(device.device_id);
+}
+
+void check_same_device(const Tensor &tensor, const Tensor &other) {
+    Backend a{}, b{};
+    backend_of(tensor.device.device_type, &a), backend_of(other.device.device_type, &b);
+    if (a != b || (a != Backend::cpu && tensor.device.device_id != other.device.device_id))
+        fail(HOLDFAST_INVALID_ARGUMENT, tensor.name, " is on ", describe(tensor.device), " and ", other.name, " on ",
+             describe(other.device), "; expected all tensors on one device");
 }
 
 Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
@@ -59,11 +96,12 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
         fail(HOLDFAST_UNSUPPORTED, spec.name, " has dtype ", describe(t->dtype), "; expected float32",
              spec.any_dtype ? ", float16 or bfloat16" : "");
     const int64_t element = dtype->bytes();
-    if (t->device.device_type != kDLCPU)
+    Backend backend;
+    if (!backend_of(t->device.device_type, &backend) || !compiled(backend))
         fail(HOLDFAST_UNSUPPORTED, spec.name, " is on device type ", (int)t->device.device_type,
-             "; expected the CPU (1), the one backend of this build");
+             "; expected that of a backend of this build: ", device_types());
 
-    Tensor view{spec.name, *dtype, nullptr, rank, {}, {}, 0, 0};
+    Tensor view{spec.name, *dtype, nullptr, t->device, nullptr, rank, {}, {}, 0, 0};
     bool empty = false;
     for (int axis = 0; axis < rank; axis++) {
         const int64_t extent = t->shape[axis];
@@ -93,7 +131,9 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
     if (__builtin_add_overflow(view.high, element, &view.high))
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), "; expected byte offsets that fit 64 bits");
     if (!t->data) fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has NULL data; expected memory for shape ", describe(*t));
-    const uintptr_t base = (uintptr_t)t->data + t->byte_offset;
+    const bool addressable = backend == Backend::cpu || backend == Backend::cuda;
+    if (!addressable) view.handle = t->data;
+    const uintptr_t base = (addressable ? (uintptr_t)t->data : 0) + t->byte_offset;
     const uint64_t below = 0 - (uint64_t)view.low, above = (uint64_t)view.high;
     if (below > base || above > UINTPTR_MAX - base)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and strides that reach from byte ", view.low,
@@ -167,7 +207,7 @@ void check_no_overlap(const Tensor &output, const Tensor &other) {
 }
 
 bool same_elements(const Tensor &a, const Tensor &b) {
-    if (a.data != b.data || a.rank != b.rank) return false;
+    if (a.data != b.data || a.handle != b.handle || a.rank != b.rank) return false;
     for (int axis = 0; axis < a.rank; axis++)
         if (a.shape[axis] != b.shape[axis] || (a.shape[axis] > 1 && a.stride[axis] != b.stride[axis])) return false;
     return true;

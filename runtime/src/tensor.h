@@ -21,12 +21,15 @@ struct Tensor {
     static constexpr int max_rank = 4;
     const char *name;
     Dtype dtype;
-    char *data;  // element [0, 0, ...]; null only if empty
+    char *data;  // element [0, 0, ...]; null only if empty. Where `handle` is set: its place in that, as a number of bytes
+    DLDevice device;
+    void *handle;  // of OpenCL, Metal and Vulkan, whose memory has no addresses; else null
     int rank;
     int64_t shape[max_rank], stride[max_rank];  // strides in elements
     int64_t low, high;                          // bytes of its elements, relative to data: [low, high)
 
     bool empty() const { return low == high; }
+    bool on_host() const { return device.device_type == kDLCPU || device.device_type == kDLCUDAHost; }
     /// Address of an element, seen as one of type E.
     template<class E = float>
     E *at(int64_t i0, int64_t i1 = 0, int64_t i2 = 0) const {
@@ -43,8 +46,14 @@ struct TensorSpec {
 /// "[B, T, H, K]".
 std::string describe(const TensorSpec &spec);
 
-/// Check pointer, dtype, device (CPU), rank, extents, data, strides, overflow. Throws INVALID_ARGUMENT, UNSUPPORTED.
+/// Check pointer, dtype, device, rank, extents, data, strides, overflow. Throws INVALID_ARGUMENT, UNSUPPORTED.
 Tensor check_tensor(const TensorSpec &spec, const DLTensor *tensor);
+
+/// Check that both are on the same device.
+void check_same_device(const Tensor &tensor, const Tensor &other);
+
+/// "the CPU", "CUDA device 0", ...
+std::string describe(DLDevice device);
 
 /// Check that extent `axis` is `expected`, which stems from `because` ("of q").
 void check_extent(const TensorSpec &spec, const Tensor &tensor, int axis, int64_t expected, const char *because);

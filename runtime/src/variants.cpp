@@ -12,11 +12,30 @@ namespace holdfast {
 
 const std::vector<Target> &targets() {
     static const std::vector<Target> list = {
-#define HOLDFAST_TARGET(name, needs) {#name, missing_cpu_features(needs)},
+#define HOLDFAST_TARGET(name, backend, needs, chunk_table) {#name, Backend::backend, missing_cpu_features(needs), chunk_table},
 #include "targets.inc"
 #undef HOLDFAST_TARGET
     };
     return list;
+}
+
+const std::string &missing_for(const Target &target) {
+    const std::string &driver = availability(target.backend).missing;
+    return driver.empty() ? target.missing_features : driver;
+}
+
+Backend require_backend(const std::string &name) {
+    std::string known;
+    for (Backend backend : all_backends) {
+        if (name == name_of(backend)) {
+            const std::string &missing = availability(backend).missing;
+            if (!missing.empty())
+                fail(HOLDFAST_TARGET_UNAVAILABLE, "backend is '", name, "', which cannot run here: ", missing);
+            return backend;
+        }
+        known += (known.empty() ? "" : ", ") + std::string(name_of(backend));
+    }
+    fail(HOLDFAST_TARGET_UNAVAILABLE, "backend is '", name, "'; expected one of ", known);
 }
 
 static const Target *find_target(const std::string &name) {
@@ -37,12 +56,14 @@ const std::vector<Variant> &variants() {
 
 const Target *require_target(const std::string &name, const char *prefix) {
     const Target *target = find_target(name);
-    if (target && target->missing.empty()) return target;
+    if (target && missing_for(*target).empty()) return target;
     std::string known;
     for (const Target &t : targets()) known += (known.empty() ? "" : ", ") + std::string(t.name);
     if (!target) fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name, "'; expected one of ", known);
-    fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name,
-         "', which needs CPU features that this machine lacks: ", target->missing);
+    if (!target->missing_features.empty())
+        fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name,
+             "', which needs CPU features that this machine lacks: ", target->missing_features);
+    fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name, "', whose backend cannot run here: ", missing_for(*target));
 }
 
 const Target *environment_target() {
@@ -54,12 +75,12 @@ const Target *environment_target() {
 }
 
 const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
-                              const Target *forced) {
+                              Backend backend, const Target *forced) {
     const Variant *best = nullptr;
     for (const Variant &v : variants()) {
         // Names last: they are the slowest to compare, and a call for one token has no time to lose.
+        if (forced ? v.target != forced : v.target->backend != backend || !v.target->missing_features.empty()) continue;
         if ((v.key_size && v.key_size != key_size) || (v.value_size && v.value_size != value_size)) continue;
-        if (forced ? v.target != forced : !v.target->missing.empty()) continue;
         if (std::strcmp(v.kernel, kernel) || std::strcmp(v.dtype, dtype)) continue;
         // The list is best first: a later row replaces the first only for its chunk, all else being equal.
         if (!best) {
@@ -72,7 +93,7 @@ const Variant &select_variant(const char *kernel, const char *dtype, int64_t key
     }
     if (!best)
         fail(HOLDFAST_UNSUPPORTED, "no variant of ", kernel, " for ", dtype, ", K = ", key_size, ", V = ", value_size,
-             forced ? " and target " : "", forced ? forced->name : "", " in this build");
+             forced ? " and target " : " and backend ", forced ? forced->name : name_of(backend), " in this build");
     return *best;
 }
 

@@ -1,6 +1,8 @@
 // The compiled variants and the choice among them. Everything here comes from the table that the build makes of
 // cmake/targets.cmake and cmake/kernels.cmake.
 #pragma once
+#include "backend.h"
+
 #include <cstdint>
 #include <string>
 #include <variant>
@@ -20,7 +22,10 @@ using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide
 
 struct Target {
     const char *name;
-    std::string missing;  // CPU features it needs and this machine lacks; "": it runs here
+    Backend backend;
+    std::string missing_features;  // CPU features it needs and this machine lacks
+    int (*fill_chunk_table)(const void *user_context, int32_t tokens, int32_t chunk, int32_t count,
+                            halide_buffer_t *table);  // GPUs
 };
 
 struct Variant {
@@ -30,18 +35,33 @@ struct Variant {
     std::variant<ChunkwiseKernel *, RecurrentKernel *> run;  // that of `kernel`
 };
 
-const std::vector<Target> &targets();    // best first
+const std::vector<Target> &targets();  // best first
+
+/// What a target needs and this machine lacks: CPU features, or why its backend cannot run; "": it runs here. Loads the
+/// backend's driver.
+const std::string &missing_for(const Target &target);
+
+/// The backend of that name if this build has it and it can run here. Throws TARGET_UNAVAILABLE.
+Backend require_backend(const std::string &name);
+
 const std::vector<Variant> &variants();  // best target first
 
 /// The target of that name if this machine runs it. Throws TARGET_UNAVAILABLE; the text begins with `prefix`.
 const Target *require_target(const std::string &name, const char *prefix = "");
 
+/// What a call runs on, and why.
+struct Choice {
+    Backend backend;
+    const Target *forced;  // null: the best of the backend
+    const char *why;       // for the verbose line
+};
+
 /// The target that HOLDFAST_TARGET forces, null if it is not set. The variable is read once. Throws like require_target.
 const Target *environment_target();
 
-/// The variant to run: the best target that runs here, or `forced`; exact sizes before `any`; the shortest chunk that holds
+/// The variant to run: the best target of `backend` that runs here, or `forced`; exact sizes before `any`; the shortest chunk that holds
 /// `chunk_size` tokens, else the longest (chunk_size 0: the first listed). Throws UNSUPPORTED when there is none.
 const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
-                              const Target *forced);
+                              Backend backend, const Target *forced);
 
 }  // namespace holdfast

@@ -105,7 +105,8 @@ TEST(Names, Statuses) {
     EXPECT_STREQ(holdfast_status_name(HOLDFAST_TARGET_UNAVAILABLE), "HOLDFAST_TARGET_UNAVAILABLE");
     EXPECT_STREQ(holdfast_status_name(HOLDFAST_OUT_OF_MEMORY), "HOLDFAST_OUT_OF_MEMORY");
     EXPECT_STREQ(holdfast_status_name(HOLDFAST_INTERNAL_ERROR), "HOLDFAST_INTERNAL_ERROR");
-    EXPECT_STREQ(holdfast_status_name((holdfast_status)6), "unknown status");
+    EXPECT_STREQ(holdfast_status_name(HOLDFAST_DEVICE_ERROR), "HOLDFAST_DEVICE_ERROR");
+    EXPECT_STREQ(holdfast_status_name((holdfast_status)7), "unknown status");
 }
 
 TEST(Names, VersionIsThatOfTheHeader) {

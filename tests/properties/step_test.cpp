@@ -1,4 +1,4 @@
-// What holdfast_step promises, for every target that runs here and for tuned and odd sizes.
+// What holdfast_step promises, for every target of the CPU that runs here and for tuned and odd sizes.
 #include "../step.h"
 
 #include <array>
@@ -222,7 +222,8 @@ TEST_P(StepTest, ForcedTargetRuns) {
     EXPECT_NE(message.find("forced by the context"), std::string::npos) << message;
 }
 
-INSTANTIATE_TEST_SUITE_P(, StepTest, testing::ValuesIn(instances({{64, 64}, {1, 1}, {3, 5}, {33, 17}}, {{64, 64}, {33, 17}})),
+INSTANTIATE_TEST_SUITE_P(, StepTest,
+                         testing::ValuesIn(on_cpu(instances({{64, 64}, {1, 1}, {3, 5}, {33, 17}}, {{64, 64}, {33, 17}}))),
                          [](const auto &info) { return name(info.param); });
 
 }  // namespace

@@ -16,6 +16,7 @@ def default_settings() -> Iterator[None]:
     yield
     holdfast.set_num_threads(0)
     holdfast.set_target(None)
+    holdfast.set_backend(None)
     holdfast.set_verbose(None)
 
 

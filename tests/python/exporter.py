@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-CPU, CUDA = 1, 2
+CPU, CUDA, ROCM = 1, 2, 10
 READ_ONLY, IS_COPIED = 1, 2
 FLOAT, BFLOAT = 2, 4
 

@@ -10,7 +10,7 @@ import holdfast
 import numpy as np
 import pytest
 import reference
-from exporter import CUDA, Exporter
+from exporter import CUDA, ROCM, Exporter
 from reference import assert_close
 
 SHAPE = B, H, K, V = 2, 3, 8, 6
@@ -136,7 +136,7 @@ READ_ONLY = np.broadcast_to(np.float32(0), (B, H, K, V))
         (ValueError, "scale is 0; expected", {"scale": 0.0}),
         (ValueError, "degree is 0; expected 1", {"degree": 0}),
         (NotImplementedError, "state has dtype float64; expected float32", {"state": np.ones((B, H, K, V))}),
-        (NotImplementedError, "v is on device type 2", {"v": Exporter(ones(B, H, V), device=CUDA)}),
+        (NotImplementedError, "v is on device type 10", {"v": Exporter(ones(B, H, V), device=ROCM)}),
         (NotImplementedError, "degree = 2 is not implemented yet; expected 1", {"degree": 2}),
         (NotImplementedError, "normalize = True is not implemented yet; expected", {"normalize": True}),
         (NotImplementedError, "sum_of_keys is not implemented yet; expected None", {"sum_of_keys": np.ones((B, H, K))}),
@@ -154,6 +154,14 @@ def test_errors(token, error, text, changes, with_out):
         holdfast.retention_step(**{**arguments, **changes})
     assert type(caught.value) is error and text in str(caught.value)
     assert np.all(p.out == 7)
+    np.testing.assert_array_equal(p.state, p.initial_state)
+
+
+def test_new_arrays_are_on_the_cpu(token):
+    p = token(*SHAPE)
+    q, k, v, state = (Exporter(x, device=CUDA) for x in (p.q, p.k, p.v, p.state))
+    with pytest.raises(NotImplementedError, match="q is on a GPU; expected arrays on the CPU"):
+        holdfast.retention_step(q, k, v, None, state)
     np.testing.assert_array_equal(p.state, p.initial_state)
 
 

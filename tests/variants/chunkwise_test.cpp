@@ -1,10 +1,11 @@
 // Every compiled variant of chunkwise, called directly, on every case of kernel_call.h. What this machine cannot run is
-// skipped, with the CPU features that it lacks.
+// skipped, with the reason; a GPU backend that HOLDFAST_REQUIRED_BACKENDS names may not be.
 #include "../kernel_call.h"
 #include "missing.h"
 
 #include <holdfast/holdfast.h>
 #include <kernels.h>
+#include <string_view>
 
 namespace {
 using namespace test;
@@ -14,13 +15,21 @@ struct Variant {
     Dtype dtype;
     int chunk;
     Size size;  // 0: any
+    const char *backend;
     int (*run)(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v, halide_buffer_t *log_decay,
                halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count, float scale, halide_buffer_t *out,
                halide_buffer_t *state_out);
 };
+constexpr const char *backend_of(std::string_view target) {
+#define HOLDFAST_TARGET(name, backend, needs, chunk_table) \
+    if (target == #name) return #backend;
+#include <targets.inc>
+#undef HOLDFAST_TARGET
+    return "";
+}
 constexpr Variant variants[] = {
 #define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target) \
-    {#name, dtype, chunk, {key_size, value_size}, name},
+    {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), name},
 #define HOLDFAST_ROW_recurrent(...)
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #include <variants.inc>
@@ -54,8 +63,11 @@ class Chunkwise : public testing::TestWithParam<Instance> {};
 
 TEST_P(Chunkwise, MatchesReference) {
     const Instance &instance = GetParam();
-    const std::string missing = missing_cpu_features(instance.variant.name);
-    if (!missing.empty()) GTEST_SKIP() << "this CPU lacks " << missing;
+    const std::string missing = missing_here(instance.variant.name), backend = instance.variant.backend;
+    if (!missing.empty() && required(backend)) FAIL() << "HOLDFAST_REQUIRED_BACKENDS has " << backend << ": " << missing;
+    if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
+    if (instance.kernel_case.layout == Layout::reversed && backend != "cpu")
+        GTEST_SKIP() << "Halide's runtime does not copy negative strides to a GPU; the library never asks it to";
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     const Variant &variant = instance.variant;
     KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype).expect_reference([&](auto &&...arguments) {

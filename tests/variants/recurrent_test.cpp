@@ -1,5 +1,5 @@
 // Every compiled variant of recurrent, called directly, on every case of step_call.h. What this machine cannot run is
-// skipped, with the CPU features that it lacks.
+// skipped, with the reason. They are all for CPUs.
 #include "../step_call.h"
 #include "missing.h"
 
@@ -47,8 +47,8 @@ class Recurrent : public testing::TestWithParam<Instance> {};
 
 TEST_P(Recurrent, MatchesReference) {
     const Instance &instance = GetParam();
-    const std::string missing = missing_cpu_features(instance.variant.name);
-    if (!missing.empty()) GTEST_SKIP() << "this CPU lacks " << missing;
+    const std::string missing = missing_here(instance.variant.name);
+    if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     for (const StepCase &c : step_cases())
         StepCall(c, instance.size, instance.variant.dtype).expect_reference([&](auto &&...arguments) {

@@ -1,22 +1,25 @@
 """Holdfast: retention kernels compiled ahead of time.
 
 `retention` computes; `retention_step` does one token, with the state in place; `decay` makes RetNet's decays; `info`
-says what was compiled and what would run here; `set_num_threads`, `set_target` and `set_verbose` set options for all
-calls of the process.
+says what was compiled and what would run here; `set_num_threads`, `set_target`, `set_backend` and `set_verbose` set
+options for all calls of the process.
 
 Arrays are anything that speaks the buffer protocol (NumPy, memoryview, ctypes, array) or DLPack (PyTorch, JAX, ...),
 used where they lie, without a copy. NumPy arrays of ml_dtypes' bfloat16, which speak neither, are known by the name of
-their dtype; ml_dtypes itself is not needed. All functions may be called from several threads at once, and `retention`
-and `retention_step` let other Python threads run while they compute.
+their dtype; ml_dtypes itself is not needed. Arrays on a GPU go by DLPack and are computed there, by `retention`: on
+CUDA the work is put into the stream that is current for PyTorch's tensors or CuPy's arrays, else into the default one.
+All functions may be called from several threads at once, and `retention` and `retention_step` let other Python threads
+run while they compute.
 
 Errors name the argument, say what it was and what was expected:
     ValueError           a malformed argument, or one that contradicts another: rank, shape, stride, overlap, ...
-    NotImplementedError  something that this version does not compute: another dtype, a device other than the CPU, an
-                         array that requires grad, an option that later versions bring
+    NotImplementedError  something that this version does not compute: another dtype, a device of no backend of this
+                         build, an array that requires grad, an option that later versions bring
     TypeError            not an array at all, or one that does not share its memory; not a number
-    TargetUnavailable    the forced target is unknown or does not run on this machine (a RuntimeError)
+    TargetUnavailable    the forced target or backend is unknown or does not run on this machine, or that of the arrays
+                         does not (a RuntimeError)
     MemoryError          no memory for results or workspace
-    RuntimeError         a fault of the library
+    RuntimeError         a fault of the library, or of a GPU's driver
 After ValueError, NotImplementedError, TypeError and TargetUnavailable nothing has been written.
 """
 
@@ -45,6 +48,7 @@ __all__ = [
     "retention",
     "retention_step",
     "rotate",
+    "set_backend",
     "set_num_threads",
     "set_target",
     "set_verbose",
@@ -133,10 +137,10 @@ def retention(
         BFloat16Array.
 
     q, k, v and out have one dtype: float32, float16 or bfloat16. log_decay and states are float32. Sums are in float32
-    whatever the dtype, and out is rounded once, to the nearest. All arrays are on the CPU, of any strides but with a
-    contiguous last axis (log_decay: any strides), also negative or 0 (inputs). Inputs may be read-only and may share
-    memory; `out` may not share memory with any of them. B, T and H may be 0. Results are the same bits from call to
-    call and for any number of threads.
+    whatever the dtype, and out is rounded once, to the nearest. All arrays are on one device, of any strides but with a
+    contiguous last axis (log_decay: any strides), also negative or 0 (inputs). On CUDA the call returns when its work
+    is in the stream. Inputs may be read-only and may share memory; `out` may not share memory with any of them. B, T
+    and H may be 0. Results are the same bits from call to call and for any number of threads.
 
     Raises: see the module. A positive or NaN decay is a ValueError.
     """
@@ -151,7 +155,12 @@ def retention(
         raise NotImplementedError("initial_sum_of_keys is not implemented yet; expected None")
     if cu_seqlens is not None:
         raise NotImplementedError("cu_seqlens is not implemented yet; expected None")
-    result = _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, out)
+    if (device := _gpu(q)) is not None:
+        results = _on_gpu(q, v, return_state, out)
+        stream = _cuda_stream(q) if device in _CUDA else 0
+        _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, *results, stream)
+        return results if return_state else results[0]
+    result = _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, out, None, 1)
     new_out, state = result if return_state else (result, None)
     if out is None:
         new_out = _like(q, new_out)
@@ -193,8 +202,9 @@ def retention_step(
     Returns:
         out [B, H, V]: a new array of q's kind, as from `retention`, unless `out` is given.
 
-    Arrays are as for `retention`; neither `state` nor `out` may share memory with another one. Results are those of
-    `retention` with T = 1, to the bit. `out` spares the making of an array, which takes as long as a small step.
+    Arrays are as for `retention`, but on the CPU only; neither `state` nor `out` may share memory with another one.
+    Results are those of `retention` with T = 1, to the bit. `out` spares the making of an array, which takes as long as
+    a small step.
 
     Raises: see the module. A positive or NaN decay is a ValueError. After an error other than MemoryError and
     RuntimeError the state is as it was.
@@ -204,6 +214,8 @@ def retention_step(
         _check_option("normalize", normalize, now=(None, False), later=(True,))
     if sum_of_keys is not None:
         raise NotImplementedError("sum_of_keys is not implemented yet; expected None")
+    if out is None and _gpu(q) is not None:
+        raise NotImplementedError("q is on a GPU; expected arrays on the CPU, where all kernels of retention_step are")
     result = _holdfast.step(q, k, v, log_decay, state, scale, out)
     return _like(q, result) if out is None else result
 
@@ -249,8 +261,10 @@ def info() -> dict[str, Any]:
 
     version:      of the library
     cpu_features: of this machine, those that the library knows
-    backends:     {name: {"compiled", "available", "why_not"}}
-    targets:      best first: [{"name", "runs_here", "missing": CPU features that it lacks}]
+    backends:     {name: {"compiled", "available", "why_not", "devices": their names, "targets": of its own}}: "cpu",
+                  "cuda", "metal", "opencl", "vulkan". Looking for GPUs loads their drivers
+    targets:      best first: [{"name", "runs_here", "missing": CPU features that it lacks, or why its backend does not
+                  run}]
     variants:     best target first: [{"name", "kernel", "dtype", "chunk", "key_size", "value_size", "target",
                   "runs_here", "missing", "selected"}]; chunk 0: the kernel has none; sizes 0: any; selected: calls of
                   the kernel with these sizes run it (set_target and HOLDFAST_TARGET are heeded)
@@ -258,13 +272,15 @@ def info() -> dict[str, Any]:
     A wrong HOLDFAST_TARGET is no error here: the backend "cpu" is not available then, and says why.
     """
     variants, why_not = _holdfast.variants()
+    backends = _holdfast.backends()
+    backends["cpu"].update(available=not why_not, why_not=why_not)
     targets = {
         v["target"]: {"name": v["target"], **{key: v[key] for key in ("runs_here", "missing")}} for v in variants
     }
     return {
         "version": __version__,
         "cpu_features": _holdfast.cpu_features().split(),
-        "backends": {"cpu": {"compiled": True, "available": not why_not, "why_not": why_not}},
+        "backends": backends,
         "targets": list(targets.values()),
         "variants": variants,
     }
@@ -296,6 +312,17 @@ def set_target(target: str | None) -> None:
     _holdfast.set_target(target)
 
 
+def set_backend(backend: str | None) -> None:
+    """Force the backend ("cpu", "cuda", "metal", "opencl", "vulkan": `info`) whose best target runs, also for arrays on
+    the CPU, which are copied to the GPU and back then. None goes back to the default: that of the arrays' device. For
+    all calls that begin after this one, of all threads.
+
+    Raises: TargetUnavailable for an unknown name or a backend that cannot run here; the option then stays as it was."""
+    if not isinstance(backend, str | None):
+        raise TypeError(f"backend is of type {type(backend).__name__}; expected str or None")
+    _holdfast.set_backend(backend)
+
+
 def set_verbose(listener: Callable[[str], object] | None) -> None:
     """Call `listener` with one line for each kernel call: which variant runs, why, and on what. None, the default:
     silence. It is called before the work begins, by the thread that made the call; what it raises is reported to
@@ -315,6 +342,58 @@ def _check_option(name: str, value: object, now: tuple[object, ...], later: tupl
     if value in later:
         raise NotImplementedError(f"{name} = {value!r} is not implemented yet; expected {expected}")
     raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_GPUS = (*_CUDA, 4, 7, 8)  # kDLOpenCL, kDLVulkan, kDLMetal
+
+
+def _gpu(q: Any) -> int | None:
+    """DLPack's type of the GPU that q is on; None where it is not, or does not say."""
+    if isinstance(q, np.ndarray) or not hasattr(q, "__dlpack_device__"):
+        return None
+    try:
+        device = int(q.__dlpack_device__()[0])
+    except Exception:  # the library says what is wrong
+        return None
+    return device if device in _GPUS else None
+
+
+def _cuda_stream(q: Any) -> int:
+    """The stream that is current for q's library, as DLPack numbers them: 1 is the default one."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and isinstance(q, torch.Tensor):
+        return torch.cuda.current_stream(q.device).cuda_stream or 1
+    if cupy is not None and isinstance(q, cupy.ndarray):
+        return cupy.cuda.get_current_stream().ptr or 1
+    return 1
+
+
+def _on_gpu(q: Any, v: Any, return_state: bool, out: Any) -> tuple[Any, Any]:
+    """(out, state), made where q is by q's own library as far as they are not given."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(q, torch.Tensor):
+        library = torch
+    elif hasattr(q, "__array_namespace__"):
+        library = q.__array_namespace__()
+    elif out is None or return_state:
+        raise NotImplementedError(
+            f"q is on a GPU and of type {type(q).__name__}, of which no new array can be made; "
+            "expected an array of the array API"
+        )
+    else:
+        return out, None
+    for name, x, axes in (("q", q, "[B, T, H, K]"), ("v", v, "[B, T, H, V]")):
+        rank = len(getattr(x, "shape", ()))
+        if rank != 4:
+            raise ValueError(f"{name} has {rank} dimensions; expected 4, {axes}")
+    (b, t, h, key_size), value_size = q.shape, v.shape[3]
+    state = None
+    if out is None:
+        out = library.empty((b, t, h, value_size), dtype=q.dtype, device=q.device)
+    if return_state:
+        state = library.empty((b, h, key_size, value_size), dtype=library.float32, device=q.device)
+    return out, state
 
 
 def _like(q: Any, result: np.ndarray) -> Any:

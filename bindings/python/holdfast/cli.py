@@ -33,11 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def info_text(report: dict[str, Any]) -> str:
     """What holdfast.info() returned, for people."""
+    gpu_targets = {t for name, backend in report["backends"].items() if name != "cpu" for t in backend["targets"]}
     rows = [("", "variant", "kernel", "dtype", "chunk", "K", "V", "target", "")]
     for v in report["variants"]:
         mark = "*" if v["selected"] else ""
         key_size, value_size = (str(size or "any") for size in (v["key_size"], v["value_size"]))
-        note = "" if v["runs_here"] else f"needs {' '.join(v['missing'])}"
+        needs = "its backend" if v["target"] in gpu_targets else " ".join(v["missing"])
+        note = "" if v["runs_here"] else f"needs {needs}"
         rows.append(
             (mark, v["name"], v["kernel"], v["dtype"], str(v["chunk"] or ""), key_size, value_size, v["target"], note)
         )
@@ -47,12 +49,12 @@ def info_text(report: dict[str, Any]) -> str:
             f"Holdfast {report['version']}",
             f"CPU features: {' '.join(report['cpu_features'])}",
             *(
-                f"Backend {name}: {'available' if backend['available'] else backend['why_not']}"
+                f"Backend {name}: {backend['why_not'] or ', '.join(['available', *backend['devices']])}"
                 for name, backend in report["backends"].items()
             ),
             "",
             *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
             "",
-            "* runs here for its dtype and sizes (any: all sizes that no other row of the kernel with * has)",
+            "* runs here on its backend's arrays of its dtype and sizes (any: those that no other * of the kernel has)",
         ]
     )

@@ -3,7 +3,7 @@
  * In this order: statuses and errors, context, what was compiled, kernels.
  *
  * Simple use: fill a holdfast_forward_args, call holdfast_forward(NULL, &args). A context is for choosing threads, allocator,
- * target, and for reading error texts; NULL stands for the default context everywhere a context is taken.
+ * target, GPU stream, and for reading error texts; NULL stands for the default context everywhere a context is taken.
  *
  * Tensors are DLPack's DLTensor (https://dmlc.github.io/dlpack): the library never frees, keeps or reshapes them; `strides`
  * may be NULL (compact, row-major), `byte_offset` is honoured. Nothing here prints, aborts or throws.
@@ -37,20 +37,25 @@ HOLDFAST_API const char *holdfast_version(void);
 
 /* ---- Statuses and errors ----------------------------------------------------------------------------------------- */
 
-/** What a call returns. Numbers never change. On any status but HOLDFAST_OK no tensor has been written, with two
+/** What a call returns. Numbers never change. On any status but HOLDFAST_OK no tensor has been written, with
  *  exceptions named at their status. */
 typedef enum holdfast_status {
     HOLDFAST_OK = 0,
     /** An argument is malformed or contradicts another: null, rank, shape, stride, overlap, a positive or NaN decay, ... */
     HOLDFAST_INVALID_ARGUMENT = 1,
-    /** Well formed, but not something this build computes: a dtype, a device, a size beyond its limits. */
+    /** Well formed, but not something this build computes: a dtype, a device, a size beyond its limits, a place in a buffer
+     *  that a GPU's API cannot name. */
     HOLDFAST_UNSUPPORTED = 2,
-    /** The forced target (HOLDFAST_TARGET or holdfast_context_set_target) is unknown, or this machine cannot run it. */
+    /** The forced target (HOLDFAST_TARGET or holdfast_context_set_target) or backend is unknown, or this machine cannot run
+     *  it; or it cannot run that of the tensors' device: no driver, one that is too old, no device. */
     HOLDFAST_TARGET_UNAVAILABLE = 3,
-    /** The allocator returned NULL. Outputs may have been written in part. */
+    /** The allocator returned NULL, or a device has too little memory. Outputs may have been written in part. */
     HOLDFAST_OUT_OF_MEMORY = 4,
     /** A fault of the library or of a caller's thread pool. Outputs may have been written in part. Please report the text. */
-    HOLDFAST_INTERNAL_ERROR = 5
+    HOLDFAST_INTERNAL_ERROR = 5,
+    /** A GPU's driver refused something, or work that was given to it earlier has failed; the text has the driver's words.
+     *  Outputs may have been written in part. */
+    HOLDFAST_DEVICE_ERROR = 6
 } holdfast_status;
 
 /** The status's name, "HOLDFAST_OK" and so on; "unknown status" for other numbers. A static string. */
@@ -76,12 +81,32 @@ HOLDFAST_API void holdfast_context_destroy(holdfast_context *context);
  *  the same thread). */
 HOLDFAST_API const char *holdfast_last_error(const holdfast_context *context);
 
-/** Force the target whose variants run, by name ("avx512", "avx2", "generic": holdfast_variant_at lists them); NULL goes
+/** Force the target whose variants run, by name ("avx512", "cuda", "generic": holdfast_variant_at lists them); NULL goes
  *  back to the default, which is the environment variable HOLDFAST_TARGET where it is set (read once, at the library's
- *  first use) and else the best target that this machine runs.
+ *  first use) and else the best target of the backend that is in use. Tensors on the CPU may be computed by a GPU's target:
+ *  they are then copied there and back, and the call waits for that. Tensors on a GPU need a target of their own backend.
  *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, HOLDFAST_TARGET_UNAVAILABLE for an unknown name or a target that
  *  does not run here; the option then stays as it was. A bad HOLDFAST_TARGET fails the calls that would use it. */
 HOLDFAST_API holdfast_status holdfast_context_set_target(holdfast_context *context, const char *target);
+
+/** Force the backend whose best target runs, by name ("cpu", "cuda", "metal", "opencl", "vulkan"), also for tensors on the
+ *  CPU; NULL goes back to the default, the backend of the device that the tensors are on. A target that is forced must be of
+ *  that backend.
+ *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, HOLDFAST_TARGET_UNAVAILABLE for an unknown name or a backend that
+ *  was not compiled or cannot run here; the option then stays as it was. */
+HOLDFAST_API holdfast_status holdfast_context_set_backend(holdfast_context *context, const char *backend);
+
+/** CUDA: the CUcontext to work in. NULL (default): that of the stream, else the one that is current on the calling thread if
+ *  it is of the tensors' device, else the device's primary context (PyTorch's). Other backends do not look at it.
+ *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context. A CUcontext of another device fails the calls that would use it. */
+HOLDFAST_API holdfast_status holdfast_context_set_device(holdfast_context *context, void *device);
+
+/** Where work on a GPU is put: a CUstream (NULL: the default stream) or a cl_command_queue, in order, of the cl_context that
+ *  the tensors are of (NULL: a queue of the library, for tensors on the CPU alone). Calls on tensors of a CUDA or OpenCL
+ *  device return when their work is in the stream, before it is done. Metal and Vulkan do not look at it: there a call
+ *  returns when its work is done.
+ *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context. A stream that is none fails the calls that would use it. */
+HOLDFAST_API holdfast_status holdfast_context_set_stream(holdfast_context *context, void *stream);
 
 /** At most this many threads work on a call, the calling one included. 0 (default): one per core that the process may use.
  *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, a negative number, or more than 256. */
@@ -119,25 +144,51 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
-    const char *name;    /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel;  /**< "chunkwise" or "recurrent" */
-    const char *dtype;   /**< of q, k, v and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
-    const char *target;  /**< what holdfast_context_set_target takes */
-    int32_t chunk;       /**< tokens in a chunk, at most; 0: the kernel has no chunks */
-    int32_t key_size;    /**< K; 0: any */
-    int32_t value_size;  /**< V; 0: any */
-    int32_t runs_here;   /**< 1 where this machine has the CPU features it needs, else 0 */
-    int32_t selected;    /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size, run this variant */
-    const char *missing; /**< the CPU features that this machine lacks, separated by spaces; "" where it runs */
+    const char *name;   /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
+    const char *kernel; /**< "chunkwise" or "recurrent" */
+    const char *dtype;  /**< of q, k, v and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
+    const char *target; /**< what holdfast_context_set_target takes */
+    int32_t chunk;      /**< tokens in a chunk, at most; 0: the kernel has no chunks */
+    int32_t key_size;   /**< K; 0: any */
+    int32_t value_size; /**< V; 0: any */
+    int32_t runs_here;  /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
+    int32_t
+        selected; /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size and tensors on a device of its
+                              backend (or that backend forced), run this variant */
+    const char *missing; /**< the CPU features that this machine lacks, separated by spaces, or why its backend cannot run;
+                              "" where it runs */
 } holdfast_variant;
 
 /** Number of variants in this build. */
 HOLDFAST_API int holdfast_variant_count(void);
 
-/** Describe variant `index`, counted from 0, best target first, as seen by `context` (its forced target decides `selected`).
+/** Describe variant `index`, counted from 0, best target first, as seen by `context` (its forced target and backend decide
+ *  `selected`). For one of a GPU this loads the backend's driver, as holdfast_backend_at does.
  *  @returns HOLDFAST_INVALID_ARGUMENT for an index out of range or a NULL `variant`; HOLDFAST_TARGET_UNAVAILABLE for a bad
  *  HOLDFAST_TARGET (with *variant filled in, `selected` 0). */
 HOLDFAST_API holdfast_status holdfast_variant_at(holdfast_context *context, int index, holdfast_variant *variant);
+
+/** What can run kernels: the CPU, or a GPU's API. Set struct_size to sizeof(holdfast_backend); strings are static. */
+typedef struct holdfast_backend {
+    size_t struct_size;   /**< sizeof(holdfast_backend) */
+    const char *name;     /**< "cpu", "cuda", "metal", "opencl", "vulkan": what holdfast_context_set_backend takes */
+    int32_t compiled;     /**< 1 where this build has a target of it, else 0 */
+    int32_t available;    /**< 1 where it can run here, else 0 */
+    const char *missing;  /**< why it cannot; "" where it can */
+    int32_t device_count; /**< devices found, also where none of them will do */
+    const char *devices;  /**< their names, separated by newlines, in the order of DLPack's device_id on CUDA */
+    const char *targets;  /**< its targets in this build, separated by spaces, best first */
+} holdfast_backend;
+
+/** Number of backends that the library knows, compiled or not. */
+HOLDFAST_API int holdfast_backend_count(void);
+
+/** Describe backend `index`, counted from 0. The first time in a process this loads the backend's driver and looks for
+ *  devices: some milliseconds to seconds, once. Nothing else loads a driver, except to force the backend or one of its targets,
+ *  to give it tensors, or to describe its variants. May be called from any number of threads at once.
+ *  @returns HOLDFAST_INVALID_ARGUMENT for an index out of range, a NULL `backend` or a wrong struct_size (the text is that of
+ *  holdfast_last_error(NULL)). A backend that cannot run is no error. */
+HOLDFAST_API holdfast_status holdfast_backend_at(int index, holdfast_backend *backend);
 
 /** Features of this CPU that the operating system lets programs use, of those the library knows, separated by spaces, e.g.
  *  "sse41 avx avx2 f16c fma avx512f". A static string. */
@@ -149,10 +200,13 @@ HOLDFAST_API const char *holdfast_cpu_features(void);
  *  `holdfast_forward_args args = {.struct_size = sizeof args};` in C. The struct grows at its end in later versions: the
  *  library accepts an older, shorter one, and a longer one whose unknown part is zero.
  *
- *  B batch, T time, H heads, K key size, V value size. B, T and H may be 0; K and V are at least 1. All tensors are on the
- *  CPU. q, k, v and out have one type, float32, float16 or bfloat16 (kDLFloat of 32 or 16 bits, kDLBfloat of 16); log_decay
- *  and the states are float32 always. Every axis may have any stride, also 0 (inputs) or negative, except that the last axis
- *  of q, k, v, out and the states is contiguous. */
+ *  B batch, T time, H heads, K key size, V value size. B, T and H may be 0; K and V are at least 1. q, k, v and out have one
+ *  type, float32, float16 or bfloat16 (kDLFloat of 32 or 16 bits, kDLBfloat of 16); log_decay and the states are float32
+ *  always. All tensors are on one device, of a backend of this build: the CPU (kDLCPU, kDLCUDAHost), CUDA (kDLCUDA,
+ *  kDLCUDAManaged; data is a device pointer), OpenCL (data is a cl_mem) or Metal (data is an id<MTLBuffer>). There they are used
+ *  where they lie, at byte_offset, which OpenCL wants as a multiple of CL_DEVICE_MEM_BASE_ADDR_ALIGN. Every axis may have any
+ *  stride, also 0 (inputs) or negative (the CPU and CUDA), except that the last axis of q, k, v, out and the states is
+ *  contiguous. */
 typedef struct holdfast_forward_args {
     size_t struct_size;            /**< sizeof(holdfast_forward_args) */
     const DLTensor *q;             /**< queries [B, T, H, K] */
@@ -166,7 +220,17 @@ typedef struct holdfast_forward_args {
     float scale;                   /**< multiplies q.k; 0: K^-1/2. Finite. */
     int64_t chunk_size;            /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding
                                          and speed, nothing else. */
+    const DLTensor *workspace;     /**< CUDA: memory for the call alone, uint8 [bytes], compact, on the tensors' device and
+                                         aligned to 256 bytes, at least as large as holdfast_workspace_size says; the work in
+                                         the stream uses it until it is done. NULL: the context keeps such memory, and
+                                         allocates it when it has to grow. Other backends do not look at it. */
 } holdfast_forward_args;
+
+/** Bytes of workspace that holdfast_forward needs for these arguments on `context`, of which `workspace` itself is not looked
+ *  at: they depend on shapes and options alone. 0 where the tensors are not computed by CUDA.
+ *  @returns like holdfast_forward, and HOLDFAST_INVALID_ARGUMENT for a NULL `bytes`. Nothing is computed. */
+HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args,
+                                                     size_t *bytes);
 
 /** Retention, chunkwise form, of every batch entry and head (decay first, then write):
  *
@@ -180,7 +244,8 @@ typedef struct holdfast_forward_args {
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
- *  Calls of few tokens, up to a quarter of a chunk, compute each by itself, as holdfast_step does, unless chunk_size is set.
+ *  On the CPU, calls of few tokens, up to a quarter of a chunk, compute each by itself, as holdfast_step does, unless chunk_size
+ *  is set.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their batch entry and head, but may
  *  reach earlier tokens of the same chunk.
@@ -188,18 +253,25 @@ typedef struct holdfast_forward_args {
  *  Aliasing: inputs may share memory with one another. out overlaps no other tensor. final_state overlaps none either, but may
  *  be exactly initial_state (the same elements in the same places): the state is then advanced in place.
  *
- *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU, an
- *  extent of 2^31 or more, K V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31 elements);
- *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
+ *  On a GPU: one launch sequence for the whole problem. log_decay is not looked at, so positive ones are computed with.
+ *  Workspace grows with T: the states between all chunks. On CUDA, given a workspace and after the first call in a CUcontext
+ *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph.
+ *  Calls on Metal, OpenCL and Vulkan are made one after the other in a process, whatever their contexts; those on CUDA run
+ *  side by side. A process that has used a GPU and forks must not use it in the child.
+ *
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
+ *  this build, an extent of 2^31 or more, K V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
+ *  elements; on a GPU, one batch entry and head, or its states, of 2^31 bytes or more); HOLDFAST_TARGET_UNAVAILABLE;
+ *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Tensors as a whole may be larger than 2^31 bytes. Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args);
 
 /** Arguments of holdfast_step. As with holdfast_forward_args: set struct_size to sizeof(holdfast_step_args) and everything not
  *  used to zero; the struct grows at its end.
  *
- *  B batch, H heads, K key size, V value size. B and H may be 0; K and V are at least 1. Types, device and strides are as
- *  for holdfast_forward_args: q, k, v and out have one type, log_decay and the state are float32 always. One token of
- *  [B, T, H, K] tensors is a view of them, with a stride of T H K along B. */
+ *  B batch, H heads, K key size, V value size. B and H may be 0; K and V are at least 1. All tensors are on the CPU; types and
+ *  strides are as for holdfast_forward_args: q, k, v and out have one type, log_decay and the state are float32 always. One
+ *  token of [B, T, H, K] tensors is a view of them, with a stride of T H K along B. */
 typedef struct holdfast_step_args {
     size_t struct_size;        /**< sizeof(holdfast_step_args) */
     const DLTensor *q;         /**< queries [B, H, K] */

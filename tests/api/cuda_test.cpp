@@ -1,0 +1,481 @@
+// What a call with tensors on CUDA asks of the driver: stubs/cuda.cpp stands in its place, keeps a record and runs no kernel.
+// MissingCuda runs in a process of its own for each way in which there is no CUDA (HOLDFAST_EXPECTED has the words).
+#include "../forward.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <set>
+#include <sstream>
+
+namespace {
+using namespace test;
+
+constexpr int64_t B = 2, T = 70, H = 3, K = 16, V = 24;
+
+class Driver {
+public:
+    Driver() : library(dlopen("libcuda.so.1", RTLD_NOW)) { EXPECT_NE(library, nullptr) << dlerror(); }
+    std::vector<std::string> record() const {
+        std::istringstream text(find<const char *()>("stub_record")());
+        std::vector<std::string> lines;
+        for (std::string line; std::getline(text, line);) lines.push_back(line);
+        return lines;
+    }
+    void clear() const { find<void()>("stub_clear")(); }
+    void *context(int device) const { return find<void *(int)>("stub_context")(device); }
+    void *stream(void *context) const { return find<void *(void *)>("stub_stream")(context); }
+    void make_current(void *context) const { find<int(void *)>("cuCtxPushCurrent_v2")(context); }
+    void no_longer_current() const {
+        void *context;
+        find<int(void **)>("cuCtxPopCurrent_v2")(&context);
+    }
+
+private:
+    void *library;
+    template<class Function>
+    Function *find(const char *name) const {
+        return (Function *)dlsym(library, name);
+    }
+};
+
+/// Lines that begin with `word`.
+std::vector<std::string> of(const std::vector<std::string> &record, const std::string &word) {
+    std::vector<std::string> lines;
+    for (const std::string &line : record)
+        if (line.substr(0, line.find(' ')) == word) lines.push_back(line);
+    return lines;
+}
+
+/// A call with all tensors on a device, far from one another: nobody reads them. On the CPU: the problem's own.
+struct Call {
+    Problem p{B, T, H, K, V};
+    Forward f = p.forward();
+    DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), initial_state = f.initial_state.dl(),
+             out = f.out.dl(), final_state = f.final_state.dl(), workspace = {};
+    holdfast_forward_args args = {sizeof args, &q, &k, &v, &log_decay, &initial_state, &out, &final_state, 0, 0, nullptr};
+    int64_t workspace_bytes = 0;
+    std::unique_ptr<char, void (*)(void *)> memory{nullptr, std::free};
+
+    explicit Call(int device = 0, DLDeviceType type = kDLCUDA) {
+        uint64_t address = 0;
+        for (DLTensor *x : {&q, &k, &v, &log_decay, &initial_state, &out, &final_state}) {
+            x->device = {type, device};
+            if (type != kDLCPU) x->data = (void *)(address += (uint64_t)1 << 40);
+        }
+    }
+    Call(const Call &) = delete;
+    void give_workspace(holdfast_context *context, int64_t more = 0) {
+        size_t bytes = 0;
+        ASSERT_EQ(holdfast_workspace_size(context, &args, &bytes), HOLDFAST_OK) << holdfast_last_error(context);
+        workspace_bytes = (int64_t)bytes + more;
+        memory.reset((char *)std::aligned_alloc(256, (size_t)(workspace_bytes + 511) / 256 * 256));
+        workspace = {memory.get(), q.device, 1, {kDLUInt, 8, 1}, &workspace_bytes, nullptr, 0};
+        args.workspace = &workspace;
+    }
+    holdfast_status run(holdfast_context *context) { return holdfast_forward(context, &args); }
+};
+
+const std::set<std::string> harmless = {"cuDeviceGet",     "cuDeviceGetAttribute", "cuCtxGetCurrent",
+                                        "cuCtxGetDevice",  "cuCtxGetId",           "cuCtxPushCurrent",
+                                        "cuCtxPopCurrent", "cuStreamGetCtx",       "cuLaunchKernel"};
+
+std::set<std::string> others(const std::vector<std::string> &record) {
+    std::set<std::string> names;
+    for (const std::string &line : record)
+        if (const std::string name = line.substr(0, line.find(' ')); !harmless.count(name)) names.insert(name);
+    return names;
+}
+
+TEST(Cuda, IsListedWithItsDevices) {
+    holdfast_backend backend = {};
+    backend.struct_size = sizeof backend;
+    for (int n = 0; n < holdfast_backend_count(); n++) {
+        ASSERT_EQ(holdfast_backend_at(n, &backend), HOLDFAST_OK);
+        if (std::string(backend.name) == "cuda") break;
+    }
+    EXPECT_STREQ(backend.name, "cuda");
+    EXPECT_EQ(backend.compiled, 1);
+    EXPECT_EQ(backend.available, 1) << backend.missing;
+    EXPECT_STREQ(backend.missing, "");
+    EXPECT_EQ(backend.device_count, 3);
+    EXPECT_STREQ(backend.devices, "Stub 0 (sm_80)\nStub 1 (sm_90)\nStub 2 (sm_86)");
+    EXPECT_NE(std::string(backend.targets).find("cuda"), std::string::npos);
+}
+
+TEST(Cuda, NothingButLaunchesWithWorkspaceAfterTheFirstCall) {
+    Driver driver;
+    Context context;
+    Call call;
+    call.give_workspace(context);
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    const auto first = driver.record();
+    EXPECT_EQ(others(first), (std::set<std::string>{"cuDevicePrimaryCtxRetain", "cuModuleLoadDataEx", "cuModuleGetFunction"}));
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    const auto second = driver.record();
+    EXPECT_EQ(others(second), std::set<std::string>());
+    EXPECT_EQ(of(second, "cuLaunchKernel"), of(first, "cuLaunchKernel"));
+    EXPECT_GE(of(second, "cuLaunchKernel").size(), 4u);  // table, contributions, states, outputs
+    EXPECT_EQ(context.messages.size(), 2u);
+    EXPECT_NE(context.messages[1].find("_cuda (where the tensors are)"), std::string::npos) << context.messages[1];
+    EXPECT_NE(context.messages[1].find("on CUDA device 0"), std::string::npos) << context.messages[1];
+}
+
+TEST(Cuda, LaunchesDoNotDependOnTheSizes) {
+    Driver driver;
+    Context context;
+    std::set<size_t> counts;
+    for (int64_t tokens : {1, 32, 70}) {
+        Call call;
+        for (DLTensor *x : {&call.q, &call.k, &call.v, &call.out, &call.log_decay}) x->shape[1] = tokens;
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        counts.insert(of(driver.record(), "cuLaunchKernel").size());
+    }
+    EXPECT_EQ(counts.size(), 1u);
+}
+
+TEST(Cuda, ContextKeepsMemoryWithoutWorkspace) {
+    Driver driver;
+    Context context;
+    Call call;
+    size_t bytes = 0;
+    ASSERT_EQ(holdfast_workspace_size(context, &call.args, &bytes), HOLDFAST_OK);
+    EXPECT_GT(bytes, (size_t)(B * H * K * V * 4));  // states, at least
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemAlloc"), (std::vector<std::string>{"cuMemAlloc " + std::to_string(bytes)}));
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(others(driver.record()), std::set<std::string>());
+    driver.clear();
+    context.destroy();
+    EXPECT_EQ(of(driver.record(), "cuMemFree").size(), 1u);
+}
+
+TEST(Cuda, MemoryDoesNotGoFromOneStreamToAnother) {
+    Driver driver;
+    Context context;
+    void *own = driver.context(0);
+    Call call;
+    ASSERT_EQ(holdfast_context_set_stream(context, driver.stream(own)), HOLDFAST_OK);
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    ASSERT_EQ(holdfast_context_set_stream(context, driver.stream(own)), HOLDFAST_OK);
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemFree").size(), 1u);
+    EXPECT_EQ(of(driver.record(), "cuMemAlloc").size(), 1u);
+}
+
+std::string text(const void *pointer) {
+    std::ostringstream stream;
+    stream << pointer;
+    return stream.str();
+}
+
+void expect_launches(const Driver &driver, void *context, void *stream) {
+    const auto launches = of(driver.record(), "cuLaunchKernel");
+    EXPECT_GE(launches.size(), 4u);
+    for (const std::string &line : launches) {
+        if (context) {
+            EXPECT_NE(line.find("context " + text(context) + " "), std::string::npos) << line;
+        }
+        EXPECT_EQ(line.substr(line.find("stream")), "stream " + (stream ? text(stream) : "(nil)"));
+    }
+}
+
+TEST(Cuda, WorksInTheContextAndStreamThatItIsGiven) {
+    Driver driver;
+    void *own = driver.context(1), *other = driver.context(1), *stream = driver.stream(other);
+    Call call(1);
+    {
+        SCOPED_TRACE("nothing given: the primary context");
+        Context context;
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        expect_launches(driver, nullptr, nullptr);
+        EXPECT_EQ(of(driver.record(), "cuDevicePrimaryCtxRetain"), (std::vector<std::string>{"cuDevicePrimaryCtxRetain 1"}));
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        EXPECT_EQ(of(driver.record(), "cuDevicePrimaryCtxRetain").size(), 0u);
+    }
+    {
+        SCOPED_TRACE("the current one, and it stays current");
+        Context context;
+        driver.make_current(own);
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        expect_launches(driver, own, nullptr);
+        EXPECT_EQ(of(driver.record(), "cuCtxPushCurrent").size(), of(driver.record(), "cuCtxPopCurrent").size());
+        driver.no_longer_current();
+    }
+    {
+        SCOPED_TRACE("current, but of another device");
+        Context context;
+        driver.make_current(driver.context(0));
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        EXPECT_EQ(of(driver.record(), "cuCtxPushCurrent").size(), of(driver.record(), "cuCtxPopCurrent").size());
+        driver.no_longer_current();
+    }
+    {
+        SCOPED_TRACE("of the stream");
+        Context context;
+        ASSERT_EQ(holdfast_context_set_stream(context, stream), HOLDFAST_OK);
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        expect_launches(driver, other, stream);
+    }
+    {
+        SCOPED_TRACE("set");
+        Context context;
+        ASSERT_EQ(holdfast_context_set_device(context, own), HOLDFAST_OK);
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        expect_launches(driver, own, nullptr);
+    }
+    {
+        SCOPED_TRACE("set, of another device");
+        Context context;
+        ASSERT_EQ(holdfast_context_set_device(context, driver.context(0)), HOLDFAST_OK);
+        driver.clear();
+        EXPECT_EQ(call.run(context), HOLDFAST_INVALID_ARGUMENT);
+        EXPECT_NE(context.error().find("of another device than the tensors, which are on CUDA device 1"), std::string::npos)
+            << context.error();
+        EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 0u);
+    }
+}
+
+TEST(Cuda, KernelsAreLoadedOnceInEachContext) {
+    Driver driver;
+    void *one = driver.context(0), *two = driver.context(0);
+    Context context;
+    Call call;
+    std::vector<size_t> loads;
+    for (void *c : {one, two, one, two}) {
+        ASSERT_EQ(holdfast_context_set_device(context, c), HOLDFAST_OK);
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        loads.push_back(of(driver.record(), "cuModuleLoadDataEx").size());
+    }
+    EXPECT_EQ(loads, (std::vector<size_t>{2, 2, 0, 0}));
+}
+
+TEST(Cuda, HostTensorsAreCopiedWhenAskedFor) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK) << context.error();
+    Call call(0, kDLCPU);
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemcpyHtoDAsync").size(), 5u);
+    EXPECT_EQ(of(driver.record(), "cuMemcpyDtoHAsync"),
+              (std::vector<std::string>{"cuMemcpyDtoHAsync " + std::to_string(B * T * H * V * 4),
+                                        "cuMemcpyDtoHAsync " + std::to_string(B * H * K * V * 4)}));
+    EXPECT_EQ(driver.record().back().substr(0, 2), "cu");
+    EXPECT_GE(of(driver.record(), "cuStreamSynchronize").size(), 1u);
+    EXPECT_NE(context.messages.at(0).find("tensors copied from the CPU and back"), std::string::npos) << context.messages[0];
+    EXPECT_NE(context.messages.at(0).find("backend forced by the context"), std::string::npos) << context.messages[0];
+
+    Context untouched;  // and not otherwise
+    driver.clear();
+    ASSERT_EQ(call.run(untouched), HOLDFAST_OK) << untouched.error();
+    EXPECT_TRUE(driver.record().empty());
+}
+
+TEST(Cuda, WorkspaceSizeAsksTheDriverNothing) {
+    Driver driver;
+    Context context;
+    Call call;
+    ASSERT_EQ(call.run(context), HOLDFAST_OK);
+    driver.clear();
+    size_t bytes = 0, again = 0, larger = 0;
+    ASSERT_EQ(holdfast_workspace_size(context, &call.args, &bytes), HOLDFAST_OK);
+    ASSERT_EQ(holdfast_workspace_size(context, &call.args, &again), HOLDFAST_OK);
+    EXPECT_EQ(bytes, again);
+    EXPECT_TRUE(driver.record().empty());
+    Call longer;
+    for (DLTensor *x : {&longer.q, &longer.k, &longer.v, &longer.out, &longer.log_decay})
+        x->shape[1] = 1000, x->strides = nullptr;
+    ASSERT_EQ(holdfast_workspace_size(context, &longer.args, &larger), HOLDFAST_OK);
+    EXPECT_GT(larger, bytes);
+    EXPECT_EQ(holdfast_workspace_size(context, &call.args, nullptr), HOLDFAST_INVALID_ARGUMENT);
+}
+
+TEST(Cuda, BadWorkspaceIsRefusedBeforeAnythingRuns) {
+    Driver driver;
+    Context context;
+    const struct {
+        const char *text;
+        void (*spoil)(Call &);
+    } cases[] = {
+        {"expected at least", [](Call &c) { c.workspace_bytes--; }},
+        {"expected a multiple of 256", [](Call &c) { c.workspace.byte_offset = 128; }},
+        {"workspace is on the CPU; expected CUDA device 0", [](Call &c) { c.workspace.device = {kDLCPU, 0}; }},
+        {"workspace is on CUDA device 1; expected CUDA device 0", [](Call &c) { c.workspace.device.device_id = 1; }},
+        {"expected compact uint8", [](Call &c) { c.workspace.dtype = {kDLFloat, 32, 1}; }},
+        {"expected compact uint8", [](Call &c) { c.workspace.ndim = 2; }},
+        {"expected a multiple of 256", [](Call &c) { c.workspace.data = nullptr; }},
+    };
+    for (const auto &bad : cases) {
+        SCOPED_TRACE(bad.text);
+        Call call;
+        call.give_workspace(context);
+        bad.spoil(call);
+        driver.clear();
+        EXPECT_EQ(call.run(context), HOLDFAST_INVALID_ARGUMENT);
+        EXPECT_NE(context.error().find(bad.text), std::string::npos) << context.error();
+        EXPECT_TRUE(of(driver.record(), "cuLaunchKernel").empty());
+    }
+}
+
+TEST(Cuda, TensorsOnTwoDevicesAreRefused) {
+    Context context;
+    Call call;
+    call.v.device = {kDLCPU, 0};
+    EXPECT_EQ(call.run(context), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_EQ(context.error(), "v is on the CPU and q on CUDA device 0; expected all tensors on one device");
+    call.v.device = {kDLCUDA, 1};
+    EXPECT_EQ(call.run(context), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_EQ(context.error(), "v is on CUDA device 1 and q on CUDA device 0; expected all tensors on one device");
+}
+
+TEST(Cuda, AnotherBackendDoesNotTakeItsTensors) {
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "cpu"), HOLDFAST_OK);
+    Call call;
+    EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(context.error().find("in memory of backend cuda"), std::string::npos) << context.error();
+    ASSERT_EQ(holdfast_context_set_backend(context, nullptr), HOLDFAST_OK);
+    EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    ASSERT_EQ(holdfast_context_set_target(context, "generic"), HOLDFAST_OK);
+    EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
+    ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK);
+    EXPECT_EQ(call.run(context), HOLDFAST_TARGET_UNAVAILABLE);
+    EXPECT_NE(context.error().find("target is 'generic', of backend cpu, and the context's backend is cuda"), std::string::npos)
+        << context.error();
+}
+
+TEST(Cuda, EachCallOfTheDriverMayFail) {
+    Driver driver;
+    const struct {
+        const char *function;
+        int result;
+        holdfast_status status;
+        bool host;
+    } cases[] = {
+        {"cuDevicePrimaryCtxRetain", 999, HOLDFAST_DEVICE_ERROR, false},
+        {"cuDeviceGet", 101, HOLDFAST_DEVICE_ERROR, false},
+        {"cuCtxGetCurrent", 4, HOLDFAST_DEVICE_ERROR, false},
+        {"cuCtxPushCurrent", 201, HOLDFAST_DEVICE_ERROR, false},
+        {"cuModuleLoadDataEx", 209, HOLDFAST_DEVICE_ERROR, false},
+        {"cuModuleLoadDataEx", 2, HOLDFAST_OUT_OF_MEMORY, false},
+        {"cuModuleGetFunction", 500, HOLDFAST_DEVICE_ERROR, false},
+        {"cuLaunchKernel", 701, HOLDFAST_DEVICE_ERROR, false},
+        {"cuLaunchKernel", 2, HOLDFAST_OUT_OF_MEMORY, false},
+        {"cuMemAlloc", 2, HOLDFAST_OUT_OF_MEMORY, false},
+        {"cuMemAlloc", 700, HOLDFAST_DEVICE_ERROR, false},
+        {"cuMemcpyHtoDAsync", 700, HOLDFAST_DEVICE_ERROR, true},
+        {"cuMemcpyDtoHAsync", 700, HOLDFAST_DEVICE_ERROR, true},
+        {"cuStreamSynchronize", 719, HOLDFAST_DEVICE_ERROR, true},
+    };
+    for (const auto &bad : cases) {
+        // Every call of that function in turn, until one is not reached.
+        for (int nth = 1; nth < 40; nth++) {
+            SCOPED_TRACE(std::string(bad.function) + " fails with " + std::to_string(bad.result) + ", call " +
+                         std::to_string(nth));
+            Context context;
+            const bool retain = std::string(bad.function) == "cuDevicePrimaryCtxRetain";
+            if (!retain) {  // a context of its own: kernels are loaded again
+                ASSERT_EQ(holdfast_context_set_device(context, driver.context(0)), HOLDFAST_OK);
+            } else if (nth > 1) {
+                break;  // once it has succeeded, it is not called again
+            }
+            Call call(retain ? 2 : 0, bad.host ? kDLCPU : kDLCUDA);
+            if (bad.host) {
+                ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK);
+            }
+            driver.clear();
+            const std::string fail = std::string(bad.function) + ":" + std::to_string(bad.result) + ":" + std::to_string(nth);
+            setenv("HOLDFAST_STUB_FAIL", fail.c_str(), 1);
+            const holdfast_status status = call.run(context);
+            unsetenv("HOLDFAST_STUB_FAIL");
+            const bool reached = (int)of(driver.record(), bad.function).size() >= nth;
+            const size_t pushed = of(driver.record(), "cuCtxPushCurrent").size(),
+                         popped = of(driver.record(), "cuCtxPopCurrent").size();
+            if (!reached) {
+                EXPECT_EQ(status, HOLDFAST_OK) << context.error();
+                EXPECT_GT(nth, 1) << "never called";
+                break;
+            }
+            EXPECT_EQ(status, bad.status) << context.error();
+            EXPECT_NE(context.error().find("CUDA_ERROR_STUB (" + std::to_string(bad.result) + "), as the test asked for"),
+                      std::string::npos)
+                << context.error();
+            EXPECT_NE(context.error().find(bad.function), std::string::npos) << context.error();
+            EXPECT_EQ(pushed - (std::string(bad.function) == "cuCtxPushCurrent"), popped)
+                << "the caller's context is not current again";
+            EXPECT_EQ(call.run(context), HOLDFAST_OK) << "the context does not work after a failure: " << context.error();
+        }
+    }
+}
+
+TEST(Cuda, WhatIsTooLargeForOneCallOfTheKernelTakesSeveral) {
+    Driver driver;
+    Context context;
+    Call small, large;
+    ASSERT_EQ(small.run(context), HOLDFAST_OK);
+    driver.clear();
+    ASSERT_EQ(small.run(context), HOLDFAST_OK);
+    const size_t launches = of(driver.record(), "cuLaunchKernel").size();
+    // Batch entries so far apart that 32 bits do not reach from one to the other.
+    int64_t strides[] = {(int64_t)1 << 32, H * K, K, 1};
+    large.q.strides = strides;
+    driver.clear();
+    ASSERT_EQ(large.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 2 * launches - 1);  // the table once
+}
+
+TEST(Cuda, NoTokensAndNoHeads) {
+    Driver driver;
+    Context context;
+    Call call;
+    for (DLTensor *x : {&call.q, &call.k, &call.v, &call.out, &call.log_decay}) x->shape[1] = 0;
+    EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    Call none;
+    for (DLTensor *x : {&none.q, &none.k, &none.v, &none.out, &none.log_decay}) x->shape[2] = 0;
+    for (DLTensor *x : {&none.initial_state, &none.final_state}) x->shape[1] = 0;
+    driver.clear();
+    EXPECT_EQ(none.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_TRUE(driver.record().empty());
+}
+
+TEST(MissingCuda, IsSaidAndTheRestWorks) {
+    const char *expected = std::getenv("HOLDFAST_EXPECTED");
+    if (!expected) GTEST_SKIP() << "run by CTest, once for each way";
+    holdfast_backend backend = {};
+    backend.struct_size = sizeof backend;
+    for (int n = 0; n < holdfast_backend_count(); n++) {
+        ASSERT_EQ(holdfast_backend_at(n, &backend), HOLDFAST_OK);
+        if (std::string(backend.name) == "cuda") break;
+    }
+    EXPECT_EQ(backend.compiled, 1);
+    EXPECT_EQ(backend.available, 0);
+    EXPECT_NE(std::string(backend.missing).find(expected), std::string::npos) << backend.missing;
+
+    Context context;
+    Call call;
+    for (int n = 0; n < 2; n++) {
+        EXPECT_EQ(call.run(context), HOLDFAST_TARGET_UNAVAILABLE);
+        EXPECT_NE(context.error().find(backend.missing), std::string::npos) << context.error();
+    }
+    EXPECT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_TARGET_UNAVAILABLE);
+    EXPECT_EQ(holdfast_context_set_target(context, "cuda"), HOLDFAST_TARGET_UNAVAILABLE);
+    EXPECT_NE(context.error().find(backend.missing), std::string::npos) << context.error();
+    EXPECT_EQ(Call(0, kDLCPU).run(context), HOLDFAST_OK) << "tensors on the CPU are computed all the same: " << context.error();
+}
+
+}  // namespace

@@ -1,0 +1,329 @@
+// Backends by their names; and tensors in OpenCL's memory, used where they lie, on whatever OpenCL device this machine has.
+#include "../../runtime/src/arena.h"
+#include "../step.h"
+
+#include <dlfcn.h>
+
+#include <map>
+#include <set>
+#include <thread>
+
+namespace {
+using namespace test;
+
+holdfast_backend backend(const std::string &name) {
+    holdfast_backend b = {};
+    b.struct_size = sizeof b;
+    for (int n = 0; n < holdfast_backend_count(); n++) {
+        EXPECT_EQ(holdfast_backend_at(n, &b), HOLDFAST_OK);
+        if (b.name == name) return b;
+    }
+    ADD_FAILURE() << "no backend " << name;
+    return b;
+}
+
+TEST(Backends, AreListed) {
+    std::set<std::string> names, targets;
+    for (int n = 0; n < holdfast_backend_count(); n++) {
+        holdfast_backend b = {};
+        b.struct_size = sizeof b;
+        ASSERT_EQ(holdfast_backend_at(n, &b), HOLDFAST_OK);
+        names.insert(b.name);
+        EXPECT_EQ(b.available != 0, std::string(b.missing).empty()) << b.name;
+        EXPECT_EQ(b.compiled != 0, !std::string(b.targets).empty()) << b.name;
+        EXPECT_LE(b.available, b.compiled) << b.name;
+        if (b.available) {
+            EXPECT_GE(b.device_count, 1) << b.name;
+        }
+    }
+    EXPECT_EQ(names, (std::set<std::string>{"cpu", "cuda", "metal", "opencl", "vulkan"}));
+    EXPECT_EQ(backend("cpu").available, 1);
+}
+
+TEST(Backends, BadQuestions) {
+    holdfast_backend b = {};
+    b.struct_size = sizeof b;
+    for (int index : {-1, holdfast_backend_count()}) {
+        EXPECT_EQ(holdfast_backend_at(index, &b), HOLDFAST_INVALID_ARGUMENT);
+        EXPECT_NE(std::string(holdfast_last_error(nullptr)).find("index is " + std::to_string(index)), std::string::npos);
+    }
+    EXPECT_EQ(holdfast_backend_at(0, nullptr), HOLDFAST_INVALID_ARGUMENT);
+    b.struct_size = sizeof b - 1;
+    EXPECT_EQ(holdfast_backend_at(0, &b), HOLDFAST_INVALID_ARGUMENT);
+    for (auto *set : {+[](holdfast_context *c) { return holdfast_context_set_backend(c, "cpu"); },
+                      +[](holdfast_context *c) { return holdfast_context_set_device(c, nullptr); },
+                      +[](holdfast_context *c) { return holdfast_context_set_stream(c, nullptr); }})
+        EXPECT_EQ(set(nullptr), HOLDFAST_INVALID_ARGUMENT);
+}
+
+TEST(Backends, ForcingOneThatCannotRunIsAnError) {
+    for (const char *name : {"cuda", "metal", "opencl", "vulkan"}) {
+        SCOPED_TRACE(name);
+        const holdfast_backend b = backend(name);
+        Context context;
+        const holdfast_status status = holdfast_context_set_backend(context, name);
+        EXPECT_EQ(status, b.available ? HOLDFAST_OK : HOLDFAST_TARGET_UNAVAILABLE);
+        Problem p{1, 40, 2, 8, 8};
+        if (status == HOLDFAST_OK) {
+            ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << context.error();
+            EXPECT_NE(context.messages.at(0).find("backend forced by the context"), std::string::npos) << context.messages[0];
+            EXPECT_NE(context.messages.at(0).find("tensors copied from the CPU and back"), std::string::npos)
+                << context.messages[0];
+            p.expect_reference(32, 2);
+        } else {
+            EXPECT_NE(context.error().find(std::string("backend is '") + name + "', which cannot run here: " + b.missing),
+                      std::string::npos)
+                << context.error();
+            ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << "the option has changed";
+        }
+    }
+    Context context;
+    for (const char *name : {"", "CUDA", "gpu"}) {
+        EXPECT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_TARGET_UNAVAILABLE);
+        EXPECT_EQ(context.error(), std::string("backend is '") + name + "'; expected one of cpu, cuda, metal, opencl, vulkan");
+    }
+}
+
+TEST(Backends, StepsAreTheCpus) {
+    for (const char *name : {"cuda", "metal", "opencl", "vulkan"}) {
+        if (!backend(name).available) continue;
+        SCOPED_TRACE(name);
+        Context context;
+        ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+        Problem p{1, 1, 2, 8, 8};
+        const Array out = p.out, state = p.final_state;
+        EXPECT_EQ(step(p.forward(), 0).run(context), HOLDFAST_UNSUPPORTED);
+        EXPECT_NE(context.error().find(std::string("backend ") + name + "; expected the CPU"), std::string::npos)
+            << context.error();
+        EXPECT_TRUE(p.out.same_memory(out) && p.final_state.same_memory(state));
+        ASSERT_EQ(holdfast_context_set_backend(context, "cpu"), HOLDFAST_OK);
+        EXPECT_EQ(step(p.forward(), 0).run(context), HOLDFAST_OK) << context.error();
+    }
+}
+
+TEST(Backends, VulkanBuffersOfOthersAreRefused) {
+    if (const holdfast_backend b = backend("vulkan"); !b.available) GTEST_SKIP() << b.missing;
+    Problem p{1, 8, 2, 8, 8};
+    Forward f = p.forward();
+    DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), out = f.out.dl();
+    for (DLTensor *x : {&q, &k, &v, &out}) x->device = {kDLVulkan, 0};
+    uintptr_t handle = 0;
+    for (DLTensor *x : {&q, &k, &v, &out}) x->data = (void *)(handle += 4096);
+    holdfast_forward_args args = {};
+    args.struct_size = sizeof args, args.q = &q, args.k = &k, args.v = &v, args.out = &out;
+    Context context;
+    EXPECT_EQ(holdfast_forward(context, &args), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(context.error().find("q is on Vulkan device 0"), std::string::npos) << context.error();
+}
+
+TEST(Backends, TakeCallsOfManyThreads) {
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
+        if (!backend(name).available) continue;
+        SCOPED_TRACE(name);
+        Problem expected{1, 70, 2, 8, 8};
+        Context context;
+        ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+        ASSERT_EQ(expected.forward().run(context), HOLDFAST_OK) << context.error();
+        std::vector<Problem> problems(4, Problem{1, 70, 2, 8, 8});
+        std::vector<int> failures(4);
+        std::vector<std::thread> threads;
+        for (int n = 0; n < 4; n++)
+            threads.emplace_back([&, n] {
+                holdfast_context *c = holdfast_context_create();
+                holdfast_context_set_backend(c, name);
+                for (int call = 0; call < 5; call++) failures[n] += problems[n].forward().run(c) != HOLDFAST_OK;
+                holdfast_context_destroy(c);
+            });
+        for (std::thread &thread : threads) thread.join();
+        for (int n = 0; n < 4; n++) {
+            EXPECT_EQ(failures[n], 0);
+            EXPECT_TRUE(same_bits(problems[n].out, expected.out) && same_bits(problems[n].final_state, expected.final_state));
+        }
+    }
+}
+
+TEST(Arena, PiecesInUseLieApartAndWithin) {
+    constexpr uint64_t start = 4096, bytes = 64 * 256;
+    holdfast::Arena arena(start, bytes);
+    Random random;
+    auto below = [&](size_t n) { return (size_t)random(0, (double)n); };
+    std::map<uint64_t, uint64_t> used;  // from, to
+    uint64_t highest = 0;
+    for (int n = 0; n < 10000; n++) {
+        if (!used.empty() && below(2)) {
+            auto piece = std::next(used.begin(), (ptrdiff_t)below(used.size()));
+            arena.free(piece->first);
+            used.erase(piece);
+            continue;
+        }
+        const uint64_t size = below(4000), memory = arena.allocate(size);
+        const uint64_t rounded = std::max<uint64_t>((size + 255) / 256, 1) * 256;
+        uint64_t end = start;  // of the piece before: is there a gap that it would have fitted in?
+        bool gap = false;
+        for (const auto &[from, to] : used) gap |= from - end >= rounded, end = to;
+        gap |= start + bytes - end >= rounded;
+        EXPECT_EQ(memory != 0, gap);
+        if (!memory) continue;
+        EXPECT_EQ(memory % 256, 0u);
+        EXPECT_GE(memory, start);
+        EXPECT_LE(memory + rounded, start + bytes);
+        const auto after = used.lower_bound(memory);
+        if (after != used.end()) {
+            EXPECT_LE(memory + rounded, after->first);
+        }
+        if (after != used.begin()) {
+            EXPECT_LE(std::prev(after)->second, memory);
+        }
+        used[memory] = memory + rounded;
+        highest = std::max(highest, memory + rounded - start);
+    }
+    EXPECT_EQ(arena.most(), highest);
+}
+
+// ---- OpenCL --------------------------------------------------------------------------------------------------------
+
+/// An OpenCL context, queue and buffers of a caller.
+class OpenCL : public testing::Test {
+protected:
+    void *context = nullptr, *queue = nullptr;
+    size_t alignment = 1;
+
+    void SetUp() override {
+        if (const holdfast_backend b = backend("opencl"); !b.available) GTEST_SKIP() << b.missing;
+        library = dlopen("libOpenCL.so.1", RTLD_NOW);
+        ASSERT_NE(library, nullptr);
+        void *platform = nullptr, *device = nullptr;
+        int status = 0;
+        unsigned bits = 0;
+        ASSERT_EQ(find<int(unsigned, void **, unsigned *)>("clGetPlatformIDs")(1, &platform, nullptr), 0);
+        ASSERT_EQ(find<int(void *, unsigned long, unsigned, void **, unsigned *)>("clGetDeviceIDs")(platform, 0xffffffff, 1,
+                                                                                                    &device, nullptr),
+                  0);
+        context = find<void *(void *, unsigned, void **, void *, void *, int *)>("clCreateContext")(nullptr, 1, &device,
+                                                                                                    nullptr, nullptr, &status);
+        queue = find<void *(void *, void *, unsigned long, int *)>("clCreateCommandQueue")(context, device, 0, &status);
+        find<int(void *, unsigned, size_t, void *, size_t *)>("clGetDeviceInfo")(device, 0x1019, sizeof bits, &bits, nullptr);
+        ASSERT_NE(queue, nullptr);
+        alignment = bits / 8;
+    }
+    template<class Function>
+    Function *find(const char *name) const {
+        return (Function *)dlsym(library, name);
+    }
+    void *buffer(size_t bytes) {
+        int status = 0;
+        void *made =
+            find<void *(void *, unsigned long, size_t, void *, int *)>("clCreateBuffer")(context, 1, bytes, nullptr, &status);
+        EXPECT_EQ(status, 0);
+        return made;
+    }
+    void write(void *to, size_t at, const void *from, size_t bytes) {
+        using Write = int(void *, void *, unsigned, size_t, size_t, const void *, unsigned, const void *, void *);
+        EXPECT_EQ(find<Write>("clEnqueueWriteBuffer")(queue, to, 1, at, bytes, from, 0, nullptr, nullptr), 0);
+    }
+    void read(void *from, size_t at, void *to, size_t bytes) {
+        using Read = int(void *, void *, unsigned, size_t, size_t, void *, unsigned, const void *, void *);
+        EXPECT_EQ(find<Read>("clEnqueueReadBuffer")(queue, from, 1, at, bytes, to, 0, nullptr, nullptr), 0);
+    }
+
+    /// A problem whose tensors are in one buffer, one after the other.
+    struct OnDevice {
+        Problem &p;
+        Forward f;
+        std::vector<DLTensor> tensors;
+        std::vector<Array *> arrays;
+        std::vector<size_t> offsets;
+        void *memory = nullptr;
+        holdfast_forward_args args = {};
+    };
+    void place(OnDevice &d, size_t gap = 0) {
+        d.arrays = {&d.p.q, &d.p.k, &d.p.v, &d.p.log_decay, &d.p.initial_state, &d.p.out, &d.p.final_state};
+        d.tensors = {d.f.q.dl(),   d.f.k.dl(),          d.f.v.dl(), d.f.log_decay.dl(), d.f.initial_state.dl(),
+                     d.f.out.dl(), d.f.final_state.dl()};
+        size_t end = 0;
+        for (Array *a : d.arrays) {
+            d.offsets.push_back(end + gap);
+            end = (end + gap + bytes(*a) + alignment - 1) / alignment * alignment;
+        }
+        d.memory = buffer(end);
+        for (size_t n = 0; n < d.arrays.size(); n++) {
+            write(d.memory, d.offsets[n], d.arrays[n]->data(), bytes(*d.arrays[n]));
+            d.tensors[n].data = d.memory, d.tensors[n].byte_offset = d.offsets[n], d.tensors[n].device = {kDLOpenCL, 0};
+        }
+        auto &t = d.tensors;
+        d.args = {sizeof d.args, &t[0], &t[1], &t[2], &t[3], &t[4], &t[5], &t[6], 0, 0, nullptr};
+    }
+    void fetch(OnDevice &d) {
+        for (size_t n : {5, 6}) read(d.memory, d.offsets[n], d.arrays[n]->data(), bytes(*d.arrays[n]));
+    }
+    static size_t bytes(const Array &a) {
+        size_t count = 1;
+        for (int64_t extent : a.shape) count *= (size_t)extent;
+        return count * sizeof(float);
+    }
+
+private:
+    void *library = nullptr;
+};
+
+TEST_F(OpenCL, TensorsAreUsedWhereTheyLie) {
+    Context c;
+    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+    for (int64_t T : {1, 32, 100}) {
+        Problem p{2, T, 3, 16, 24};
+        OnDevice d{p, p.forward(), {}, {}, {}};
+        place(d);
+        for (int n = 0; n < 2; n++) {
+            ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
+            fetch(d);
+            p.expect_reference(32, 4);
+        }
+        EXPECT_NE(c.messages.back().find("on OpenCL device 0"), std::string::npos) << c.messages.back();
+    }
+}
+
+TEST_F(OpenCL, StateIsAdvancedInPlace) {
+    Context c;
+    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+    Problem p{2, 70, 3, 16, 24};
+    OnDevice d{p, p.forward(), {}, {}, {}};
+    place(d);
+    d.tensors[6].byte_offset = d.offsets[6] = d.offsets[4];
+    ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
+    fetch(d);
+    p.expect_reference(32, 4);
+}
+
+TEST_F(OpenCL, ErrorsNameTheTensor) {
+    Context c;
+    Problem p{1, 8, 2, 8, 8};
+    OnDevice d{p, p.forward(), {}, {}, {}};
+    place(d);
+    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_NE(c.error().find("q is on OpenCL device 0 and the context has no stream"), std::string::npos) << c.error();
+    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+
+    d.tensors[2].byte_offset += 4;
+    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(c.error().find("v is at byte offset " + std::to_string(d.offsets[2] + 4) +
+                             " of its buffer; expected a multiple of " + std::to_string(alignment)),
+              std::string::npos)
+        << c.error();
+    d.tensors[2].byte_offset -= 4;
+
+    d.tensors[1].device = {kDLCPU, 0}, d.tensors[1].byte_offset = 0, d.tensors[1].data = p.k.data();
+    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_EQ(c.error(), "k is on the CPU and q on OpenCL device 0; expected all tensors on one device");
+    d.tensors[1] = d.tensors[0], d.tensors[1].byte_offset = d.offsets[1];
+
+    d.tensors[5].byte_offset = d.offsets[0];
+    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_EQ(c.error(), "out overlaps q in memory; expected separate memory");
+    d.tensors[5].byte_offset = d.offsets[5];
+
+    ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
+    fetch(d);
+    p.expect_reference(32, 1);
+}
+
+}  // namespace

@@ -1,0 +1,52 @@
+"""barriers.py VARIANTS_TEST: leaves out each barrier of each Metal variant in turn, and expects its tests to fail.
+
+A barrier whose loss no order of threads shows is either redundant or not tested: both are to be looked into.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+CASE = "layout_compact"
+ORDERS = ("forward", "reverse", "shuffle")
+
+
+def run(test, variant, **settings):
+    environment = dict(os.environ, HOLDFAST_REQUIRED_BACKENDS="metal", **settings)
+    command = [test, f"--gtest_filter=*/{variant}_*{CASE}"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+
+
+def order_that_notices(test, variant, barrier):
+    """None where none does; "" where there is no such barrier."""
+    for order in ORDERS:
+        result = run(test, variant, FAKEMETAL_DROP_BARRIER=str(barrier), FAKEMETAL_ORDER=order)
+        if f"no barrier {barrier}" in result.stderr:
+            return ""
+        if result.returncode:
+            return order
+    return None
+
+
+def main(test):
+    names = subprocess.run([test, "--gtest_list_tests"], capture_output=True, text=True, check=True).stdout
+    variants = sorted(set(re.findall(r"(\w+_metal)_", names)))
+    unnoticed = [] if variants else ["no Metal variant"]
+    for variant in variants:
+        whole = run(test, variant)
+        if whole.returncode or not re.search(r"PASSED  \] [1-9]", whole.stdout):
+            sys.exit(f"{variant} does not pass with all of its barriers:\n{whole.stdout}{whole.stderr}")
+        for barrier in itertools.count():
+            order = order_that_notices(test, variant, barrier)
+            if order == "":
+                break
+            print(f"{variant}, barrier {barrier}: noticed with threads {order}", flush=True)
+            if order is None:
+                unnoticed.append(f"{variant}, barrier {barrier}")
+    if unnoticed:
+        sys.exit("not noticed: " + "; ".join(unnoticed))
+
+
+main(sys.argv[1])

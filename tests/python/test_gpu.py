@@ -1,0 +1,116 @@
+"""Arrays on a GPU, and backends by name. CUDA's driver is a stub of tests/stubs, which runs no kernel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import holdfast
+import numpy as np
+import pytest
+from exporter import CUDA, Exporter
+
+STUB = Path(holdfast.__file__).parents[2] / "tests" / "stubs" / "cuda"
+BACKENDS = holdfast.info()["backends"]
+
+
+def test_backends_are_listed():
+    assert list(BACKENDS) == ["cpu", "cuda", "metal", "opencl", "vulkan"]
+    for backend in BACKENDS.values():
+        assert set(backend) == {"compiled", "available", "why_not", "devices", "targets"}
+        assert backend["available"] == (backend["why_not"] == "")
+        assert backend["compiled"] == bool(backend["targets"])
+        assert backend["devices"] or not backend["available"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "metal", "opencl", "vulkan"])
+def test_a_backend_can_be_forced(name, problem):
+    p = problem(1, 5, 2, 4, 3)
+    lines = []
+    holdfast.set_verbose(lines.append)
+    if BACKENDS[name]["available"]:
+        want = holdfast.retention(p.q, p.k, p.v)
+        holdfast.set_backend(name)
+        np.testing.assert_allclose(holdfast.retention(p.q, p.k, p.v), want, rtol=1e-5, atol=1e-6)
+        holdfast.set_backend(None)
+        assert "tensors copied from the CPU and back" in lines[1]
+    else:
+        with pytest.raises(holdfast.TargetUnavailable, match="which cannot run here") as error:
+            holdfast.set_backend(name)
+        assert BACKENDS[name]["why_not"] in str(error.value)
+    holdfast.retention(p.q, p.k, p.v)
+    assert "best target that this CPU runs" in lines[-1]
+
+
+def test_bad_backends():
+    with pytest.raises(holdfast.TargetUnavailable, match="backend is 'gpu'; expected one of cpu, cuda"):
+        holdfast.set_backend("gpu")
+    with pytest.raises(TypeError, match="backend is of type int; expected str or None"):
+        holdfast.set_backend(1)
+
+
+def test_new_arrays_need_a_library():
+    x = Exporter(np.zeros((1, 2, 1, 4), np.float32), device=CUDA)
+    with pytest.raises(NotImplementedError, match="q is on a GPU and of type Exporter"):
+        holdfast.retention(x, x, x)
+
+
+SCRIPT = """
+import ctypes, numpy as np, holdfast
+from exporter import CUDA, Exporter
+
+class Array(Exporter):
+    streams = []
+    def __dlpack__(self, *, stream=None, max_version=None, copy=None):
+        self.streams.append(stream)
+        return self._export()
+
+class Library(Array):  # of the array API: makes new arrays
+    shape, dtype = property(lambda self: self.array.shape), property(lambda self: self.array.dtype)
+    float32 = np.float32
+    def __init__(self, array): super().__init__(array, device=CUDA)
+    def __array_namespace__(self): return Library
+    @staticmethod
+    def empty(shape, dtype, device):
+        assert device == CUDA
+        return Library(np.full(shape, 7, dtype))
+
+def on_gpu(*shape): return Array(np.ones(shape, np.float32), device=CUDA)
+q, k, v, out = (on_gpu(1, 40, 2, 8) for _ in range(4))
+assert holdfast.retention(q, k, v, out=out) is out
+assert Array.streams == [1] * 4, Array.streams
+stub = ctypes.CDLL("libcuda.so.1")
+stub.stub_record.restype = ctypes.c_char_p
+record = stub.stub_record().decode().splitlines()
+launches = [line for line in record if line.startswith("cuLaunchKernel")]
+assert launches and all(line.endswith("stream 0x1") for line in launches), launches
+assert not [line for line in record if "Memcpy" in line or "Synchronize" in line], record
+q = Library(np.ones((1, 40, 2, 8), np.float32))
+new, state = holdfast.retention(q, q, q, return_state=True)
+assert type(new) is Library and new.shape == (1, 40, 2, 8) and state.shape == (1, 2, 8, 8)
+assert new.array[0, 0, 0, 0] == 7  # the stub runs nothing, and nothing was copied
+try:
+    holdfast.retention(q, q, np.ones((1, 40, 2, 8), np.float32), out=out)
+except ValueError as error:
+    assert "v is on the CPU and q on CUDA device 0; expected all tensors on one device" in str(error), error
+else:
+    raise AssertionError
+print("done", holdfast.info()["backends"]["cuda"]["devices"])
+"""
+
+
+@pytest.mark.skipif(
+    not STUB.is_dir(), reason="no stub of CUDA's driver in the build: it has no target of cuda, or no tests"
+)
+def test_arrays_on_cuda():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "LD_LIBRARY_PATH": str(STUB)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "done ['Stub 0 (sm_80)', 'Stub 1 (sm_90)', 'Stub 2 (sm_86)']\n"
