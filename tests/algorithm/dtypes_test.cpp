@@ -105,7 +105,8 @@ std::vector<Instance> instances() {
     std::vector<Instance> list;
     for (const Dtype &dtype : {f16, bf16})
         for (const NamedTarget &target : targets())
-            for (int lanes : {1, target.target.natural_vector_size<float>(), target.target.natural_vector_size<uint16_t>()})
+            for (int lanes :
+                 std::set<int>{1, target.target.natural_vector_size<float>(), target.target.natural_vector_size<uint16_t>()})
                 list.push_back({dtype, target, lanes});
     return list;
 }
