@@ -145,7 +145,7 @@ private:
 /// The same bits in every element.
 inline bool same_bits(const Array &a, const Array &b) {
     const std::vector<float> x = a.values(), y = b.values();
-    return x.size() == y.size() && !std::memcmp(x.data(), y.data(), x.size() * sizeof(float));
+    return x.size() == y.size() && (x.empty() || !std::memcmp(x.data(), y.data(), x.size() * sizeof(float)));
 }
 
 /// Address space without memory behind it, until a page is written.
