@@ -120,8 +120,10 @@ add_halide_runtime(holdfast_halide_runtime TARGETS ${holdfast_base_target})
 add_library(holdfast_kernels INTERFACE)
 target_include_directories(holdfast_kernels INTERFACE ${PROJECT_BINARY_DIR}/generated)
 target_link_libraries(holdfast_kernels INTERFACE holdfast_halide_runtime)
-# A source, not a library: it takes the place of a weak definition in the Halide runtime.
-target_sources(holdfast_kernels INTERFACE ${PROJECT_SOURCE_DIR}/runtime/src/vulkan_memory.cpp)
+# Sources, not a library: they take the place of weak definitions in the Halide runtime.
+foreach(mended metal_function vulkan_memory)
+  target_sources(holdfast_kernels INTERFACE ${PROJECT_SOURCE_DIR}/runtime/src/${mended}.cpp)
+endforeach()
 
 set(targets_inc "// Made by cmake/variants.cmake: HOLDFAST_TARGET(name, backend, CPU features needed, chunk table function), best first.\n")
 set(gpu_backends "")

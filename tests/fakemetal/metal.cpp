@@ -177,16 +177,20 @@ struct Encoder : Object {
     Encoder(Kind kind, CommandBuffer *commands) : Object(kind), commands(commands) {}
 };
 
-// Pools of objects to release later, per thread, nested. Never destroyed: Halide cleans up from a destructor at exit.
-std::vector<std::vector<Object *>> &pools() {
-    thread_local auto *list = new std::vector<std::vector<Object *>>;
-    return *list;
+// Pools of objects to release later, per thread, nested; null while there is none. Not destroyed with the thread: Halide cleans
+// up from a destructor at exit.
+thread_local std::vector<std::vector<Object *>> *pools = nullptr;
+
+Object *new_pool() {
+    if (!pools) pools = new std::vector<std::vector<Object *>>;
+    pools->emplace_back();
+    return new Object(Kind::pool);
 }
 template<class T>
 T *autorelease(T *object) {
     // Without a pool nobody gives it back: so it is in Halide's cleaning up at exit.
     static auto &for_good = *new std::vector<Object *>;
-    (pools().empty() ? for_good : pools().back()).push_back(object);
+    (pools ? pools->back() : for_good).push_back(object);
     return object;
 }
 
@@ -317,7 +321,7 @@ void *find(Object *, Selector);
 
 Object *alloc(Class *c, Selector) {
     if (c->name == "NSString") return new String;
-    if (c->name == "NSAutoreleasePool") return pools().emplace_back(), new Object(Kind::pool);
+    if (c->name == "NSAutoreleasePool") return new_pool();
     if (c->name == "MTLCompileOptions") return new Object(Kind::options);
     die("alloc of class %s", c->name.c_str());
 }
@@ -326,8 +330,9 @@ Object *retain_(Object *object, Selector) { return retain(object); }
 void release_(Object *object, Selector) { release(object); }
 bool responds(Object *object, Selector, Selector s) { return find(object, s) != nullptr; }
 void drain(Object *pool, Selector) {
-    const std::vector<Object *> objects = std::move(pools().back());
-    pools().pop_back();
+    const std::vector<Object *> objects = std::move(pools->back());
+    pools->pop_back();
+    if (pools->empty()) delete pools, pools = nullptr;
     for (Object *object : objects) release(object);
     release(pool);
 }
