@@ -26,7 +26,7 @@ test-asan: environment-test ## The tests under the address and undefined-behavio
 	ctest --preset asan
 
 test-tsan: environment-test ## The tests of threads under the thread sanitizer
-	@$(call build,tsan)
+	@$(call build,tsan,context_test)
 	ctest --preset tsan --label-regex threads
 
 test-python: environment-test ## The Python tests
