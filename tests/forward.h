@@ -57,6 +57,12 @@ struct Tensor {
         t.shape[axis] = to - from;
         return t;
     }
+    /// Without axis `axis`, of which the first is left.
+    Tensor without(int axis) const {
+        Tensor t = *this;
+        t.shape.erase(t.shape.begin() + axis), t.stride.erase(t.stride.begin() + axis);
+        return t;
+    }
     /// DLPack's view. It points into this object.
     DLTensor dl() { return {data, {kDLCPU, 0}, (int32_t)shape.size(), {kDLFloat, 32, 1}, shape.data(), stride.data(), 0}; }
 };
@@ -64,6 +70,16 @@ struct Tensor {
 inline DLDataType dl_type(const Dtype &dtype) {
     if (dtype == f32) return {kDLFloat, 32, 1};
     return {(uint8_t)(dtype == f16 ? kDLFloat : kDLBfloat), 16, 1};
+}
+
+/// The arguments that every call has, tensors that may be NULL; all options are off.
+inline holdfast_forward_args forward_args(const DLTensor *q, const DLTensor *k, const DLTensor *v, const DLTensor *log_decay,
+                                          const DLTensor *initial_state, DLTensor *out, DLTensor *final_state) {
+    holdfast_forward_args args = {};
+    args.struct_size = sizeof args;
+    args.q = q, args.k = k, args.v = v, args.log_decay = log_decay, args.initial_state = initial_state;
+    args.out = out, args.final_state = final_state;
+    return args;
 }
 
 /// Arguments of holdfast_forward. A Tensor without data is not given. q, k, v and out are handed over in the type `dtype`,
@@ -84,10 +100,7 @@ struct Forward {
             dl[n].data = stored.back().data(), dl[n].dtype = dl_type(dtype);
         }
         auto given = [&](int n) { return tensors[n]->data ? &dl[n] : nullptr; };
-        holdfast_forward_args args = {};
-        args.struct_size = sizeof args;
-        args.q = given(0), args.k = given(1), args.v = given(2), args.log_decay = given(3), args.initial_state = given(4);
-        args.out = given(5), args.final_state = given(6);
+        holdfast_forward_args args = forward_args(given(0), given(1), given(2), given(3), given(4), given(5), given(6));
         args.scale = scale, args.chunk_size = chunk_size;
         const holdfast_status status = holdfast_forward(context, &args);
         for (int n : {0, 1, 2}) EXPECT_TRUE(stored[n].unchanged()) << "input " << n << " was written";

@@ -4,6 +4,15 @@
 
 namespace test {
 
+/// The arguments that every step has, tensors that may be NULL; all options are off.
+inline holdfast_step_args step_args(const DLTensor *q, const DLTensor *k, const DLTensor *v, const DLTensor *log_decay,
+                                    DLTensor *state, DLTensor *out) {
+    holdfast_step_args args = {};
+    args.struct_size = sizeof args;
+    args.q = q, args.k = k, args.v = v, args.log_decay = log_decay, args.state = state, args.out = out;
+    return args;
+}
+
 /// Arguments of holdfast_step. A Tensor without data is not given. Types are as in Forward.
 struct Step {
     Tensor q, k, v, log_decay, state, out;
@@ -20,7 +29,8 @@ struct Step {
             dl[n].data = stored.back().data(), dl[n].dtype = dl_type(dtype);
         }
         auto given = [&](int n) { return tensors[n]->data ? &dl[n] : nullptr; };
-        const holdfast_step_args args = {sizeof args, given(0), given(1), given(2), given(3), given(4), given(5), scale};
+        holdfast_step_args args = step_args(given(0), given(1), given(2), given(3), given(4), given(5));
+        args.scale = scale;
         const holdfast_status status = holdfast_step(context, &args);
         for (int n : {0, 1, 2}) EXPECT_TRUE(stored[n].unchanged()) << "input " << n << " was written";
         EXPECT_TRUE(stored[3].gaps_intact()) << "memory between the elements of out was written";

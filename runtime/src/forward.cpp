@@ -1,12 +1,12 @@
-// holdfast_forward: picks the chunkwise variant, and runs it on every batch entry and head. The state is carried
-// over calls for a few chunks at a time, so that workspace does not grow with T and the states of a call stay in cache.
+// The chunkwise kernel on the CPU, on every batch entry and head. The state is carried over calls for a few chunks at a time,
+// so that workspace does not grow with T and the states of a call stay in cache.
+#include "forward.h"
+
 #include "buffers.h"
 #include "chunk_table.h"
 #include "context.h"
 #include "failure.h"
-#include "forward_gpu.h"
 #include "problem.h"
-#include "recurrent.h"
 
 #include <HalideRuntime.h>
 
@@ -24,11 +24,6 @@ constexpr int64_t states_in_cache = 512 * 1024, most_chunks_per_call = 8;
 
 // The states of heads that a thread works on in turn, likewise.
 constexpr int64_t heads_in_cache = 256 * 1024;
-
-// A chunk costs the same however few of its tokens are used: up to one in so many of them, they are done one by one. Measured
-// for every target, tuned and odd sizes of 40 to 320: at a quarter one by one is never slower (0.1 to 0.95 of the time), at
-// three eighths up to 1.3 times.
-constexpr int64_t least_share = 4;
 
 /// Rows of one batch entry and head, (d, t, 1, 1), of which a segment at a time is looked at.
 struct Rows : Buffer {
@@ -122,39 +117,15 @@ void run_group(const Problem &p, const Plan &plan, Workspace &workspace, int64_t
 }
 
 }  // namespace
+
+void run_chunkwise(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) {
+    const Plan plan(p, variant, c);
+    check_kernel_strides(p, plan.segment);
+    const int64_t pieces = p.B * p.H == 0 ? 0 : p.B * plan.groups;
+    announce(c, "forward", variant, why, p, "chunks of " + std::to_string(plan.chunk), pieces);
+    if (pieces == 0) return;
+    c.for_each(pieces,
+               [&](Workspace &workspace, int64_t n) { run_group(p, plan, workspace, n / plan.groups, n % plan.groups); });
+}
+
 }  // namespace holdfast
-
-using namespace holdfast;
-
-extern "C" {
-
-holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args) {
-    return guarded(context, [&](holdfast_context &c) {
-        const Problem p = checked_problem(args);
-        const Choice choice = choose_backend(c, p.home());
-        const Variant &variant =
-            select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced);
-        if (choice.backend != Backend::cpu) return forward_on_gpu(c, p, variant, choice.why);
-        if (p.chunk_size == 0 && p.T <= variant.chunk / least_share) return run_recurrent(c, "forward", p, choice);
-        const Plan plan(p, variant, c);
-        check_kernel_strides(p, plan.segment);
-        const int64_t pieces = p.B * p.H == 0 ? 0 : p.B * plan.groups;
-        announce(c, "forward", variant, choice.why, p, "chunks of " + std::to_string(plan.chunk), pieces);
-        if (pieces == 0) return;
-        c.for_each(pieces,
-                   [&](Workspace &workspace, int64_t n) { run_group(p, plan, workspace, n / plan.groups, n % plan.groups); });
-    });
-}
-
-holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args, size_t *bytes) {
-    return guarded(context, [&](holdfast_context &c) {
-        if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
-        const Problem p = checked_problem(args);
-        const Choice choice = choose_backend(c, p.home());
-        const Variant &variant =
-            select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced);
-        *bytes = choice.backend == Backend::cuda ? workspace_on_gpu(c, p, variant) : 0;
-    });
-}
-
-}  // extern "C"

@@ -8,11 +8,12 @@
 #include <cstring>
 #include <limits>
 #include <sstream>
+#include <utility>
 
 namespace holdfast {
 namespace {
 
-constexpr int64_t max_state = 1 << 25;  // K V: the kernel's own buffer of a few states is addressed by 32 bits, in bytes
+constexpr int64_t max_state = 1 << 25;  // D V: the kernel's own buffer of a few states is addressed by 32 bits, in bytes
 
 /// The caller's struct in this version's layout, whatever version it was compiled against.
 template<class Args>
@@ -63,62 +64,170 @@ Tensor with_time(Tensor t) {
     return t;
 }
 
+/// A value of an enumeration, 0 .. most.
+int32_t checked_option(const char *name, int32_t value, int32_t most) {
+    if (value < 0 || value > most) fail(HOLDFAST_INVALID_ARGUMENT, name, " is ", value, "; expected 0 to ", most);
+    return value;
+}
+
+/// Features of an expanded key, or, beyond max_state, more than that.
+int64_t expanded_size(int64_t K, int degree, holdfast_expansion expansion) {
+    if (expansion == HOLDFAST_EXPANSION_TILED) return (int64_t)std::min(128.0 * (K / 16) * (K / 16 + 1), max_state + 1.0);
+    double size = 1;  // binomials, exact as far as they matter
+    for (int n = 1; n <= degree; n++) size = size * (K + n - 1) / n;
+    return (int64_t)std::min(size, max_state + 1.0);
+}
+
+/// cu_seqlens, of T tokens.
+std::vector<int64_t> checked_starts(const DLTensor *tensor, const TensorSpec &q, int64_t B, int64_t T) {
+    const TensorSpec spec{"cu_seqlens", "n", TensorSpec::integers};
+    const Tensor t = check_tensor(spec, tensor);
+    if (!t.on_host())
+        fail(HOLDFAST_UNSUPPORTED, t.name, " is on ", describe(t.device),
+             "; expected it on the CPU, whatever the others are on");
+    if (B != 1) fail(HOLDFAST_INVALID_ARGUMENT, "cu_seqlens is given and q ", describe(q), " has B = ", B, "; expected 1");
+    if (t.shape[0] < 2)
+        fail(HOLDFAST_INVALID_ARGUMENT, "cu_seqlens ", describe(spec), " has N + 1 = ", t.shape[0], "; expected at least 2");
+    std::vector<int64_t> starts(t.shape[0]);
+    for (int64_t n = 0; n < t.shape[0]; n++) {
+        starts[n] = t.dtype == i32 ? *t.at<int32_t>(n) : *t.at<int64_t>(n);
+        const int64_t least = n ? starts[n - 1] : 0, most = n ? T : 0;
+        if (starts[n] < least || starts[n] > most)
+            fail(HOLDFAST_INVALID_ARGUMENT, "cu_seqlens[", n, "] is ", starts[n], "; expected ", least,
+                 most == least ? "" : " to " + std::to_string(most));
+    }
+    if (starts.back() != T)
+        fail(HOLDFAST_INVALID_ARGUMENT, "cu_seqlens[", t.shape[0] - 1, "] is ", starts.back(), "; expected ", T,
+             ", the T of q: the last sequence ends there");
+    return starts;
+}
+
 /// Arguments of holdfast_forward, or of holdfast_step as far as they are the same, its state in the place of both states.
 Problem checked(const holdfast_forward_args &args, bool step) {
-    const TensorSpec q{"q", step ? "BHK" : "BTHK", true}, k{"k", q.axes, true}, v{"v", step ? "BHV" : "BTHV", true},
-        out{"out", v.axes, true};
-    const TensorSpec initial{step ? "state" : "initial_state", "BHKV"}, final{step ? "state" : "final_state", "BHKV"};
-    const int last = step ? 2 : 3;  // axis of q, k, v, out
+    constexpr TensorSpec::Types floats = TensorSpec::floats;
+    const TensorSpec q{"q", step ? "BHK" : "BTHK", floats}, k{"k", step ? "BhK" : "BThK", floats},
+        v{"v", step ? "BhV" : "BThV", floats}, out{"out", step ? "BHV" : "BTHV", floats};
+    const int last = step ? 2 : 3, head = last - 1;  // axes of q, k, v, out
     Problem p{};
+    p.degree = std::max(1, checked_option("degree", args.degree, 4));
+    const int32_t normalize = checked_option("normalize", args.normalize, HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS);
+    p.normalized = normalize == HOLDFAST_NORMALIZE_DEFAULT ? p.degree > 1 : normalize == HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS;
+    p.form = (holdfast_form)checked_option("form", args.form, HOLDFAST_FORM_RECURRENT);
+    const bool value_major =
+        checked_option("state_layout", args.state_layout, HOLDFAST_STATE_VALUE_MAJOR) == HOLDFAST_STATE_VALUE_MAJOR;
+    p.expansion = (holdfast_expansion)checked_option("expansion", args.expansion, HOLDFAST_EXPANSION_TILED);
+
     p.q = check_tensor(q, args.q);
     p.k = check_tensor(k, args.k);
     p.v = check_tensor(v, args.v);
     p.out = check_tensor(out, args.out);
-    p.B = p.q.shape[0], p.T = step ? 1 : p.q.shape[1], p.H = p.q.shape[last - 1], p.K = p.q.shape[last], p.V = p.v.shape[last];
+    p.B = p.q.shape[0], p.T = step ? 1 : p.q.shape[1], p.H = p.q.shape[head], p.K = p.q.shape[last], p.V = p.v.shape[last];
+    p.Hk = p.k.shape[head];
     if (p.K < 1) fail(HOLDFAST_INVALID_ARGUMENT, "q ", describe(q), " has K = 0; expected at least 1");
     if (p.V < 1) fail(HOLDFAST_INVALID_ARGUMENT, "v ", describe(v), " has V = 0; expected at least 1");
-    if (p.K * p.V > max_state)
-        fail(HOLDFAST_UNSUPPORTED, "q has K = ", p.K, " and v has V = ", p.V, "; expected K V of at most ", max_state);
-    for (int axis = 0; axis <= last; axis++) check_extent(k, p.k, axis, p.q.shape[axis], "of q");
-    for (int axis = 0; axis < last; axis++) check_extent(v, p.v, axis, p.q.shape[axis], "of q");
-    for (int axis = 0; axis < last; axis++) check_extent(out, p.out, axis, p.q.shape[axis], "of q");
-    check_extent(out, p.out, last, p.V, "of v");
+    if (p.expansion == HOLDFAST_EXPANSION_TILED && (p.degree != 2 || p.K % 16))
+        fail(HOLDFAST_INVALID_ARGUMENT, "expansion is HOLDFAST_EXPANSION_TILED, degree ", p.degree, " and K of q ", p.K,
+             "; expected degree 2 and K a multiple of 16");
+    p.D = expanded_size(p.K, p.degree, p.expansion);
+    if (p.D > max_state || p.D * p.V > max_state)
+        fail(HOLDFAST_UNSUPPORTED, "q has K = ", p.K, " and v has V = ", p.V, p.degree > 1 ? ", degree " : "",
+             p.degree > 1 ? std::to_string(p.degree) : "", "; expected ",
+             p.degree > 1 ? "D V, D the size of an expanded key," : "K V", " of at most ", max_state);
+    for (int axis = 0; axis <= last; axis++)
+        if (axis != head) check_extent(k, p.k, axis, p.q.shape[axis], "that of q");
+    if (p.Hk == 0 ? p.H != 0 : p.H % p.Hk != 0)
+        fail(HOLDFAST_INVALID_ARGUMENT, "k ", describe(k), " has Hk = ", p.Hk, "; expected a divisor of ", p.H, ", the H of q");
+    for (int axis = 0; axis < last; axis++)
+        check_extent(v, p.v, axis, p.k.shape[axis], axis == head ? "that of k" : "that of q");
+    for (int axis = 0; axis < last; axis++) check_extent(out, p.out, axis, p.q.shape[axis], "that of q");
+    check_extent(out, p.out, last, p.V, "that of v");
     for (const Tensor *t : {&p.k, &p.v, &p.out}) check_same_dtype(*t, p.q);
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check_rows(*t);
+    if (args.cu_seqlens) p.starts = checked_starts(args.cu_seqlens, q, p.B, p.T);
+    p.N = p.packed() ? (int64_t)p.starts.size() - 1 : p.B;
 
     if (args.log_decay) {
         const bool per_head = args.log_decay->ndim == 1;
-        const TensorSpec spec{"log_decay", per_head ? "H" : step ? "BH" : "BTH"};
+        const TensorSpec spec{"log_decay", per_head ? "h" : step ? "Bh" : "BTh"};
         if (!per_head && args.log_decay->ndim != last)
-            fail(HOLDFAST_INVALID_ARGUMENT, "log_decay has ", args.log_decay->ndim, " dimensions; expected 1, [H], or ", last,
+            fail(HOLDFAST_INVALID_ARGUMENT, "log_decay has ", args.log_decay->ndim, " dimensions; expected 1, [Hk], or ", last,
                  ", ", describe(spec));
         p.log_decay = check_tensor(spec, args.log_decay);
         for (int axis = 0; axis < p.log_decay.rank; axis++)
-            check_extent(spec, p.log_decay, axis, per_head ? p.H : p.q.shape[axis], "of q");
+            check_extent(spec, p.log_decay, axis, per_head ? p.Hk : p.k.shape[axis], "that of k");
     }
-    auto check_state = [&](const TensorSpec &spec, const DLTensor *tensor) {
+
+    auto check_state = [&](const char *name, const DLTensor *tensor) {
+        const TensorSpec spec{name, step ? value_major ? "BhVD" : "BhDV" : value_major ? "NhVD" : "NhDV"};
         Tensor state = check_tensor(spec, tensor);
-        check_extent(spec, state, 0, p.B, "of q"), check_extent(spec, state, 1, p.H, "of q");
-        check_extent(spec, state, 2, p.K, "of q"), check_extent(spec, state, 3, p.V, "of v");
+        check_extent(spec, state, 0, p.N, p.packed() ? "the sequences of cu_seqlens" : "the B of q");
+        check_extent(spec, state, 1, p.Hk, "that of k");
+        check_extent(spec, state, value_major ? 3 : 2, p.D,
+                     p.degree > 1 ? "the size of q's K features expanded" : "the K of q");
+        check_extent(spec, state, value_major ? 2 : 3, p.V, "that of v");
         check_rows(state);
+        if (value_major) std::swap(state.shape[2], state.shape[3]), std::swap(state.stride[2], state.stride[3]);
         return state;
     };
-    if (args.initial_state || step) p.initial_state = check_state(initial, args.initial_state);
+    if (args.initial_state || step) p.initial_state = check_state(step ? "state" : "initial_state", args.initial_state);
     if (step)
         p.final_state = p.initial_state;
     else if (args.final_state)
-        p.final_state = check_state(final, args.final_state);
+        p.final_state = check_state("final_state", args.final_state);
 
-    for (const Tensor *output : {&p.out, &p.final_state}) {
-        if (!output->rank) continue;
-        check_distinct_elements(*output);
-        for (const Tensor *other : {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.final_state}) {
-            const bool in_place = output == &p.final_state && other == &p.initial_state && same_elements(*output, *other);
-            if (other->rank && other != output && !in_place) check_no_overlap(*output, *other);
-        }
+    auto check_sum = [&](const char *name, const DLTensor *tensor) {
+        const TensorSpec spec{name, step ? "BhD" : "NhD"};
+        if (!p.normalized)
+            fail(HOLDFAST_INVALID_ARGUMENT, name, " is given, and degree ", p.degree, " and normalize ", normalize,
+                 " do not divide by a sum; expected NULL");
+        const Tensor sum = check_tensor(spec, tensor);
+        check_extent(spec, sum, 0, p.N, p.packed() ? "the sequences of cu_seqlens" : "the B of q");
+        check_extent(spec, sum, 1, p.Hk, "that of k");
+        check_extent(spec, sum, 2, p.D, p.degree > 1 ? "the size of q's K features expanded" : "the K of q");
+        check_rows(sum);
+        return sum;
+    };
+    if (args.initial_sum_of_keys || (step && p.normalized))
+        p.initial_sum = check_sum(step ? "sum_of_keys" : "initial_sum_of_keys", args.initial_sum_of_keys);
+    if (step)
+        p.final_sum = p.initial_sum;
+    else if (args.final_sum_of_keys)
+        p.final_sum = check_sum("final_sum_of_keys", args.final_sum_of_keys);
+    if (p.normalized && !p.initial_state.rank != !p.initial_sum.rank)
+        fail(HOLDFAST_INVALID_ARGUMENT, p.initial_sum.rank ? "initial_state" : "initial_sum_of_keys", " is NULL and ",
+             p.initial_sum.rank ? "initial_sum_of_keys" : "initial_state", " is given; expected both or neither");
+
+    if (args.weights) {
+        const TensorSpec spec{"weights", "BHTT", floats};
+        if (p.form != HOLDFAST_FORM_PARALLEL)
+            fail(HOLDFAST_INVALID_ARGUMENT, "weights is given and form is ", (int)p.form, "; expected ",
+                 (int)HOLDFAST_FORM_PARALLEL, ", HOLDFAST_FORM_PARALLEL");
+        p.weights = check_tensor(spec, args.weights);
+        const int64_t extents[] = {p.B, p.H, p.T, p.T};
+        for (int axis = 0; axis < 4; axis++) check_extent(spec, p.weights, axis, extents[axis], "that of q");
+        check_same_dtype(p.weights, p.q);
+        check_rows(p.weights);
     }
 
-    for (const Tensor *t : {&p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state})
+    const Tensor *const inputs[] = {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum};
+    const Tensor *const outputs[] = {&p.out, &p.final_state, &p.final_sum, &p.weights};
+    for (const Tensor *output : outputs) {
+        if (!output->rank) continue;
+        check_distinct_elements(*output);
+        auto check_apart = [&](const Tensor &other) {
+            if (other.rank && &other != output) check_no_overlap(*output, other);
+        };
+        const Tensor *advanced = output == &p.final_state ? &p.initial_state
+                                 : output == &p.final_sum ? &p.initial_sum
+                                                          : nullptr;
+        for (const Tensor *input : inputs)
+            if (input != advanced || !same_elements(*output, *input)) check_apart(*input);
+        for (const Tensor *other : outputs) check_apart(*other);
+    }
+
+    for (const Tensor *t : inputs)
+        if (t->rank) check_same_device(*t, p.q);
+    for (const Tensor *t : outputs)
         if (t->rank) check_same_device(*t, p.q);
     p.workspace = args.workspace;
 
@@ -146,7 +255,9 @@ Problem checked_problem(const holdfast_step_args *args) {
     const holdfast_step_args step = checked_args(args, "holdfast_step_args", first_version);
     holdfast_forward_args same{};
     same.q = step.q, same.k = step.k, same.v = step.v, same.log_decay = step.log_decay, same.initial_state = step.state;
-    same.out = step.out, same.scale = step.scale;
+    same.initial_sum_of_keys = step.sum_of_keys, same.out = step.out, same.scale = step.scale;
+    same.degree = step.degree, same.normalize = step.normalize;
+    same.state_layout = step.state_layout, same.expansion = step.expansion;
     return checked(same, true);
 }
 
@@ -165,15 +276,16 @@ void check_kernel_strides(const Problem &p, int64_t tokens) {
     };
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check(*t, 1, std::min(tokens, p.T));
     if (p.log_decay.rank == 3) check(p.log_decay, 1, std::min(tokens, p.T));
-    for (const Tensor *t : {&p.initial_state, &p.final_state}) check(*t, 2, p.K);
+    for (const Tensor *t : {&p.initial_state, &p.final_state}) check(*t, 2, p.D);
 }
 
 void announce(const holdfast_context &c, const char *call, const Variant &variant, const char *why, const Problem &p,
               const std::string &how, int64_t pieces) {
     if (!c.verbose) return;
     std::ostringstream line;
-    line << call << ": " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K " << p.K
-         << ", V " << p.V << ", " << how << ", " << c.threads_for(pieces) << " threads";
+    line << call << ": " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H
+         << (p.Hk == p.H ? "" : ", Hk " + std::to_string(p.Hk)) << ", K " << p.K << ", V " << p.V << ", " << how << ", "
+         << c.threads_for(pieces) << " threads";
     c.verbose(c.verbose_user, line.str().c_str());
 }
 

@@ -6,20 +6,38 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace holdfast {
 
 /// What to compute. A step is a call for one token whose initial state is its final one.
 struct Problem {
     int64_t B, T, H, K, V;
-    int64_t state_bytes() const { return K * V * (int64_t)sizeof(float); }
+    int64_t Hk;  // heads of k, v, log_decay and states; H is a multiple of it
+    int64_t D;   // size of an expanded key: K for degree 1
+    int64_t N;   // sequences, and states: B, or those of `starts`
+    int degree;  // of q.k, from 1 on
+    bool normalized;
+    holdfast_form form;
+    holdfast_expansion expansion;
+    std::vector<int64_t> starts;  // of packed sequences, and T; empty: each batch entry is one
 
-    Tensor q, k, v, out;                // [B, T, H, K or V]
-    Tensor log_decay;                   // [H] or [B, T, H]; rank 0: not given
-    Tensor initial_state, final_state;  // [B, H, K, V]; rank 0: not given
+    Tensor q, k, v, out;                // [B, T, H or Hk, K or V]
+    Tensor log_decay;                   // [Hk] or [B, T, Hk]; rank 0: not given
+    Tensor initial_state, final_state;  // [N, Hk, D, V], value-major ones by their strides; rank 0: not given
+    Tensor initial_sum, final_sum;      // [N, Hk, D]; rank 0: not given
+    Tensor weights;                     // [B, H, T, T]; rank 0: not wanted
     float scale;
     int64_t chunk_size;         // 0: the library's choice
     const DLTensor *workspace;  // null: not given. Not checked: only a GPU looks at it
+
+    int64_t state_bytes() const { return D * V * (int64_t)sizeof(float); }
+    int64_t group() const { return Hk ? H / Hk : 1; }  // heads of queries to one of keys
+    bool packed() const { return !starts.empty(); }
+    /// Of sequence s: its batch entry, its first token there, and its tokens.
+    int64_t entry(int64_t s) const { return packed() ? 0 : s; }
+    int64_t start(int64_t s) const { return packed() ? starts[s] : 0; }
+    int64_t length(int64_t s) const { return packed() ? starts[s + 1] - starts[s] : T; }
 
     Backend home() const;  // where all tensors are
 };
@@ -28,7 +46,7 @@ struct Problem {
 Problem checked_problem(const holdfast_forward_args *args);
 Problem checked_problem(const holdfast_step_args *args);
 
-/// Check that strides fit kernels' 32 bits: along time for `tokens` in one call of a kernel, and along K of a state.
+/// Check that strides fit kernels' 32 bits: along time for `tokens` in one call of a kernel, and along D of a state.
 void check_kernel_strides(const Problem &p, int64_t tokens);
 
 /// Tell the context's listener, if there is one, what runs for `call` ("forward"), `how` ("chunks of 32") and why.

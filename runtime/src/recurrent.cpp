@@ -1,4 +1,4 @@
-// holdfast_step, and holdfast_forward of few tokens: the recurrent kernel on the state where it lies. One call of the kernel
+// A step, and calls of few tokens: the recurrent kernel on the state where it lies. One call of the kernel
 // does a token of as many heads as lie within 32 bits of one another. A step of the usual size takes a microsecond or two:
 // nothing here allocates, once there is a workspace, and threads are for large states only.
 #include "recurrent.h"
@@ -135,12 +135,3 @@ void run_recurrent(holdfast_context &c, const char *call, const Problem &p, cons
 }
 
 }  // namespace holdfast
-
-using namespace holdfast;
-
-extern "C" holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args) {
-    return guarded(context, [&](holdfast_context &c) {
-        const Problem p = checked_problem(args);
-        run_recurrent(c, "step", p, choose_backend(c, p.home()));
-    });
-}

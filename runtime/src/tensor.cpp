@@ -25,11 +25,15 @@ std::string describe(DLDataType type) {
     return type.lanes == 1 ? text : text + " x " + std::to_string(type.lanes) + " lanes";
 }
 
-const Dtype *find_dtype(DLDataType type) {
-    for (const Dtype *known : {&f32, &f16, &bf16})
-        if (type.code == known->dl.code && type.bits == known->dl.bits && type.lanes == 1) return known;
+/// The Dtype of that type among those that `types` has; null if there is none.
+const Dtype *find_dtype(DLDataType type, TensorSpec::Types types) {
+    static constexpr Dtype lists[][3] = {{f32, f32, f32}, {f32, f16, bf16}, {i32, i64, i64}};  // by Types
+    for (const Dtype &known : lists[types])
+        if (type.code == known.dl.code && type.bits == known.dl.bits && type.lanes == 1) return &known;
     return nullptr;
 }
+
+std::string name_of_axis(char letter) { return letter == 'h' ? "Hk" : letter == 'n' ? "N + 1" : std::string(1, letter); }
 
 std::string describe(const DLTensor &t) {
     std::string text = "[";
@@ -57,7 +61,7 @@ bool overlaps_range(const Tensor &a, const Tensor &b) {
 
 std::string describe(const TensorSpec &spec) {
     std::string text = "[";
-    for (const char *axis = spec.axes; *axis; axis++) text += (axis == spec.axes ? "" : ", ") + std::string(1, *axis);
+    for (const char *axis = spec.axes; *axis; axis++) text += (axis == spec.axes ? "" : ", ") + name_of_axis(*axis);
     return text + "]";
 }
 
@@ -91,10 +95,12 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has ", t->ndim, " dimensions; expected ", rank, ", ", describe(spec));
     if (!t->shape)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has a NULL shape; expected ", rank, " extents, ", describe(spec));
-    const Dtype *dtype = find_dtype(t->dtype);
-    if (!dtype || (!spec.any_dtype && !(*dtype == f32)))
-        fail(HOLDFAST_UNSUPPORTED, spec.name, " has dtype ", describe(t->dtype), "; expected float32",
-             spec.any_dtype ? ", float16 or bfloat16" : "");
+    const Dtype *dtype = find_dtype(t->dtype, spec.types);
+    if (!dtype)
+        fail(HOLDFAST_UNSUPPORTED, spec.name, " has dtype ", describe(t->dtype), "; expected ",
+             spec.types == TensorSpec::integers ? "int32 or int64"
+             : spec.types == TensorSpec::floats ? "float32, float16 or bfloat16"
+                                                : "float32");
     const int64_t element = dtype->bytes();
     Backend backend;
     if (!backend_of(t->device.device_type, &backend) || !compiled(backend))
@@ -147,8 +153,8 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
 
 void check_extent(const TensorSpec &spec, const Tensor &tensor, int axis, int64_t expected, const char *because) {
     if (tensor.shape[axis] != expected)
-        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " ", describe(spec), " has ", spec.axes[axis], " = ", tensor.shape[axis],
-             "; expected ", expected, ", that ", because);
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " ", describe(spec), " has ", name_of_axis(spec.axes[axis]), " = ",
+             tensor.shape[axis], "; expected ", expected, ", ", because);
 }
 
 void check_same_dtype(const Tensor &t, const Tensor &first) {

@@ -15,6 +15,7 @@ struct Dtype {
     bool operator==(const Dtype &other) const { return dl.code == other.dl.code && dl.bits == other.dl.bits; }
 };
 constexpr Dtype f32 = {"f32", {kDLFloat, 32, 1}}, f16 = {"f16", {kDLFloat, 16, 1}}, bf16 = {"bf16", {kDLBfloat, 16, 1}};
+constexpr Dtype i32 = {"i32", {kDLInt, 32, 1}}, i64 = {"i64", {kDLInt, 64, 1}};
 
 /// A tensor that has passed check_tensor(): extents fit int32, the byte span of its elements fits int64.
 struct Tensor {
@@ -37,10 +38,11 @@ struct Tensor {
     }
 };
 
-/// Axis names of a tensor argument, e.g. {"q", "BTHK"}, one letter an axis; and whether its elements are fp32 or of any Dtype.
+/// Axis names of a tensor argument, e.g. {"q", "BTHK"}, one letter an axis, h for Hk and n for N + 1; and of which types its
+/// elements may be.
 struct TensorSpec {
     const char *name, *axes;
-    bool any_dtype = false;
+    enum Types { only_f32, floats, integers } types = only_f32;
 };
 
 /// "[B, T, H, K]".
@@ -55,7 +57,7 @@ void check_same_device(const Tensor &tensor, const Tensor &other);
 /// "the CPU", "CUDA device 0", ...
 std::string describe(DLDevice device);
 
-/// Check that extent `axis` is `expected`, which stems from `because` ("of q").
+/// Check that extent `axis` is `expected`, which is `because` ("that of q").
 void check_extent(const TensorSpec &spec, const Tensor &tensor, int axis, int64_t expected, const char *because);
 
 /// Check that the elements are of the same type as those of `first`.

@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <tuple>
 
 namespace {
 using namespace test;
@@ -18,7 +19,13 @@ struct Call {
     Forward f = p.forward();
     DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), initial_state = f.initial_state.dl(),
              out = f.out.dl(), final_state = f.final_state.dl();
-    holdfast_forward_args args = {sizeof args, &q, &k, &v, &log_decay, &initial_state, &out, &final_state, 0, 0, nullptr};
+    Array sums = Array({2, B, H, K}).fill(p.random), all_weights = Array({B, H, T, T});
+    Tensor initial_sum_view = Tensor(sums).part(0, 0, 1).without(0), final_sum_view = Tensor(sums).part(0, 1, 2).without(0),
+           weights_view = all_weights;
+    DLTensor initial_sum = initial_sum_view.dl(), final_sum = final_sum_view.dl(), weights = weights_view.dl();
+    int64_t starts[3] = {0, 2, T}, sequences[1] = {3};
+    DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, sequences, nullptr, 0};
+    holdfast_forward_args args = forward_args(&q, &k, &v, &log_decay, &initial_state, &out, &final_state);
     Array memory = Array({4096}).fill(-1.0f);
     std::unique_ptr<Reserved> far;
     Index other_strides;  // for a tensor that needs more than its own
@@ -63,8 +70,26 @@ struct Call {
         log_decay.shape[0] = H;
         log_decay.strides = nullptr;
     }
+    /// One batch entry as two sequences.
+    void pack() {
+        for (DLTensor *x : {&q, &k, &v, &out, &log_decay}) x->shape[0] = 1;
+        args.cu_seqlens = &cu_seqlens;
+    }
+    /// Out is normalized.
+    void sum_up() {
+        args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS;
+        args.initial_sum_of_keys = &initial_sum, args.final_sum_of_keys = &final_sum;
+    }
+    void want_weights() { args.weights = &weights, args.form = HOLDFAST_FORM_PARALLEL; }
+    /// One head of keys for all of queries.
+    void group() { k.shape[2] = v.shape[2] = log_decay.shape[2] = initial_state.shape[1] = final_state.shape[1] = 1; }
+    /// The states with their last two axes changed.
+    void value_major() {
+        args.state_layout = HOLDFAST_STATE_VALUE_MAJOR;
+        for (DLTensor *x : {&initial_state, &final_state}) std::swap(x->shape[2], x->shape[3]), x->strides = nullptr;
+    }
     std::vector<const Array *> arrays() const {
-        return {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state, &memory};
+        return {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state, &sums, &all_weights, &memory};
     }
 };
 
@@ -103,10 +128,143 @@ std::vector<Case> cases() {
     add("chunk_size_least", invalid, "chunk_size is -9223372036854775808; expected at least 0",
         [](Call &c) { c.args.chunk_size = std::numeric_limits<int64_t>::min(); });
 
+    // ---- Options.
+    const std::tuple<const char *, int32_t holdfast_forward_args::*, int32_t> options[] = {
+        {"degree", &holdfast_forward_args::degree, 4},
+        {"normalize", &holdfast_forward_args::normalize, 2},
+        {"form", &holdfast_forward_args::form, 3},
+        {"state_layout", &holdfast_forward_args::state_layout, 1},
+        {"expansion", &holdfast_forward_args::expansion, 1}};
+    for (const auto &[option, field, most] : options)
+        for (int32_t value : {-1, most + 1}) {
+            const auto where = field;
+            add(std::string(option) + (value < 0 ? "_negative" : "_too_large"), invalid,
+                std::string(option) + " is " + std::to_string(value) + "; expected 0 to " + std::to_string(most),
+                [=](Call &c) { c.args.*where = value; });
+        }
+    add("tiled_of_degree_1", invalid,
+        "expansion is HOLDFAST_EXPANSION_TILED, degree 1 and K of q 4; expected degree 2 and K a multiple of 16",
+        [](Call &c) { c.args.expansion = HOLDFAST_EXPANSION_TILED; });
+    add("tiled_of_other_K", invalid,
+        "expansion is HOLDFAST_EXPANSION_TILED, degree 2 and K of q 4; expected degree 2 and K a multiple of 16",
+        [](Call &c) { c.args.expansion = HOLDFAST_EXPANSION_TILED, c.args.degree = 2; });
+    // 4 features make 10 monomials of degree 2, 20 of degree 3, 35 of degree 4; 32 in tiles make 128 * 2 * 3.
+    for (int32_t degree : {2, 3, 4}) {
+        const int64_t size[] = {10, 20, 35};
+        add("state_of_degree_" + std::to_string(degree), invalid,
+            "initial_state [N, Hk, D, V] has D = 4; expected " + std::to_string(size[degree - 2]) +
+                ", the size of q's K features expanded",
+            [=](Call &c) { c.args.degree = degree; });
+    }
+    add("state_of_tiles", invalid, "initial_state [N, Hk, D, V] has D = 4; expected 768, the size of q's K features expanded",
+        [](Call &c) {
+            c.args.expansion = HOLDFAST_EXPANSION_TILED, c.args.degree = 2, c.q.shape[3] = c.k.shape[3] = 32;
+            c.place(c.q, 0), c.place(c.k, 0);
+        });
+    add("state_too_large_when_expanded", unsupported,
+        "q has K = 128 and v has V = 6, degree 4; expected D V, D the size of an expanded key, of at most 33554432",
+        [](Call &c) {
+            c.q.shape[0] = c.k.shape[0] = c.v.shape[0] = c.out.shape[0] = 0, c.q.shape[3] = c.k.shape[3] = 128;
+            c.args.degree = 4;
+        });
+    add("degree_beyond_all_sizes", unsupported, "q has K = 2147483647 and v has V = 6, degree 4; expected D V", [](Call &c) {
+        c.q.shape[0] = c.v.shape[0] = 0, c.q.shape[3] = std::numeric_limits<int32_t>::max(), c.args.degree = 4;
+    });
+    add("state_of_other_layout", invalid, "initial_state [N, Hk, V, D] has D = 6; expected 4, the K of q",
+        [](Call &c) { c.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR; });
+
+    // ---- Heads in groups.
+    add("heads_in_no_groups", invalid, "k [B, T, Hk, K] has Hk = 2; expected a divisor of 3, the H of q",
+        [](Call &c) { c.k.shape[2] = 2; });
+    add("no_heads_of_keys", invalid, "k [B, T, Hk, K] has Hk = 0; expected a divisor of 3, the H of q",
+        [](Call &c) { c.k.shape[2] = 0; });
+    add("values_of_other_heads", invalid, "v [B, T, Hk, V] has Hk = 3; expected 1, that of k",
+        [](Call &c) { c.k.shape[2] = 1; });
+
+    // ---- Packed sequences: here of 2 and 3 tokens.
+    auto add_packed = [&](const std::string &name, holdfast_status status, const std::string &text,
+                          std::function<void(Call &)> spoil) {
+        add("packed_" + name, status, text, [=](Call &c) {
+            c.pack();
+            spoil(c);
+        });
+    };
+    add_packed("of_two_batch_entries", invalid, "cu_seqlens is given and q [B, T, H, K] has B = 2; expected 1", [](Call &c) {
+        for (DLTensor *x : {&c.q, &c.k, &c.v, &c.out, &c.log_decay}) x->shape[0] = 2;
+    });
+    add_packed("states_of_batch_entries", invalid,
+               "initial_state [N, Hk, D, V] has N = 1; expected 2, the sequences of cu_seqlens",
+               [](Call &c) { c.initial_state.shape[0] = 1; });
+    for (auto [type, text] : {std::pair<DLDataType, const char *>{{kDLFloat, 32, 1}, "float32"}, {{kDLInt, 16, 1}, "int16"}}) {
+        const DLDataType other = type;
+        add_packed(std::string("by_") + text, unsupported,
+                   std::string("cu_seqlens has dtype ") + text + "; expected int32 or int64",
+                   [=](Call &c) { c.cu_seqlens.dtype = other; });
+    }
+    add_packed("rank", invalid, "cu_seqlens has 2 dimensions; expected 1, [N + 1]", [](Call &c) { c.cu_seqlens.ndim = 2; });
+    add_packed("none", invalid, "cu_seqlens [N + 1] has N + 1 = 1; expected at least 2",
+               [](Call &c) { c.cu_seqlens.shape[0] = 1; });
+    add_packed("from_1", invalid, "cu_seqlens[0] is 1; expected 0", [](Call &c) { c.starts[0] = 1; });
+    add_packed("falling", invalid, "cu_seqlens[1] is -1; expected 0 to 5", [](Call &c) { c.starts[1] = -1; });
+    add_packed("beyond_T", invalid, "cu_seqlens[1] is 6; expected 0 to 5", [](Call &c) { c.starts[1] = 6; });
+    add_packed("short_of_T", invalid, "cu_seqlens[2] is 4; expected 5, the T of q", [](Call &c) { c.starts[2] = 4; });
+
+    // ---- Sums of keys.
+    for (const bool initial : {true, false}) {
+        const std::string who = initial ? "initial_sum_of_keys" : "final_sum_of_keys";
+        auto add_sum = [&](const std::string &name, const std::string &text, std::function<void(Call &, DLTensor &)> spoil) {
+            add(who + "_" + name, invalid, who + text, [=](Call &c) {
+                c.sum_up();
+                spoil(c, initial ? c.initial_sum : c.final_sum);
+            });
+        };
+        add_sum("without_sum", " is given, and degree 1 and normalize 0 do not divide by a sum; expected NULL",
+                [=](Call &c, DLTensor &) {
+                    c.args.normalize = HOLDFAST_NORMALIZE_DEFAULT;
+                    if (!initial) c.args.initial_sum_of_keys = nullptr;
+                });
+        add_sum("of_other_batch", " [N, Hk, D] has N = 1; expected 2, the B of q", [](Call &, DLTensor &x) { x.shape[0] = 1; });
+        add_sum("of_other_heads", " [N, Hk, D] has Hk = 2; expected 3, that of k", [](Call &, DLTensor &x) { x.shape[1] = 2; });
+        add_sum("of_other_size", " [N, Hk, D] has D = 5; expected 4, the K of q", [](Call &, DLTensor &x) { x.shape[2] = 5; });
+    }
+    add("initial_state_without_its_sum", invalid,
+        "initial_sum_of_keys is NULL and initial_state is given; expected both or neither",
+        [](Call &c) { c.sum_up(), c.args.initial_sum_of_keys = nullptr; });
+    add("initial_sum_without_its_state", invalid,
+        "initial_state is NULL and initial_sum_of_keys is given; expected both or neither",
+        [](Call &c) { c.sum_up(), c.args.initial_state = nullptr; });
+    add("final_sum_overlaps_final_state", invalid, " overlaps ", [](Call &c) {
+        c.sum_up();
+        c.place(c.final_state, 1024), c.place(c.final_sum, 1025);
+    });
+
+    // ---- Weights.
+    for (int32_t form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT})
+        add("weights_in_form_" + std::to_string(form), invalid,
+            "weights is given and form is " + std::to_string(form) + "; expected 1, HOLDFAST_FORM_PARALLEL",
+            [=](Call &c) { c.want_weights(), c.args.form = form; });
+    add("weights_of_other_time", invalid, "weights [B, H, T, T] has T = 4; expected 5, that of q",
+        [](Call &c) { c.want_weights(), c.weights.shape[3] = 4; });
+    add("weights_of_other_type", invalid, "weights has dtype float16; expected float32, that of q",
+        [](Call &c) { c.want_weights(), c.weights.dtype.bits = 16; });
+    add("weights_overlap_out", invalid, "overlaps",
+        [](Call &c) { c.want_weights(), c.place(c.out, 1024), c.place(c.weights, 1025); });
+
+    // ---- What no kernel computes yet.
+    add("degree_2", unsupported, "degree is 2; expected 1",
+        [](Call &c) { c.args.degree = 2, c.args.initial_state = nullptr, c.args.final_state = nullptr; });
+    add("normalized", unsupported, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none",
+        [](Call &c) { c.sum_up(); });
+    add("parallel", unsupported, "form is HOLDFAST_FORM_PARALLEL; expected another", [](Call &c) { c.want_weights(); });
+    add("groups", unsupported, "k has Hk = 1; expected 3, the H of q", [](Call &c) { c.group(); });
+    add("packed", unsupported, "cu_seqlens is given; expected NULL", [](Call &c) { c.pack(); });
+    add("value_major", unsupported, "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major",
+        [](Call &c) { c.value_major(); });
+
     // ---- Missing tensors.
     add("q_null", invalid, "q is NULL; expected a tensor [B, T, H, K]", [](Call &c) { c.args.q = nullptr; });
-    add("k_null", invalid, "k is NULL; expected a tensor [B, T, H, K]", [](Call &c) { c.args.k = nullptr; });
-    add("v_null", invalid, "v is NULL; expected a tensor [B, T, H, V]", [](Call &c) { c.args.v = nullptr; });
+    add("k_null", invalid, "k is NULL; expected a tensor [B, T, Hk, K]", [](Call &c) { c.args.k = nullptr; });
+    add("v_null", invalid, "v is NULL; expected a tensor [B, T, Hk, V]", [](Call &c) { c.args.v = nullptr; });
     add("out_null", invalid, "out is NULL; expected a tensor [B, T, H, V]", [](Call &c) { c.args.out = nullptr; });
 
     // ---- Each tensor by itself.
@@ -122,7 +280,7 @@ std::vector<Case> cases() {
         for (int other : {0, 2, 5, -1})
             add_one("rank_" + std::string(other < 0 ? "negative" : std::to_string(other)), invalid,
                     "has " + std::to_string(other) + " dimensions; expected " +
-                        (who == "log_decay" ? "1, [H], or 3, [B, T, H]" : "4, ["),
+                        (who == "log_decay" ? "1, [Hk], or 3, [B, T, Hk]" : "4, ["),
                     [=](DLTensor &x) { x.ndim = other; });
         const bool any_dtype = who.size() == 1 || who == "out";
         const std::pair<DLDataType, const char *> dtypes[] = {{{kDLFloat, 64, 1}, "float64"},
@@ -201,13 +359,13 @@ std::vector<Case> cases() {
 
     // ---- Extents against one another.
     add("K_0", invalid, "q [B, T, H, K] has K = 0; expected at least 1", [](Call &c) { c.q.shape[3] = c.k.shape[3] = 0; });
-    add("V_0", invalid, "v [B, T, H, V] has V = 0; expected at least 1", [](Call &c) { c.v.shape[3] = c.out.shape[3] = 0; });
-    add("k_says_what_it_was", invalid, "k [B, T, H, K] has T = 6; expected 5, that of q", [](Call &c) { c.k.shape[1] = 6; });
+    add("V_0", invalid, "v [B, T, Hk, V] has V = 0; expected at least 1", [](Call &c) { c.v.shape[3] = c.out.shape[3] = 0; });
+    add("k_says_what_it_was", invalid, "k [B, T, Hk, K] has T = 6; expected 5, that of q", [](Call &c) { c.k.shape[1] = 6; });
     add("out_says_what_it_was", invalid, "out [B, T, H, V] has V = 7; expected 6, that of v",
         [](Call &c) { c.out.shape[3] = 7; });
-    add("state_says_what_it_was", invalid, "initial_state [B, H, K, V] has K = 6; expected 4, that of q",
+    add("state_says_what_it_was", invalid, "initial_state [N, Hk, D, V] has D = 6; expected 4, the K of q",
         [](Call &c) { c.initial_state.shape[2] = 6, c.initial_state.shape[3] = 4; });
-    add("log_decay_per_head_of_other_heads", invalid, "log_decay [H] has H = 2; expected 3, that of q",
+    add("log_decay_per_head_of_other_heads", invalid, "log_decay [Hk] has Hk = 2; expected 3, that of k",
         [](Call &c) { c.decay_per_head(), c.log_decay.shape[0] = 2; });
     add("state_too_large", unsupported, "q has K = 8192 and v has V = 8192; expected K V of at most ",
         [](Call &c) { c.q.shape[0] = c.v.shape[0] = 0, c.q.shape[3] = c.v.shape[3] = 8192; });
@@ -400,6 +558,16 @@ TEST(Args, Null) {
     Context context;
     EXPECT_EQ(holdfast_forward(context, nullptr), HOLDFAST_INVALID_ARGUMENT);
     EXPECT_EQ(context.error(), "args is NULL; expected a holdfast_forward_args");
+}
+
+TEST(Args, OfTheFirstVersion) {
+    Context context;
+    Call call, expected;
+    ASSERT_EQ(holdfast_forward(context, &expected.args), HOLDFAST_OK);
+    call.args.struct_size = offsetof(holdfast_forward_args, degree);
+    std::memset((char *)&call.args + call.args.struct_size, 0xff, sizeof call.args - call.args.struct_size);
+    EXPECT_EQ(holdfast_forward(context, &call.args), HOLDFAST_OK) << context.error();
+    EXPECT_TRUE(same_bits(call.p.out, expected.p.out));
 }
 
 struct LaterVersion {

@@ -53,7 +53,7 @@ struct Call {
     Forward f = p.forward();
     DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), initial_state = f.initial_state.dl(),
              out = f.out.dl(), final_state = f.final_state.dl(), workspace = {};
-    holdfast_forward_args args = {sizeof args, &q, &k, &v, &log_decay, &initial_state, &out, &final_state, 0, 0, nullptr};
+    holdfast_forward_args args = forward_args(&q, &k, &v, &log_decay, &initial_state, &out, &final_state);
     int64_t workspace_bytes = 0;
     std::unique_ptr<char, void (*)(void *)> memory{nullptr, std::free};
 

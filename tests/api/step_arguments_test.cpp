@@ -3,9 +3,11 @@
 #include "../step.h"
 
 #include <cstddef>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <map>
+#include <tuple>
 
 namespace {
 using namespace test;
@@ -17,7 +19,10 @@ struct Call {
     Problem p{B, 1, H, K, V};
     Step s = step(p.forward(), 0);
     DLTensor q = s.q.dl(), k = s.k.dl(), v = s.v.dl(), log_decay = s.log_decay.dl(), state = s.state.dl(), out = s.out.dl();
-    holdfast_step_args args = {sizeof args, &q, &k, &v, &log_decay, &state, &out, 0};
+    Array sums = Array({B, H, K}).fill(p.random);
+    Tensor sum_view = sums;
+    DLTensor sum_of_keys = sum_view.dl();
+    holdfast_step_args args = step_args(&q, &k, &v, &log_decay, &state, &out);
     Array memory = Array({4096}).fill(-1.0f);
     std::unique_ptr<Reserved> far;
 
@@ -34,7 +39,9 @@ struct Call {
         x.data = memory.data() + offset;
         x.strides = nullptr;
     }
-    std::vector<const Array *> arrays() const { return {&p.q, &p.k, &p.v, &p.log_decay, &p.final_state, &p.out, &memory}; }
+    std::vector<const Array *> arrays() const {
+        return {&p.q, &p.k, &p.v, &p.log_decay, &p.final_state, &p.out, &sums, &memory};
+    }
 };
 
 struct Case {
@@ -62,11 +69,38 @@ std::vector<Case> cases() {
     for (float scale : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()})
         add(std::isnan(scale) ? "scale_nan" : "scale_minus_inf", invalid, "scale is ", [=](Call &c) { c.args.scale = scale; });
 
+    const std::tuple<const char *, int32_t holdfast_step_args::*, int32_t> options[] = {
+        {"degree", &holdfast_step_args::degree, 4},
+        {"normalize", &holdfast_step_args::normalize, 2},
+        {"state_layout", &holdfast_step_args::state_layout, 1},
+        {"expansion", &holdfast_step_args::expansion, 1}};
+    for (const auto &[option, field, most] : options) {
+        const auto where = field;
+        add(std::string(option) + "_too_large", invalid,
+            std::string(option) + " is " + std::to_string(most + 1) + "; expected 0 to " + std::to_string(most),
+            [=, value = most + 1](Call &c) { c.args.*where = value; });
+    }
+    add("heads_in_no_groups", invalid, "k [B, Hk, K] has Hk = 2; expected a divisor of 3, the H of q",
+        [](Call &c) { c.k.shape[1] = 2; });
+    add("state_of_other_layout", invalid, "state [B, Hk, V, D] has D = 6; expected 4, the K of q",
+        [](Call &c) { c.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR; });
+    add("sum_of_keys_without_sum", invalid,
+        "sum_of_keys is given, and degree 1 and normalize 0 do not divide by a sum; expected NULL",
+        [](Call &c) { c.args.sum_of_keys = &c.sum_of_keys; });
+    add("sum_of_keys_null", invalid, "sum_of_keys is NULL; expected a tensor [B, Hk, D]",
+        [](Call &c) { c.args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; });
+    add("sum_of_keys_overlaps_state", invalid, " overlaps ", [](Call &c) {
+        c.args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS, c.args.sum_of_keys = &c.sum_of_keys;
+        c.place(c.state, 1024), c.place(c.sum_of_keys, 1025);
+    });
+    add("normalized", unsupported, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none",
+        [](Call &c) { c.args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS, c.args.sum_of_keys = &c.sum_of_keys; });
+
     add("q_null", invalid, "q is NULL; expected a tensor [B, H, K]", [](Call &c) { c.args.q = nullptr; });
-    add("k_null", invalid, "k is NULL; expected a tensor [B, H, K]", [](Call &c) { c.args.k = nullptr; });
-    add("v_null", invalid, "v is NULL; expected a tensor [B, H, V]", [](Call &c) { c.args.v = nullptr; });
+    add("k_null", invalid, "k is NULL; expected a tensor [B, Hk, K]", [](Call &c) { c.args.k = nullptr; });
+    add("v_null", invalid, "v is NULL; expected a tensor [B, Hk, V]", [](Call &c) { c.args.v = nullptr; });
     add("out_null", invalid, "out is NULL; expected a tensor [B, H, V]", [](Call &c) { c.args.out = nullptr; });
-    add("state_null", invalid, "state is NULL; expected a tensor [B, H, K, V]", [](Call &c) { c.args.state = nullptr; });
+    add("state_null", invalid, "state is NULL; expected a tensor [B, Hk, D, V]", [](Call &c) { c.args.state = nullptr; });
 
     for (const auto &[name, axes] : tensors) {
         const std::string who = name;
@@ -79,7 +113,7 @@ std::vector<Case> cases() {
         const int other_rank = rank == 4 ? 3 : 4;
         add_one("rank", invalid,
                 "has " + std::to_string(other_rank) + " dimensions; expected " +
-                    (who == "log_decay" ? "1, [H], or 2, [B, H]" : std::to_string(rank) + ", [B, H, "),
+                    (who == "log_decay" ? "1, [Hk], or 2, [B, Hk]" : std::to_string(rank) + ", [B, H"),
                 [=](DLTensor &x) { x.ndim = other_rank; });
         const bool any_dtype = who.size() == 1 || who == "out";
         add_one("dtype", unsupported,
@@ -105,10 +139,10 @@ std::vector<Case> cases() {
             add_one("row_stride", invalid, "has stride 2 on its last axis; expected 1",
                     [=](DLTensor &x) { x.strides[rank - 1] = 2; });
     }
-    add("v_says_what_it_was", invalid, "v [B, H, V] has H = 2; expected 3, that of q", [](Call &c) { c.v.shape[1] = 2; });
+    add("v_says_what_it_was", invalid, "v [B, Hk, V] has Hk = 2; expected 3, that of k", [](Call &c) { c.v.shape[1] = 2; });
     add("out_says_what_it_was", invalid, "out [B, H, V] has V = 6; expected 5, that of v", [](Call &c) { c.v.shape[2] = 5; });
     add("K_0", invalid, "q [B, H, K] has K = 0; expected at least 1", [](Call &c) { c.q.shape[2] = c.k.shape[2] = 0; });
-    add("V_0", invalid, "v [B, H, V] has V = 0; expected at least 1", [](Call &c) { c.v.shape[2] = c.out.shape[2] = 0; });
+    add("V_0", invalid, "v [B, Hk, V] has V = 0; expected at least 1", [](Call &c) { c.v.shape[2] = c.out.shape[2] = 0; });
     add("state_stride_too_large", unsupported, "state has stride 1073741824 on axis 2; expected at most ", [](Call &c) {
         constexpr size_t bytes = (size_t)64 << 30;
         c.far = std::make_unique<Reserved>(bytes);
@@ -175,6 +209,14 @@ TEST(StepArgs, OfALaterVersion) {
     later.more[7] = 1;
     EXPECT_EQ(holdfast_step(context, &later.args), HOLDFAST_UNSUPPORTED);
     EXPECT_NE(context.error().find("is not zero; expected zeros"), std::string::npos) << context.error();
+}
+
+TEST(StepArgs, OfTheFirstVersion) {
+    Context context;
+    Call call;
+    call.args.struct_size = offsetof(holdfast_step_args, sum_of_keys);
+    std::memset((char *)&call.args + call.args.struct_size, 0xff, sizeof call.args - call.args.struct_size);
+    EXPECT_EQ(holdfast_step(context, &call.args), HOLDFAST_OK) << context.error();
 }
 
 TEST(StepArgs, WhatMayBeLeftOutOrOdd) {

@@ -115,7 +115,7 @@ TEST_P(Retention, ByteOffsetAndNullStrides) {
         x->data = (char *)x->data - 64;
         x->byte_offset = 64;
     }
-    const holdfast_forward_args args = {sizeof args, &q, &k, &v, &log_decay, &initial, &out, &final, 0, 0, nullptr};
+    const holdfast_forward_args args = forward_args(&q, &k, &v, &log_decay, &initial, &out, &final);
     ASSERT_EQ(holdfast_forward(*context, &args), HOLDFAST_OK) << context->error();
     rows[3].load();
     p.expect_reference(C, 2);

@@ -116,7 +116,7 @@ TEST_P(StepTest, ByteOffsetAndNullStrides) {
         x->data = (char *)x->data - 64;
         x->byte_offset = 64;
     }
-    const holdfast_step_args args = {sizeof args, &q, &k, &v, &log_decay, &state, &out, 0};
+    const holdfast_step_args args = step_args(&q, &k, &v, &log_decay, &state, &out);
     ASSERT_EQ(holdfast_step(*context, &args), HOLDFAST_OK) << context->error();
     rows[3].load();
     p.expect_reference(1, 1);
@@ -201,7 +201,7 @@ TEST_P(StepTest, AllocatesNothingAfterTheFirstCall) {
     Stored rows[] = {{dtype, p.q}, {dtype, p.k}, {dtype, p.v}, {dtype, p.out}};
     int row = 0;
     for (int n : {0, 1, 2, 5}) dl[n].data = rows[row++].data(), dl[n].dtype = dl_type(dtype);
-    const holdfast_step_args args = {sizeof args, &dl[0], &dl[1], &dl[2], &dl[3], &dl[4], &dl[5], 0};
+    const holdfast_step_args args = step_args(&dl[0], &dl[1], &dl[2], &dl[3], &dl[4], &dl[5]);
     ASSERT_EQ(holdfast_step(*context, &args), HOLDFAST_OK) << context->error();
     const int64_t before = allocations;
     for (int n = 0; n < 10; n++) holdfast_step(*context, &args);

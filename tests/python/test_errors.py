@@ -120,20 +120,27 @@ def test_rank(check, name):
 
 def test_rank_of_log_decay(check):
     check(
-        ValueError, "log_decay has 2 dimensions; expected 1, [H], or 3, [B, T, H]", log_decay=check.problem.log_decay[0]
+        ValueError,
+        "log_decay has 2 dimensions; expected 1, [Hk], or 3, [B, T, Hk]",
+        log_decay=check.problem.log_decay[0],
     )
 
 
 @pytest.mark.parametrize(
-    "name, axis", [("k", "B"), ("k", "T"), ("k", "H"), ("k", "K"), ("v", "B"), ("v", "T"), ("v", "H")]
+    "name, axis, text",
+    [(name, axis, "") for name, axis in ("kB", "kT", "kK", "vB", "vT")]
+    + [
+        ("k", "H", "v [B, T, Hk, V] has Hk = 3; expected 1, that of k"),
+        ("v", "H", "has Hk = 1; expected 3, that of k"),
+    ],
 )
 @pytest.mark.parametrize("out", [True, False])
-def test_shapes_that_disagree(check, name, axis, out):
+def test_shapes_that_disagree(check, name, axis, text, out):
     x = like(getattr(check.problem, name), **{axis: 1})
     changes = {} if out else {"out": None}
     check(
         ValueError,
-        f"has {axis} = 1; expected {check.problem.q.shape['BTHK'.index(axis)]}, that of q",
+        text or f"has {axis} = 1; expected {check.problem.q.shape['BTHK'.index(axis)]}, that of q",
         **{name: x},
         **changes,
     )
@@ -141,21 +148,21 @@ def test_shapes_that_disagree(check, name, axis, out):
 
 def test_shapes_of_the_rest(check):
     p = check.problem
-    check(ValueError, "log_decay [B, T, H] has T = 4; expected 5, that of q", log_decay=p.log_decay[:, :4])
-    check(ValueError, "log_decay [H] has H = 2; expected 3, that of q", log_decay=p.log_decay[0, 0, :2])
+    check(ValueError, "log_decay [B, T, Hk] has T = 4; expected 5, that of k", log_decay=p.log_decay[:, :4])
+    check(ValueError, "log_decay [Hk] has Hk = 2; expected 3, that of k", log_decay=p.log_decay[0, 0, :2])
     check(
         ValueError,
-        "initial_state [B, H, K, V] has K = 7; expected 8, that of q",
+        "initial_state [N, Hk, D, V] has D = 7; expected 8, the K of q",
         initial_state=p.initial_state[:, :, :7],
     )
     check(
         ValueError,
-        "initial_state [B, H, K, V] has V = 5; expected 6, that of v",
+        "initial_state [N, Hk, D, V] has V = 5; expected 6, that of v",
         initial_state=p.initial_state[..., :5],
     )
     check(ValueError, "out [B, T, H, V] has V = 5; expected 6, that of v", out=p.out[..., :5])
     check(ValueError, "q [B, T, H, K] has K = 0; expected at least 1", q=p.q[..., :0], k=p.k[..., :0])
-    check(ValueError, "v [B, T, H, V] has V = 0; expected at least 1", v=p.v[..., :0], out=None)
+    check(ValueError, "v [B, T, Hk, V] has V = 0; expected at least 1", v=p.v[..., :0], out=None)
 
 
 def test_sizes_beyond_the_limits(check):

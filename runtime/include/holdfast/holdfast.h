@@ -196,34 +196,78 @@ HOLDFAST_API const char *holdfast_cpu_features(void);
 
 /* ---- Retention --------------------------------------------------------------------------------------------------- */
 
+/** What out is divided by. */
+typedef enum holdfast_normalize {
+    HOLDFAST_NORMALIZE_DEFAULT = 0,       /**< the sum of weights for a degree above 1, else nothing */
+    HOLDFAST_NORMALIZE_NONE = 1,          /**< nothing (RetNet) */
+    HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS = 2 /**< the sum of weights (power retention) */
+} holdfast_normalize;
+
+/** How a call is computed. All forms give the same to rounding. */
+typedef enum holdfast_form {
+    HOLDFAST_FORM_AUTO = 0,      /**< the library's choice, by T and sizes */
+    HOLDFAST_FORM_PARALLEL = 1,  /**< from all T x T weights: time and memory quadratic in T */
+    HOLDFAST_FORM_CHUNKWISE = 2, /**< weights inside chunks, states between them: linear in T */
+    HOLDFAST_FORM_RECURRENT = 3  /**< token by token, as holdfast_step does */
+} holdfast_form;
+
+/** Order of the last two axes of states. */
+typedef enum holdfast_state_layout {
+    HOLDFAST_STATE_KEY_MAJOR = 0,  /**< [..., D, V] */
+    HOLDFAST_STATE_VALUE_MAJOR = 1 /**< [..., V, D] */
+} holdfast_state_layout;
+
+/** Order of the features of an expanded key phi(k) in states and sums of keys, for a degree above 1. */
+typedef enum holdfast_expansion {
+    /** The monomials of degree p once each: D = (K + p - 1)! / (p! (K - 1)!). */
+    HOLDFAST_EXPANSION_TIGHT = 0,
+    /** Degree 2 and K a multiple of 16: for Y in 0 .. K/16 - 1, o in 0 .. 16 Y + 15, i in 0 .. 15 the feature x[o] x[16 Y + i], on
+     *  the side of keys times 2 where o < 16 Y. D = 128 (K/16) (K/16 + 1). */
+    HOLDFAST_EXPANSION_TILED = 1
+} holdfast_expansion;
+
 /** Arguments of holdfast_forward. Set struct_size to sizeof(holdfast_forward_args) and everything not used to zero, best by
  *  `holdfast_forward_args args = {.struct_size = sizeof args};` in C. The struct grows at its end in later versions: the
  *  library accepts an older, shorter one, and a longer one whose unknown part is zero.
  *
- *  B batch, T time, H heads, K key size, V value size. B, T and H may be 0; K and V are at least 1. q, k, v and out have one
- *  type, float32, float16 or bfloat16 (kDLFloat of 32 or 16 bits, kDLBfloat of 16); log_decay and the states are float32
- *  always. All tensors are on one device, of a backend of this build: the CPU (kDLCPU, kDLCUDAHost), CUDA (kDLCUDA,
- *  kDLCUDAManaged; data is a device pointer), OpenCL (data is a cl_mem) or Metal (data is an id<MTLBuffer>). There they are used
- *  where they lie, at byte_offset, which OpenCL wants as a multiple of CL_DEVICE_MEM_BASE_ADDR_ALIGN. Every axis may have any
- *  stride, also 0 (inputs) or negative (the CPU and CUDA), except that the last axis of q, k, v, out and the states is
- *  contiguous. */
+ *  B batch, T time, H heads of queries, Hk heads of keys and values, K key size, V value size, D size of an expanded key (K for
+ *  degree 1). H is a multiple of Hk: head h of q and out has head h / (H / Hk) of everything else. N sequences: B, or those of
+ *  cu_seqlens. B, T, H and N may be 0; Hk where H is; K and V are at least 1. q, k, v, out and weights have one type, float32,
+ *  float16 or bfloat16 (kDLFloat of 32 or 16 bits, kDLBfloat of 16); log_decay, the states and the sums of keys are float32
+ *  always. All tensors but cu_seqlens are on one device, of a backend of this build: the CPU (kDLCPU, kDLCUDAHost), CUDA
+ *  (kDLCUDA, kDLCUDAManaged; data is a device pointer), OpenCL (data is a cl_mem) or Metal (data is an id<MTLBuffer>). There
+ *  they are used where they lie, at byte_offset, which OpenCL wants as a multiple of CL_DEVICE_MEM_BASE_ADDR_ALIGN. Every axis
+ *  may have any stride, also 0 (inputs) or negative (the CPU and CUDA), except that the last axis of all but log_decay and
+ *  cu_seqlens is contiguous. */
 typedef struct holdfast_forward_args {
     size_t struct_size;            /**< sizeof(holdfast_forward_args) */
     const DLTensor *q;             /**< queries [B, T, H, K] */
-    const DLTensor *k;             /**< keys    [B, T, H, K] */
-    const DLTensor *v;             /**< values  [B, T, H, V] */
-    const DLTensor *log_decay;     /**< natural logarithm of the decay, [H] or [B, T, H], each <= 0; NULL: no decay.
+    const DLTensor *k;             /**< keys    [B, T, Hk, K] */
+    const DLTensor *v;             /**< values  [B, T, Hk, V] */
+    const DLTensor *log_decay;     /**< natural logarithm of the decay, [Hk] or [B, T, Hk], each <= 0; NULL: no decay.
                                          -infinity forgets all that came before. Positive and NaN are refused. */
-    const DLTensor *initial_state; /**< [B, H, K, V]; NULL: zeros */
+    const DLTensor *initial_state; /**< [N, Hk, D, V]; NULL: zeros */
     DLTensor *out;                 /**< [B, T, H, V], written */
-    DLTensor *final_state;         /**< [B, H, K, V], written; NULL: not wanted */
-    float scale;                   /**< multiplies q.k; 0: K^-1/2. Finite. */
+    DLTensor *final_state;         /**< [N, Hk, D, V], written; NULL: not wanted */
+    float scale;                   /**< multiplies q.k, before the power; 0: K^-1/2. Finite. */
     int64_t chunk_size;            /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding
                                          and speed, nothing else. */
     const DLTensor *workspace;     /**< CUDA: memory for the call alone, uint8 [bytes], compact, on the tensors' device and
                                          aligned to 256 bytes, at least as large as holdfast_workspace_size says; the work in
                                          the stream uses it until it is done. NULL: the context keeps such memory, and
                                          allocates it when it has to grow. Other backends do not look at it. */
+    int32_t degree;                /**< p, the power of q.k: 0 (which is 1) to 4 */
+    int32_t normalize;             /**< a holdfast_normalize */
+    int32_t form;                  /**< a holdfast_form */
+    int32_t state_layout;          /**< a holdfast_state_layout, of both states */
+    int32_t expansion;             /**< a holdfast_expansion; tight for a degree other than 2 */
+    const DLTensor *initial_sum_of_keys; /**< [N, Hk, D], where out is normalized: given just when initial_state is */
+    DLTensor *final_sum_of_keys;         /**< [N, Hk, D], written, where out is normalized; NULL: not wanted */
+    const DLTensor *cu_seqlens;          /**< packed sequences: [N + 1], int32 or int64, on the CPU. Sequence s has the tokens
+                                               cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the one batch entry, B = 1: from 0 to T,
+                                               never falling; N is at least 1. NULL: one sequence per batch entry. */
+    DLTensor *weights;                   /**< [B, H, T, T], written: what the values are multiplied by, divided by their sum
+                                               where out is. For HOLDFAST_FORM_PARALLEL; NULL: not wanted */
 } holdfast_forward_args;
 
 /** Bytes of workspace that holdfast_forward needs for these arguments on `context`, of which `workspace` itself is not looked
@@ -232,26 +276,30 @@ typedef struct holdfast_forward_args {
 HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args,
                                                      size_t *bytes);
 
-/** Retention, chunkwise form, of every batch entry and head (decay first, then write):
+/** Retention of every sequence and head (decay first, then write):
  *
- *      S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t          S: [K, V], S_0 = initial_state
- *      out_t = scale q_t S_t                               final_state = S_T
+ *      S_t = exp(log_decay_t) S_{t-1} + phi(k_t)^T v_t     S: [D, V], S_0 = initial_state, final_state = S_T
+ *      s_t = exp(log_decay_t) s_{t-1} + phi(k_t)           s: [D], likewise sum_of_keys, where out is normalized
+ *      out_t = scale^p phi(q_t) S_t                        phi(q).phi(k) = (q.k)^p; for p = 1 phi(x) = x
+ *      out_t = phi(q_t) S_t / phi(q_t) s_t                 where out is normalized
  *
- *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621, chunkwise
- *  form); with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
- *  does not depend on T. Inputs of 16 bits are widened as they are read, sums are in fp32, and out is rounded once, at the end:
+ *  HOLDFAST_UNSUPPORTED so far: degrees above 1, normalization, and the parallel form.
+ *
+ *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
+ *  with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
+ *  does not depend on T, except in the parallel form. Inputs of 16 bits are widened as they are read, sums are in fp32, and out is rounded once, at the end:
  *  to the nearest, ties to even, beyond the largest number to infinity. A sequence cut anywhere and continued from final_state
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
- *  On the CPU, calls of few tokens, up to a quarter of a chunk, compute each by itself, as holdfast_step does, unless chunk_size
- *  is set.
+ *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU recurrent for few tokens, up to a quarter of a chunk, unless chunk_size is set.
  *
- *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their batch entry and head, but may
- *  reach earlier tokens of the same chunk.
+ *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their sequence and head (those of k and v
+ *  reach all heads of queries that share it), but may reach earlier tokens of the same chunk.
  *
- *  Aliasing: inputs may share memory with one another. out overlaps no other tensor. final_state overlaps none either, but may
- *  be exactly initial_state (the same elements in the same places): the state is then advanced in place.
+ *  Aliasing: inputs may share memory with one another. Outputs overlap no other tensor, except that final_state may
+ *  be exactly initial_state (the same elements in the same places), and final_sum_of_keys initial_sum_of_keys: they are then
+ *  advanced in place.
  *
  *  On a GPU: one launch sequence for the whole problem. log_decay is not looked at, so positive ones are computed with.
  *  Workspace grows with T: the states between all chunks. On CUDA, given a workspace and after the first call in a CUcontext
@@ -260,7 +308,7 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  side by side. A process that has used a GPU and forks must not use it in the child.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
- *  this build, an extent of 2^31 or more, K V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
+ *  this build, an extent of 2^31 or more, D V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
  *  elements; on a GPU, one batch entry and head, or its states, of 2^31 bytes or more); HOLDFAST_TARGET_UNAVAILABLE;
  *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Tensors as a whole may be larger than 2^31 bytes. Thread-safety: that of the context. */
@@ -269,36 +317,45 @@ HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const h
 /** Arguments of holdfast_step. As with holdfast_forward_args: set struct_size to sizeof(holdfast_step_args) and everything not
  *  used to zero; the struct grows at its end.
  *
- *  B batch, H heads, K key size, V value size. B and H may be 0; K and V are at least 1. All tensors are on the CPU; types and
- *  strides are as for holdfast_forward_args: q, k, v and out have one type, log_decay and the state are float32 always. One
- *  token of [B, T, H, K] tensors is a view of them, with a stride of T H K along B. */
+ *  B batch, H heads of queries, Hk of keys and values, K key size, V value size, D size of an expanded key. All tensors are on the
+ *  CPU; extents, types and strides are as for holdfast_forward_args. One token of [B, T, H, K] tensors is a view of them, with a
+ *  stride of T H K along B. */
 typedef struct holdfast_step_args {
     size_t struct_size;        /**< sizeof(holdfast_step_args) */
     const DLTensor *q;         /**< queries [B, H, K] */
-    const DLTensor *k;         /**< keys    [B, H, K] */
-    const DLTensor *v;         /**< values  [B, H, V] */
-    const DLTensor *log_decay; /**< natural logarithm of the decay, [H] or [B, H], each <= 0; NULL: no decay.
+    const DLTensor *k;         /**< keys    [B, Hk, K] */
+    const DLTensor *v;         /**< values  [B, Hk, V] */
+    const DLTensor *log_decay; /**< natural logarithm of the decay, [Hk] or [B, Hk], each <= 0; NULL: no decay.
                                      -infinity forgets all that came before. Positive and NaN are refused. */
-    DLTensor *state;           /**< [B, H, K, V], read and written */
+    DLTensor *state;           /**< [B, Hk, D, V], read and written */
     DLTensor *out;             /**< [B, H, V], written */
-    float scale;               /**< multiplies q.k; 0: K^-1/2. Finite. */
+    float scale;               /**< multiplies q.k, before the power; 0: K^-1/2. Finite. */
+    DLTensor *sum_of_keys;     /**< [B, Hk, D], read and written: given just where out is normalized */
+    int32_t degree;            /**< p, the power of q.k: 0 (which is 1) to 4 */
+    int32_t normalize;         /**< a holdfast_normalize */
+    int32_t state_layout;      /**< a holdfast_state_layout */
+    int32_t expansion;         /**< a holdfast_expansion; tight for a degree other than 2 */
 } holdfast_step_args;
 
 /** Retention, recurrent form, of every batch entry and head: one token, the state advanced in place (decay first, then
  *  write). What a model does for each token that it generates.
  *
- *      S <- exp(log_decay) S + k^T v          S: [K, V], `state`
- *      out = scale q S                        of the new state
+ *      S <- exp(log_decay) S + phi(k)^T v          S: [D, V], `state`
+ *      s <- exp(log_decay) s + phi(k)              s: [D], `sum_of_keys`, where out is normalized
+ *      out = scale^p phi(q) S                      of the new state
+ *      out = phi(q) S / phi(q) s                   where out is normalized
+ *
+ *  HOLDFAST_UNSUPPORTED so far: degrees above 1, and normalization.
  *
  *  The same as holdfast_forward with T = 1 and `state` as both states, to the bit; as holdfast_forward of many tokens at once
  *  to rounding. Each state is read and written once. After the first call a context allocates nothing more. One thread works on
  *  up to half a megabyte of states; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
- *  Aliasing: q, k, v and log_decay may share memory with one another. state and out overlap no other tensor.
+ *  Aliasing: q, k, v and log_decay may share memory with one another. state, sum_of_keys and out overlap no other tensor.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU,
- *  an extent of 2^31 or more, K V above 2^25, or a stride along K that carries a state beyond 2^31 elements);
+ *  an extent of 2^31 or more, D V above 2^25, or a stride along D that carries a state beyond 2^31 elements);
  *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text. On
  *  the last two the state may have been advanced in part. Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args);

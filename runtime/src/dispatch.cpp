@@ -1,0 +1,88 @@
+// The public functions of retention: the form that a call is computed in, and what computes it.
+#include "context.h"
+#include "failure.h"
+#include "forward.h"
+#include "forward_gpu.h"
+#include "problem.h"
+#include "recurrent.h"
+
+namespace holdfast {
+namespace {
+
+// A chunk costs the same however few of its tokens are used: up to one in so many of them, they are done one by one. Measured
+// for every target, tuned and odd sizes of 40 to 320: at a quarter one by one is never slower (0.1 to 0.95 of the time), at
+// three eighths up to 1.3 times.
+constexpr int64_t least_share = 4;
+
+/// The chunkwise variant for `p`.
+const Variant &chunkwise_variant(const Problem &p, const Choice &choice) {
+    return select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced);
+}
+
+/// What HOLDFAST_FORM_AUTO stands for.
+holdfast_form choose_form(const Problem &p, const Choice &choice) {
+    if (p.form != HOLDFAST_FORM_AUTO) return p.form;
+    const bool few = p.chunk_size == 0 && p.T <= chunkwise_variant(p, choice).chunk / least_share;
+    return few && choice.backend == Backend::cpu ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
+}
+
+/// Throws UNSUPPORTED for what no kernel computes yet.
+void check_computed(const Problem &p) {
+    if (p.degree > 1) fail(HOLDFAST_UNSUPPORTED, "degree is ", p.degree, "; expected 1: no kernel for others yet");
+    if (p.normalized)
+        fail(HOLDFAST_UNSUPPORTED, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none: no kernel for it yet");
+    if (p.H != p.Hk)
+        fail(HOLDFAST_UNSUPPORTED, "k has Hk = ", p.Hk, "; expected ", p.H, ", the H of q: no kernel for groups yet");
+    if (p.packed()) fail(HOLDFAST_UNSUPPORTED, "cu_seqlens is given; expected NULL: no kernel for packed sequences yet");
+    for (const Tensor *state : {&p.initial_state, &p.final_state})
+        if (state->rank && state->shape[3] > 1 && state->stride[3] != 1)
+            fail(HOLDFAST_UNSUPPORTED, "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major: no kernel for it yet");
+}
+
+void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
+    check_computed(p);
+    switch (choose_form(p, choice)) {
+    case HOLDFAST_FORM_PARALLEL:
+        fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL; expected another: no kernel for it yet");
+    case HOLDFAST_FORM_RECURRENT: return run_recurrent(c, "forward", p, choice);
+    default:
+        const Variant &variant = chunkwise_variant(p, choice);
+        return choice.backend == Backend::cpu ? run_chunkwise(c, p, variant, choice.why)
+                                              : forward_on_gpu(c, p, variant, choice.why);
+    }
+}
+
+}  // namespace
+}  // namespace holdfast
+
+using namespace holdfast;
+
+extern "C" {
+
+holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args) {
+    return guarded(context, [&](holdfast_context &c) {
+        const Problem p = checked_problem(args);
+        forward(c, p, choose_backend(c, p.home()));
+    });
+}
+
+holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args, size_t *bytes) {
+    return guarded(context, [&](holdfast_context &c) {
+        if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
+        const Problem p = checked_problem(args);
+        const Choice choice = choose_backend(c, p.home());
+        check_computed(p);
+        const bool chunkwise = choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
+        *bytes = choice.backend == Backend::cuda && chunkwise ? workspace_on_gpu(c, p, chunkwise_variant(p, choice)) : 0;
+    });
+}
+
+holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args) {
+    return guarded(context, [&](holdfast_context &c) {
+        const Problem p = checked_problem(args);
+        check_computed(p);
+        run_recurrent(c, "step", p, choose_backend(c, p.home()));
+    });
+}
+
+}  // extern "C"
