@@ -8,7 +8,7 @@ export CTEST_PROGRESS_OUTPUT ?= 1
 export CMAKE_COLOR_DIAGNOSTICS ?= OFF
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: environment-demo ## Stream megabytes of real text through a retention layer: speed, memory, differences, a picture
 	@$(call build,release,holdfast _holdfast,-DHOLDFAST_BENCH=OFF)
