@@ -16,6 +16,7 @@ struct Variant {
     int chunk;
     Size size;  // 0: any
     const char *backend;
+    Operands operands;
     int (*run)(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v, halide_buffer_t *log_decay,
                halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count, float scale, halide_buffer_t *out,
                halide_buffer_t *state_out);
@@ -28,8 +29,8 @@ constexpr const char *backend_of(std::string_view target) {
     return "";
 }
 constexpr Variant variants[] = {
-#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target) \
-    {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), name},
+#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands) \
+    {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), {row_alignment, round_operands}, name},
 #define HOLDFAST_ROW_recurrent(...)
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #include <variants.inc>
@@ -70,9 +71,8 @@ TEST_P(Chunkwise, MatchesReference) {
         GTEST_SKIP() << "Halide's runtime does not copy negative strides to a GPU; the library never asks it to";
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     const Variant &variant = instance.variant;
-    KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype).expect_reference([&](auto &&...arguments) {
-        return variant.run(nullptr, arguments...);
-    });
+    KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype, variant.operands)
+        .expect_reference([&](auto &&...arguments) { return variant.run(nullptr, arguments...); });
 }
 
 INSTANTIATE_TEST_SUITE_P(, Chunkwise, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
