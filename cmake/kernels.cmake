@@ -42,7 +42,7 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
 
 # CUDA: tensor cores, and fp32 without them. Blocks copy 16 bytes at a time; a block's products see the whole chunk.
 holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 64
-    SIZES 32x32 64x64 64x128 128x128 128x256 256x256
+    SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256
     TARGETS cuda
     PARAMS round_operands=true row_alignment=8 causal_tile=0)
 
