@@ -29,7 +29,7 @@ def test_matches_reference(device, row, lengths, heads, batch):
     call.run(device)
     out, state = call.errors()
     assert out <= OUT[row.dtype]
-    assert state <= STATE[row.dtype]
+    assert state <= STATE[row.dtype if row.round_operands else "f32"]
 
 
 @pytest.mark.parametrize("row", [r for r in [smallest("bf16")] if r], ids=str)
