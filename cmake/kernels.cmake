@@ -36,6 +36,14 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
     SIZES 64x64 128x128
     TARGETS metal opencl vulkan)
 
-holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
+holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 64
+    SIZES 64x64
+    TARGETS metal opencl vulkan)
+
+holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
+    TARGETS cuda metal opencl vulkan)
+
+holdfast_kernel(recurrent DTYPES f32 f16 bf16
+    SIZES 64x64 128x128 any
     TARGETS cuda metal opencl vulkan)
