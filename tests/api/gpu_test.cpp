@@ -84,20 +84,26 @@ TEST(Backends, ForcingOneThatCannotRunIsAnError) {
     }
 }
 
-TEST(Backends, StepsAreTheCpus) {
-    for (const char *name : {"cuda", "metal", "opencl", "vulkan"}) {
+TEST(Backends, StepsCopyWhatIsOnTheCpu) {
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
         if (!backend(name).available) continue;
-        SCOPED_TRACE(name);
-        Context context;
-        ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
-        Problem p{1, 1, 2, 8, 8};
-        const Array out = p.out, state = p.final_state;
-        EXPECT_EQ(step(p.forward(), 0).run(context), HOLDFAST_UNSUPPORTED);
-        EXPECT_NE(context.error().find(std::string("backend ") + name + "; expected the CPU"), std::string::npos)
-            << context.error();
-        EXPECT_TRUE(p.out.same_memory(out) && p.final_state.same_memory(state));
-        ASSERT_EQ(holdfast_context_set_backend(context, "cpu"), HOLDFAST_OK);
-        EXPECT_EQ(step(p.forward(), 0).run(context), HOLDFAST_OK) << context.error();
+        for (const Dtype &dtype : all_dtypes)
+            for (Gates gates : {Gates::none, Gates::per_head, Gates::weak})
+                for (Layout layout : {Layout::compact, Layout::reversed}) {
+                    SCOPED_TRACE(std::string(name) + ", " + dtype.name + ", gates " + test::name(gates) + ", " +
+                                 test::name(layout));
+                    Context context;
+                    ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+                    Problem p{2, 3, 3, 5, 7, gates, layout, true, dtype};
+                    run_steps(p, context);
+                    p.expect_reference(1, 3);
+                    EXPECT_NE(context.messages.at(0).find("step: recurrent_"), std::string::npos) << context.messages[0];
+                    EXPECT_NE(context.messages.at(0).find("token by token, tensors copied from the CPU and back"),
+                              std::string::npos)
+                        << context.messages[0];
+                    Problem none{2, 1, 0, 5, 7, gates, layout, true, dtype};
+                    EXPECT_EQ(step(none.forward(), 0).run(context), HOLDFAST_OK) << context.error();
+                }
     }
 }
 
