@@ -1,11 +1,13 @@
 // Backends by their names; and tensors in OpenCL's memory, used where they lie, on whatever OpenCL device this machine has.
 #include "../../runtime/src/arena.h"
+#include "../required.h"
 #include "../step.h"
 
 #include <dlfcn.h>
 
 #include <chrono>
 #include <condition_variable>
+#include <iostream>
 #include <map>
 #include <mutex>
 #include <set>
@@ -23,6 +25,15 @@ holdfast_backend backend(const std::string &name) {
     }
     ADD_FAILURE() << "no backend " << name;
     return b;
+}
+
+/// Whether it can run here. Says why not; a failure if this build and HOLDFAST_REQUIRED_BACKENDS have it.
+bool runs(const std::string &name) {
+    const holdfast_backend b = backend(name);
+    if (b.available) return true;
+    std::cout << name << " is not run: " << b.missing << "\n";
+    EXPECT_FALSE(b.compiled && required(name)) << "HOLDFAST_REQUIRED_BACKENDS has " << name << ": " << b.missing;
+    return false;
 }
 
 TEST(Backends, AreListed) {
@@ -89,7 +100,7 @@ TEST(Backends, ForcingOneThatCannotRunIsAnError) {
 
 TEST(Backends, StepsCopyWhatIsOnTheCpu) {
     for (const char *name : {"metal", "opencl", "vulkan"}) {
-        if (!backend(name).available) continue;
+        if (!runs(name)) continue;
         for (const Dtype &dtype : all_dtypes)
             for (Gates gates : {Gates::none, Gates::per_head, Gates::weak})
                 for (Layout layout : {Layout::compact, Layout::reversed}) {
@@ -112,7 +123,7 @@ TEST(Backends, StepsCopyWhatIsOnTheCpu) {
 
 TEST(Backends, TypesOf16Bits) {
     for (const char *name : {"metal", "opencl", "vulkan"}) {
-        if (!backend(name).available) continue;
+        if (!runs(name)) continue;
         for (const Dtype &dtype : {f16, bf16})
             for (Layout layout : layouts)
                 for (int64_t T : {0, 70}) {
@@ -128,7 +139,7 @@ TEST(Backends, TypesOf16Bits) {
 }
 
 TEST(Backends, VulkanBuffersOfOthersAreRefused) {
-    if (const holdfast_backend b = backend("vulkan"); !b.available) GTEST_SKIP() << b.missing;
+    if (!runs("vulkan")) GTEST_SKIP() << backend("vulkan").missing;
     Problem p{1, 8, 2, 8, 8};
     Forward f = p.forward();
     DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), out = f.out.dl();
@@ -144,7 +155,7 @@ TEST(Backends, VulkanBuffersOfOthersAreRefused) {
 
 TEST(Backends, TakeCallsOfManyThreads) {
     for (const char *name : {"metal", "opencl", "vulkan"}) {
-        if (!backend(name).available) continue;
+        if (!runs(name)) continue;
         SCOPED_TRACE(name);
         Problem expected{1, 70, 2, 8, 8};
         Context context;
@@ -188,7 +199,7 @@ struct Meeting {
 
 TEST(Backends, CallsGoOneAfterTheOther) {
     for (const char *name : {"metal", "opencl", "vulkan"}) {
-        if (!backend(name).available) continue;
+        if (!runs(name)) continue;
         SCOPED_TRACE(name);
         Meeting meeting;
         std::vector<Problem> problems(2, Problem{1, 8, 2, 8, 8, Gates::weak, Layout::padded});  // padded: packed in host memory
@@ -259,7 +270,7 @@ protected:
     size_t alignment = 1;
 
     void SetUp() override {
-        if (const holdfast_backend b = backend("opencl"); !b.available) GTEST_SKIP() << b.missing;
+        if (!runs("opencl")) GTEST_SKIP() << backend("opencl").missing;
         library = dlopen("libOpenCL.so.1", RTLD_NOW);
         ASSERT_NE(library, nullptr);
         void *platform = nullptr, *device = nullptr;

@@ -1,11 +1,10 @@
 // Where a compiled variant runs, and what this machine lacks for that.
 #pragma once
 #include "../array.h"
+#include "../required.h"
 
 #include <holdfast/holdfast.h>
 
-#include <cstdlib>
-#include <sstream>
 #include <string>
 #include <string_view>
 
@@ -26,15 +25,6 @@ inline std::string missing_here(const std::string &variant) {
     for (int n = 0; holdfast_variant_at(nullptr, n, &row) == HOLDFAST_OK; n++)
         if (variant == row.name) return row.missing;
     return "(not listed by holdfast_variant_at)";
-}
-
-/// HOLDFAST_REQUIRED_BACKENDS, names separated by spaces, has that one.
-inline bool required(const std::string &backend) {
-    const char *list = std::getenv("HOLDFAST_REQUIRED_BACKENDS");
-    std::istringstream names(list ? list : "");
-    for (std::string name; names >> name;)
-        if (name == backend) return true;
-    return false;
 }
 
 /// Why a case cannot be run by calling a kernel of that backend directly; "" if it can. (The library never asks for either.)
