@@ -2,7 +2,11 @@
 # the key and value sizes, `any` reads them from the tensors; chunk is the longest chunk, of kernels that have chunks. Within
 # a target, rows that come first are preferred.
 #
-#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] SIZES KxV ... TARGETS ...)
+# PARAMS are further parameters of the kernel's generator. Two of them decide who gets the variant, and calls see them
+# (holdfast_variant): row_alignment, the elements at whose multiples rows of q, k, v and out start, and round_operands. Calls
+# with other rows run the next variant that takes them.
+#
+#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] SIZES KxV ... TARGETS ... [PARAMS name=value ...])
 
 # Work per token grows with the chunk, the traffic of states (K V floats a chunk) falls with it: measured, 32 is best up to
 # 128x128 and 64 above.
@@ -39,6 +43,17 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
 holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 64
     SIZES 64x64
     TARGETS metal opencl vulkan)
+
+# CUDA: tensor cores, and fp32 without them. Blocks copy 16 bytes at a time; a block's products see the whole chunk.
+holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 64
+    SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256
+    TARGETS cuda
+    PARAMS round_operands=true row_alignment=8 causal_tile=0)
+
+holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
+    SIZES 32x32 64x64 128x128 256x256
+    TARGETS cuda
+    PARAMS row_alignment=4 causal_tile=0)
 
 holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any

@@ -24,6 +24,16 @@ inline double of_spread(int64_t K, int64_t chunk, int64_t decays) {
     return rounding * (4 * std::sqrt(2.0 * K + chunk + 2.0 * decays) + 16);
 }
 
+/// The same of variants that round operands (holdfast_variant): every term is a product of which one factor is the nearest sum of
+/// `parts` numbers of the type. That takes 0.4 of their rounding in the root mean square, and five standard deviations.
+inline double of_rounded_operands(const test::Dtype &dtype, int parts) { return 5 * 0.4 * std::exp2(-parts * dtype.digits); }
+
+/// And beside any share: numbers of the type are no closer than this to one another, however small they are. Of `terms` terms
+/// whose other factor is 1 at most, five standard deviations of what is spread evenly over that distance.
+inline double between_operands(const test::Dtype &dtype, int64_t terms) {
+    return 5 / std::sqrt(12.0) * std::exp2(dtype.least - dtype.digits + 1) * std::sqrt((double)terms);
+}
+
 /// Below this the spread does not matter: fp32 has no numbers to be accurate with.
 constexpr double negligible = std::numeric_limits<float>::min();
 

@@ -544,6 +544,8 @@ py::tuple variants() {
         variant["key_size"] = v.key_size;
         variant["value_size"] = v.value_size;
         variant["target"] = v.target;
+        variant["row_alignment"] = v.row_alignment;
+        variant["round_operands"] = v.round_operands != 0;
         variant["runs_here"] = v.runs_here != 0;
         variant["selected"] = v.selected != 0;
         const py::str missing = v.missing;

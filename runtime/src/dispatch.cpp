@@ -7,6 +7,9 @@
 #include "recurrent.h"
 #include "recurrent_gpu.h"
 
+#include <algorithm>
+#include <string>
+
 namespace holdfast {
 namespace {
 
@@ -15,9 +18,9 @@ namespace {
 // three eighths up to 1.3 times.
 constexpr int64_t least_share = 4;
 
-/// The chunkwise variant for `p`.
-const Variant &chunkwise_variant(const Problem &p, const Choice &choice) {
-    return select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced);
+/// The chunkwise variant for `p` if its rows were like this.
+const Variant &chunkwise_variant(const Problem &p, const Choice &choice, const RowAlignment &rows) {
+    return select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced, rows);
 }
 
 /// The recurrent variant for one token of `p`.
@@ -28,7 +31,7 @@ const Variant &step_variant(const Problem &p, const Choice &choice) {
 /// What HOLDFAST_FORM_AUTO stands for.
 holdfast_form choose_form(const Problem &p, const Choice &choice) {
     if (p.form != HOLDFAST_FORM_AUTO) return p.form;
-    const bool few = p.chunk_size == 0 && p.T <= chunkwise_variant(p, choice).chunk / least_share;
+    const bool few = p.chunk_size == 0 && p.T <= chunkwise_variant(p, choice, {}).chunk / least_share;
     return few && choice.backend == Backend::cpu ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
@@ -56,9 +59,14 @@ void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
                  "; expected another form, or the CPU");
         return run_recurrent(c, "forward", p, choice);
     default:
-        const Variant &variant = chunkwise_variant(p, choice);
-        return choice.backend == Backend::cpu ? run_chunkwise(c, p, variant, choice.why)
-                                              : forward_on_gpu(c, p, variant, choice.why);
+        const RowAlignment rows = p.row_alignment(choice.backend);
+        const Variant &variant = chunkwise_variant(p, choice, rows), &best = chunkwise_variant(p, choice, {});
+        std::string why = choice.why;
+        if (c.verbose && &best != &variant)
+            why += ", rows of " + std::string(rows.tensor) + " at multiples of " + std::to_string(rows.bytes) +
+                   " bytes: " + best.name + " wants " + std::to_string(best.row_alignment);
+        return choice.backend == Backend::cpu ? run_chunkwise(c, p, variant, why.c_str())
+                                              : forward_on_gpu(c, p, variant, why.c_str());
     }
 }
 
@@ -83,7 +91,11 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Choice choice = choose_backend(c, p.home());
         check_computed(p);
         const bool chunkwise = choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
-        *bytes = chunkwise ? workspace_on_gpu(c, p, chunkwise_variant(p, choice)) : 0;
+        *bytes = 0;
+        if (choice.backend != Backend::cuda || !chunkwise) return;
+        for (const Variant *variant :
+             selectable_variants("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced))
+            *bytes = std::max(*bytes, workspace_on_gpu(c, p, *variant));
     });
 }
 

@@ -267,6 +267,24 @@ Backend Problem::home() const {
     return backend;
 }
 
+RowAlignment Problem::row_alignment(Backend backend) const {
+    RowAlignment rows;
+    for (const Tensor *t : {&q, &k, &v, &out}) {
+        if (t->empty()) continue;
+        uint64_t places = 0;  // what rows start at are sums of multiples of these
+        if (q.on_host() && backend != Backend::cpu) {
+            places = (uint64_t)(t->shape[3] * t->dtype.bytes());
+        } else {
+            places = (uint64_t)(uintptr_t)t->data;
+            for (int axis = 0; axis < 3; axis++)
+                if (t->shape[axis] > 1) places |= (uint64_t)(t->stride[axis] * t->dtype.bytes());
+        }
+        const int64_t bytes = (int64_t)(places & -places);  // 0: nothing limits it
+        if (bytes && bytes < rows.bytes) rows = {bytes, t->name};
+    }
+    return rows;
+}
+
 void check_kernel_strides(const Problem &p, int64_t tokens) {
     auto check = [](const Tensor &t, int axis, int64_t extent) {
         const int64_t most = std::numeric_limits<int32_t>::max() / std::max<int64_t>(extent, 1);

@@ -31,6 +31,8 @@ struct Target {
 struct Variant {
     const char *kernel, *name, *dtype;
     int chunk, key_size, value_size;  // chunk 0: the kernel knows none; sizes 0: any
+    int row_alignment;                // rows of q, k, v and out start at multiples of so many bytes
+    bool round_operands;              // products read what is not of `dtype` rounded to it
     const Target *target;
     std::variant<ChunkwiseKernel *, RecurrentKernel *> run;  // that of `kernel`
 };
@@ -59,9 +61,21 @@ struct Choice {
 /// The target that HOLDFAST_TARGET forces, null if it is not set. The variable is read once. Throws like require_target.
 const Target *environment_target();
 
-/// The variant to run: the best target of `backend` that runs here, or `forced`; exact sizes before `any`; the shortest chunk that holds
-/// `chunk_size` tokens, else the longest (chunk_size 0: the first listed). Throws UNSUPPORTED when there is none.
+/// Rows of a call's q, k, v and out start at multiples of so many bytes, a power of two, and `tensor`'s not of twice that.
+struct RowAlignment {
+    static constexpr int64_t most = 256;  // more than any variant wants
+    int64_t bytes = most;
+    const char *tensor = "";
+};
+
+/// The variant to run: the best target of `backend` that runs here, or `forced`; of its rows the first whose sizes and
+/// alignment fit the call (exact sizes stand before `any`), or one with another chunk for the same sizes: the shortest chunk
+/// that holds `chunk_size` tokens, else the longest (chunk_size 0: the first listed). Throws UNSUPPORTED when there is none.
 const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
-                              Backend backend, const Target *forced);
+                              Backend backend, const Target *forced, const RowAlignment &rows = {});
+
+/// The variants that select_variant returns for rows of one alignment or another.
+std::vector<const Variant *> selectable_variants(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,
+                                                 int64_t chunk_size, Backend backend, const Target *forced);
 
 }  // namespace holdfast

@@ -15,13 +15,14 @@ struct Variant {
     int chunk;
     Size size;  // 0: any
     const char *backend;
+    Operands operands;
     int (*run)(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v, halide_buffer_t *log_decay,
                halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count, float scale, halide_buffer_t *out,
                halide_buffer_t *state_out);
 };
 constexpr Variant variants[] = {
-#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target) \
-    {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), name},
+#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands) \
+    {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), {row_alignment, round_operands}, name},
 #define HOLDFAST_ROW_recurrent(...)
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #include <variants.inc>
@@ -65,9 +66,8 @@ TEST_P(Chunkwise, MatchesReference) {
     if (const std::string reason = not_on(backend, instance.kernel_case.layout, false); !reason.empty()) GTEST_SKIP() << reason;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     const Variant &variant = instance.variant;
-    KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype).expect_reference([&](auto &&...arguments) {
-        return variant.run(nullptr, arguments...);
-    });
+    KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype, variant.operands)
+        .expect_reference([&](auto &&...arguments) { return variant.run(nullptr, arguments...); });
 }
 
 INSTANTIATE_TEST_SUITE_P(, Chunkwise, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });

@@ -144,17 +144,20 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
-    const char *name;   /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel; /**< "chunkwise" or "recurrent" */
-    const char *dtype;  /**< of q, k, v and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
-    const char *target; /**< what holdfast_context_set_target takes */
-    int32_t chunk;      /**< tokens in a chunk, at most; 0: the kernel has no chunks */
-    int32_t key_size;   /**< K; 0: any */
-    int32_t value_size; /**< V; 0: any */
-    int32_t runs_here;  /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
-    int32_t
-        selected; /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size and tensors on a device of its
-                              backend (or that backend forced), run this variant */
+    const char *name;       /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
+    const char *kernel;     /**< "chunkwise" or "recurrent" */
+    const char *dtype;      /**< of q, k, v and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
+    const char *target;     /**< what holdfast_context_set_target takes */
+    int32_t chunk;          /**< tokens in a chunk, at most; 0: the kernel has no chunks */
+    int32_t key_size;       /**< K; 0: any */
+    int32_t value_size;     /**< V; 0: any */
+    int32_t row_alignment;  /**< bytes: it runs calls in which all rows of q, k, v and out, which the last axis makes, start at
+                                multiples of this; others run the next variant that takes them. The size of one element:
+                                any rows */
+    int32_t round_operands; /**< 1 where matrix products read what is not of dtype rounded to it: holdfast_forward */
+    int32_t runs_here;      /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
+    int32_t selected;    /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size, rows as row_alignment
+                              says, and tensors on a device of its backend (or that backend forced), run this variant */
     const char *missing; /**< the CPU features that this machine lacks, separated by spaces, or why its backend cannot run;
                               "" where it runs */
 } holdfast_variant;
@@ -271,7 +274,8 @@ typedef struct holdfast_forward_args {
 } holdfast_forward_args;
 
 /** Bytes of workspace that holdfast_forward needs for these arguments on `context`, of which `workspace` itself is not looked
- *  at: they depend on shapes and options alone. 0 where the tensors are not computed by CUDA.
+ *  at: they depend on shapes, types and options alone, and are enough wherever the tensors lie and whatever their strides.
+ *  0 where the tensors are not computed by CUDA.
  *  @returns like holdfast_forward, and HOLDFAST_INVALID_ARGUMENT for a NULL `bytes`. Nothing is computed. */
 HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args,
                                                      size_t *bytes);
@@ -287,8 +291,11 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
  *  with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
- *  does not depend on T, except in the parallel form. Inputs of 16 bits are widened as they are read, sums are in fp32, and out is rounded once, at the end:
- *  to the nearest, ties to even, beyond the largest number to infinity. A sequence cut anywhere and continued from final_state
+ *  does not depend on T, except in the parallel form. Inputs of 16 bits are widened as they are read, sums are in fp32, and out
+ *  is rounded once, at the end: to the nearest, ties to even, beyond the largest number to infinity. Variants with
+ *  round_operands (tensor cores) also round, for products, the weights of tokens within a chunk and states to that type, and
+ *  keys to the sum of two numbers of it: out is then within twice the rounding of its own type, as long as fp16's range from
+ *  2^-24 to 65504 holds what is rounded; sums and returned states stay fp32. A sequence cut anywhere and continued from final_state
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
