@@ -40,6 +40,10 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
     SIZES 64x64 128x128
     TARGETS metal opencl vulkan)
 
+holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 64
+    SIZES 64x64
+    TARGETS metal opencl vulkan)
+
 # CUDA: tensor cores, and fp32 without them. Blocks copy 16 bytes at a time; a block's products see the whole chunk.
 holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 64
     SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256
@@ -51,6 +55,10 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
     TARGETS cuda
     PARAMS row_alignment=4 causal_tile=0)
 
-holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
+holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
+    TARGETS cuda metal opencl vulkan)
+
+holdfast_kernel(recurrent DTYPES f32 f16 bf16
+    SIZES 64x64 128x128 any
     TARGETS cuda metal opencl vulkan)

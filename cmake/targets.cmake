@@ -26,7 +26,7 @@ holdfast_target(cuda
     BACKEND cuda
     SYSTEMS linux
     FEATURES cuda cuda_capability_80
-    TESTED_ON "a PTX interpreter" TESTED chunkwise)
+    TESTED_ON "a PTX interpreter" TESTED chunkwise recurrent)
 
 holdfast_target(metal
     BACKEND metal

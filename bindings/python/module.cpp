@@ -460,16 +460,16 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     return return_state ? py::make_tuple(out, final_state) : out;
 }
 
-/// out: a NumPy array as from forward(), except for one that is given. The state is updated in place.
+/// out: a NumPy array as from forward(), except for one that is given. The state is updated in place. `stream` as for forward().
 py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle state, py::handle scale,
-                py::object out) {
+                py::object out, uint64_t stream) {
     Array q_array, k_array, v_array, log_decay_array, state_array, out_array;
-    q_array.borrow("q", q, 3);
-    k_array.borrow("k", k, 3);
-    v_array.borrow("v", v, 3);
-    if (!log_decay.is_none()) log_decay_array.borrow("log_decay", log_decay, 1);
-    state_array.borrow("state", state, 4, true);
-    if (!out.is_none()) out_array.borrow("out", out, 3, true);
+    q_array.borrow("q", q, 3, false, stream);
+    k_array.borrow("k", k, 3, false, stream);
+    v_array.borrow("v", v, 3, false, stream);
+    if (!log_decay.is_none()) log_decay_array.borrow("log_decay", log_decay, 1, false, stream);
+    state_array.borrow("state", state, 4, true, stream);
+    if (!out.is_none()) out_array.borrow("out", out, 3, true, stream);
 
     holdfast_step_args args = {};
     args.struct_size = sizeof args;
@@ -490,6 +490,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
     args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
 
     holdfast_context *c = context();
+    holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
     if (holdfast_status status = without_gil(holdfast_step, c, args)) raise_status(status, holdfast_last_error(c));
     return out;
 }

@@ -5,6 +5,7 @@
 #include "forward_gpu.h"
 #include "problem.h"
 #include "recurrent.h"
+#include "recurrent_gpu.h"
 
 #include <algorithm>
 #include <string>
@@ -20,6 +21,11 @@ constexpr int64_t least_share = 4;
 /// The chunkwise variant for `p` if its rows were like this.
 const Variant &chunkwise_variant(const Problem &p, const Choice &choice, const RowAlignment &rows) {
     return select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced, rows);
+}
+
+/// The recurrent variant for one token of `p`.
+const Variant &step_variant(const Problem &p, const Choice &choice) {
+    return select_variant("recurrent", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
 }
 
 /// What HOLDFAST_FORM_AUTO stands for.
@@ -47,7 +53,11 @@ void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_PARALLEL:
         fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL; expected another: no kernel for it yet");
-    case HOLDFAST_FORM_RECURRENT: return run_recurrent(c, "forward", p, choice);
+    case HOLDFAST_FORM_RECURRENT:
+        if (choice.backend != Backend::cpu)
+            fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_RECURRENT and the backend ", name_of(choice.backend),
+                 "; expected another form, or the CPU");
+        return run_recurrent(c, "forward", p, choice);
     default:
         const RowAlignment rows = p.row_alignment(choice.backend);
         const Variant &variant = chunkwise_variant(p, choice, rows), &best = chunkwise_variant(p, choice, {});
@@ -93,7 +103,18 @@ holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_arg
     return guarded(context, [&](holdfast_context &c) {
         const Problem p = checked_problem(args);
         check_computed(p);
-        run_recurrent(c, "step", p, choose_backend(c, p.home()));
+        const Choice choice = choose_backend(c, p.home());
+        if (choice.backend != Backend::cpu) return step_on_gpu(c, p, step_variant(p, choice), choice.why);
+        run_recurrent(c, "step", p, choice);
+    });
+}
+
+holdfast_status holdfast_step_workspace_size(holdfast_context *context, const holdfast_step_args *args, size_t *bytes) {
+    return guarded(context, [&](holdfast_context &c) {
+        if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
+        const Problem p = checked_problem(args);
+        check_computed(p);
+        *bytes = step_workspace_on_gpu(c, p, step_variant(p, choose_backend(c, p.home())));
     });
 }
 

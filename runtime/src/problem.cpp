@@ -257,7 +257,7 @@ Problem checked_problem(const holdfast_step_args *args) {
     same.q = step.q, same.k = step.k, same.v = step.v, same.log_decay = step.log_decay, same.initial_state = step.state;
     same.initial_sum_of_keys = step.sum_of_keys, same.out = step.out, same.scale = step.scale;
     same.degree = step.degree, same.normalize = step.normalize;
-    same.state_layout = step.state_layout, same.expansion = step.expansion;
+    same.state_layout = step.state_layout, same.expansion = step.expansion, same.workspace = step.workspace;
     return checked(same, true);
 }
 

@@ -1,6 +1,6 @@
 // What a call with tensors on CUDA asks of the driver: stubs/cuda.cpp stands in its place, keeps a record and runs no kernel.
 // MissingCuda runs in a process of its own for each way in which there is no CUDA (HOLDFAST_EXPECTED has the words).
-#include "../forward.h"
+#include "../step.h"
 
 #include <dlfcn.h>
 
@@ -76,6 +76,36 @@ struct Call {
         args.workspace = &workspace;
     }
     holdfast_status run(holdfast_context *context) { return holdfast_forward(context, &args); }
+};
+
+/// The same of a step.
+struct StepCall {
+    Problem p{B, 1, H, K, V};
+    Step s = step(p.forward(), 0);
+    DLTensor q = s.q.dl(), k = s.k.dl(), v = s.v.dl(), log_decay = s.log_decay.dl(), state = s.state.dl(), out = s.out.dl(),
+             workspace = {};
+    holdfast_step_args args = step_args(&q, &k, &v, &log_decay, &state, &out);
+    int64_t workspace_bytes = 0;
+    std::unique_ptr<char, void (*)(void *)> memory{nullptr, std::free};
+
+    explicit StepCall(int device = 0, DLDeviceType type = kDLCUDA) {
+        p.final_state.fill(p.random);
+        uint64_t address = 0;
+        for (DLTensor *x : {&q, &k, &v, &log_decay, &state, &out}) {
+            x->device = {type, device};
+            if (type != kDLCPU) x->data = (void *)(address += (uint64_t)1 << 40);
+        }
+    }
+    StepCall(const StepCall &) = delete;
+    void give_workspace(holdfast_context *context) {
+        size_t bytes = 0;
+        ASSERT_EQ(holdfast_step_workspace_size(context, &args, &bytes), HOLDFAST_OK) << holdfast_last_error(context);
+        workspace_bytes = (int64_t)bytes;
+        memory.reset((char *)std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+        workspace = {memory.get(), q.device, 1, {kDLUInt, 8, 1}, &workspace_bytes, nullptr, 0};
+        args.workspace = &workspace;
+    }
+    holdfast_status run(holdfast_context *context) { return holdfast_step(context, &args); }
 };
 
 const std::set<std::string> harmless = {"cuDeviceGet",     "cuDeviceGetAttribute", "cuCtxGetCurrent",
@@ -564,6 +594,114 @@ TEST(Cuda, NoTokensAndNoHeads) {
     driver.clear();
     EXPECT_EQ(none.run(context), HOLDFAST_OK) << context.error();
     EXPECT_TRUE(driver.record().empty());
+}
+
+TEST(Cuda, StepIsTwoLaunchesWithWorkspaceAfterTheFirst) {
+    Driver driver;
+    void *stream = driver.stream(driver.context(0));
+    Context context;
+    ASSERT_EQ(holdfast_context_set_stream(context, stream), HOLDFAST_OK);
+    StepCall call;
+    call.give_workspace(context);
+    EXPECT_EQ(call.workspace_bytes, (B * H * V * 4 + 255) / 256 * 256);  // a row of sums for each head
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(others(driver.record()), (std::set<std::string>{"cuModuleLoadDataEx", "cuModuleGetFunction"}));
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    const auto second = driver.record();
+    EXPECT_EQ(others(second), std::set<std::string>());
+    EXPECT_EQ(of(second, "cuLaunchKernel").size(), 2u);
+    for (const std::string &line : of(second, "cuLaunchKernel"))
+        EXPECT_EQ(line.substr(line.find("stream")), "stream " + text(stream));
+    EXPECT_EQ(context.messages.at(1).find("step: recurrent_f32_"), 0u) << context.messages[1];
+    EXPECT_NE(context.messages.at(1).find("_cuda (where the tensors are)"), std::string::npos) << context.messages[1];
+    EXPECT_NE(context.messages.at(1).find("token by token, on CUDA device 0"), std::string::npos) << context.messages[1];
+
+    StepCall without;  // a decay of one is made on the device
+    without.args.log_decay = nullptr;
+    without.give_workspace(context);
+    EXPECT_GT(without.workspace_bytes, call.workspace_bytes);
+    ASSERT_EQ(without.run(context), HOLDFAST_OK) << context.error();
+    driver.clear();
+    ASSERT_EQ(without.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(others(driver.record()), std::set<std::string>());
+    EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 3u);
+}
+
+TEST(Cuda, StepsKeepMemoryWithoutWorkspace) {
+    Driver driver;
+    Context context;
+    StepCall call;
+    size_t bytes = 0;
+    ASSERT_EQ(holdfast_step_workspace_size(context, &call.args, &bytes), HOLDFAST_OK);
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemAlloc"), (std::vector<std::string>{"cuMemAlloc " + std::to_string(bytes)}));
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(others(driver.record()), std::set<std::string>());
+}
+
+TEST(Cuda, StepsOnTheHostAreCopiedWhenAskedFor) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK) << context.error();
+    StepCall call(0, kDLCPU);
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemcpyHtoDAsync").size(), 5u);  // the state once
+    EXPECT_EQ(of(driver.record(), "cuMemcpyDtoHAsync"),
+              (std::vector<std::string>{"cuMemcpyDtoHAsync " + std::to_string(B * H * V * 4),
+                                        "cuMemcpyDtoHAsync " + std::to_string(B * H * K * V * 4)}));
+    EXPECT_GE(of(driver.record(), "cuStreamSynchronize").size(), 1u);
+}
+
+TEST(Cuda, BadStepsAreRefusedBeforeAnythingRuns) {
+    Driver driver;
+    Context context;
+    const struct {
+        const char *text;
+        void (*spoil)(StepCall &);
+    } cases[] = {
+        {"as holdfast_step_workspace_size says", [](StepCall &c) { c.workspace_bytes--; }},
+        {"state is on the CPU and q on CUDA device 0", [](StepCall &c) { c.state.device = {kDLCPU, 0}; }},
+        {"out overlaps state in memory", [](StepCall &c) { c.out.data = c.state.data; }},
+    };
+    for (const auto &bad : cases) {
+        SCOPED_TRACE(bad.text);
+        StepCall call;
+        call.give_workspace(context);
+        bad.spoil(call);
+        driver.clear();
+        EXPECT_EQ(call.run(context), HOLDFAST_INVALID_ARGUMENT);
+        EXPECT_NE(context.error().find(bad.text), std::string::npos) << context.error();
+        EXPECT_TRUE(of(driver.record(), "cuLaunchKernel").empty());
+    }
+    StepCall call;
+    EXPECT_EQ(holdfast_step_workspace_size(context, &call.args, nullptr), HOLDFAST_INVALID_ARGUMENT);
+    setenv("HOLDFAST_STUB_FAIL", "cuLaunchKernel:701:2", 1);
+    driver.clear();
+    EXPECT_EQ(call.run(context), HOLDFAST_DEVICE_ERROR);
+    unsetenv("HOLDFAST_STUB_FAIL");
+    EXPECT_NE(context.error().find("cuLaunchKernel: CUDA_ERROR_STUB (701)"), std::string::npos) << context.error();
+    EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+}
+
+TEST(Cuda, StatesFarApartTakeSeveralCalls) {
+    Driver driver;
+    Context context;
+    StepCall call;
+    int64_t strides[] = {(int64_t)1 << 32, K * V, V, 1};
+    call.state.strides = strides;
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), (size_t)(2 * B));
+    strides[0] = (int64_t)1 << 37, strides[1] = (int64_t)1 << 35, strides[2] = (int64_t)1 << 29;
+    EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(context.error().find("with a stride of 536870912 along K, reaches beyond 2^31 bytes"), std::string::npos)
+        << context.error();
 }
 
 TEST(MissingCuda, IsSaidAndTheRestWorks) {

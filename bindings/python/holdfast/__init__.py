@@ -6,7 +6,7 @@ options for all calls of the process.
 
 Arrays are anything that speaks the buffer protocol (NumPy, memoryview, ctypes, array) or DLPack (PyTorch, JAX, ...),
 used where they lie, without a copy. NumPy arrays of ml_dtypes' bfloat16, which speak neither, are known by the name of
-their dtype; ml_dtypes itself is not needed. Arrays on a GPU go by DLPack and are computed there, by `retention`: on
+their dtype; ml_dtypes itself is not needed. Arrays on a GPU go by DLPack and are computed there: on
 CUDA the work is put into the stream that is current for PyTorch's tensors or CuPy's arrays, else into the default one.
 All functions may be called from several threads at once, and `retention` and `retention_step` let other Python threads
 run while they compute.
@@ -156,7 +156,7 @@ def retention(
     if cu_seqlens is not None:
         raise NotImplementedError("cu_seqlens is not implemented yet; expected None")
     if (device := _gpu(q)) is not None:
-        results = _on_gpu(q, v, return_state, out)
+        results = _on_gpu(q, v, return_state, out, "BTHK", "BTHV")
         stream = _cuda_stream(q) if device in _CUDA else 0
         _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, *results, stream)
         return results if return_state else results[0]
@@ -202,8 +202,8 @@ def retention_step(
     Returns:
         out [B, H, V]: a new array of q's kind, as from `retention`, unless `out` is given.
 
-    Arrays are as for `retention`, but on the CPU only; neither `state` nor `out` may share memory with another one.
-    Results are those of `retention` with T = 1, to the bit. `out` spares the making of an array, which takes as long as
+    Arrays are as for `retention`; neither `state` nor `out` may share memory with another one. Results are those of
+    `retention` with T = 1, on the CPU to the bit. `out` spares the making of an array, which takes as long as
     a small step.
 
     Raises: see the module. A positive or NaN decay is a ValueError. After an error other than MemoryError and
@@ -214,9 +214,11 @@ def retention_step(
         _check_option("normalize", normalize, now=(None, False), later=(True,))
     if sum_of_keys is not None:
         raise NotImplementedError("sum_of_keys is not implemented yet; expected None")
-    if out is None and _gpu(q) is not None:
-        raise NotImplementedError("q is on a GPU; expected arrays on the CPU, where all kernels of retention_step are")
-    result = _holdfast.step(q, k, v, log_decay, state, scale, out)
+    if (device := _gpu(q)) is not None:
+        out, _ = _on_gpu(q, v, False, out, "BHK", "BHV")
+        stream = _cuda_stream(q) if device in _CUDA else 0
+        return _holdfast.step(q, k, v, log_decay, state, scale, out, stream)
+    result = _holdfast.step(q, k, v, log_decay, state, scale, out, 1)
     return _like(q, result) if out is None else result
 
 
@@ -371,7 +373,7 @@ def _cuda_stream(q: Any) -> int:
     return 1
 
 
-def _on_gpu(q: Any, v: Any, return_state: bool, out: Any) -> tuple[Any, Any]:
+def _on_gpu(q: Any, v: Any, return_state: bool, out: Any, q_axes: str, v_axes: str) -> tuple[Any, Any]:
     """(out, state), made where q is by q's own library as far as they are not given."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(q, torch.Tensor):
@@ -385,16 +387,16 @@ def _on_gpu(q: Any, v: Any, return_state: bool, out: Any) -> tuple[Any, Any]:
         )
     else:
         return out, None
-    for name, x, axes in (("q", q, "[B, T, H, K]"), ("v", v, "[B, T, H, V]")):
+    for name, x, axes in (("q", q, q_axes), ("v", v, v_axes)):
         rank = len(getattr(x, "shape", ()))
-        if rank != 4:
-            raise ValueError(f"{name} has {rank} dimensions; expected 4, {axes}")
-    (b, t, h, key_size), value_size = q.shape, v.shape[3]
-    state = None
+        if rank != len(axes):
+            raise ValueError(f"{name} has {rank} dimensions; expected {len(axes)}, [{', '.join(axes)}]")
+    *rows, key_size = q.shape
+    value_size, state = v.shape[-1], None
     if out is None:
-        out = library.empty((b, t, h, value_size), dtype=q.dtype, device=q.device)
+        out = library.empty((*rows, value_size), dtype=q.dtype, device=q.device)
     if return_state:
-        state = library.empty((b, h, key_size, value_size), dtype=library.float32, device=q.device)
+        state = library.empty((rows[0], rows[-1], key_size, value_size), dtype=library.float32, device=q.device)
     return out, state
 
 

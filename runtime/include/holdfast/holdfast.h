@@ -324,9 +324,9 @@ HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const h
 /** Arguments of holdfast_step. As with holdfast_forward_args: set struct_size to sizeof(holdfast_step_args) and everything not
  *  used to zero; the struct grows at its end.
  *
- *  B batch, H heads of queries, Hk of keys and values, K key size, V value size, D size of an expanded key. All tensors are on the
- *  CPU; extents, types and strides are as for holdfast_forward_args. One token of [B, T, H, K] tensors is a view of them, with a
- *  stride of T H K along B. */
+ *  B batch, H heads of queries, Hk of keys and values, K key size, V value size, D size of an expanded key. Devices, extents,
+ *  types and strides are as for holdfast_forward_args. One token of [B, T, H, K] tensors is a view of them, with a stride of T H K
+ *  along B. */
 typedef struct holdfast_step_args {
     size_t struct_size;        /**< sizeof(holdfast_step_args) */
     const DLTensor *q;         /**< queries [B, H, K] */
@@ -342,7 +342,13 @@ typedef struct holdfast_step_args {
     int32_t normalize;         /**< a holdfast_normalize */
     int32_t state_layout;      /**< a holdfast_state_layout */
     int32_t expansion;         /**< a holdfast_expansion; tight for a degree other than 2 */
+    const DLTensor *workspace; /**< as in holdfast_forward_args, at least as large as holdfast_step_workspace_size says */
 } holdfast_step_args;
+
+/** Bytes of workspace that holdfast_step needs for these arguments, as holdfast_workspace_size says it of holdfast_forward: some
+ *  V floats for each batch entry and head. */
+HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *context, const holdfast_step_args *args,
+                                                          size_t *bytes);
 
 /** Retention, recurrent form, of every batch entry and head: one token, the state advanced in place (decay first, then
  *  write). What a model does for each token that it generates.
@@ -354,17 +360,21 @@ typedef struct holdfast_step_args {
  *
  *  HOLDFAST_UNSUPPORTED so far: degrees above 1, and normalization.
  *
- *  The same as holdfast_forward with T = 1 and `state` as both states, to the bit; as holdfast_forward of many tokens at once
- *  to rounding. Each state is read and written once. After the first call a context allocates nothing more. One thread works on
- *  up to half a megabyte of states; the same call on the same machine and target gives the same bits, for any number of
- *  threads.
+ *  The same as holdfast_forward with T = 1 and `state` as both states, on the CPU to the bit; as holdfast_forward of many tokens
+ *  at once to rounding. Each state is read and written once. After the first call a context allocates nothing more on the CPU,
+ *  where one thread works on up to half a megabyte of states; the same call on the same machine and target gives the same
+ *  bits, for any number of threads.
+ *
+ *  On a GPU: what holdfast_forward says of log_decay, of CUDA's calls given a workspace and of those of other backends goes for
+ *  steps too. A step is two launches for the whole problem, without a log_decay three.
  *
  *  Aliasing: q, k, v and log_decay may share memory with one another. state, sum_of_keys and out overlap no other tensor.
  *
- *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU,
- *  an extent of 2^31 or more, D V above 2^25, or a stride along D that carries a state beyond 2^31 elements);
- *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text. On
- *  the last two the state may have been advanced in part. Thread-safety: that of the context. */
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of this
+ *  build, an extent of 2^31 or more, D V above 2^25, or a stride along D that carries a state beyond 2^31 elements, on a GPU
+ *  2^31 bytes); HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR.
+ *  holdfast_last_error(context) has the text. On the last three the state may have been advanced in part. Thread-safety: that
+ *  of the context. */
 HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args);
 
 #ifdef __cplusplus
