@@ -1,12 +1,12 @@
 # The compiled variants: every combination in a row is one. The dtype is that of q, k, v and out: f32, f16 or bf16. KxV are
-# the key and value sizes, `any` reads them from the tensors; chunk is the longest chunk, of kernels that have chunks. Within
-# a target, rows that come first are preferred.
+# the key and value sizes, `any` reads them from the tensors; kernels without SIZES know no others. chunk is the longest chunk, of
+# kernels that have chunks. Within a target, rows that come first are preferred.
 #
 # PARAMS are further parameters of the kernel's generator. Two of them decide who gets the variant, and calls see them
 # (holdfast_variant): row_alignment, the elements at whose multiples rows of q, k, v and out start, and round_operands. Calls
 # with other rows run the next variant that takes them.
 #
-#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] SIZES KxV ... TARGETS ... [PARAMS name=value ...])
+#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] [SIZES KxV ...] TARGETS ... [PARAMS name=value ...])
 
 # Work per token grows with the chunk, the traffic of states (K V floats a chunk) falls with it: measured, 32 is best up to
 # 128x128 and 64 above.
@@ -62,3 +62,10 @@ holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES 64x64 128x128 any
     TARGETS cuda metal opencl vulkan)
+
+# Bound by memory, for every size.
+holdfast_kernel(rotate DTYPES f32 f16 bf16
+    TARGETS avx512 avx2 cuda metal opencl vulkan generic)
+
+holdfast_kernel(head_norm_gate DTYPES f32 f16 bf16
+    TARGETS avx512 avx2 cuda metal opencl vulkan generic)

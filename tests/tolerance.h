@@ -34,6 +34,17 @@ inline double between_operands(const test::Dtype &dtype, int64_t terms) {
     return 5 / std::sqrt(12.0) * std::exp2(dtype.least - dtype.digits + 1) * std::sqrt((double)terms);
 }
 
+/// Largest error of an element that is rotated, as a share of the length of its pair. cos and sin are within 2.8 roundings
+/// (generators/rotate.h), which moves the pair by no more in any direction; two products and their sum are rounded, by 1.2
+/// roundings of its length together.
+constexpr double of_rotation = 4 * rounding;
+
+/// Largest error of a row of V elements that is normed and gated, as a share of its spread (reference/head_norm_gate.h). Sums of
+/// V terms as above, 0.4 sqrt(V / 2) roundings in the root mean square and five times that at worst, of the mean and, halved by
+/// the root, of the variance: 2.2 sqrt(V). Root, quotients and products are 10 roundings, exp() is good to 4, and the gate's
+/// divisor to two more.
+inline double of_norm(int64_t V) { return rounding * (2.2 * std::sqrt((double)V) + 16); }
+
 /// Below this the spread does not matter: fp32 has no numbers to be accurate with.
 constexpr double negligible = std::numeric_limits<float>::min();
 

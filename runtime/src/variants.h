@@ -20,6 +20,12 @@ using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide
                             halide_buffer_t *log_decay, float scale, halide_buffer_t *state, halide_buffer_t *sum,
                             halide_buffer_t *out);
 
+using RotateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *theta, halide_buffer_t *position,
+                         halide_buffer_t *out);
+
+using HeadNormGateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *gate, halide_buffer_t *weight,
+                               int32_t layer_norm, int32_t gated, float eps, halide_buffer_t *out);
+
 struct Target {
     const char *name;
     Backend backend;
@@ -34,7 +40,7 @@ struct Variant {
     int row_alignment;                // rows of q, k, v and out start at multiples of so many bytes
     bool round_operands;              // products read what is not of `dtype` rounded to it
     const Target *target;
-    std::variant<ChunkwiseKernel *, RecurrentKernel *> run;  // that of `kernel`
+    std::variant<ChunkwiseKernel *, RecurrentKernel *, RotateKernel *, HeadNormGateKernel *> run;  // that of `kernel`
 };
 
 const std::vector<Target> &targets();  // best first

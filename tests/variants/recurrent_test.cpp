@@ -19,6 +19,8 @@ struct Variant {
 };
 constexpr Variant variants[] = {
 #define HOLDFAST_ROW_chunkwise(...)
+#define HOLDFAST_ROW_rotate(...)
+#define HOLDFAST_ROW_head_norm_gate(...)
 #define HOLDFAST_ROW_recurrent(name, dtype, chunk, key_size, value_size, target, ...) \
     {#name, dtype, {key_size, value_size}, backend_of(#target), name},
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)

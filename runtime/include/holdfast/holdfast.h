@@ -145,8 +145,8 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
     const char *name;       /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel;     /**< "chunkwise" or "recurrent" */
-    const char *dtype;      /**< of q, k, v and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
+    const char *kernel;     /**< "chunkwise", "recurrent", "rotate" or "head_norm_gate" */
+    const char *dtype;      /**< of q, k, v, x, gate and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
     const char *target;     /**< what holdfast_context_set_target takes */
     int32_t chunk;          /**< tokens in a chunk, at most; 0: the kernel has no chunks */
     int32_t key_size;       /**< K; 0: any */
@@ -376,6 +376,89 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *  holdfast_last_error(context) has the text. On the last three the state may have been advanced in part. Thread-safety: that
  *  of the context. */
 HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args);
+
+/* ---- Around retention -------------------------------------------------------------------------------------------- */
+
+/** Arguments of holdfast_rotate. Set struct_size to sizeof(holdfast_rotate_args) and everything not used to zero; the struct
+ *  grows at its end.
+ *
+ *  B batch, T time, H heads, K features. B, T and H may be 0; K is even and at least 2. All tensors are on the CPU. x and out have
+ *  one type, float32, float16 or bfloat16. Every axis may have any stride, also 0 (inputs) or negative, except that the last axis
+ *  of x, theta and out is contiguous. */
+typedef struct holdfast_rotate_args {
+    size_t struct_size;        /**< sizeof(holdfast_rotate_args) */
+    const DLTensor *x;         /**< queries or keys [B, T, H, K] */
+    const DLTensor *theta;     /**< float32 [K/2]: how far each pair turns from one position to the next, in radians. Finite. */
+    const DLTensor *positions; /**< of each token, int64 or int32, [T] or [B, T]; NULL: offset + t */
+    DLTensor *out;             /**< [B, T, H, K], written */
+    int64_t offset;            /**< position of the first token, for positions of NULL; else 0 */
+    int32_t interleaved;       /**< pairs are 1: features 2 j and 2 j + 1; 0: features j and j + K/2 */
+} holdfast_rotate_args;
+
+/** Rotary position embedding (RoPE, the rotary half of xPos): each pair j of features of each token and head is turned.
+ *
+ *      angle = theta_j position
+ *      out_0 = x_0 cos(angle) - x_1 sin(angle)
+ *      out_1 = x_1 cos(angle) + x_0 sin(angle)
+ *
+ *  Conventional tables: theta_j = 10000^(-j / (K/2 - 1)) with interleaved pairs (RetNet's reference), theta_j = 10000^(-2 j / K)
+ *  with halves (most others). The angle is exact for every position of 64 bits, also a negative one, and every theta: cos and sin
+ *  are off by 1.7e-7 at most. The product is in fp32 and rounded once to the type of out. Position 0 leaves x as it is. The same
+ *  call on the same machine and target gives the same bits, for any number of threads, and so does a call for some of its tokens
+ *  or heads alone.
+ *
+ *  Aliasing: out may be exactly x (the same elements in the same places); else it overlaps no other tensor.
+ *
+ *  One thread works on up to half a megabyte of x and out. After the first call a context allocates nothing more.
+ *
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU, a GPU's
+ *  target or backend that is forced, an extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements);
+ *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
+ *  Thread-safety: that of the context. */
+HOLDFAST_API holdfast_status holdfast_rotate(holdfast_context *context, const holdfast_rotate_args *args);
+
+/** What holdfast_head_norm_gate takes from each row and divides it by. */
+typedef enum holdfast_norm {
+    HOLDFAST_NORM_RMS = 0,  /**< nothing; the root of the mean of the squares (RetNet's reference) */
+    HOLDFAST_NORM_LAYER = 1 /**< the mean; the standard deviation (layer norm of each head: group norm) */
+} holdfast_norm;
+
+/** Arguments of holdfast_head_norm_gate. Set struct_size to sizeof(holdfast_head_norm_gate_args) and everything not used to zero;
+ *  the struct grows at its end.
+ *
+ *  B batch, T time, H heads, V features. B, T and H may be 0; V is at least 1. All tensors are on the CPU. x, gate and out have one
+ *  type, float32, float16 or bfloat16. Every axis may have any stride, also 0 (inputs) or negative, except that the last one is
+ *  contiguous. */
+typedef struct holdfast_head_norm_gate_args {
+    size_t struct_size;     /**< sizeof(holdfast_head_norm_gate_args) */
+    const DLTensor *x;      /**< outputs of retention [B, T, H, V] */
+    const DLTensor *gate;   /**< [B, T, H, V]; NULL: no gate */
+    const DLTensor *weight; /**< float32, [V] for all heads or [H, V]; NULL: ones */
+    DLTensor *out;          /**< [B, T, H, V], written */
+    int32_t norm;           /**< a holdfast_norm */
+    float eps;              /**< added to the mean square, or to the variance; finite, at least 0 */
+} holdfast_head_norm_gate_args;
+
+/** The norm of each head after retention, then the swish gate, row by row of V features:
+ *
+ *      y = x / sqrt(mean(x^2) + eps)                          HOLDFAST_NORM_RMS
+ *      y = (x - mean(x)) / sqrt(variance(x) + eps)            HOLDFAST_NORM_LAYER; the variance of the row, divided by V
+ *      out = y weight gate / (1 + exp(-gate))
+ *
+ *  All of it is in fp32 and rounded once to the type of out. The variance is that of what the mean leaves, and the mean that of the
+ *  distances to the first feature: rows far from 0 lose nothing. Squares that fp32 cannot hold, of features beyond 1.8e19, give 0;
+ *  a row of zeros with eps = 0 gives not-a-numbers. The same call on the same machine and target gives the same bits, for any number
+ *  of threads, and so does a call for some of its tokens or heads alone.
+ *
+ *  Aliasing: out may be exactly x or exactly gate (the same elements in the same places); else it overlaps no other tensor.
+ *
+ *  One thread works on up to half a megabyte of x, gate and out. After the first call a context allocates nothing more.
+ *
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU, a GPU's
+ *  target or backend that is forced, an extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements);
+ *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
+ *  Thread-safety: that of the context. */
+HOLDFAST_API holdfast_status holdfast_head_norm_gate(holdfast_context *context, const holdfast_head_norm_gate_args *args);
 
 #ifdef __cplusplus
 }
