@@ -189,11 +189,13 @@ inline std::vector<holdfast_variant> variants(holdfast_context *context = nullpt
     return list;
 }
 
-/// Names of the targets, best first; only those that run here, if wanted.
+/// Names of the targets, best first; if wanted, only those that run here and take any call in fp32.
 inline std::vector<std::string> targets(bool running = false) {
     std::vector<std::string> names;
-    for (const holdfast_variant &v : variants())
-        if ((!running || v.runs_here) && (names.empty() || names.back() != v.target)) names.push_back(v.target);
+    for (const holdfast_variant &v : variants()) {
+        const bool any = v.runs_here && v.key_size == 0 && v.dtype == std::string("f32");
+        if ((!running || any) && (names.empty() || names.back() != v.target)) names.push_back(v.target);
+    }
     return names;
 }
 
