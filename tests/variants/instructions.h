@@ -1,7 +1,7 @@
 // CPU features that a test may use although the library does not see them: virtual machines often hide from CPUID what their
 // processor runs, and tiles are emulated. So kernels for processors that are not at hand are tested on many that are.
 #pragma once
-#include "../amx/emulator.h"
+#include "../x86/emulator.h"
 
 #include <csetjmp>
 #include <cstdint>

@@ -6,6 +6,7 @@
 
 #include <holdfast/holdfast.h>
 
+#include <sstream>
 #include <string>
 #include <string_view>
 

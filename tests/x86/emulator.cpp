@@ -1,10 +1,10 @@
 #include "emulator.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include <signal.h>
 #include <ucontext.h>
@@ -38,8 +38,8 @@ struct Instruction {
     int prefix;         // 0: none, 1: 66, 2: F3, 3: F2
     int reg, rm, vvvv;  // as numbers of tiles
     bool registers;     // rm is one, not memory
-    uint8_t *address;   // of memory
-    int64_t stride;     // from row to row
+    uint8_t *address = nullptr;   // of memory
+    int64_t stride = 0;     // from row to row
 
     /// False if it is none of AMX.
     bool decode(const uint8_t *code, const greg_t *registers_of_thread) {
@@ -71,15 +71,21 @@ struct Instruction {
     }
 };
 
-float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
-float bf16_at(const Tile &t, int row, int n) {
-    uint16_t half;
-    std::memcpy(&half, &t.data[row][2 * n], 2);
-    const uint32_t bits = (uint32_t)half << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return flushed(x);
-}
+float flushed(float x) { return std::abs(x) < std::numeric_limits<float>::min() ? x * 0 : x; }
+
+struct Matrix {
+    float of[most_rows][most_bytes / 2];
+    explicit Matrix(const Tile &t) {
+        for (int row = 0; row < t.rows; row++)
+            for (int n = 0; n < t.bytes / 2; n++) {
+                uint16_t half;
+                std::memcpy(&half, &t.data[row][2 * n], 2);
+                const uint32_t bits = (uint32_t)half << 16;
+                std::memcpy(&of[row][n], &bits, 4);
+                of[row][n] = flushed(of[row][n]);
+            }
+    }
+};
 
 void configure(const uint8_t *c) {
     if (c[0] != 1) refuse("ldtilecfg: the palette is not 1");
@@ -105,19 +111,19 @@ const Tile &written(int n) {
 }
 
 // Sums of even and of odd terms apart, each by fused multiply-adds; numbers below the normal ones are zero.
-void multiply(Tile &sum, const Tile &a, const Tile &b) {
+__attribute__((target("avx2,fma"))) void multiply(Tile &sum, const Tile &a, const Tile &b) {
     const int columns = sum.bytes / 4, pairs = a.bytes / 4;
     if (a.rows != sum.rows || b.bytes != sum.bytes || b.rows != pairs) refuse("tdpbf16ps: the shapes do not fit");
-    for (int m = 0; m < sum.rows; m++)
-        for (int n = 0; n < columns; n++) {
-            float part[2] = {0, 0}, s;
-            for (int k = 0; k < pairs; k++)
-                for (int p = 0; p < 2; p++)
-                    part[p] = flushed(std::fma(bf16_at(a, m, 2 * k + p), bf16_at(b, k, 2 * n + p), part[p]));
-            std::memcpy(&s, &sum.data[m][4 * n], 4);
-            s = flushed(flushed(s) + flushed(part[0] + part[1]));
-            std::memcpy(&sum.data[m][4 * n], &s, 4);
-        }
+    const Matrix x(a), y(b);
+    for (int m = 0; m < sum.rows; m++) {
+        float parts[most_bytes / 2] = {}, s[most_bytes / 4];
+        for (int k = 0; k < pairs; k++)
+            for (int n = 0; n < 2 * columns; n++)
+                parts[n] = flushed(__builtin_fmaf(x.of[m][2 * k + n % 2], y.of[k][n], parts[n]));
+        std::memcpy(s, sum.data[m], sum.bytes);
+        for (int n = 0; n < columns; n++) s[n] = flushed(flushed(s[n]) + flushed(parts[2 * n] + parts[2 * n + 1]));
+        std::memcpy(sum.data[m], s, sum.bytes);
+    }
     products++;
 }
 
