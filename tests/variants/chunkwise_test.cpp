@@ -91,10 +91,8 @@ TEST_P(Rounded, RelativeErrorOf1024Tokens) {
     const std::string missing = reason_to_skip(variant);
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
     const KernelCase retnet{"retnet", {1024}, 1, 8, Layout::compact, Gates::per_head, 0};
-    const auto [out, state] =
-        KernelCall(retnet, variant.chunk, variant.size, variant.dtype, variant.operands).relative_errors([&](auto &&...arguments) {
-            return variant.run(nullptr, arguments...);
-        });
+    const auto [out, state] = KernelCall(retnet, variant.chunk, variant.size, variant.dtype, variant.operands)
+                                  .relative_errors([&](auto &&...arguments) { return variant.run(nullptr, arguments...); });
     EXPECT_LE(out, tolerance::relative_rms_of_out(variant.dtype));
     EXPECT_LE(state, tolerance::relative_rms_of_state(variant.dtype));
 }
