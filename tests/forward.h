@@ -238,8 +238,7 @@ inline std::string name(const Instance &i) {
 inline void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
 /// Of these sizes in fp32, and on the CPU of those in the types of 16 bits. (GPUs' rows of 16 bits are tested by variants/ and
-/// api/gpu_test.cpp: with a process for each test they would take too long here; so are rows that
-/// round operands (holdfast_variant), which these tests' tolerances know nothing of.)
+/// api/gpu_test.cpp: with a process for each test x
 inline std::vector<Instance> instances(const std::vector<Size> &sizes, const std::vector<Size> &sizes_of_16_bits = {}) {
     std::vector<Instance> list;
     for (const std::string &target : targets())

@@ -35,11 +35,11 @@ long products = 0;
 struct Instruction {
     const uint8_t *next;
     uint8_t opcode;
-    int prefix;         // 0: none, 1: 66, 2: F3, 3: F2
-    int reg, rm, vvvv;  // as numbers of tiles
-    bool registers;     // rm is one, not memory
-    uint8_t *address = nullptr;   // of memory
-    int64_t stride = 0;     // from row to row
+    int prefix;                  // 0: none, 1: 66, 2: F3, 3: F2
+    int reg, rm, vvvv;           // as numbers of tiles
+    bool registers;              // rm is one, not memory
+    uint8_t *address = nullptr;  // of memory
+    int64_t stride = 0;          // from row to row
 
     /// False if it is none of AMX.
     bool decode(const uint8_t *code, const greg_t *registers_of_thread) {
