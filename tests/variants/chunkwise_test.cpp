@@ -23,6 +23,7 @@ struct Variant {
 constexpr Variant variants[] = {
 #define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands) \
     {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), {row_alignment, round_operands}, name},
+#define HOLDFAST_ROW_parallel(...)
 #define HOLDFAST_ROW_recurrent(...)
 #define HOLDFAST_ROW_rotate(...)
 #define HOLDFAST_ROW_head_norm_gate(...)

@@ -19,6 +19,7 @@ constexpr Variant variants[] = {
 #define HOLDFAST_ROW_head_norm_gate(name, dtype, chunk, key_size, value_size, target, ...) \
     {#name, dtype, backend_of(#target), name},
 #define HOLDFAST_ROW_chunkwise(...)
+#define HOLDFAST_ROW_parallel(...)
 #define HOLDFAST_ROW_recurrent(...)
 #define HOLDFAST_ROW_rotate(...)
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)

@@ -19,6 +19,7 @@ struct Variant {
 };
 constexpr Variant variants[] = {
 #define HOLDFAST_ROW_chunkwise(...)
+#define HOLDFAST_ROW_parallel(...)
 #define HOLDFAST_ROW_rotate(...)
 #define HOLDFAST_ROW_head_norm_gate(...)
 #define HOLDFAST_ROW_recurrent(name, dtype, chunk, key_size, value_size, target, ...) \

@@ -18,6 +18,7 @@ struct Variant {
 constexpr Variant variants[] = {
 #define HOLDFAST_ROW_rotate(name, dtype, chunk, key_size, value_size, target, ...) {#name, dtype, backend_of(#target), name},
 #define HOLDFAST_ROW_chunkwise(...)
+#define HOLDFAST_ROW_parallel(...)
 #define HOLDFAST_ROW_recurrent(...)
 #define HOLDFAST_ROW_head_norm_gate(...)
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
