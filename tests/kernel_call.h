@@ -19,10 +19,11 @@ using holdfast::ChunkTable;
 struct KernelCase {
     std::string name;
     Index lengths;
-    int64_t B, H;
+    int64_t B, H;  // H heads of keys and values
     Layout layout;
     Gates gates;
     int64_t longest_chunk;  // 0: the kernel's
+    int64_t group = 1;      // heads of queries for each
 };
 
 /// Everything that a kernel with chunks of C tokens may meet.
@@ -39,6 +40,8 @@ inline std::vector<KernelCase> kernel_cases(int C) {
     cases.push_back({"packed_gaps", {0, 0, C, 0, 1, 0}, 2, 2, Layout::compact, Gates::per_head, 0});
     for (int64_t chunk : {1, C / 2 + 1, C - 1})
         cases.push_back({"chunks_of_" + std::to_string(chunk), {C + 2, 0, 3}, 2, 2, Layout::compact, Gates::resets, chunk});
+    cases.push_back({"groups", {C + 2, 0, 3}, 2, 2, Layout::padded, Gates::resets, 0, 3});
+    cases.push_back({"one_group", {2 * C + 1}, 1, 1, Layout::swapped, Gates::per_head, 0, 4});
     return cases;
 }
 
@@ -52,9 +55,10 @@ class KernelCall {
 public:
     KernelCall(const KernelCase &c, int C, Size size, const Dtype &dtype = f32, const Operands &operands = {})
         : c(c), dtype(dtype), operands(operands), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C),
-          starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()), N((int64_t)c.lengths.size()), q(rows_of(K)),
-          k(rows_of(K)), v(rows_of(V)), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
-          state_in(array({c.B, N, c.H, K, V})), out(rows_of(V)), state_out(array({c.B, N, c.H, K, V})) {
+          starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()), N((int64_t)c.lengths.size()),
+          q(rows_of(c.group, K)), k(rows_of(1, K)), v(rows_of(1, V)),
+          log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)), state_in(array({c.B, N, c.H, K, V})),
+          out(rows_of(c.group, V)), state_out(array({c.B, N, c.H, K, V})) {
         out.forget(), state_out.forget();
         for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
     }
@@ -65,8 +69,9 @@ public:
         SCOPED_TRACE(c.name);
         using Buffer = Halide::Runtime::Buffer<void>;
         Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out);
-        Buffer bq = rows(sq, q), bk = rows(sk, k), bv = rows(sv, v), bg = view(log_decay.data(), f32, log_decay, {1, 2, 0});
-        Buffer bs = states(state_in), bo = rows(so, out), bz = states(state_out);
+        Buffer bq = in_groups(rows(sq, q), 2, c.group), bk = rows(sk, k), bv = rows(sv, v),
+               bg = view(log_decay.data(), f32, log_decay, {1, 2, 0});
+        Buffer bs = states(state_in), bo = in_groups(rows(so, out), 2, c.group), bz = states(state_out);
         Halide::Runtime::Buffer<int32_t> chunks(table.columns.data(), ChunkTable::fields, table.slots);
         const Array inputs[] = {q, k, v, log_decay, state_in};
         // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
@@ -85,13 +90,13 @@ public:
         for (int64_t s = 0; s < N; s++) {
             SCOPED_TRACE("sequence " + std::to_string(s));
             const int64_t from = starts[s], length = c.lengths[s];
-            reference::Inputs in{c.B, length, c.H, K, V};
+            reference::Inputs in{c.B, length, c.H * c.group, K, V, c.group};
             in.q = rows(q, from), in.k = rows(k, from), in.v = rows(v, from), in.log_decay = rows(log_decay, from);
             in.initial_state = states(state_in, s);
             in.scale = scale;
             const reference::Result want = reference::retention(in), spread = reference::spread(in);
-            expect_close("out", part(out, from, length), want.out, spread.out, share, dtype, absolute);
-            expect_close("state", part(state_out, s), want.state, spread.state, share_of_state, f32, absolute);
+            expect_close("out", slice(out, 1, from, length), want.out, spread.out, share, dtype, absolute);
+            expect_close("state", slice(state_out, 1, s, 1), want.state, spread.state, share_of_state, f32, absolute);
         }
         EXPECT_TRUE(out.gaps_intact() && so.gaps_intact() && state_out.gaps_intact()) << "memory between the rows was written";
         const Array *after[] = {&q, &k, &v, &log_decay, &state_in};
@@ -117,7 +122,9 @@ private:
         for (int64_t length : lengths) starts.push_back(starts.back() + length);
         return starts;
     }
-    Array rows_of(int64_t size) { return Array({c.B, T, c.H, size}, c.layout, 3 * operands.row_alignment).fill(random); }
+    Array rows_of(int64_t group, int64_t size) {
+        return Array({c.B, T, c.H * group, size}, c.layout, 3 * operands.row_alignment).fill(random);
+    }
     Array array(const Index &shape) { return Array(shape, c.layout).fill(random); }
 
     Halide::Runtime::Buffer<void> rows(Stored &stored, const Array &a) const {
@@ -132,19 +139,6 @@ private:
     static reference::Strided states(const Array &a, int64_t sequence) {
         const Index &s = a.stride;
         return {a.data() + sequence * s[1], {s[0], s[2], s[3], s[4]}};
-    }
-
-    /// Tokens from .. from + length - 1 of an output.
-    static Array part(const Array &a, int64_t from, int64_t length) {
-        Array b({a.shape[0], length, a.shape[2], a.shape[3]});
-        each(b.shape, [&](const Index &i) { b(i) = a({i[0], from + i[1], i[2], i[3]}); });
-        return b;
-    }
-    /// States of sequence s.
-    static Array part(const Array &a, int64_t s) {
-        Array b({a.shape[0], a.shape[2], a.shape[3], a.shape[4]});
-        each(b.shape, [&](const Index &i) { b(i) = a({i[0], s, i[1], i[2], i[3]}); });
-        return b;
     }
 };
 
