@@ -11,7 +11,7 @@ namespace holdfast {
 ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Func &state_in,
                          const Chunks &chunks, const Expr &key_extent, const Expr &scale, const ChunkwiseSizes &sizes) {
     const int C = sizes.chunk;
-    Var b("b"), h("h"), c("c"), i("i"), j("j"), d("d"), e("e");
+    Var b("b"), h("h"), g("g"), c("c"), i("i"), j("j"), d("d"), e("e");
     ChunkwiseFuncs f;
     f.q = q, f.k = k, f.v = v, f.log_decay = log_decay, f.state_in = state_in;
 
@@ -41,12 +41,12 @@ ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func
     // difference is masked before exp, which could overflow above the diagonal.
     f.over_key_feature = RDom(0, key_extent, "over_key_feature");
     f.scores = Func("scores");
-    f.scores(j, i, c, h, b) += q(f.over_key_feature, i, c, h, b) * k(f.over_key_feature, j, c, h, b);
+    f.scores(j, i, c, g, h, b) += q(f.over_key_feature, i, c, g, h, b) * k(f.over_key_feature, j, c, h, b);
     f.mask = Func("mask");
     Expr between = select(j <= i, log_decay_between(j, i), 0.0f);
     f.mask(j, i, c, h, b) = select(j <= i, scale * exp(between), 0.0f);
     f.weights = Func("weights");
-    f.weights(j, i, c, h, b) = f.scores(j, i, c, h, b) * f.mask(j, i, c, h, b);
+    f.weights(j, i, c, g, h, b) = f.scores(j, i, c, g, h, b) * f.mask(j, i, c, h, b);
 
     // Across chunks: a serial scan in which chunk c reads its slot and writes the next one.
     f.keys_decayed = Func("keys_decayed");
@@ -66,15 +66,15 @@ ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func
 
     f.over_state = RDom(0, key_extent, "over_state");
     f.inter = Func("inter");
-    f.inter(e, i, c, h, b) += q(f.over_state, i, c, h, b) * f.state(e, f.over_state, c, h, b);
+    f.inter(e, i, c, g, h, b) += q(f.over_state, i, c, g, h, b) * f.state(e, f.over_state, c, h, b);
     f.over_key = RDom(0, C, "over_key");
     if (sizes.causal_tile < C) {
         f.over_key.where(f.over_key < (i / sizes.causal_tile + 1) * sizes.causal_tile);
     }
     f.intra = Func("intra");
-    f.intra(e, i, c, h, b) += f.weights(f.over_key, i, c, h, b) * v(e, f.over_key, c, h, b);
+    f.intra(e, i, c, g, h, b) += f.weights(f.over_key, i, c, g, h, b) * v(e, f.over_key, c, h, b);
     f.out = Func("out");
-    f.out(e, i, c, h, b) = f.row_decay(i, c, h, b) * f.inter(e, i, c, h, b) + f.intra(e, i, c, h, b);
+    f.out(e, i, c, g, h, b) = f.row_decay(i, c, h, b) * f.inter(e, i, c, g, h, b) + f.intra(e, i, c, g, h, b);
 
     // Operands of 16 bits. Roundings of weights and state each meet an output once, as its own rounding does. Keys go into a
     // state that is summed in fp32, and its rounding comes on top: in two parts theirs does not count.

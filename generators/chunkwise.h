@@ -21,9 +21,10 @@ struct ChunkwiseSizes {
     Dtype operands = Dtype::f32;  // of matrix products; any but f32 rounds: operands.h
 };
 
-/// b batch, h head, c chunk or slot, i query and j key in the chunk, d key feature, e value feature.
+/// b batch, h head of keys, g head of queries in the group that shares it, c chunk or slot, i query and j key in the chunk, d key
+/// feature, e value feature.
 struct ChunkwiseFuncs {
-    Halide::Func q, k, v;           // (d,i,c,h,b) (d,j,c,h,b) (e,j,c,h,b): inputs, in chunk coordinates
+    Halide::Func q, k, v;           // (d,i,c,g,h,b) (d,j,c,h,b) (e,j,c,h,b): inputs, in chunk coordinates
     Halide::Func log_decay;         // (i,c,h,b): input, 0 past the end of the chunk
     Halide::Func state_in;          // (e,d,s,h,b): input, one per sequence s
     Halide::Func decay_steps;       // (i,c,h,b): log decay from the start of the chunk, row i included: its whole part, in
@@ -31,14 +32,14 @@ struct ChunkwiseFuncs {
     Halide::Func row_decay;         // (i,c,h,b): scale * exp(log decay): what a row keeps of the chunk's initial state
     Halide::Func key_decay;         // (j,c,h,b): what the chunk's final state keeps of key j
     Halide::Func chunk_decay;       // (c,h,b): what it keeps of the initial state, a sum of two
-    Halide::Func scores;            // (j,i,c,h,b): q . k
+    Halide::Func scores;            // (j,i,c,g,h,b): q . k
     Halide::Func mask;              // (j,i,c,h,b): scale * exp(log decay from j to i), causal
-    Halide::Func weights;           // (j,i,c,h,b): scores * mask
+    Halide::Func weights;           // (j,i,c,g,h,b): scores * mask
     Halide::Func keys_decayed;      // (d,j,c,h,b)
     Halide::Func contribution;      // (e,d,c,h,b): what the chunk adds to the state
     Halide::Func state;             // (e,d,c,h,b): at the start of chunk c, and final ones: chunks.h
-    Halide::Func inter, intra;      // (e,i,c,h,b): from the state; from the chunk's own keys
-    Halide::Func out;               // (e,i,c,h,b): row_decay * inter + intra
+    Halide::Func inter, intra;      // (e,i,c,g,h,b): from the state; from the chunk's own keys
+    Halide::Func out;               // (e,i,c,g,h,b): row_decay * inter + intra
     Halide::RDom over_row;          // decay_steps, decay_rest: r in [0, C)
     Halide::RDom over_key_feature;  // scores:        d in [0, D)
     Halide::RDom over_token;        // contribution:  j in [0, C)
@@ -52,7 +53,7 @@ struct ChunkwiseFuncs {
 
     // set by the generator: q, k, v and out in the type that they are stored in; what leaves the kernel, in the caller's layout
     Halide::Func q_stored, k_stored, v_stored, out_stored;
-    Halide::Func result;     // (e,t,h,b), update 0 over (over_result.x = i, over_result.y = c)
+    Halide::Func result;     // (e,t,g,h,b), update 0 over (over_result.x = i, over_result.y = c)
     Halide::Func state_out;  // (e,d,s,h,b)
     Halide::RDom over_result;
 };

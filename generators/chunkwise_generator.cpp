@@ -17,15 +17,17 @@ public:
     GeneratorParam<int> row_alignment{"row_alignment", 1};  // rows of q, k, v and out start at multiples of so many elements
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};  // schedule.h
 
-    // [B, T, H, D] with a contiguous last axis and any other strides; a stride may be 0 (one decay per head).
-    Input<Buffer<void, 4>> q{"q"}, k{"k"};           // (d, t, h, b)
+    // [B, T, heads, D] with a contiguous last axis and any other strides; a stride may be 0 (one decay per head). The heads of q
+    // and out are those of the others, h, and g in the group that shares one.
+    Input<Buffer<void, 5>> q{"q"};                   // (d, t, g, h, b)
+    Input<Buffer<void, 4>> k{"k"};                   // (d, t, h, b)
     Input<Buffer<void, 4>> v{"v"};                   // (e, t, h, b)
     Input<Buffer<float, 3>> log_decay{"log_decay"};  // (t, h, b), any strides
     Input<Buffer<float, 5>> state_in{"state_in"};    // (e, d, s, h, b): one state per sequence s of batch entry b
     Input<Buffer<int32_t, 2>> chunks{"chunks"};      // (field, slot): chunks.h
     Input<int> count{"count"};                       // chunks, final slots not counted
     Input<float> scale{"scale"};
-    Output<Buffer<void, 4>> out{"out"};               // (e, t, h, b)
+    Output<Buffer<void, 5>> out{"out"};               // (e, t, g, h, b)
     Output<Buffer<float, 5>> state_out{"state_out"};  // (e, d, s, h, b); may not alias state_in
 
     void configure() {
@@ -33,7 +35,7 @@ public:
         out.set_type(stored_type(dtype));
     }
     void generate() {
-        Var b("b"), h("h"), c("c"), i("i"), d("d"), e("e"), t("t"), s("s"), n("n");
+        Var b("b"), h("h"), g("g"), c("c"), i("i"), d("d"), e("e"), t("t"), s("s"), n("n");
         const ChunkwiseSizes size = sizes();
         const Expr D = size.key ? Expr(size.key) : q.dim(0).extent();
         const Expr E = size.value ? Expr(size.value) : v.dim(0).extent();
@@ -45,16 +47,18 @@ public:
         Func sq("q_stored"), sk("k_stored"), sv("v_stored");
         // Zero past the last feature: schedules may round the sizes up.
         auto padded = [](auto &rows, const Expr &size) {
-            return BoundaryConditions::constant_exterior(rows, cast(rows.type(), 0), {{0, size}, {}, {}, {}});
+            Region region(rows.dimensions());
+            region[0] = {0, size};
+            return BoundaryConditions::constant_exterior(rows, cast(rows.type(), 0), region);
         };
-        sq(d, i, c, h, b) = padded(q, D)(d, at.time(i, c, q.dim(1).extent()), h, b);
+        sq(d, i, c, g, h, b) = padded(q, D)(d, at.time(i, c, q.dim(1).extent()), g, h, b);
         sk(d, i, c, h, b) = padded(k, D)(d, at.time(i, c, k.dim(1).extent()), h, b);
         sv(e, i, c, h, b) = padded(v, E)(e, at.time(i, c, v.dim(1).extent()), h, b);
-        cq(d, i, c, h, b) = widen(dtype, sq(d, i, c, h, b));
+        cq(d, i, c, g, h, b) = widen(dtype, sq(d, i, c, g, h, b));
         ck(d, i, c, h, b) = widen(dtype, sk(d, i, c, h, b));
         cv(e, i, c, h, b) = widen(dtype, sv(e, i, c, h, b));
-        Expr g = log_decay(at.time(i, c, log_decay.dim(0).extent()), h, b);
-        cg(i, c, h, b) = select(i < at.length(c), g, 0.0f);
+        Expr decay = log_decay(at.time(i, c, log_decay.dim(0).extent()), h, b);
+        cg(i, c, h, b) = select(i < at.length(c), decay, 0.0f);
         cs(e, d, s, h, b) = BoundaryConditions::constant_exterior(state_in, 0.0f, {{0, E}, {0, D}, {}, {}, {}})(e, d, s, h, b);
         f = chunkwise(cq, ck, cv, cg, cs, at, D, scale, size);
         f.q_stored = sq, f.k_stored = sk, f.v_stored = sv;
@@ -63,26 +67,28 @@ public:
         f.over_result = RDom(0, size.chunk, 0, count, "over_result");
         RVar row = f.over_result.x, in = f.over_result.y;
         f.over_result.where(row < at.length(in));
-        out(e, t, h, b) = undef(stored_type(dtype));
+        out(e, t, g, h, b) = undef(stored_type(dtype));
         f.out_stored = Func("out_stored");
-        f.out_stored(e, i, c, h, b) = narrow(dtype, f.out(e, i, c, h, b));
-        out(e, at.time(row, in, out.dim(1).extent()), h, b) = f.out_stored(e, row, in, h, b);
+        f.out_stored(e, i, c, g, h, b) = narrow(dtype, f.out(e, i, c, g, h, b));
+        out(e, at.time(row, in, out.dim(1).extent()), g, h, b) = f.out_stored(e, row, in, g, h, b);
         state_out(e, d, s, h, b) = f.state(e, d, count + s, h, b);
         f.result = out, f.state_out = state_out;
 
         // Layout. The same for every target.
-        const Expr T = out.dim(1).extent(), H = out.dim(2).extent(), B = out.dim(3).extent(), N = at.slots - count;
+        const Expr T = out.dim(1).extent(), G = out.dim(2).extent(), H = out.dim(3).extent(), B = out.dim(4).extent(),
+                   N = at.slots - count;
         auto bounds = [](auto &buffer, const std::vector<Expr> &extents) {
             for (int m = 0; m < (int)extents.size(); m++) buffer.dim(m).set_bounds(0, extents[m]);
         };
-        bounds(q, {D, T, H, B}), bounds(k, {D, T, H, B});
-        bounds(v, {E, T, H, B}), bounds(out, {E, T, H, B});
+        bounds(q, {D, T, G, H, B}), bounds(k, {D, T, H, B});
+        bounds(v, {E, T, H, B}), bounds(out, {E, T, G, H, B});
         bounds(log_decay, {T, H, B}), log_decay.dim(0).set_stride(Expr());
         bounds(state_in, {E, D, N, H, B}), bounds(state_out, {E, D, N, H, B});
         auto align = [&](auto &buffer) {
             if (row_alignment == 1) return;
             buffer.set_host_alignment(row_alignment * stored_type(dtype).bytes());
-            for (int m = 1; m < 4; m++) buffer.dim(m).set_stride(buffer.dim(m).stride() / row_alignment * row_alignment);
+            for (int m = 1; m < buffer.dimensions(); m++)
+                buffer.dim(m).set_stride(buffer.dim(m).stride() / row_alignment * row_alignment);
         };
         align(q), align(k), align(v), align(out);
         bounds(chunks, {chunk_fields, at.slots}), chunks.dim(1).set_stride(chunk_fields);

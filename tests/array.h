@@ -142,6 +142,19 @@ private:
     }
 };
 
+/// Of axis `axis` only from .. from + length - 1.
+inline Array slice(const Array &a, int axis, int64_t from, int64_t length) {
+    Index shape = a.shape;
+    shape[axis] = length;
+    Array b(shape);
+    each(shape, [&](Index i) {
+        float &element = b(i);
+        i[axis] += from;
+        element = a(i);
+    });
+    return b;
+}
+
 /// The same bits in every element.
 inline bool same_bits(const Array &a, const Array &b) {
     const std::vector<float> x = a.values(), y = b.values();

@@ -89,6 +89,9 @@ struct Forward {
     float scale = 0;
     int64_t chunk_size = 0;
     Dtype dtype = f32;
+    holdfast_form form = HOLDFAST_FORM_AUTO;
+    holdfast_state_layout state_layout = HOLDFAST_STATE_KEY_MAJOR;
+    Index starts = {};  // of packed sequences, and T
 
     holdfast_status run(holdfast_context *context) {
         Tensor *tensors[] = {&q, &k, &v, &log_decay, &initial_state, &out, &final_state};
@@ -101,7 +104,10 @@ struct Forward {
         }
         auto given = [&](int n) { return tensors[n]->data ? &dl[n] : nullptr; };
         holdfast_forward_args args = forward_args(given(0), given(1), given(2), given(3), given(4), given(5), given(6));
-        args.scale = scale, args.chunk_size = chunk_size;
+        args.scale = scale, args.chunk_size = chunk_size, args.form = form, args.state_layout = state_layout;
+        int64_t sequences = (int64_t)starts.size();
+        const DLTensor cu_seqlens = {starts.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &sequences, nullptr, 0};
+        if (sequences) args.cu_seqlens = &cu_seqlens;
         const holdfast_status status = holdfast_forward(context, &args);
         for (int n : {0, 1, 2}) EXPECT_TRUE(stored[n].unchanged()) << "input " << n << " was written";
         EXPECT_TRUE(stored[3].gaps_intact()) << "memory between the elements of out was written";
@@ -133,12 +139,16 @@ struct Problem {
     Layout layout = Layout::compact;
     bool initial = true;  // an initial state is given
     Dtype dtype = f32;
+    int64_t group = 1;  // heads of queries to one of keys
+    Index starts = {};  // of packed sequences, and T; {}: each batch entry is one
+    bool value_major = false;
 
     Random random{};
-    Array q = array({B, T, H, K}), k = array({B, T, H, K}), v = array({B, T, H, V});
-    Array log_decay = log_decays(gates, B, T, H, layout, random);
-    Array initial_state = array({B, H, K, V});
-    Array out = array({B, T, H, V}).forget(), final_state = array({B, H, K, V}).forget();
+    int64_t Hk = H / group, N = starts.empty() ? B : (int64_t)starts.size() - 1;
+    Array q = array({B, T, H, K}), k = array({B, T, Hk, K}), v = array({B, T, Hk, V});
+    Array log_decay = log_decays(gates, B, T, Hk, layout, random);
+    Array initial_state = state();
+    Array out = array({B, T, H, V}).forget(), final_state = state().forget();
     float scale = 0;  // the default, K^-1/2
 
     /// The call, with everything that there is. A decay that is the same for all tokens is given per head. q, k and v are
@@ -146,40 +156,55 @@ struct Problem {
     Forward forward() {
         for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
         Forward f{q, k, v, {}, {}, out, final_state};
-        f.scale = scale, f.dtype = dtype;
+        f.scale = scale, f.dtype = dtype, f.starts = starts;
+        if (value_major) f.state_layout = HOLDFAST_STATE_VALUE_MAJOR;
         if (initial) f.initial_state = initial_state;
         if (gates == Gates::per_head)
-            f.log_decay = Tensor(log_decay.data(), {H}, {log_decay.stride[2]});
+            f.log_decay = Tensor(log_decay.data(), {Hk}, {log_decay.stride[2]});
         else if (gates != Gates::none)
             f.log_decay = log_decay;
         return f;
     }
 
-    reference::Inputs inputs() const {
-        auto strided = [](const Array &a) {
-            reference::Strided x{a.data(), {}};
+    /// Of all batch entries, or of packed sequence s.
+    reference::Inputs inputs(int64_t s = 0) const {
+        const int64_t start = starts.empty() ? 0 : starts[s], length = starts.empty() ? T : starts[s + 1] - start;
+        auto rows = [&](const Array &a) {
+            reference::Strided x{a.data() + start * a.stride[1], {}};
             std::copy(a.stride.begin(), a.stride.end(), x.stride.begin());
             return x;
         };
         static const float zero = 0;
-        reference::Inputs in{B, T, H, K, V};
-        in.q = strided(q), in.k = strided(k), in.v = strided(v), in.log_decay = strided(log_decay);
-        in.initial_state = initial ? strided(initial_state) : reference::Strided{&zero, {}};
+        reference::Inputs in{B, length, H, K, V, group};
+        in.q = rows(q), in.k = rows(k), in.v = rows(v), in.log_decay = rows(log_decay);
+        in.initial_state = {&zero, {}};
+        if (initial) {
+            in.initial_state.data = initial_state.data() + s * initial_state.stride[0];
+            std::copy(initial_state.stride.begin(), initial_state.stride.end(), in.initial_state.stride.begin());
+            if (value_major) std::swap(in.initial_state.stride[2], in.initial_state.stride[3]);
+        }
         in.scale = scale != 0 ? scale : 1 / std::sqrt((double)K);
         return in;
     }
 
     /// out and final_state are what the reference says, up to the errors of multiplying the state `decays` times.
     void expect_reference(int64_t chunk, int64_t decays) const {
-        const reference::Result want = reference::retention(inputs()), spread = reference::spread(inputs());
         const double share = tolerance::of_spread(K, chunk, decays);
-        expect_close("out", out, want.out, spread.out, share, dtype);
-        expect_close("final_state", final_state, want.state, spread.state, share);
+        Array state = final_state;  // key-major
+        if (value_major) std::swap(state.shape[2], state.shape[3]), std::swap(state.stride[2], state.stride[3]);
+        for (int64_t s = 0; s < (starts.empty() ? 1 : N); s++) {
+            SCOPED_TRACE("sequence " + std::to_string(s));
+            const reference::Inputs in = inputs(s);
+            const reference::Result want = reference::retention(in), spread = reference::spread(in);
+            expect_close("out", slice(out, 1, starts.empty() ? 0 : starts[s], in.T), want.out, spread.out, share, dtype);
+            expect_close("final_state", slice(state, 0, s, starts.empty() ? B : 1), want.state, spread.state, share);
+        }
         EXPECT_TRUE(out.gaps_intact() && final_state.gaps_intact()) << "memory between the elements was written";
     }
 
 private:
     Array array(const Index &shape) { return Array(shape, layout).fill(random); }
+    Array state() { return array(value_major ? Index{N, Hk, V, K} : Index{N, Hk, K, V}); }
 };
 
 /// Variants as the library lists them.

@@ -20,10 +20,11 @@ using holdfast::ChunkTable;
 struct KernelCase {
     std::string name;
     Index lengths;
-    int64_t B, H;
+    int64_t B, H;  // H heads of keys and values
     Layout layout;
     Gates gates;
     int64_t longest_chunk;  // 0: the kernel's
+    int64_t group = 1;      // heads of queries for each
 };
 
 /// Everything that a kernel with chunks of C tokens may meet.
@@ -40,6 +41,8 @@ inline std::vector<KernelCase> kernel_cases(int C) {
     cases.push_back({"packed_gaps", {0, 0, C, 0, 1, 0}, 2, 2, Layout::compact, Gates::per_head, 0});
     for (int64_t chunk : {1, C / 2 + 1, C - 1})
         cases.push_back({"chunks_of_" + std::to_string(chunk), {C + 2, 0, 3}, 2, 2, Layout::compact, Gates::resets, chunk});
+    cases.push_back({"groups", {C + 2, 0, 3}, 2, 2, Layout::padded, Gates::resets, 0, 3});
+    cases.push_back({"one_group", {2 * C + 1}, 1, 1, Layout::swapped, Gates::per_head, 0, 4});
     return cases;
 }
 
@@ -53,9 +56,10 @@ class KernelCall {
 public:
     KernelCall(const KernelCase &c, int C, Size size, const Dtype &dtype = f32, const Operands &operands = {})
         : c(c), dtype(dtype), operands(operands), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C),
-          starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()), N((int64_t)c.lengths.size()), q(rows_of(K)),
-          k(rows_of(K)), v(rows_of(V)), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
-          state_in(array({c.B, N, c.H, K, V})), out(rows_of(V)), state_out(array({c.B, N, c.H, K, V})) {
+          starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()), N((int64_t)c.lengths.size()),
+          q(rows_of(c.group, K)), k(rows_of(1, K)), v(rows_of(1, V)),
+          log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)), state_in(array({c.B, N, c.H, K, V})),
+          out(rows_of(c.group, V)), state_out(array({c.B, N, c.H, K, V})) {
         out.forget(), state_out.forget();
         for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
     }
@@ -75,8 +79,8 @@ public:
             SCOPED_TRACE("sequence " + std::to_string(s));
             const reference::Inputs in = inputs(s);
             const reference::Result want = reference::retention(in), spread = reference::spread(in);
-            expect_close("out", part(out, starts[s], c.lengths[s]), want.out, spread.out, share, dtype, absolute);
-            expect_close("state", part(state_out, s), want.state, spread.state, share_of_state, f32, absolute);
+            expect_close("out", slice(out, 1, starts[s], c.lengths[s]), want.out, spread.out, share, dtype, absolute);
+            expect_close("state", slice(state_out, 1, s, 1), want.state, spread.state, share_of_state, f32, absolute);
         }
     }
 
@@ -104,8 +108,9 @@ private:
     void run(const Kernel &kernel) {
         using Buffer = Halide::Runtime::Buffer<void>;
         Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out);
-        Buffer bq = rows(sq, q), bk = rows(sk, k), bv = rows(sv, v), bg = view(log_decay.data(), f32, log_decay, {1, 2, 0});
-        Buffer bs = states(state_in), bo = rows(so, out), bz = states(state_out);
+        Buffer bq = in_groups(rows(sq, q), 2, c.group), bk = rows(sk, k), bv = rows(sv, v),
+               bg = view(log_decay.data(), f32, log_decay, {1, 2, 0});
+        Buffer bs = states(state_in), bo = in_groups(rows(so, out), 2, c.group), bz = states(state_out);
         Halide::Runtime::Buffer<int32_t> chunks(table.columns.data(), ChunkTable::fields, table.slots);
         const Array inputs[] = {q, k, v, log_decay, state_in};
         // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
@@ -122,7 +127,7 @@ private:
     }
 
     reference::Inputs inputs(int64_t s) {
-        reference::Inputs in{c.B, c.lengths[s], c.H, K, V};
+        reference::Inputs in{c.B, c.lengths[s], c.H * c.group, K, V, c.group};
         in.q = rows(q, starts[s]), in.k = rows(k, starts[s]), in.v = rows(v, starts[s]),
         in.log_decay = rows(log_decay, starts[s]);
         in.initial_state = states(state_in, s);
@@ -135,7 +140,9 @@ private:
         for (int64_t length : lengths) starts.push_back(starts.back() + length);
         return starts;
     }
-    Array rows_of(int64_t size) { return Array({c.B, T, c.H, size}, c.layout, 3 * operands.row_alignment).fill(random); }
+    Array rows_of(int64_t group, int64_t size) {
+        return Array({c.B, T, c.H * group, size}, c.layout, 3 * operands.row_alignment).fill(random);
+    }
     Array array(const Index &shape) { return Array(shape, c.layout).fill(random); }
 
     Halide::Runtime::Buffer<void> rows(Stored &stored, const Array &a) const {
@@ -150,19 +157,6 @@ private:
     static reference::Strided states(const Array &a, int64_t sequence) {
         const Index &s = a.stride;
         return {a.data() + sequence * s[1], {s[0], s[2], s[3], s[4]}};
-    }
-
-    /// Tokens from .. from + length - 1 of an output.
-    static Array part(const Array &a, int64_t from, int64_t length) {
-        Array b({a.shape[0], length, a.shape[2], a.shape[3]});
-        each(b.shape, [&](const Index &i) { b(i) = a({i[0], from + i[1], i[2], i[3]}); });
-        return b;
-    }
-    /// States of sequence s.
-    static Array part(const Array &a, int64_t s) {
-        Array b({a.shape[0], a.shape[2], a.shape[3], a.shape[4]});
-        each(b.shape, [&](const Index &i) { b(i) = a({i[0], s, i[1], i[2], i[3]}); });
-        return b;
     }
 };
 

@@ -18,6 +18,7 @@ struct Step {
     Tensor q, k, v, log_decay, state, out;
     float scale = 0;
     Dtype dtype = f32;
+    holdfast_state_layout state_layout = HOLDFAST_STATE_KEY_MAJOR;
 
     holdfast_status run(holdfast_context *context) {
         Tensor *tensors[] = {&q, &k, &v, &log_decay, &state, &out};
@@ -30,7 +31,7 @@ struct Step {
         }
         auto given = [&](int n) { return tensors[n]->data ? &dl[n] : nullptr; };
         holdfast_step_args args = step_args(given(0), given(1), given(2), given(3), given(4), given(5));
-        args.scale = scale;
+        args.scale = scale, args.state_layout = state_layout;
         const holdfast_status status = holdfast_step(context, &args);
         for (int n : {0, 1, 2}) EXPECT_TRUE(stored[n].unchanged()) << "input " << n << " was written";
         EXPECT_TRUE(stored[3].gaps_intact()) << "memory between the elements of out was written";
@@ -48,8 +49,10 @@ inline Tensor token(Tensor x, int64_t t) {
 
 /// Token t of a call, on its final state.
 inline Step step(const Forward &f, int64_t t) {
-    return {token(f.q, t), token(f.k, t),   token(f.v, t), f.log_decay.shape.size() == 3 ? token(f.log_decay, t) : f.log_decay,
-            f.final_state, token(f.out, t), f.scale,       f.dtype};
+    Step s{token(f.q, t), token(f.k, t), token(f.v, t), f.log_decay, f.final_state, token(f.out, t)};
+    if (f.log_decay.shape.size() == 3) s.log_decay = token(f.log_decay, t);
+    s.scale = f.scale, s.dtype = f.dtype, s.state_layout = f.state_layout;
+    return s;
 }
 
 /// All tokens of a problem by steps: what its forward() call computes.

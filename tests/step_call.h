@@ -15,15 +15,18 @@ namespace test {
 /// T tokens one after the other, the state of each call being that of the one before.
 struct StepCase {
     std::string name;
-    int64_t B, T, H;
+    int64_t B, T, H;  // H heads of keys and values
     Layout layout;
     Gates gates;
+    int64_t group = 1;  // heads of queries for each
 };
 
 inline std::vector<StepCase> step_cases() {
     std::vector<StepCase> cases;
     for (Gates gates : all_gates) cases.push_back({std::string("gates_") + name(gates), 2, 40, 3, Layout::padded, gates});
     for (Layout layout : layouts) cases.push_back({std::string("layout_") + name(layout), 3, 2, 2, layout, Gates::strong});
+    cases.push_back({"groups", 2, 5, 2, Layout::padded, Gates::strong, 3});
+    cases.push_back({"one_group", 1, 2, 1, Layout::swapped, Gates::per_head, 8});
     cases.push_back({"one", 1, 1, 1, Layout::compact, Gates::weak});
     cases.push_back({"no_heads", 2, 1, 0, Layout::compact, Gates::weak});
     cases.push_back({"no_batch", 0, 1, 2, Layout::compact, Gates::weak});
@@ -33,9 +36,10 @@ inline std::vector<StepCase> step_cases() {
 class StepCall {
 public:
     StepCall(const StepCase &c, Size size, const Dtype &dtype = f32)
-        : c(c), dtype(dtype), K(size.K), V(size.V), q(array({c.B, c.T, c.H, K})), k(array({c.B, c.T, c.H, K})),
+        : c(c), dtype(dtype), K(size.K), V(size.V), q(array({c.B, c.T, c.H * c.group, K})), k(array({c.B, c.T, c.H, K})),
           v(array({c.B, c.T, c.H, V})), log_decay(log_decays(c.gates, c.B, c.T, c.H, c.layout, random)),
-          state(array({c.B, c.H, K, V})), sum(array({c.B, 1, c.H, V}).forget()), out(array({c.B, c.T, c.H, V}).forget()) {
+          state(array({c.B, c.H, K, V})), sum(array({c.B, 1, c.H, V}).forget()),
+          out(array({c.B, c.T, c.H * c.group, V}).forget()) {
         for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
     }
 
@@ -43,7 +47,7 @@ public:
     template<class Kernel>
     void expect_reference(const Kernel &kernel) {
         SCOPED_TRACE(c.name);
-        reference::Inputs in{c.B, c.T, c.H, K, V};
+        reference::Inputs in{c.B, c.T, c.H * c.group, K, V, c.group};
         const Array initial_state = state;
         in.q = strided(q), in.k = strided(k), in.v = strided(v), in.log_decay = strided(log_decay);
         in.initial_state = strided(initial_state);
@@ -53,7 +57,8 @@ public:
         const Array inputs[] = {q, k, v, log_decay};
         Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out);
         for (int64_t t = 0; t < c.T; t++) {
-            Buffer bq = row(sq, q, t), bk = row(sk, k, t), bv = row(sv, v, t), bo = row(so, out, t);
+            Buffer bq = in_groups(row(sq, q, t), 1, c.group), bk = row(sk, k, t), bv = row(sv, v, t);
+            Buffer bo = in_groups(row(so, out, t), 1, c.group);
             Buffer bg = view(log_decay.data() + t * log_decay.stride[1], f32, log_decay, {2, 0});
             Buffer bs = view(state.data(), f32, state, {3, 2, 1, 0}), bm = view(sum.data(), f32, sum, {3, 2, 0});
             bm.embed(1, 0);  // each row of the state adds to the same sum

@@ -17,4 +17,14 @@ inline Halide::Runtime::Buffer<void> view(void *data, const Dtype &dtype, const 
     return Halide::Runtime::Buffer<void>(type, data, (int)dims.size(), dims.data());
 }
 
+/// The same, with heads, axis `n` of the view, in two axes: those of a group, n, and the groups, n + 1.
+inline Halide::Runtime::Buffer<void> in_groups(const Halide::Runtime::Buffer<void> &whole, int n, int64_t group) {
+    Halide::Runtime::Buffer<void> split = whole;
+    const halide_dimension_t heads = whole.raw_buffer()->dim[n];
+    split.embed(n, 0);
+    split.raw_buffer()->dim[n] = {0, (int32_t)group, heads.stride};
+    split.raw_buffer()->dim[n + 1] = {0, heads.extent / (int32_t)group, heads.stride * (int32_t)group};
+    return split;
+}
+
 }  // namespace test

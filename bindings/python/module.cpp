@@ -88,8 +88,10 @@ bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.b
 
 /// What the library takes for the argument of that name.
 std::string expected_dtypes(const std::string &name) {
-    const bool rows = name == "q" || name == "k" || name == "v" || name == "x" || name == "gate" || name == "out";
-    return rows ? "float32, float16 or bfloat16" : name == "positions" ? "int32 or int64" : "float32";
+    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights"}, *const integers[] = {"positions",
+                                                                                                           "cu_seqlens"};
+    auto is_of = [&](const auto &names) { return std::find(std::begin(names), std::end(names), name) != std::end(names); };
+    return is_of(rows) ? "float32, float16 or bfloat16" : is_of(integers) ? "int32 or int64" : "float32";
 }
 
 /// The bits of a NumPy array of ml_dtypes' bfloat16, as uint16; null for anything else. NumPy exports no such array, neither
@@ -394,9 +396,10 @@ bool shapes_agree(int rank, const DLTensor &q, const DLTensor &k, const DLTensor
     for (const DLTensor *tensor : {&q, &k, &v})
         if (tensor->ndim != rank || !tensor->shape) return false;
     auto small = [](int64_t extent) { return extent >= 0 && extent <= std::numeric_limits<int32_t>::max(); };
-    const int last = rank - 1;
-    return std::equal(q.shape, q.shape + rank, k.shape) && std::equal(q.shape, q.shape + last, v.shape) &&
-           std::all_of(q.shape, q.shape + rank, small) && small(v.shape[last]);
+    const int last = rank - 1, heads = rank - 2;
+    return std::equal(q.shape, q.shape + heads, k.shape) && q.shape[last] == k.shape[last] &&
+           std::equal(k.shape, k.shape + last, v.shape) && std::all_of(q.shape, q.shape + rank, small) &&
+           small(k.shape[heads]) && small(v.shape[last]);
 }
 
 /// A new NumPy array for elements of that type, of bfloat16 for their bits, in uint16.
@@ -414,10 +417,30 @@ struct Nowhere {
     Nowhere(int rank, const DLTensor &q) : tensor{nullptr, q.device, rank, q.dtype, shape, nullptr, 0} {}
 };
 
-/// out, or (out, state): NumPy arrays, except for an `out` or `final_state` that is given. A new `out` of bfloat16 is its bits,
-/// in uint16. `stream` is of CUDA, as DLPack numbers them.
+/// Numbers of holdfast_forward_args; of its enumerations, those of holdfast.h. Without it: all 0.
+struct Options {
+    int32_t degree = 0, normalize = 0, form = 0, state_layout = 0, expansion = 0;
+    int64_t expanded_size = 0;  // D; 0: K
+    bool sums = false, weights = false;
+
+    explicit Options(py::handle tuple) {
+        if (tuple.is_none()) return;
+        const py::tuple t = py::reinterpret_borrow<py::tuple>(tuple);
+        int32_t *const numbers[] = {&degree, &normalize, &form, &state_layout, &expansion};
+        for (int n = 0; n < 5; n++) *numbers[n] = t[n].cast<int32_t>();
+        expanded_size = t[5].cast<int64_t>();
+        sums = t[6].cast<bool>(), weights = t[7].cast<bool>();
+    }
+};
+
+/// (out, state, sum of keys, weights), None for what is not wanted, or out where that is all: NumPy arrays, except for those
+/// that are given. New ones of bfloat16 are its bits, in uint16. `stream` is of CUDA, as DLPack numbers them.
 py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle scale, py::handle chunk_size,
-                   py::handle initial_state, bool return_state, py::object out, py::object final_state, uint64_t stream) {
+                   py::handle initial_state, bool return_state, py::object out, py::object final_state, uint64_t stream,
+                   py::handle initial_sum, py::handle cu_seqlens, py::handle options, py::object final_sum,
+                   py::object weights) {
+    const Options o(options);
+    Array initial_sum_array, cu_seqlens_array, final_sum_array, weights_array;
     Array q_array, k_array, v_array, log_decay_array, initial_state_array, out_array, final_state_array;
     q_array.borrow("q", q, 4, false, stream);
     k_array.borrow("k", k, 4, false, stream);
@@ -426,6 +449,10 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     if (!initial_state.is_none()) initial_state_array.borrow("initial_state", initial_state, 4, false, stream);
     if (!out.is_none()) out_array.borrow("out", out, 4, true, stream);
     if (!final_state.is_none()) final_state_array.borrow("final_state", final_state, 4, true, stream);
+    if (!initial_sum.is_none()) initial_sum_array.borrow("initial_sum_of_keys", initial_sum, 3, false, stream);
+    if (!cu_seqlens.is_none()) cu_seqlens_array.borrow("cu_seqlens", cu_seqlens, 1, false, stream);
+    if (!final_sum.is_none()) final_sum_array.borrow("final_sum_of_keys", final_sum, 3, true, stream);
+    if (!weights.is_none()) weights_array.borrow("weights", weights, 4, true, stream);
 
     holdfast_forward_args args = {};
     args.struct_size = sizeof args;
@@ -436,33 +463,49 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     args.initial_state = initial_state_array.get();
     args.scale = scale_argument(scale);
     args.chunk_size = chunk_size_argument(chunk_size);
+    args.degree = o.degree, args.normalize = o.normalize, args.form = o.form;
+    args.state_layout = o.state_layout, args.expansion = o.expansion;
+    args.initial_sum_of_keys = initial_sum_array.get();
+    args.cu_seqlens = cu_seqlens_array.get();
 
     const DLDataType type = args.q->dtype;
     Nowhere nowhere(4, *args.q);
     if (shapes_agree(4, *args.q, *args.k, *args.v)) {
-        const int64_t *shape = args.q->shape, V = args.v->shape[3];
-        if (out.is_none()) {
-            out = empty_array(type, shape[0], shape[1], shape[2], V);
-            out_array.borrow("out", out, 4, true);
-            out_array.get()->dtype = type;
-        }
-        if (return_state && final_state.is_none()) {
-            final_state = empty_array(float32, shape[0], shape[2], shape[3], V);
-            final_state_array.borrow("final_state", final_state, 4, true);
-        }
+        const int64_t *shape = args.q->shape, V = args.v->shape[3], Hk = args.k->shape[2];
+        const int64_t D = o.expanded_size ? o.expanded_size : shape[3];
+        const bool packed = args.cu_seqlens && args.cu_seqlens->ndim == 1 && args.cu_seqlens->shape[0] > 0;
+        const int64_t N = packed ? args.cu_seqlens->shape[0] - 1 : shape[0];
+        auto make = [&](const char *name, py::object &array, Array &borrowed, DLDataType of, auto... extents) {
+            array = empty_array(of, extents...);
+            borrowed.borrow(name, array, 4, true);
+            borrowed.get()->dtype = of;
+        };
+        if (out.is_none()) make("out", out, out_array, type, shape[0], shape[1], shape[2], V);
+        const bool value_major = o.state_layout == HOLDFAST_STATE_VALUE_MAJOR;
+        if (return_state && final_state.is_none())
+            make("final_state", final_state, final_state_array, float32, N, Hk, value_major ? V : D, value_major ? D : V);
+        if (return_state && o.sums && final_sum.is_none())
+            make("final_sum_of_keys", final_sum, final_sum_array, float32, N, Hk, D);
+        if (o.weights && weights.is_none())
+            make("weights", weights, weights_array, type, shape[0], shape[2], shape[1], shape[1]);
     }
     args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
     args.final_state = final_state_array.get();
+    args.final_sum_of_keys = final_sum_array.get();
+    args.weights = weights_array.get();
 
     holdfast_context *c = context();
     holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
     if (holdfast_status status = without_gil(holdfast_forward, c, args)) raise_status(status, holdfast_last_error(c));
-    return return_state ? py::make_tuple(out, final_state) : out;
+    return return_state || o.weights ? py::make_tuple(out, final_state, final_sum, weights) : out;
 }
 
-/// out: a NumPy array as from forward(), except for one that is given. The state is updated in place. `stream` as for forward().
+/// out: a NumPy array as from forward(), except for one that is given. The state and the sum of keys are updated in place. `stream` as for
+/// forward().
 py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle state, py::handle scale,
-                py::object out, uint64_t stream) {
+                py::object out, uint64_t stream, py::handle sum_of_keys, int32_t degree, int32_t normalize) {
+    Array sum_array;
+    if (!sum_of_keys.is_none()) sum_array.borrow("sum_of_keys", sum_of_keys, 3, true, stream);
     Array q_array, k_array, v_array, log_decay_array, state_array, out_array;
     q_array.borrow("q", q, 3, false, stream);
     k_array.borrow("k", k, 3, false, stream);
@@ -479,6 +522,8 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
     args.log_decay = log_decay_array.get();
     args.state = state_array.get();
     args.scale = scale_argument(scale);
+    args.sum_of_keys = sum_array.get();
+    args.degree = degree, args.normalize = normalize;
 
     const DLDataType type = args.q->dtype;
     Nowhere nowhere(3, *args.q);

@@ -32,15 +32,30 @@ struct Buffer : halide_buffer_t {
 
 /// One state: (e, d, 1, 1, 1).
 struct State : Buffer {
-    State(const float *data, int64_t K, int64_t V, int64_t stride)
-        : Buffer(data, float32, {{0, (int32_t)V, 1}, {0, (int32_t)K, (int32_t)stride}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}) {}
+    State(const float *data, int64_t D, int64_t V, int64_t stride)
+        : Buffer(data, float32, {{0, (int32_t)V, 1}, {0, (int32_t)D, (int32_t)stride}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}) {}
+    /// Of sequence s and head h. Value-major ones are for copy_state() alone: kernels want rows without gaps.
+    State(const Tensor &states, int64_t s, int64_t h)
+        : State(states.at(s, h), states.shape[2], states.shape[3], states.stride[2]) {
+        axes[0].stride = (int32_t)states.stride[3];
+    }
 };
 
 inline void copy_state(const State &from, const State &to) {
-    const int V = from.dim[0].extent, K = from.dim[1].extent;
-    for (int d = 0; d < K; d++)
-        std::memmove((float *)to.host + (ptrdiff_t)d * to.dim[1].stride,
-                     (const float *)from.host + (ptrdiff_t)d * from.dim[1].stride, V * sizeof(float));
+    const int V = from.dim[0].extent, D = from.dim[1].extent;
+    const ptrdiff_t across[] = {from.dim[0].stride, to.dim[0].stride}, down[] = {from.dim[1].stride, to.dim[1].stride};
+    const float *source = (const float *)from.host;
+    float *target = (float *)to.host;
+    if (V == 1 || (across[0] == 1 && across[1] == 1)) {
+        for (int d = 0; d < D; d++) std::memmove(target + d * down[1], source + d * down[0], V * sizeof(float));
+        return;
+    }
+    constexpr int tile = 16;  // floats of a line of cache: each is used up while it is there
+    for (int d0 = 0; d0 < D; d0 += tile)
+        for (int e0 = 0; e0 < V; e0 += tile)
+            for (int d = d0; d < std::min(d0 + tile, D); d++)
+                for (int e = e0; e < std::min(e0 + tile, V); e++)
+                    target[d * down[1] + e * across[1]] = source[d * down[0] + e * across[0]];
 }
 
 /// Memory of a workspace, given back at the end of the scope.

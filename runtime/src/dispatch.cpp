@@ -34,26 +34,26 @@ const Variant &step_variant(const Problem &p, const Choice &choice) {
 /// it is ahead until some 300 tokens, 1.8 times as long at 512 and 10 at 4096.
 holdfast_form choose_form(const Problem &p, const Choice &choice) {
     if (p.form != HOLDFAST_FORM_AUTO) return p.form;
-    const bool few = p.chunk_size == 0 && p.T <= chunkwise_variant(p, choice, {}).chunk / least_share;
+    int64_t longest = 0;
+    for (int64_t s = 0; s < p.N; s++) longest = std::max(longest, p.length(s));
+    const bool few = p.chunk_size == 0 && longest <= chunkwise_variant(p, choice, {}).chunk / least_share;
     return few && choice.backend == Backend::cpu ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
 /// Throws UNSUPPORTED for what no kernel computes yet.
-void check_computed(const Problem &p) {
+void check_computed(const Problem &p, const Choice &choice) {
     if (p.degree > 1) fail(HOLDFAST_UNSUPPORTED, "degree is ", p.degree, "; expected 1: no kernel for others yet");
     if (p.normalized)
         fail(HOLDFAST_UNSUPPORTED, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none: no kernel for it yet");
-    if (p.H != p.Hk)
-        fail(HOLDFAST_UNSUPPORTED, "k has Hk = ", p.Hk, "; expected ", p.H, ", the H of q: no kernel for groups yet");
-    if (p.packed()) fail(HOLDFAST_UNSUPPORTED, "cu_seqlens is given; expected NULL: no kernel for packed sequences yet");
     for (const Tensor *state : {&p.initial_state, &p.final_state})
-        if (state->rank && state->shape[3] > 1 && state->stride[3] != 1)
-            fail(HOLDFAST_UNSUPPORTED, "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major: no kernel for it yet");
+        if (state->rank && !state->on_host() && state->shape[3] > 1 && state->stride[3] != 1)
+            fail(HOLDFAST_UNSUPPORTED, "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major on ",
+                 describe(state->device));
 }
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
     if (p.form == HOLDFAST_FORM_PARALLEL) return run_parallel(c, p, choice);
-    check_computed(p);
+    check_computed(p, choice);
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_RECURRENT:
         if (choice.backend != Backend::cpu)
@@ -93,7 +93,7 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Choice choice = choose_backend(c, p.home());
         *bytes = 0;
         if (p.form == HOLDFAST_FORM_PARALLEL) return (void)parallel_variant(p, choice);
-        check_computed(p);
+        check_computed(p, choice);
         const bool chunkwise = choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
         if (choice.backend != Backend::cuda || !chunkwise) return;
         for (const Variant *variant :
@@ -105,8 +105,8 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
 holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args) {
     return guarded(context, [&](holdfast_context &c) {
         const Problem p = checked_problem(args);
-        check_computed(p);
         const Choice choice = choose_backend(c, p.home());
+        check_computed(p, choice);
         if (choice.backend != Backend::cpu) return step_on_gpu(c, p, step_variant(p, choice), choice.why);
         run_recurrent(c, "step", p, choice);
     });
@@ -116,8 +116,9 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
     return guarded(context, [&](holdfast_context &c) {
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const Problem p = checked_problem(args);
-        check_computed(p);
-        *bytes = step_workspace_on_gpu(c, p, step_variant(p, choose_backend(c, p.home())));
+        const Choice choice = choose_backend(c, p.home());
+        check_computed(p, choice);
+        *bytes = step_workspace_on_gpu(c, p, step_variant(p, choice));
     });
 }
 

@@ -254,13 +254,14 @@ void Operands::fetch(const Run &run) {
 Part largest_part(const Problem &p, const Operands &x, int64_t bytes_of_a_head) {
     auto fits = [&](int64_t batch, int64_t heads) {
         int64_t most = 0;
-        for (const OnDevice *rows : {&x.q, &x.k, &x.v, &x.out}) most = std::max(most, span(rows->t, 2, batch, heads));
+        for (const OnDevice *rows : {&x.k, &x.v}) most = std::max(most, span(rows->t, 2, batch, heads));
+        for (const OnDevice *rows : {&x.q, &x.out}) most = std::max(most, span(rows->t, 2, batch, heads * p.group()));
         for (const OnDevice *states : {&x.initial, (const OnDevice *)&x.final})
-            most = std::max(most, span(states->t, 1, batch, heads));
+            most = std::max(most, span(states->t, 1, p.packed() ? p.N : batch, heads));
         most = std::max(most, span(x.log_decay.t, x.log_decay.t.rank - 1, batch, heads));
         return most <= most_bytes && (double)bytes_of_a_head * batch * heads <= (double)most_bytes;
     };
-    int64_t batch = p.B, heads = p.H;
+    int64_t batch = p.B, heads = p.Hk;
     while (batch > 1 && !fits(batch, heads)) batch = (batch + 1) / 2;
     while (heads > 1 && !fits(batch, heads)) heads = (heads + 1) / 2;
     return fits(batch, heads) ? Part{batch, heads} : Part{0, 0};
@@ -290,7 +291,7 @@ size_t GpuCall::rehearse(Workspace &workspace, const Problem &p, const Variant &
 
 size_t GpuCall::workspace(holdfast_context &c, const Problem &p, const Variant &variant) const {
     size_t bytes = 0;
-    if (variant.target->backend != Backend::cuda || p.B * p.H == 0) return 0;
+    if (variant.target->backend != Backend::cuda || p.B * p.Hk == 0) return 0;
     // The nearer to one another, the more heads are in one call of the kernel. Rows that all lie in one place are as near as
     // can be, and start where any variant wants them.
     Problem near = p;
@@ -305,15 +306,15 @@ void GpuCall::run(holdfast_context &c, const Problem &p, const Variant &variant,
     Place place{variant.target->backend, nullptr, c.stream};
     if (c.verbose) {
         std::ostringstream line;
-        line << function << ": " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K "
-             << p.K << ", V " << p.V << ", " << how;
+        line << function << ": " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H
+             << (p.Hk == p.H ? "" : ", Hk " + std::to_string(p.Hk)) << ", K " << p.K << ", V " << p.V << ", " << how;
         if (p.q.on_host())
             line << ", tensors copied from the CPU and back";
         else
             line << ", on " << describe(p.q.device);
         c.verbose(c.verbose_user, line.str().c_str());
     }
-    if (p.B * p.H == 0) return;
+    if (p.B * p.Hk == 0) return;
     c.for_each(1, [&](Workspace &workspace, int64_t) {
         workspace.error.clear();
         if (place.backend == Backend::cuda) {

@@ -102,7 +102,7 @@ public:
     void fetch(const Run &run);
 };
 
-/// How many batch entries, and heads of each, a call of the kernel has.
+/// How many batch entries, and heads of keys of each, a call of the kernel has.
 struct Part {
     int64_t batch, heads;
 };

@@ -276,8 +276,9 @@ void check_kernel_strides(const Problem &p, int64_t tokens) {
                  " either way");
     };
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check(*t, 1, std::min(tokens, p.T));
+    for (const Tensor *t : {&p.q, &p.out}) check(*t, 2, p.group());
     if (p.log_decay.rank == 3) check(p.log_decay, 1, std::min(tokens, p.T));
-    for (const Tensor *t : {&p.initial_state, &p.final_state}) check(*t, 2, p.D);
+    for (const Tensor *t : {&p.initial_state, &p.final_state}) check(*t, 2, p.D), check(*t, 3, p.V);
 }
 
 void announce(const holdfast_context &c, const char *call, const Variant &variant, const char *why, const Problem &p,

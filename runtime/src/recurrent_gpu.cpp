@@ -29,14 +29,21 @@ void issue(const Run &run) {
     }
 
     for (int64_t b = 0; b < p.B; b += part.batch)
-        for (int64_t h = 0; h < p.H; h += part.heads) {
-            const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.heads, p.H - h);
-            const int32_t K = (int32_t)p.K, V = (int32_t)p.V;
+        for (int64_t h = 0; h < p.Hk; h += part.heads) {
+            const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.heads, p.Hk - h);
+            const int32_t K = (int32_t)p.K, V = (int32_t)p.V, G = (int32_t)p.group();
             auto rows = [&](const OnDevice &r) {
                 return View(*r.memory, r.at(b, 0, h), halide_type(r.t.dtype),
                             {{0, (int32_t)r.t.shape[3], 1}, {0, H, narrow(r.t, 2, H)}, {0, B, narrow(r.t, 0, B)}});
             };
-            View q = rows(x.q), k = rows(x.k), v = rows(x.v), out = rows(x.out);
+            auto groups = [&](const OnDevice &r) {
+                return View(*r.memory, r.at(b, 0, h * G), halide_type(r.t.dtype),
+                            {{0, (int32_t)r.t.shape[3], 1},
+                             {0, G, narrow(r.t, 2, G)},
+                             {0, H, narrow(r.t, 2, H) * G},
+                             {0, B, narrow(r.t, 0, B)}});
+            };
+            View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = groups(x.out);
             const bool of_token = g.t.rank == 3;
             View log_decay(g.t.rank ? *g.memory : *no_decay,
                            of_token   ? g.at(b, 0, h)

@@ -26,7 +26,7 @@ struct Stages {
     ChunkwiseFuncs &f;
     const ChunkwiseSizes &sizes;
     const Tiles &most;
-    Var b{"b"}, h{"h"}, c{"c"}, i{"i"}, j{"j"}, d{"d"}, e{"e"}, s{"s"};
+    Var b{"b"}, h{"h"}, g{"g"}, heads{"heads"}, c{"c"}, i{"i"}, j{"j"}, d{"d"}, e{"e"}, s{"s"};
     Var eo{"eo"}, ei{"ei"}, dd{"do"}, di{"di"}, lane{"lane"}, warp{"warp"}, block{"block"};
 
     // Log decays inside chunks: a thread per row.
@@ -45,8 +45,9 @@ struct Stages {
         result.allow_race_conditions();  // each row belongs to one chunk: chunks.h
         return result.split(e, eo, ei, E)
             .fuse(eo, f.over_result.y, blocks)
-            .reorder(ei, f.over_result.x, blocks, h, b)
-            .gpu_blocks(blocks, h, b);
+            .fuse(g, h, heads)
+            .reorder(ei, f.over_result.x, blocks, heads, b)
+            .gpu_blocks(blocks, heads, b);
     }
     // States: a thread per four elements, the scan over chunks on the device.
     void scan() {
@@ -129,6 +130,8 @@ struct Ffma : Stages {
         const LoopLevel at(f.result, blocks);
 
         f.scores.update().split(f.over_key_feature.x, d_tile, d_in, depth);
+        for (Func p : {f.scores, f.weights, f.intra, f.inter})
+            p.bound_extent(g, 1).bound_extent(h, 1);  // not seen in the two as one
         square.product(f.scores, j, i, d_in, 4, at, {d_tile});
         square.share(f.weights, j, i, at);
         f.inter.update().split(f.over_state.x, d_tile, d_in, depth);

@@ -27,7 +27,7 @@ Tile state_tile(int key, int value) {
 }
 
 void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &) {
-    Var b("b"), h("h"), c("c"), i("i"), j("j"), d("d"), e("e"), s("s");
+    Var b("b"), h("h"), g("g"), c("c"), i("i"), j("j"), d("d"), e("e"), s("s"), heads("heads");
     Var eo("eo"), ei("ei"), et("et"), dd("do"), di("di"), dt("dt"), jo("jo"), ji("ji"), io("io"), ii("ii"), block("block");
     RVar row = f.over_result.x, in = f.over_result.y, ro("ro"), ri("ri"), rt("rt"), strips("strips");
     const TailStrategy guard = TailStrategy::GuardWithIf;
@@ -96,12 +96,15 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &) {
                        .fuse(ro, in, strips)
                        .split(e, eo, et, rows_tile.columns, guard)
                        .fuse(eo, strips, strips)
-                       .reorder(ri, et, rt, strips, h, b)
+                       .fuse(g, h, heads)
+                       .reorder(ri, et, rt, strips, heads, b)
                        .unroll(ri);
     if (rows_tile.wide > 1) result.split(et, et, ei, rows_tile.wide).reorder(ei, ri, et).vectorize(ei);
-    result.gpu_blocks(strips, h, b).gpu_threads(et, rt);
+    result.gpu_blocks(strips, heads, b).gpu_threads(et, rt);
     registers(f.inter, {f.result, et}, f.over_state, e, i, rows_tile);
     registers(f.intra, {f.result, et}, f.over_key, e, i, rows_tile);
+    for (Func p : {f.inter, f.intra, f.weights, f.scores})
+        p.bound_extent(g, 1).bound_extent(h, 1);  // not seen in the two as one
     f.weights.compute_at(f.result, strips)
         .store_in(MemoryType::GPUShared)
         .bound_storage(j, sizes.chunk)

@@ -10,7 +10,7 @@ using namespace holdfast;
 constexpr int columns = 32;  // of a block: as wide as a GPU runs threads, and small, for many blocks
 
 void apply(RecurrentFuncs &f, const RecurrentSizes &, const Target &) {
-    Var b("b"), h("h"), e("e"), eo("eo"), et("et");
+    Var b("b"), h("h"), g("g"), e("e"), eo("eo"), et("et"), heads("heads");
 
     f.state_and_sum.gpu_single_thread();  // undefined at first, so that nothing is run; but Halide would want it in host memory
     f.state_and_sum.update()
@@ -19,7 +19,8 @@ void apply(RecurrentFuncs &f, const RecurrentSizes &, const Target &) {
         .gpu_blocks(eo, h, b)
         .gpu_threads(et);
     f.decay.compute_at(f.state_and_sum, et).store_in(MemoryType::Register);
-    f.result.split(e, eo, et, columns, TailStrategy::GuardWithIf).gpu_blocks(eo, h, b).gpu_threads(et);
+    f.result.split(e, eo, et, columns, TailStrategy::GuardWithIf).fuse(g, h, heads).gpu_blocks(eo, heads, b).gpu_threads(et);
+    f.others.compute_at(f.result, et).store_in(MemoryType::Register).bound_extent(g, 1).bound_extent(h, 1);
 }
 
 bool matches(const Target &t, const RecurrentSizes &) { return t.has_gpu_feature(); }

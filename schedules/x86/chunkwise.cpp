@@ -22,7 +22,7 @@ constexpr int score_columns = 16;     // narrower than other products: half of t
 Tile tile_of(const Target &t) { return t.has_feature(Target::AVX512_Skylake) ? avx512_tile : avx2_tile; }
 
 void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target) {
-    Var b("b"), h("h"), c("c"), i("i"), j("j"), d("d"), e("e");
+    Var b("b"), h("h"), g("g"), c("c"), i("i"), j("j"), d("d"), e("e");
     Var eo("eo"), ei("ei"), doo("do"), di("di"), jo("jo"), ji("ji");
     RVar row = f.over_result.x, in = f.over_result.y, ro("ro"), ri("ri");
     RVar chunk = f.over_chunk.x;
@@ -39,7 +39,7 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
     f.result.update(0)
         .split(row, ro, ri, rows)
         .split(e, eo, ei, wide, TailStrategy::GuardWithIf)
-        .reorder(ei, ri, eo, ro, in, h, b)
+        .reorder(ei, ri, eo, ro, g, in, h, b)
         .vectorize(ei, vec)
         .unroll(ei)
         .unroll(ri);

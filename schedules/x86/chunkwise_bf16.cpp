@@ -24,7 +24,7 @@ struct Stages {
     Func k;         // (two,j,pair of d,...)
     Func v, state;  // (two,e,pair of j,...), (two,e,pair of d,...)
     Func weights;   // (j,i,...)
-    Var b{"b"}, h{"h"}, c{"c"}, i{"i"}, j{"j"}, d{"d"}, e{"e"};
+    Var b{"b"}, h{"h"}, g{"g"}, c{"c"}, i{"i"}, j{"j"}, d{"d"}, e{"e"};
     Var eo{"eo"}, ei{"ei"}, doo{"do"}, di{"di"}, jo{"jo"}, ji{"ji"};
     RVar row = f.over_result.x, in = f.over_result.y, chunk = f.over_chunk.x, ro{"ro"}, ri{"ri"};
 
@@ -111,7 +111,7 @@ struct Dot : Stages {
         f.result.update(0)
             .split(row, ro, ri, rows)
             .split(e, eo, ei, wide)
-            .reorder(ei, ri, eo, ro, in, h, b)
+            .reorder(ei, ri, eo, ro, g, in, h, b)
             .vectorize(ei, vec)
             .unroll(ei)
             .unroll(ri);
@@ -170,15 +170,15 @@ struct Amx : Stages {
     void apply() {
         copy_rows(), transpose_keys(), decays(), states();
         const int C = sizes.chunk, wide = std::min(sizes.value, 4 * vec);
-        const LoopLevel outputs(f.result, in), contributions(f.state, chunk);
+        const LoopLevel outputs(f.result, g), of_chunk(f.result, in), contributions(f.state, chunk);
 
-        f.result.update(0).split(e, eo, ei, wide).reorder(ei, row, eo, in, h, b).vectorize(ei, vec).unroll(ei);
+        f.result.update(0).split(e, eo, ei, wide).reorder(ei, row, eo, g, in, h, b).vectorize(ei, vec).unroll(ei);
         product(f.scores, outputs, f.over_key_feature, j, C, i, C);
         product(f.inter, outputs, f.over_state, e, sizes.value, i, C);
         product(f.intra, outputs, f.over_key, e, sizes.value, i, C);
         weights.compute_at(outputs).bound_extent(weights.args()[0], C).bound_extent(weights.args()[1], C);
         weights.vectorize(weights.args()[0], vec);
-        interleave(state, outputs);
+        interleave(state, of_chunk);
 
         f.state.update(1).split(e, eo, ei, wide).reorder(ei, d, eo, chunk, h, b).vectorize(ei, vec).unroll(ei);
         product(f.contribution, contributions, f.over_token, e, sizes.value, d, sizes.key);
@@ -191,7 +191,7 @@ struct Amx : Stages {
         }
         // Halide 21 finds tiles where rows lie at constant distances from the start of a Func: in copies for one chunk.
         Func of_outputs = v.in(f.intra), of_contributions = v.in(f.contribution);
-        of_outputs.compute_at(outputs), of_contributions.compute_at(contributions);
+        of_outputs.compute_at(of_chunk), of_contributions.compute_at(contributions);
         for (Func values : {of_outputs, of_contributions}) {
             const std::vector<Var> args = values.args();
             values.bound_extent(args[0], 2).bound_extent(args[1], sizes.value).vectorize(args[0]).vectorize(args[1], vec);

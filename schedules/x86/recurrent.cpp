@@ -34,7 +34,10 @@ void apply(RecurrentFuncs &f, const RecurrentSizes &sizes, const Target &target)
         .unroll(ri);
     f.v.compute_at(f.state_and_sum, eo).vectorize(f.v.args()[0], vec).unroll(f.v.args()[0]);
     f.decay.compute_at(f.state_and_sum, h);
-    f.result.vectorize(e, vec);
+    // Other queries read the state from cache.
+    f.result.split(e, eo, ei, wide).vectorize(ei, vec).unroll(ei);
+    f.others.compute_at(f.result, eo).vectorize(e, vec).unroll(e);
+    f.others.update().reorder(e, f.over_state).vectorize(e, vec).unroll(e);
 }
 
 bool matches(const Target &t, const RecurrentSizes &s) {

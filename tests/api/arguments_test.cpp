@@ -256,10 +256,6 @@ std::vector<Case> cases() {
     add("normalized", unsupported, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none",
         [](Call &c) { c.sum_up(); });
     add("parallel", unsupported, "form is HOLDFAST_FORM_PARALLEL; expected another", [](Call &c) { c.want_weights(); });
-    add("groups", unsupported, "k has Hk = 1; expected 3, the H of q", [](Call &c) { c.group(); });
-    add("packed", unsupported, "cu_seqlens is given; expected NULL", [](Call &c) { c.pack(); });
-    add("value_major", unsupported, "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major",
-        [](Call &c) { c.value_major(); });
 
     // ---- Missing tensors.
     add("q_null", invalid, "q is NULL; expected a tensor [B, T, H, K]", [](Call &c) { c.args.q = nullptr; });
@@ -489,6 +485,9 @@ std::vector<GoodCase> good_cases() {
         {"nothing_changed", [](Call &) {}},
         {"log_decay_minus_inf", [=](Call &c) { c.p.log_decay({1, 2, 0}) = -infinity; }},
         {"log_decay_minus_zero", [](Call &c) { c.p.log_decay({1, 2, 0}) = -0.0f; }},
+        {"groups", [](Call &c) { c.group(); }},
+        {"packed", [](Call &c) { c.pack(); }},
+        {"value_major", [](Call &c) { c.value_major(); }},
         {"log_decay_not_given", [](Call &c) { c.args.log_decay = nullptr; }},
         {"states_not_given", [](Call &c) { c.args.initial_state = nullptr, c.args.final_state = nullptr; }},
         {"chunk_size_most", [](Call &c) { c.args.chunk_size = huge; }},

@@ -155,6 +155,55 @@ TEST(Cuda, NothingButLaunchesWithWorkspaceAfterTheFirstCall) {
     EXPECT_NE(context.messages[1].find("on CUDA device 0"), std::string::npos) << context.messages[1];
 }
 
+TEST(Cuda, PackedSequencesCopyTheirTable) {
+    Driver driver;
+    Context context;
+    Call whole, packed;
+    for (Call *call : {&whole, &packed})
+        for (DLTensor *x : {&call->q, &call->k, &call->v, &call->out, &call->log_decay}) x->shape[0] = 1;
+    int64_t starts[] = {0, 0, T}, extent = 3;
+    const DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &extent, nullptr, 0};
+    packed.args.cu_seqlens = &cu_seqlens;  // of two sequences: as many states as Call has for batch entries
+    whole.initial_state.shape[0] = whole.final_state.shape[0] = 1;
+    ASSERT_EQ(whole.run(context), HOLDFAST_OK) << context.error();
+    driver.clear();
+    ASSERT_EQ(whole.run(context), HOLDFAST_OK) << context.error();
+    const size_t launches = of(driver.record(), "cuLaunchKernel").size();
+    packed.give_workspace(context);
+    ASSERT_EQ(packed.run(context), HOLDFAST_OK) << context.error();
+    driver.clear();
+    ASSERT_EQ(packed.run(context), HOLDFAST_OK) << context.error();
+    const auto record = driver.record();
+    EXPECT_EQ(others(record), std::set<std::string>{"cuMemcpyHtoDAsync"});
+    EXPECT_EQ(of(record, "cuMemcpyHtoDAsync").size(), 1u);
+    EXPECT_EQ(of(record, "cuLaunchKernel").size(), launches - 1);  // no kernel makes the table
+}
+
+TEST(Cuda, GroupsTakeNoMoreLaunches) {
+    Driver driver;
+    Context context;
+    std::set<size_t> counts;
+    for (int64_t heads : {H, (int64_t)1}) {
+        Call call;
+        for (DLTensor *x : {&call.k, &call.v, &call.log_decay}) x->shape[2] = heads;
+        for (DLTensor *x : {&call.initial_state, &call.final_state}) x->shape[1] = heads;
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        counts.insert(of(driver.record(), "cuLaunchKernel").size());
+    }
+    EXPECT_EQ(counts.size(), 1u);
+}
+
+TEST(Cuda, ValueMajorStatesOfTheDeviceAreRefused) {
+    Context context;
+    Call call;
+    call.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR;
+    for (DLTensor *x : {&call.initial_state, &call.final_state}) std::swap(x->shape[2], x->shape[3]), x->strides = nullptr;
+    EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
+    EXPECT_EQ(context.error(), "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major on CUDA device 0");
+}
+
 TEST(Cuda, LaunchesDoNotDependOnTheSizes) {
     Driver driver;
     Context context;

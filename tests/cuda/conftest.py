@@ -33,10 +33,10 @@ def chunk_table(lengths, longest):
 
 
 class Call:
-    """Inputs of a call of a row: sequences of these lengths one after the other, `heads` heads, gates up to `gate`
-    times RetNet's; `size`, (K, V), where the row takes any."""
+    """Inputs of a call of a row: sequences of these lengths one after the other, `heads` heads of keys and `group` of
+    queries for each, gates up to `gate` times RetNet's; `size`, (K, V), where the row takes any."""
 
-    def __init__(self, row, lengths, heads=2, batch=1, gate=2.0, seed=1, size=None):
+    def __init__(self, row, lengths, heads=2, batch=1, gate=2.0, seed=1, size=None, group=1):
         random, T = np.random.default_rng(seed), sum(lengths)
         self.row, self.dtype, self.lengths = row, row.dtype, lengths
         K, V = size or (row.key_size, row.value_size)
@@ -44,11 +44,13 @@ class Call:
         def normal(*shape):
             return random.standard_normal(shape, np.float32)
 
-        self.q, self.k, self.v = (NARROW[row.dtype](normal(batch, T, heads, n)) for n in (K, K, V))
+        rows = normal(batch, T, heads * group, K), normal(batch, T, heads, K), normal(batch, T, heads, V)
+        self.q, self.k, self.v = map(NARROW[row.dtype], rows)
+        self.group = group
         decay = np.log1p(-(2.0 ** (-5 - np.arange(heads))))
         self.log_decay = (decay * random.uniform(min(gate, 1), gate, (batch, T, heads))).astype(np.float32)
         self.state_in = normal(batch, heads, len(lengths), K, V)
-        self.out = np.zeros((batch, T, heads, V), self.q.dtype)
+        self.out = np.zeros((batch, T, heads * group, V), self.q.dtype)
         self.state_out = np.zeros_like(self.state_in)
         self.scale = K**-0.5
 
@@ -56,11 +58,15 @@ class Call:
         def heads_first(array):
             return array.transpose(0, 2, 1, 3)
 
+        def in_groups(array):
+            B, T, H, size = array.shape
+            return array.reshape(B, T, H // self.group, self.group, size).transpose(0, 2, 3, 1, 4)
+
         table, count = chunk_table(self.lengths, self.row.chunk)
         decay = np.ascontiguousarray(self.log_decay.transpose(0, 2, 1))
-        rows = [heads_first(a) for a in (self.q, self.k, self.v)]
+        rows = [in_groups(self.q), heads_first(self.k), heads_first(self.v)]
         scalars = [ctypes.c_int(count), ctypes.c_float(self.scale)]
-        return [*rows, decay, self.state_in, table, *scalars, heads_first(self.out), self.state_out]
+        return [*rows, decay, self.state_in, table, *scalars, in_groups(self.out), self.state_out]
 
     def run(self, device):
         device.call(self.row.name, *self.arguments())

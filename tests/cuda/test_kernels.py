@@ -11,9 +11,16 @@ from conftest import Call, chunk_table
 from rows import CHUNKWISE, smallest
 from tolerances import OUT, STATE
 
-# Each row gets one of these in turn, rows of large sizes, which take long, the first: lengths, heads, batch entries.
-LARGE, LARGE_ROW = ([66], 1, 1), 128 * 256
-CALLS = [([70, 0, 130, 1], 2, 1), ([129], 1, 2), ([1, 63, 64, 65], 1, 2), ([130, 0, 6], 2, 1), ([2], 1, 1)]
+# Each row gets one of these in turn, rows of large sizes, which take long, the first: lengths, heads of keys, batch
+# entries, heads of queries for each of keys.
+LARGE, LARGE_ROW = ([66], 1, 1, 1), 128 * 256
+CALLS = [
+    ([70, 0, 130, 1], 2, 1, 1),
+    ([66], 2, 1, 3),
+    ([1, 63, 64, 65], 1, 2, 1),
+    ([130, 0, 6], 1, 1, 2),
+    ([2], 1, 1, 1),
+]
 
 
 def cases():
@@ -23,9 +30,9 @@ def cases():
         yield pytest.param(row, *(LARGE if large else next(turns)), id=row.name)
 
 
-@pytest.mark.parametrize(("row", "lengths", "heads", "batch"), list(cases()))
-def test_matches_reference(device, row, lengths, heads, batch):
-    call = Call(row, lengths, heads, batch, size=None if row.key_size else (5, 19))
+@pytest.mark.parametrize(("row", "lengths", "heads", "batch", "group"), list(cases()))
+def test_matches_reference(device, row, lengths, heads, batch, group):
+    call = Call(row, lengths, heads, batch, size=None if row.key_size else (5, 19), group=group)
     call.run(device)
     out, state = call.errors()
     assert out <= OUT[row.dtype]
@@ -48,7 +55,7 @@ def test_strides_that_are_no_multiple_of_16_bytes_are_refused(device, row):
     assert row.row_alignment * (4 if row.dtype == "f32" else 2) == 16
     call = Call(row, [70], heads=1)
     arguments = call.arguments()
-    padded = np.zeros((1, 70, 1, row.key_size + 1), call.q.dtype).transpose(0, 2, 1, 3)[..., : row.key_size]
+    padded = np.zeros((1, 1, 1, 70, row.key_size + 1), call.q.dtype)[..., : row.key_size]
     with pytest.raises(RuntimeError, match="q.stride.1"):
         device.call(row.name, padded, *arguments[1:])
 

@@ -15,7 +15,7 @@ class Steps(Call):
     """The same tokens one by one: `state_out` is advanced in place."""
 
     def __init__(self, row, tokens, size):
-        super().__init__(row, [tokens], heads=2, batch=2, size=None if row.key_size else size)
+        super().__init__(row, [tokens], heads=2, batch=2, group=2, size=None if row.key_size else size)
         self.state_out[:] = self.state_in
 
     def take(self, device, t):
@@ -23,10 +23,11 @@ class Steps(Call):
         state = np.ascontiguousarray(self.state_out[:, :, 0])
         sums = np.zeros((batch, heads, 1, V), np.float32)
         every_row = np.lib.stride_tricks.as_strided(sums, (batch, heads, K, V), (*sums.strides[:2], 0, 4))
-        rows = [np.ascontiguousarray(x[:, t]) for x in (self.q, self.k, self.v, self.log_decay)]
-        out = np.zeros((batch, heads, V), self.out.dtype)
-        device.call(self.row.name, *rows, ctypes.c_float(self.scale), state, every_row, out)
-        self.state_out[:, :, 0], self.out[:, t] = state, out
+        q, k, v, decay = (np.ascontiguousarray(x[:, t]) for x in (self.q, self.k, self.v, self.log_decay))
+        out = np.zeros((batch, heads, self.group, V), self.out.dtype)
+        q = q.reshape(batch, heads, self.group, K)
+        device.call(self.row.name, q, k, v, decay, ctypes.c_float(self.scale), state, every_row, out)
+        self.state_out[:, :, 0], self.out[:, t] = state, out.reshape(self.out[:, t].shape)
 
 
 @pytest.mark.parametrize("row", RECURRENT, ids=str)

@@ -59,6 +59,26 @@ TEST_P(Numbers, DecaysThatFp32CannotHoldDoNotDrift) {
     }
 }
 
+TEST_P(Numbers, ManyOnesAreCountedExactly) {
+    // Of each token q.k = 64 and v = 1: out is the number of tokens, the state too, and no sum is rounded.
+    const int64_t T = 65536;
+    const Dtype dtype = GetParam().dtype;
+    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT}) {
+        if (backend_of(GetParam().target) != "cpu") continue;  // minutes where a GPU is emulated
+        Context context(GetParam().target);
+        Array ones({1, T, 1, 64}), out({1, T, 1, 64}), state({1, 1, 64, 64});
+        ones.fill(1.0f);
+        Forward f{ones, ones, ones, {}, {}, out, state};
+        f.scale = 0x1p-22f, f.dtype = dtype, f.form = form;
+        run(f, context);
+        int64_t wrong = 0;
+        each(out.shape, [&](const Index &i) { wrong += out(i) != dtype.round((i[1] + 1) * 0x1p-16); });
+        EXPECT_EQ(wrong, 0);
+        each(state.shape, [&](const Index &i) { wrong += state(i) != T; });
+        EXPECT_EQ(wrong, 0) << "in the state";
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(, Numbers, testing::ValuesIn(instances({{64, 64}}, {{64, 64}})),
                          [](const auto &info) { return name(info.param); });
 

@@ -27,6 +27,7 @@ protected:
             from = to;
         }
     }
+    bool on_cpu() const { return backend_of(GetParam().target) == "cpu"; }
     int64_t chunks(int64_t T) const { return (T + C - 1) / C; }
 };
 
@@ -304,6 +305,164 @@ TEST_P(Retention, NotANumberStaysInItsHead) {
          [&](const Index &i) { EXPECT_TRUE(poisoned(i[0], i[1]) || p.final_state(i) == clean.final_state(i)) << text(i); });
     EXPECT_TRUE(std::isnan(p.out({1, 5, 0, 0})) && std::isnan(p.out({1, C + 8, 1, 0})) && std::isnan(p.out({0, C + 8, 1, 0})));
     EXPECT_FALSE(std::isfinite(p.out({0, C + 8, 2, 0})));
+}
+
+TEST_P(Retention, HeadsInGroups) {
+    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT})
+        for (int64_t group : {3, 6}) {
+            SCOPED_TRACE("form " + std::to_string(form) + ", groups of " + std::to_string(group));
+            if (form == HOLDFAST_FORM_RECURRENT && !on_cpu()) continue;
+            Problem p{2, C + 5, 6, K, V, Gates::resets, Layout::padded, true, dtype, group};
+            Forward f = p.forward();
+            f.form = form;
+            run(f);
+            p.expect_reference(C, chunks(p.T));
+        }
+    Problem p{1, 2 * C + 1, 4, K, V, Gates::per_head, Layout::swapped, false, dtype, 2};
+    run(p.forward());
+    p.expect_reference(C, chunks(p.T));
+}
+
+TEST_P(Retention, GroupsAreRepeatedKeys) {
+    if (!on_cpu()) GTEST_SKIP() << "slow where a GPU is emulated; HeadsInGroups runs there";
+    Problem groups{2, C + 5, 4, K, V, Gates::weak, Layout::compact, true, dtype, 2}, repeated = groups;
+    run(groups.forward());
+    Forward f = repeated.forward();
+    Array state({2, 4, K, V});
+    auto repeat = [](Tensor x, int axis, Array &to) {
+        each(to.shape, [&](const Index &i) {
+            int64_t offset = 0;
+            for (size_t n = 0; n < i.size(); n++) offset += ((int)n == axis ? i[n] / 2 : i[n]) * x.stride[n];
+            to(i) = x.data[offset];
+        });
+        return Tensor(to);
+    };
+    Array k({2, C + 5, 4, K}), v({2, C + 5, 4, V}), log_decay({2, C + 5, 4}), initial({2, 4, K, V});
+    f.k = repeat(f.k, 2, k), f.v = repeat(f.v, 2, v), f.log_decay = repeat(f.log_decay, 2, log_decay);
+    f.initial_state = repeat(f.initial_state, 1, initial), f.final_state = state;
+    run(f);
+    EXPECT_TRUE(same_bits(groups.out, repeated.out));
+    each(groups.final_state.shape,
+         [&](const Index &i) { EXPECT_EQ(groups.final_state(i), state({i[0], 2 * i[1] + 1, i[2], i[3]})) << text(i); });
+}
+
+TEST_P(Retention, PackedSequences) {
+    // The longest last: it is the one that is run where a GPU is emulated, after the one without tokens.
+    std::vector<Index> all = {{0, 2, 2, 2 + C / 4}, {0, 3 * C}, {0, 0, 0}, {0, 0, C + 1, C + 1, C + 2, 2 * C + 4, 2 * C + 4}};
+    if (!on_cpu()) all.erase(all.begin(), all.begin() + 2);
+    for (const Index &starts : all)
+        for (bool initial : {true, false}) {
+            if (!initial && !on_cpu()) continue;
+            SCOPED_TRACE(text(starts) + (initial ? ", initial states" : ""));
+            Problem p{1, starts.back(), 4, K, V, Gates::resets, Layout::padded, initial, dtype, 2, starts};
+            run(p.forward());
+            p.expect_reference(C, chunks(p.T));
+        }
+}
+
+TEST_P(Retention, PackedSequencesAreCallsOfTheirOwn) {
+    if (!on_cpu()) GTEST_SKIP() << "slow where a GPU is emulated; PackedSequences runs there";
+    const Index starts = {0, C + 3, C + 3, 3 * C + 5};
+    Problem packed{1, starts.back(), 2, K, V, Gates::weak, Layout::compact, true, dtype, 1, starts}, apart = packed;
+    run(packed.forward());
+    for (int s : {2, 1, 0}) {
+        Forward f = apart.forward().tokens(starts[s], starts[s + 1]);
+        f.starts = {}, f.form = HOLDFAST_FORM_CHUNKWISE;
+        f.initial_state = f.initial_state.part(0, s, s + 1), f.final_state = f.final_state.part(0, s, s + 1);
+        run(f);
+    }
+    EXPECT_TRUE(same_bits(packed.out, apart.out));
+    EXPECT_TRUE(same_bits(packed.final_state, apart.final_state));
+}
+
+TEST_P(Retention, StartsMayBeOf32Bits) {
+    if (!on_cpu()) GTEST_SKIP() << "they are read on the CPU";
+    Problem wide{1, C + 3, 2, K, V, Gates::weak, Layout::compact, true, dtype, 1, {0, 5, C + 3}}, narrow = wide;
+    run(wide.forward());
+    Forward f = narrow.forward();
+    DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), out = f.out.dl();
+    DLTensor initial = f.initial_state.dl(), final = f.final_state.dl();
+    Stored rows[] = {{dtype, narrow.q}, {dtype, narrow.k}, {dtype, narrow.v}, {dtype, narrow.out}};
+    int n = 0;
+    for (DLTensor *x : {&q, &k, &v, &out}) x->data = rows[n++].data(), x->dtype = dl_type(dtype);
+    int32_t starts[] = {0, -1, 5, -1, (int32_t)C + 3};
+    int64_t extent = 3, stride = 2;
+    const DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 32, 1}, &extent, &stride, 0};
+    holdfast_forward_args args = forward_args(&q, &k, &v, &log_decay, &initial, &out, &final);
+    args.cu_seqlens = &cu_seqlens;
+    ASSERT_EQ(holdfast_forward(*context, &args), HOLDFAST_OK) << context->error();
+    rows[3].load();
+    EXPECT_TRUE(same_bits(wide.out, narrow.out));
+}
+
+TEST_P(Retention, ValueMajorStates) {
+    for (int64_t T : {(int64_t)0, C / 4, 2 * C + 1})
+        for (bool in_place : {false, true}) {
+            SCOPED_TRACE("T " + std::to_string(T) + (in_place ? ", in place" : ""));
+            Problem p{2, T, 4, K, V, Gates::weak, Layout::padded, true, dtype, 2, {}, true};
+            Forward f = p.forward();
+            if (!in_place) {
+                run(f);
+                p.expect_reference(C, chunks(T) + T);
+                continue;
+            }
+            Problem apart = p;
+            run(apart.forward());
+            f.final_state = f.initial_state;
+            run(f);
+            EXPECT_TRUE(same_bits(p.initial_state, apart.final_state) && p.initial_state.gaps_intact());
+        }
+}
+
+TEST_P(Retention, FormsThatAreForced) {
+    if (!on_cpu()) GTEST_SKIP() << "the recurrent form is of the CPU so far";
+    const std::pair<holdfast_form, const char *> forms[] = {{HOLDFAST_FORM_CHUNKWISE, "chunkwise"},
+                                                            {HOLDFAST_FORM_RECURRENT, "recurrent"}};
+    for (const auto &[form, kernel] : forms)
+        for (int64_t T : {(int64_t)1, 2 * C + 3}) {
+            SCOPED_TRACE(std::string(kernel) + ", T " + std::to_string(T));
+            Problem p{2, T, 2, K, V, Gates::resets, Layout::compact, true, dtype};
+            Forward f = p.forward();
+            f.form = form;
+            run(f);
+            p.expect_reference(C, chunks(T) + T);
+            EXPECT_NE(context->messages.back().find(variant_for(GetParam().target, GetParam().size, dtype, kernel)->name),
+                      std::string::npos)
+                << context->messages.back();
+        }
+}
+
+TEST_P(Retention, NotANumberStaysInItsGroupAndSequence) {
+    const Index starts = {0, C + 2, 2 * C + 4};
+    Problem clean{1, starts.back(), 4, K, V, Gates::weak, Layout::compact, true, dtype, 2, starts}, p = clean;
+    run(clean.forward());
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    p.q({0, 3, 1, 0}) = nan, p.k({0, C + 7, 1, 0}) = nan;  // of head 1 in sequence 0; of heads 2 and 3 in sequence 1
+    run(p.forward());
+    auto poisoned = [&](int64_t t, int64_t h) { return t < C + 2 ? h == 1 : h > 1; };
+    each(p.out.shape, [&](const Index &i) { EXPECT_TRUE(poisoned(i[1], i[2]) || p.out(i) == clean.out(i)) << text(i); });
+    each(p.final_state.shape,
+         [&](const Index &i) { EXPECT_TRUE((i[0] == 1 && i[1] == 1) || p.final_state(i) == clean.final_state(i)) << text(i); });
+    EXPECT_TRUE(std::isnan(p.out({0, 3, 1, 0})) && std::isnan(p.out({0, 2 * C + 3, 2, 0})) &&
+                std::isnan(p.out({0, 2 * C + 3, 3, 0})));
+}
+
+TEST_P(Retention, ColumnsOfValuesAreSharedAmongThreads) {
+    if (!on_cpu()) GTEST_SKIP() << "threads are the CPU's";
+    // Fewer sequences and heads than threads: the same bits as from one.
+    Problem one{1, V == 64 ? 1029 : 3 * C + 5, 2, K, V, Gates::resets, Layout::padded, true, dtype, 2}, many = one;
+    ASSERT_EQ(holdfast_context_set_threads(*context, 1), HOLDFAST_OK);
+    run(one.forward());
+    one.expect_reference(C, chunks(one.T));
+    ASSERT_EQ(holdfast_context_set_threads(*context, 4), HOLDFAST_OK);
+    run(many.forward());
+    EXPECT_TRUE(same_bits(one.out, many.out));
+    EXPECT_TRUE(same_bits(one.final_state, many.final_state));
+    EXPECT_TRUE(many.out.gaps_intact() && many.final_state.gaps_intact());
+    if (V == 64) {
+        EXPECT_NE(context->messages.back().find("32 columns of values at a time, 2 threads"), std::string::npos)
+            << context->messages.back();
+    }
 }
 
 TEST_P(Retention, SameBitsInEveryRunForAnyNumberOfThreads) {

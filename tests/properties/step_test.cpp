@@ -38,6 +38,16 @@ TEST_P(StepTest, MatchesReference) {
             }
 }
 
+TEST_P(StepTest, HeadsInGroupsAndValueMajorStates) {
+    for (int64_t group : {1, 2, 6})
+        for (bool value_major : {false, true}) {
+            SCOPED_TRACE("groups of " + std::to_string(group) + (value_major ? ", value-major" : ""));
+            Problem p{2, 9, 6, K, V, Gates::strong, Layout::padded, true, dtype, group, {}, value_major};
+            run_steps(p, *context);
+            p.expect_reference(1, p.T);
+        }
+}
+
 TEST_P(StepTest, IsAForwardCallOfOneToken) {
     for (Gates gates : {Gates::per_head, Gates::resets}) {
         SCOPED_TRACE(name(gates));
@@ -69,10 +79,16 @@ TEST_P(StepTest, IsWhatForwardDoesWithFewTokens) {
 
 TEST_P(StepTest, GoesOnFromAForwardCall) {
     const int64_t T = 3 * C + 2, cut = 2 * C + 1;
-    Problem p = problem(2, T, 2);
-    run(p.forward().tokens(0, cut));
-    for (int64_t t = cut; t < T; t++) ASSERT_EQ(step(p.forward(), t).run(*context), HOLDFAST_OK) << context->error();
-    p.expect_reference(C, T);
+    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT})
+        for (int64_t group : {1, 2}) {
+            SCOPED_TRACE("form " + std::to_string(form) + ", groups of " + std::to_string(group));
+            Problem p{2, T, 2, K, V, Gates::weak, Layout::compact, true, dtype, group, {}, group == 2};
+            Forward f = p.forward();
+            f.form = form;
+            run(f.tokens(0, cut));
+            for (int64_t t = cut; t < T; t++) ASSERT_EQ(step(f, t).run(*context), HOLDFAST_OK) << context->error();
+            p.expect_reference(C, T);
+        }
 }
 
 TEST_P(StepTest, ScaleMultipliesScores) {

@@ -13,16 +13,17 @@ TOLERANCE = 2e-6
 def retention(
     q: Any, k: Any, v: Any, log_decay: Any = None, scale: float | None = None, initial_state: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(out, state) in float64: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t, out_t = scale q_t S_t."""
+    """(out, state) in float64: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t, out_t = scale q_t S_t. q may have more heads
+    than k."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    B, T, H, K = q.shape
-    V = v.shape[3]
+    B, T, H, K = k.shape
+    group, V = q.shape[2] // H if H else 1, v.shape[3]
     decay = np.ones((B, T, H)) if log_decay is None else np.broadcast_to(np.exp(log_decay, dtype=np.float64), (B, T, H))
     state = np.zeros((B, H, K, V)) if initial_state is None else np.array(initial_state, np.float64)
-    out = np.zeros((B, T, H, V))
+    out = np.zeros((B, T, H * group, V))
     for t in range(T):
         state = decay[:, t, :, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
-        out[:, t] = np.einsum("bhd,bhde->bhe", q[:, t], state)
+        out[:, t] = np.einsum("bhd,bhde->bhe", q[:, t], state.repeat(group, axis=1))
     return out * (K**-0.5 if scale is None else scale), state
 
 

@@ -243,23 +243,29 @@ def test_chunk_size(check):
 
 
 @pytest.mark.parametrize(
-    "name, later, nonsense",
+    "name, nonsense",
     [
-        ("degree", [2, 3, 4], [0, -1, 1.5, "1", None]),
-        ("normalize", [True], ["yes", 2]),
-        ("form", ["parallel", "recurrent"], ["foo", "", None]),
-        ("return_weights", [True], ["yes"]),
-        ("state_layout", ["vk"], ["kk", None]),
-        ("expansion", ["tiled"], ["loose", None]),
+        ("degree", [0, -1, 5, 1.5, "1", None]),
+        ("normalize", ["yes", 2]),
+        ("form", ["foo", "", None, []]),
+        ("return_weights", ["yes"]),
+        ("state_layout", ["kk", None]),
+        ("expansion", ["loose", None]),
     ],
 )
-def test_options(check, name, later, nonsense):
-    for value in later:
-        check(NotImplementedError, f"{name} = {value!r} is not implemented yet; expected", **{name: value})
+def test_options(check, name, nonsense):
     for value in nonsense:
         check(ValueError, f"{name} is {value!r}; expected", **{name: value})
 
 
-@pytest.mark.parametrize("name", ["initial_sum_of_keys", "cu_seqlens"])
-def test_arrays_of_later_versions(check, name):
-    check(NotImplementedError, f"{name} is not implemented yet; expected None", **{name: np.ones(3, np.float32)})
+def test_options_that_contradict(check):
+    p = check.problem
+    check(ValueError, "weights is given and form is 0; expected 1", return_weights=True)
+    check(ValueError, "expansion is HOLDFAST_EXPANSION_TILED, degree 1", expansion="tiled")
+    check(ValueError, "initial_sum_of_keys is given, and degree 1", initial_sum_of_keys=p.initial_state[..., 0])
+    check(ValueError, "initial_state [N, Hk, V, D] has D = 6; expected 8", state_layout="vk")
+    check(ValueError, "initial_state [N, Hk, D, V] has D = 8; expected 36", degree=2, normalize=False)
+    check(ValueError, "cu_seqlens is given and q [B, T, H, K] has B = 2; expected 1", cu_seqlens=np.array([0, 5]))
+    check(
+        NotImplementedError, "cu_seqlens has dtype float32; expected int32 or int64", cu_seqlens=np.ones(3, np.float32)
+    )

@@ -54,6 +54,54 @@ def test_cut_and_continue(problem, cut):
     assert_close(state, final)
 
 
+@pytest.mark.parametrize("form", ["auto", "chunkwise", "recurrent"])
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_heads_in_groups(problem, heads, form):
+    p = problem(2, 70, 6, 24, 40)
+    k, v, decay, state = p.k[:, :, :heads], p.v[:, :, :heads], p.log_decay[:, :, :heads], p.initial_state[:, :heads]
+    expected, expected_state = reference.retention(p.q, k, v, decay, initial_state=state)
+    out, state = holdfast.retention(p.q, k, v, decay, initial_state=state, return_state=True, form=form)
+    assert_close(out, expected)
+    assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_packed_sequences(problem, dtype):
+    p = problem(1, 100, 2, 24, 40)
+    starts = np.array([0, 0, 37, 38, 100, 100], dtype)
+    states = np.concatenate([p.initial_state] * 5)
+    out, final = holdfast.retention(
+        p.q, p.k, p.v, p.log_decay, cu_seqlens=starts, initial_state=states, return_state=True
+    )
+    assert final.shape == states.shape
+    for n in range(5):
+        part = slice(starts[n], starts[n + 1])
+        expected, expected_state = reference.retention(
+            p.q[:, part], p.k[:, part], p.v[:, part], p.log_decay[:, part], initial_state=states[n : n + 1]
+        )
+        assert_close(out[:, part], expected)
+        assert_close(final[n : n + 1], expected_state)
+
+
+def test_value_major_states(problem):
+    p = problem(2, 70, 2, 24, 40)
+    given = np.ascontiguousarray(p.initial_state.swapaxes(2, 3))
+    out, state = holdfast.retention(p.q, p.k, p.v, p.log_decay, initial_state=p.initial_state, return_state=True)
+    vk_out, vk = holdfast.retention(
+        p.q, p.k, p.v, p.log_decay, initial_state=given, return_state=True, state_layout="vk"
+    )
+    np.testing.assert_array_equal(vk_out, out)
+    np.testing.assert_array_equal(vk, state.swapaxes(2, 3))
+    assert vk.flags.c_contiguous
+
+
+def test_what_no_kernel_computes_yet(problem):
+    p = problem(1, 20, 2, 16, 8)
+    for options in ({"degree": 2}, {"normalize": True}, {"form": "parallel", "return_weights": True}):
+        with pytest.raises(NotImplementedError, match="no kernel"):
+            holdfast.retention(p.q, p.k, p.v, p.log_decay, return_state=True, **options)
+
+
 @pytest.mark.parametrize("scale", [1, -0.25, np.float32(3)])
 def test_scale(problem, scale):
     p = problem(1, 70, 2, 16, 8)

@@ -98,6 +98,16 @@ def test_torch(token):
         holdfast.retention_step(p.q, p.k, p.v, None, torch.zeros(B, H, K, V, requires_grad=True))
 
 
+def test_heads_in_groups(problem):
+    p = problem(2, 9, 6, 24, 40)
+    k, v, decay, state = p.k[:, :, :2], p.v[:, :, :2], p.log_decay[:, :, :2], p.initial_state[:, :2].copy()
+    expected, final = reference.retention(p.q, k, v, decay, initial_state=state)
+    for t in range(9):
+        out = holdfast.retention_step(p.q[:, t], k[:, t], v[:, t], decay[:, t], state)
+        assert_close(out, expected[:, t])
+    assert_close(state, final)
+
+
 @pytest.mark.parametrize("B, H", [(0, 2), (2, 0)])
 def test_nothing_to_do(token, B, H):
     p = token(B, H, 4, 3)
@@ -137,9 +147,10 @@ READ_ONLY = np.broadcast_to(np.float32(0), (B, H, K, V))
         (ValueError, "degree is 0; expected 1", {"degree": 0}),
         (NotImplementedError, "state has dtype float64; expected float32", {"state": np.ones((B, H, K, V))}),
         (NotImplementedError, "v is on device type 10", {"v": Exporter(ones(B, H, V), device=ROCM)}),
-        (NotImplementedError, "degree = 2 is not implemented yet; expected 1", {"degree": 2}),
-        (NotImplementedError, "normalize = True is not implemented yet; expected", {"normalize": True}),
-        (NotImplementedError, "sum_of_keys is not implemented yet; expected None", {"sum_of_keys": np.ones((B, H, K))}),
+        (ValueError, "state [B, Hk, D, V] has D = 8; expected 36", {"degree": 2}),
+        (ValueError, "sum_of_keys is NULL; expected a tensor [B, Hk, D]", {"normalize": True}),
+        (ValueError, "sum_of_keys is given, and degree 1", {"sum_of_keys": ones(B, H, K)}),
+        (NotImplementedError, "normalize is HOLD", {"normalize": True, "sum_of_keys": ones(B, H, K)}),
         (TypeError, "state is of type NoneType; expected an array", {"state": None}),
         (TypeError, "q is of type list; expected an array", {"q": [1.0]}),
     ],

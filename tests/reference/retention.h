@@ -20,37 +20,41 @@ struct Strided {
     }
 };
 
+/// Heads of queries in groups: head h has keys, values, decay and state of head h / group, of Hk = H / group.
 struct Inputs {
-    int64_t B, T, H, K, V;
-    Strided q = {}, k = {}, v = {};  // [B, T, H, K], [B, T, H, K], [B, T, H, V]
-    Strided log_decay = {};          // [B, T, H]
-    Strided initial_state = {};      // [B, H, K, V]
+    int64_t B, T, H, K, V, group = 1;
+    Strided q = {}, k = {}, v = {};  // [B, T, H, K], [B, T, Hk, K], [B, T, Hk, V]
+    Strided log_decay = {};          // [B, T, Hk]
+    Strided initial_state = {};      // [B, Hk, K, V]
     double scale = 1;
 };
 
 struct Result {
-    std::vector<double> out, state;  // row-major [B, T, H, V] and [B, H, K, V]
+    std::vector<double> out, state;  // row-major [B, T, H, V] and [B, Hk, K, V]
 };
 
 ///   S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t,   out_t = scale q_t S_t,   state = S_T
 inline Result retention(const Inputs &in) {
-    const int64_t B = in.B, T = in.T, H = in.H, K = in.K, V = in.V;
-    Result result{std::vector<double>(B * T * H * V), std::vector<double>(B * H * K * V)};
+    const int64_t B = in.B, T = in.T, H = in.H, K = in.K, V = in.V, Hk = H / in.group;
+    Result result{std::vector<double>(B * T * H * V), std::vector<double>(B * Hk * K * V)};
     std::vector<double> v(V);
     for (int64_t b = 0; b < B; b++)
-        for (int64_t h = 0; h < H; h++) {
-            double *S = result.state.data() + (b * H + h) * K * V;
+        for (int64_t h = 0; h < Hk; h++) {
+            double *S = result.state.data() + (b * Hk + h) * K * V;
             for (int64_t d = 0; d < K; d++)
                 for (int64_t e = 0; e < V; e++) S[d * V + e] = in.initial_state(b, h, d, e);
             for (int64_t t = 0; t < T; t++) {
                 const double decay = std::exp(in.log_decay(b, t, h));
-                double *out = result.out.data() + ((b * T + t) * H + h) * V;
                 for (int64_t e = 0; e < V; e++) v[e] = in.v(b, t, h, e);
                 for (int64_t d = 0; d < K; d++) {
-                    const double k = in.k(b, t, h, d), q = in.scale * in.q(b, t, h, d);
-                    for (int64_t e = 0; e < V; e++) {
-                        S[d * V + e] = decay * S[d * V + e] + k * v[e];
-                        out[e] += q * S[d * V + e];
+                    const double k = in.k(b, t, h, d);
+                    for (int64_t e = 0; e < V; e++) S[d * V + e] = decay * S[d * V + e] + k * v[e];
+                }
+                for (int64_t n = h * in.group; n < (h + 1) * in.group; n++) {
+                    double *out = result.out.data() + ((b * T + t) * H + n) * V;
+                    for (int64_t d = 0; d < K; d++) {
+                        const double q = in.scale * in.q(b, t, n, d);
+                        for (int64_t e = 0; e < V; e++) out[e] += q * S[d * V + e];
                     }
                 }
             }

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from math import comb
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -102,10 +103,12 @@ def retention(
     expansion: Literal["tight", "tiled"] = "tight",
     out: Array | None = None,
 ) -> Any:
-    """Retention of every batch entry and head, in time linear in T (decay first, then write):
+    """Retention of every sequence and head (decay first, then write):
 
-        S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t          S: [K, V], S_0 = initial_state
-        out_t = scale q_t S_t                               state = S_T
+        S_t = exp(log_decay_t) S_{t-1} + phi(k_t)^T v_t     S: [D, V], S_0 = initial_state, state = S_T
+        s_t = exp(log_decay_t) s_{t-1} + phi(k_t)           s: [D], likewise sum_of_keys, where out is normalized
+        out_t = scale^p phi(q_t) S_t                        phi(q).phi(k) = (q.k)^p; for p = 1 phi(x) = x
+        out_t = phi(q_t) S_t / phi(q_t) s_t                 where out is normalized
 
     With a constant decay per head (`decay`) this is RetNet's retention (Sun et al. 2023, arXiv:2307.08621), with a
     decay per token gated retention, also known as simple gated linear attention; without, linear attention. A sequence
@@ -113,59 +116,74 @@ def retention(
 
     Args:
         q: queries [B, T, H, K].
-        k: keys [B, T, H, K].
-        v: values [B, T, H, V].
-        log_decay: natural logarithm of the decay, [H] or [B, T, H], each <= 0; -infinity forgets all that came before.
-            None: no decay.
-        scale: multiplies q.k; finite, not 0. None: K^-1/2.
-        degree: power of q.k; 1.
-        normalize: divide by the sum of weights; False. None: degree > 1.
-        form: "chunkwise"; "auto" is the fastest one there is.
+        k: keys [B, T, Hk, K], H a multiple of Hk: head h of q and out has head h // (H // Hk) of everything else.
+        v: values [B, T, Hk, V].
+        log_decay: natural logarithm of the decay, [Hk] or [B, T, Hk], each <= 0; -infinity forgets all that came
+            before. None: no decay.
+        scale: multiplies q.k, before the power; finite, not 0. None: K^-1/2.
+        degree: p, the power of q.k: 1 to 4.
+        normalize: divide by the sum of weights. None: degree > 1.
+        form: "parallel" (all T x T weights), "chunkwise" (linear in T), "recurrent" (token by token), or "auto", the
+            fastest of the last two.
         chunk_size: work on at most this many tokens at a time, at least 1; changes rounding and speed, nothing else.
             None: the library's choice.
-        initial_state: [B, H, K, V]. None: zeros.
-        return_state: return (out, state) in place of out.
-        state_layout: "kv", [B, H, K, V].
-        expansion: layout of the expanded keys, of degree 2 and more; "tight".
+        initial_state: [N, Hk, D, V], of N = B sequences or those of cu_seqlens. None: zeros.
+        initial_sum_of_keys: [N, Hk, D], where out is normalized; given just when initial_state is.
+        cu_seqlens: packed sequences, [N + 1], int32 or int64, on the CPU: sequence s has the tokens cu_seqlens[s] to
+            cu_seqlens[s + 1] - 1 of the one batch entry. From 0 to T, never falling.
+        return_state: return the final state as well, and the sum of keys where out is normalized.
+        return_weights: return the weights as well; form "parallel".
+        state_layout: of the states: "kv", [.., D, V], or "vk", [.., V, D].
+        expansion: order of the D features of expanded keys, degree 2 and more: "tight", each monomial once, or "tiled",
+            degree 2 and K a multiple of 16 (holdfast.h: HOLDFAST_EXPANSION_TILED).
         out: written in place and returned itself, [B, T, H, V].
-        initial_sum_of_keys, cu_seqlens, return_weights: of later versions, like all other values of degree, normalize,
-            form, state_layout and expansion: NotImplementedError.
+
+    Not computed so far, NotImplementedError: degree > 1, normalization, form "parallel".
 
     Returns:
-        out [B, T, H, V], or (out, state) with state [B, H, K, V]. New arrays are of q's kind: torch.Tensor for a
-        torch.Tensor, what from_dlpack of its namespace makes for other arrays of the array API, else numpy.ndarray.
-        In bfloat16 `out` is a numpy.ndarray where q is one, of q's dtype, and where none of these applies a
-        BFloat16Array.
+        out [B, T, H, V]; or (out, state), (out, state, sum_of_keys), with the weights [B, H, T, T] last when asked for.
+        New arrays are of q's kind: torch.Tensor for a torch.Tensor, what from_dlpack of its namespace makes for other
+        arrays of the array API, else numpy.ndarray. In bfloat16 `out` is a numpy.ndarray where q is one, of q's dtype,
+        and where none of these applies a BFloat16Array.
 
-    q, k, v and out have one dtype: float32, float16 or bfloat16. log_decay and states are float32. Sums are in float32
-    whatever the dtype, and out is rounded once, to the nearest. All arrays are on one device, of any strides but with a
-    contiguous last axis (log_decay: any strides), also negative or 0 (inputs). On CUDA the call returns when its work
-    is in the stream. Inputs may be read-only and may share memory; `out` may not share memory with any of them. B, T
-    and H may be 0. Results are the same bits from call to call and for any number of threads.
+    q, k, v, out and weights have one dtype: float32, float16 or bfloat16. log_decay, states and sums of keys are
+    float32. Sums are in float32 whatever the dtype, and out is rounded once, to the nearest. All arrays are on one
+    device, of any strides but with a contiguous last axis (log_decay and cu_seqlens: any strides), also negative or 0
+    (inputs). On CUDA the call returns when its work is in the stream. Inputs may be read-only and may share memory;
+    `out` may not share memory with any of them. B, T and H may be 0. Results are the same bits from call to call and
+    for any number of threads.
 
     Raises: see the module. A positive or NaN decay is a ValueError.
     """
+    options = None
     if (degree, normalize, form, return_weights, state_layout, expansion) != _DEFAULTS:
-        _check_option("degree", degree, now=(1,), later=(2, 3, 4))
-        _check_option("normalize", normalize, now=(None, False), later=(True,))
-        _check_option("form", form, now=("auto", "chunkwise"), later=("parallel", "recurrent"))
-        _check_option("return_weights", return_weights, now=(False,), later=(True,))
-        _check_option("state_layout", state_layout, now=("kv",), later=("vk",))
-        _check_option("expansion", expansion, now=("tight",), later=("tiled",))
-    if initial_sum_of_keys is not None:
-        raise NotImplementedError("initial_sum_of_keys is not implemented yet; expected None")
-    if cu_seqlens is not None:
-        raise NotImplementedError("cu_seqlens is not implemented yet; expected None")
+        if return_weights not in (False, True):
+            raise ValueError(f"return_weights is {return_weights!r}; expected False or True")
+        power, normalized = _degree(degree), _option("normalize", normalize, _NORMALIZE)
+        options = (
+            power,
+            normalized,
+            _option("form", form, _FORMS),
+            _option("state_layout", state_layout, _STATE_LAYOUTS),
+            _option("expansion", expansion, _EXPANSIONS),
+            0 if power == 1 else _expanded_size(q, power, expansion),
+            normalized == 2 or (normalized == 0 and power > 1),
+            bool(return_weights),
+        )
     if (device := _gpu(q)) is not None:
-        results = _on_gpu(q, v, return_state, out, "BTHK", "BTHV")
+        results = _on_gpu(q, k, v, return_state, out, options, cu_seqlens, "BT")
         stream = _cuda_stream(q) if device in _CUDA else 0
-        _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, *results, stream)
-        return results if return_state else results[0]
-    result = _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, out, None, 1)
-    new_out, state = result if return_state else (result, None)
-    if out is None:
-        new_out = _like(q, new_out)
-    return (new_out, _like(q, state)) if return_state else new_out
+    else:
+        results, stream = (out, None, None, None), 1
+    new_out, new_state, new_sum, new_weights = results
+    result = _holdfast.forward(
+        q, k, v, log_decay, scale, chunk_size, initial_state, return_state, new_out, new_state, stream,
+        initial_sum_of_keys, cu_seqlens, options, new_sum, new_weights,
+    )  # fmt: skip
+    if not isinstance(result, tuple):
+        return _like(q, result) if new_out is None else result
+    made = tuple(_like(q, x) if given is None else x for x, given in zip(result, results, strict=True) if x is not None)
+    return made
 
 
 def retention_step(
@@ -184,43 +202,44 @@ def retention_step(
     """One token of `retention`, the state updated in place (decay first, then write): what a model does for each token
     that it generates.
 
-        state <- exp(log_decay) state + k^T v
-        out = scale q state
+        state <- exp(log_decay) state + phi(k)^T v
+        sum_of_keys <- exp(log_decay) sum_of_keys + phi(k)      where out is normalized
+        out = scale^p phi(q) state                              or phi(q) state / phi(q) sum_of_keys
 
     Args:
         q: queries [B, H, K].
-        k: keys [B, H, K].
-        v: values [B, H, V].
-        log_decay: natural logarithm of the decay, [H] or [B, H], each <= 0; -infinity forgets all that came before.
+        k: keys [B, Hk, K], H a multiple of Hk: head h of q and out has head h // (H // Hk) of everything else.
+        v: values [B, Hk, V].
+        log_decay: natural logarithm of the decay, [Hk] or [B, Hk], each <= 0; -infinity forgets all that came before.
             None: no decay.
-        state: [B, H, K, V], read and written.
-        scale: multiplies q.k; finite, not 0. None: K^-1/2.
-        degree: power of q.k; 1.
-        normalize: divide by the sum of weights; False. None: degree > 1.
+        state: [B, Hk, D, V], read and written.
+        sum_of_keys: [B, Hk, D], read and written: given just where out is normalized.
+        scale: multiplies q.k, before the power; finite, not 0. None: K^-1/2.
+        degree: p, the power of q.k: 1 to 4.
+        normalize: divide by the sum of weights. None: degree > 1.
         out: written in place and returned itself, [B, H, V].
-        sum_of_keys: of later versions, like all other values of degree and normalize: NotImplementedError.
+
+    Not computed so far, NotImplementedError: degree > 1, normalization.
 
     Returns:
         out [B, H, V]: a new array of q's kind, as from `retention`, unless `out` is given.
 
-    Arrays are as for `retention`; neither `state` nor `out` may share memory with another one. Results are those of
-    `retention` with T = 1, on the CPU to the bit. `out` spares the making of an array, which takes as long as
-    a small step.
+    Arrays are as for `retention`; neither `state`, `sum_of_keys` nor `out` may share memory with another one. Results
+    are those of `retention` with T = 1, on the CPU to the bit. `out` spares the making of an array, which takes as long
+    as a small step.
 
     Raises: see the module. A positive or NaN decay is a ValueError. After an error other than MemoryError and
     RuntimeError the state is as it was.
     """
+    power, normalized = 1, 0
     if (degree, normalize) != (1, None):
-        _check_option("degree", degree, now=(1,), later=(2, 3, 4))
-        _check_option("normalize", normalize, now=(None, False), later=(True,))
-    if sum_of_keys is not None:
-        raise NotImplementedError("sum_of_keys is not implemented yet; expected None")
+        power, normalized = _degree(degree), _option("normalize", normalize, _NORMALIZE)
+    stream, given = 1, out
     if (device := _gpu(q)) is not None:
-        out, _ = _on_gpu(q, v, False, out, "BHK", "BHV")
+        given = _on_gpu(q, k, v, False, out, None, None, "B")[0]
         stream = _cuda_stream(q) if device in _CUDA else 0
-        return _holdfast.step(q, k, v, log_decay, state, scale, out, stream)
-    result = _holdfast.step(q, k, v, log_decay, state, scale, out, 1)
-    return _like(q, result) if out is None else result
+    result = _holdfast.step(q, k, v, log_decay, state, scale, given, stream, sum_of_keys, power, normalized)
+    return _like(q, result) if given is None else result
 
 
 def rotate(
@@ -432,13 +451,33 @@ def set_verbose(listener: Callable[[str], object] | None) -> None:
 _DEFAULTS = (1, None, "auto", False, "kv", "tight")
 
 
-def _check_option(name: str, value: object, now: tuple[object, ...], later: tuple[object, ...]) -> None:
-    if value in now:
-        return
-    expected = " or ".join(map(repr, now))
-    if value in later:
-        raise NotImplementedError(f"{name} = {value!r} is not implemented yet; expected {expected}")
-    raise ValueError(f"{name} is {value!r}; expected {expected}")
+# As in holdfast.h.
+_NORMALIZE = {None: 0, False: 1, True: 2}
+_FORMS = {"auto": 0, "parallel": 1, "chunkwise": 2, "recurrent": 3}
+_STATE_LAYOUTS = {"kv": 0, "vk": 1}
+_EXPANSIONS = {"tight": 0, "tiled": 1}
+
+
+def _option(name: str, value: Any, numbers: dict[Any, int]) -> int:
+    try:
+        return numbers[value]
+    except (KeyError, TypeError):
+        expected = ", ".join(map(repr, numbers))
+        raise ValueError(f"{name} is {value!r}; expected one of {expected}") from None
+
+
+def _degree(degree: Any) -> int:
+    if degree not in (1, 2, 3, 4):
+        raise ValueError(f"degree is {degree!r}; expected 1, 2, 3 or 4")
+    return int(degree)
+
+
+def _expanded_size(q: Any, degree: int, expansion: str) -> int:
+    """D of holdfast.h: features of an expanded key."""
+    key_size = int(q.shape[-1]) if getattr(q, "shape", ()) else 1
+    if expansion == "tiled":
+        return 256 * comb(key_size // 16 + 1, 2)
+    return comb(key_size + degree - 1, degree)
 
 
 _CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
@@ -466,8 +505,10 @@ def _cuda_stream(q: Any) -> int:
     return 1
 
 
-def _on_gpu(q: Any, v: Any, return_state: bool, out: Any, q_axes: str, v_axes: str) -> tuple[Any, Any]:
-    """(out, state), made where q is by q's own library as far as they are not given."""
+def _on_gpu(
+    q: Any, k: Any, v: Any, return_state: bool, out: Any, options: tuple | None, cu_seqlens: Any, axes: str
+) -> tuple[Any, Any, Any, Any]:
+    """(out, state, sum of keys, weights), made where q is by q's own library if they are wanted and not given."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(q, torch.Tensor):
         library = torch
@@ -479,18 +520,28 @@ def _on_gpu(q: Any, v: Any, return_state: bool, out: Any, q_axes: str, v_axes: s
             "expected an array of the array API"
         )
     else:
-        return out, None
-    for name, x, axes in (("q", q, q_axes), ("v", v, v_axes)):
+        return out, None, None, None
+    before = ", ".join(axes)
+    for name, x, last in (("q", q, "H, K"), ("k", k, "Hk, K"), ("v", v, "Hk, V")):
         rank = len(getattr(x, "shape", ()))
-        if rank != len(axes):
-            raise ValueError(f"{name} has {rank} dimensions; expected {len(axes)}, [{', '.join(axes)}]")
-    *rows, key_size = q.shape
-    value_size, state = v.shape[-1], None
-    if out is None:
-        out = library.empty((*rows, value_size), dtype=q.dtype, device=q.device)
-    if return_state:
-        state = library.empty((rows[0], rows[-1], key_size, value_size), dtype=library.float32, device=q.device)
-    return out, state
+        if rank != len(axes) + 2:
+            raise ValueError(f"{name} has {rank} dimensions; expected {len(axes) + 2}, [{before}, {last}]")
+    *rows, h, key_size = q.shape
+    key_heads, value_size = k.shape[-2], v.shape[-1]
+    _, _, _, value_major, _, expanded, sums, weights = options or (1, 0, 0, 0, 0, 0, False, False)
+    sequences = rows[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    size = expanded or key_size
+    state = (sequences, key_heads, value_size, size) if value_major else (sequences, key_heads, size, value_size)
+
+    def new(shape: tuple[int, ...], dtype: Any, wanted: bool) -> Any:
+        return library.empty(shape, dtype=dtype, device=q.device) if wanted else None
+
+    return (
+        new((*rows, h, value_size), q.dtype, True) if out is None else out,
+        new(state, library.float32, return_state),
+        new((sequences, key_heads, size), library.float32, return_state and sums),
+        new((rows[0], h, rows[-1], rows[-1]), q.dtype, weights),
+    )
 
 
 def _like(q: Any, result: np.ndarray) -> Any:

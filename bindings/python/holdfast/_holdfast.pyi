@@ -21,10 +21,28 @@ def forward(
     out: Any,
     final_state: Any,
     stream: int,
+    initial_sum_of_keys: Any,
+    cu_seqlens: Any,
+    options: tuple[int, int, int, int, int, int, bool, bool] | None,
+    final_sum_of_keys: Any,
+    weights: Any,
     /,
 ) -> Any: ...
 def bfloat16_capsule(bits: np.ndarray, /, **options: Any) -> Any: ...
-def step(q: Any, k: Any, v: Any, log_decay: Any, state: Any, scale: float | None, out: Any, stream: int, /) -> Any: ...
+def step(
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    state: Any,
+    scale: float | None,
+    out: Any,
+    stream: int,
+    sum_of_keys: Any,
+    degree: int,
+    normalize: int,
+    /,
+) -> Any: ...
 def rotate(x: Any, theta: Any, offset: int, positions: Any, interleaved: bool, out: Any, /) -> Any: ...
 def head_norm_gate(x: Any, gate: Any, weight: Any, layer_norm: bool, eps: float, out: Any, /) -> Any: ...
 def backends() -> dict[str, dict[str, Any]]: ...

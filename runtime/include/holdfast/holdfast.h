@@ -158,7 +158,8 @@ typedef struct holdfast_variant {
     int32_t round_operands; /**< 1 where matrix products read what is not of dtype rounded to it: holdfast_forward */
     int32_t runs_here;      /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
     int32_t selected;    /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size, rows as row_alignment
-                              says, and tensors on a device of its backend (or that backend forced), run this variant */
+                              says, and tensors on a device of its backend (or that backend forced), run this variant;
+                              or, where threads are left over, one for fewer values that gives the same bits */
     const char *missing; /**< the CPU features that this machine lacks, separated by spaces, or why its backend cannot run;
                               "" where it runs */
 } holdfast_variant;
@@ -288,8 +289,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *      out_t = scale^p phi(q_t) S_t                        phi(q).phi(k) = (q.k)^p; for p = 1 phi(x) = x
  *      out_t = phi(q_t) S_t / phi(q_t) s_t                 where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: degrees above 1 and normalization, but in the parallel form; the parallel form on a GPU, and its
- *  states for a degree above 1.
+ *  HOLDFAST_UNSUPPORTED so far: degrees above 1 and normalization, but in the parallel form; the parallel form's states for a
+ *  degree above 1; on a GPU, the parallel and the recurrent form, and value-major states that lie there.
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
  *  with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
@@ -301,7 +302,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
- *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU recurrent for few tokens, up to a quarter of a chunk, unless chunk_size is set.
+ *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU recurrent where no sequence is longer than a quarter of a chunk, unless
+ *  chunk_size is set.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their sequence and head (those of k and v
  *  reach all heads of queries that share it), but may reach earlier tokens of the same chunk.
@@ -312,9 +314,9 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *
  *  On a GPU: one launch sequence for the whole problem. log_decay is not looked at, so positive ones are computed with.
  *  Workspace grows with T: the states between all chunks. On CUDA, given a workspace and after the first call in a CUcontext
- *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph.
- *  Calls on Metal, OpenCL and Vulkan are made one after the other in a process, whatever their contexts; those on CUDA run
- *  side by side. A process that has used a GPU and forks must not use it in the child.
+ *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph;
+ *  except that one with cu_seqlens copies a table of chunks to the device, and may not. Calls on Metal, OpenCL and Vulkan are
+ *  made one after the other in a process, whatever their contexts; those on CUDA run side by side. A process that has used a GPU and forks must not use it in the child.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
  *  this build, an extent of 2^31 or more, D V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
@@ -360,12 +362,13 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *      out = scale^p phi(q) S                      of the new state
  *      out = phi(q) S / phi(q) s                   where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: degrees above 1, and normalization.
+ *  HOLDFAST_UNSUPPORTED so far: degrees above 1, and normalization; on a GPU, a value-major state that lies there.
  *
  *  The same as holdfast_forward with T = 1 and `state` as both states, on the CPU to the bit; as holdfast_forward of many tokens
- *  at once to rounding. Each state is read and written once. After the first call a context allocates nothing more on the CPU,
- *  where one thread works on up to half a megabyte of states; the same call on the same machine and target gives the same
- *  bits, for any number of threads.
+ *  at once to rounding. Each state is read and written once; of heads of queries that share it, all but the first read it
+ *  again, from cache. A value-major state is turned over and back, on the CPU in workspace. After the first call a context
+ *  allocates nothing more on the CPU, where one thread works on up to half a megabyte of states; the same call on the same
+ *  machine and target gives the same bits, for any number of threads.
  *
  *  On a GPU: what holdfast_forward says of log_decay, of CUDA's calls given a workspace and of those of other backends goes for
  *  steps too. A step is two launches for the whole problem, without a log_decay three.
