@@ -85,9 +85,9 @@ public:
         so.load(), sw.load();
 
         reference::ParallelInputs in;
-        static_cast<reference::Inputs &>(in) = {c.B, c.T, c.H, K, V};
+        static_cast<reference::Inputs &>(in) = {c.B, c.T, c.H * c.R, K, V, c.R};
         in.q = strided(q), in.k = strided(k), in.v = strided(v), in.log_decay = strided(log_decay), in.scale = scale;
-        in.R = c.R, in.degree = c.degree, in.normalized = c.normalized, in.initial = c.initial;
+        in.degree = c.degree, in.normalized = c.normalized, in.initial = c.initial;
         in.initial_state = states(state_in), in.initial_keys = states(keys_in);
         const reference::ParallelResult want = reference::parallel(in);
         const double share = tolerance::of_spread(K, c.T, 0);

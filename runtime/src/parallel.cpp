@@ -73,9 +73,8 @@ public:
                            {{0, (int32_t)p.length(s), 1}, {0, 1, 0}, {0, 0, 0}, {0, 0, 0}, {0, 1, 0}, {0, 1, 0}});
             call(workspace, s, h, {initial, h * p.group(), 0, 0, 1, weights}, state.floats(), sum.floats());
         }
-        const Tensor &S = p.final_state, &z = p.final_sum;
-        for (int64_t d = 0; S.rank && d < p.K; d++)
-            for (int64_t e = 0; e < p.V; e++) S.at(s, h, d)[e * S.stride[3]] = state.floats()[d * p.V + e];
+        const Tensor &z = p.final_sum;
+        if (p.final_state.rank) copy_state(State(state.floats(), p.K, p.V, p.V), State(p.final_state, s, h));
         if (z.rank) std::copy_n(sum.floats(), p.K, z.at(s, h));
     }
 
@@ -89,9 +88,8 @@ private:
         const bool given;
         Initial(const Problem &p, Workspace &workspace, int64_t s, int64_t h)
             : state(workspace, p.K * p.V), sum(workspace, p.K), given(p.initial_state.rank) {
-            const Tensor &S = p.initial_state, &z = p.initial_sum;
-            for (int64_t d = 0; given && d < p.K; d++)
-                for (int64_t e = 0; e < p.V; e++) state.floats()[d * p.V + e] = S.at(s, h, d)[e * S.stride[3]];
+            const Tensor &z = p.initial_sum;
+            if (given) copy_state(State(p.initial_state, s, h), State(state.floats(), p.K, p.V, p.V));
             for (int64_t d = 0; given && d < p.K; d++) sum.floats()[d] = z.rank ? z.at(s, h)[d] : 0;
         }
     };

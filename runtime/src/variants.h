@@ -46,7 +46,8 @@ struct Variant {
     int row_alignment;                // rows of q, k, v and out start at multiples of so many bytes
     bool round_operands;              // products read what is not of `dtype` rounded to it
     const Target *target;
-    std::variant<ChunkwiseKernel *, ParallelKernel *, RecurrentKernel *, RotateKernel *, HeadNormGateKernel *> run;  // that of `kernel`
+    std::variant<ChunkwiseKernel *, ParallelKernel *, RecurrentKernel *, RotateKernel *, HeadNormGateKernel *>
+        run;  // that of `kernel`
 };
 
 const std::vector<Target> &targets();  // best first

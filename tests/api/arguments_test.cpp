@@ -255,7 +255,6 @@ std::vector<Case> cases() {
         [](Call &c) { c.args.degree = 2, c.args.initial_state = nullptr, c.args.final_state = nullptr; });
     add("normalized", unsupported, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none",
         [](Call &c) { c.sum_up(); });
-    add("parallel", unsupported, "form is HOLDFAST_FORM_PARALLEL; expected another", [](Call &c) { c.want_weights(); });
 
     // ---- Missing tensors.
     add("q_null", invalid, "q is NULL; expected a tensor [B, T, H, K]", [](Call &c) { c.args.q = nullptr; });

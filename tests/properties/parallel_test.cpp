@@ -61,10 +61,10 @@ struct Call {
 
     reference::ParallelResult reference() const {
         reference::ParallelInputs in;
-        static_cast<reference::Inputs &>(in) = {B, T, H, K, V};
+        static_cast<reference::Inputs &>(in) = {B, T, H * group, K, V, group};
         in.q = strided(q), in.k = strided(k), in.v = strided(v), in.log_decay = strided(log_decay), in.scale = scale;
         in.initial_state = strided(state), in.initial_keys = strided(sum);
-        in.R = group, in.degree = degree, in.normalized = normalized, in.initial = states;
+        in.degree = degree, in.normalized = normalized, in.initial = states;
         return reference::parallel(in);
     }
     void expect_reference() const {

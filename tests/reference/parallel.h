@@ -6,16 +6,15 @@
 
 namespace reference {
 
-struct ParallelInputs : Inputs {  // here q is [B, T, H * R, K]: head h of keys has R heads of queries, from h * R on
-    int64_t R = 1;
+struct ParallelInputs : Inputs {
     int degree = 1;
     bool normalized = false;
     bool initial = true;        // states are given; for degree 1
-    Strided initial_keys = {};  // [B, H, K]
+    Strided initial_keys = {};  // [B, Hk, K]
 };
 
 struct ParallelResult {
-    // [B, T, H * R, V] and [B, H * R, T, T], and the size of what rounding errors are measured by
+    // [B, T, H, V] and [B, H, T, T], and the size of what rounding errors are measured by
     std::vector<double> out, out_spread, weights, weights_spread;
 };
 
@@ -28,7 +27,7 @@ struct ParallelResult {
 /// itself may be small for its gates alone: exp(x) has the relative error of x times x, which is added, and what is next to
 /// nothing may have been nothing on the way.
 inline ParallelResult parallel(const ParallelInputs &in) {
-    const int64_t B = in.B, T = in.T, H = in.H * in.R, K = in.K, V = in.V;
+    const int64_t B = in.B, T = in.T, H = in.H, K = in.K, V = in.V;
     ParallelResult result;
     result.out.resize(B * T * H * V), result.weights.resize(B * H * T * T);
     result.out_spread = result.out, result.weights_spread = result.weights;
@@ -36,7 +35,7 @@ inline ParallelResult parallel(const ParallelInputs &in) {
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
             for (int64_t i = 0; i < T; i++) {
-                const int64_t key = h / in.R;
+                const int64_t key = h / in.group;
                 double *weights = result.weights.data() + ((b * H + h) * T + i) * T;
                 double *spreads = result.weights_spread.data() + ((b * H + h) * T + i) * T;
                 double *out = result.out.data() + ((b * T + i) * H + h) * V;
@@ -52,7 +51,7 @@ inline ParallelResult parallel(const ParallelInputs &in) {
                     }
                     spread = std::max(std::sqrt(spread), std::abs(x));
                     weights[j] = std::pow(x, in.degree) * std::exp(log_decay);
-                    spreads[j] = in.degree * std::pow(spread, in.degree) * std::exp(log_decay);
+                    spreads[j] = in.degree * std::pow(std::abs(x), in.degree - 1) * spread * std::exp(log_decay);
                     sum += weights[j], sum_spread += square(spreads[j]);
                     for (int64_t e = 0; e < V; e++) {
                         const double v = in.v(b, j, key, e);

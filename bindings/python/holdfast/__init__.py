@@ -138,7 +138,8 @@ def retention(
             degree 2 and K a multiple of 16 (holdfast.h: HOLDFAST_EXPANSION_TILED).
         out: written in place and returned itself, [B, T, H, V].
 
-    Not computed so far, NotImplementedError: degree > 1, normalization, form "parallel".
+    Not computed so far, NotImplementedError: degree > 1 and normalization, but in form "parallel"; its states for
+    degree > 1; form "parallel" on a GPU.
 
     Returns:
         out [B, T, H, V]; or (out, state), (out, state, sum_of_keys), with the weights [B, H, T, T] last when asked for.
