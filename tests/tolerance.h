@@ -24,6 +24,12 @@ inline double of_spread(int64_t K, int64_t chunk, int64_t decays) {
     return rounding * (4 * std::sqrt(2.0 * K + chunk + 2.0 * decays) + 16);
 }
 
+/// The same for power retention (reference/power.h): sums over D features are made in blocks of about as many as there are of
+/// them, and each feature and power is a product of a few roundings.
+inline double of_power_spread(int64_t K, int64_t D, int64_t chunk, int64_t decays) {
+    return of_spread(K + (int64_t)std::sqrt(D), chunk, decays);
+}
+
 /// Below this the spread does not matter: fp32 has no numbers to be accurate with.
 constexpr double negligible = std::numeric_limits<float>::min();
 

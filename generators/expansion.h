@@ -1,0 +1,42 @@
+// phi(x) of degree p, the features of an expanded key: phi(x) . phi(y) = (x . y)^p. The algorithm only, as in chunkwise.h.
+//
+// Feature f is a product of p elements of x, a monomial, times the root of how often it stands in the p-th power. Which ones
+// is data, a table made in the kernel: p stores a feature, where the feature is then met by whole matrix products. The loops
+// that use it are the same for every degree and order of features, dense along time, without padding.
+#pragma once
+#include "Halide.h"
+
+namespace holdfast {
+
+constexpr int most_factors = 4;  // the highest degree
+
+/// The monomials x[a_1] x[a_2] .. x[a_p] of a_1 <= a_2 <= .. <= a_p, that one as feature
+/// f = C(a_1, 1) + C(a_2 + 1, 2) + .. + C(a_p + p - 1, p): by the last factor, then by the one before. It does not depend on K: what a
+/// smaller K has are the first ones. x[K] stands for 1.
+struct Expansion {
+    Halide::Func index;      // (s,f): which element the factor s is
+    Halide::Func weight;     // (f): sqrt(p! / (how often each element is there)!); 0 past the last feature
+    Halide::RDom over_list;  // index, weight, update 0: a_p, a_{p-1}, .., each once in every order: the sorted ones count
+    Halide::Expr key_extent, features;  // K, D
+    int factors;                        // slots s: the degree; most_factors where that is known at run time only,
+    bool open;                          // when x[K] stands in those that are left over
+
+    /// weight(f) x[index(0,f)] x[index(1,f)] ..: `element(s, d)` is element d of what factor s is taken of.
+    template<class Element>
+    Halide::Expr product(const Halide::Expr &f, const Element &element) const {
+        using namespace Halide;
+        Expr result = weight(f);
+        for (int s = 0; s < factors; s++)  // the table is data, which bounds inference cannot see through
+            result = result * element(s, unsafe_promise_clamped(index(s, f), 0, open ? key_extent : key_extent - 1));
+        return result;
+    }
+};
+
+/// D for x of `key_elements`.
+int expanded_size(int key_elements, int degree);
+
+/// `degree` 0: that at run time, 1 .. most_factors. `features` is D.
+Expansion expansion(const Halide::Expr &key_extent, const Halide::Expr &features, int degree,
+                    const Halide::Expr &degree_at_run_time);
+
+}  // namespace holdfast
