@@ -7,6 +7,7 @@
 using namespace Halide;
 
 namespace holdfast {
+
 ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Func &state_in,
                          const Chunks &chunks, const Expr &key_extent, const Expr &scale, const ChunkwiseSizes &sizes) {
     const int C = sizes.chunk;
@@ -14,11 +15,21 @@ ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func
     ChunkwiseFuncs f;
     f.q = q, f.k = k, f.v = v, f.log_decay = log_decay, f.state_in = state_in;
 
-    // Gates, always as differences.
-    const LogDecays decays = log_decays([&](const Expr &row) { return log_decay(row, c, h, b); }, C, {i, c, h, b});
-    f.decay_steps = decays.steps, f.decay_rest = decays.rest, f.over_row = decays.over_row;
-    auto log_decay_between = [&](const Expr &from, const Expr &to) { return decays.between(from, to, {c, h, b}); };
-    auto log_decay_until = [&](const Expr &to) { return decays.until(to, {c, h, b}); };
+    // Gates. A masked sum, not a running one: C^2 cheap terms, no serial dependence, and autodiff is exact through it.
+    auto steps = [&](const Expr &row) { return decay_steps_of(log_decay(row, c, h, b)); };
+    auto rest = [&](const Expr &row) { return decay_rest_of(log_decay(row, c, h, b)); };
+    f.over_row = RDom(0, C, "over_row");
+    f.decay_steps = Func("decay_steps");
+    f.decay_steps(i, c, h, b) += select(f.over_row <= i, steps(f.over_row), 0);
+    f.decay_rest = Func("decay_rest");
+    f.decay_rest(i, c, h, b) += select(f.over_row <= i, rest(f.over_row), 0.0f);
+    auto log_decay_between = [&](const Expr &from, const Expr &to) {  // tokens from + 1 .. to
+        return log_decay_of(f.decay_steps(to, c, h, b) - f.decay_steps(from, c, h, b),
+                            f.decay_rest(to, c, h, b) - f.decay_rest(from, c, h, b));
+    };
+    auto log_decay_until = [&](const Expr &to) {  // tokens 0 .. to
+        return log_decay_of(f.decay_steps(to, c, h, b), f.decay_rest(to, c, h, b));
+    };
     f.row_decay = Func("row_decay");
     f.row_decay(i, c, h, b) = scale * exp(log_decay_until(i));
     f.key_decay = Func("key_decay");

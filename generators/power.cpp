@@ -22,15 +22,25 @@ PowerFuncs power(const Func &q, const Func &k, const Func &v, const Func &log_de
         return result;
     };
 
-    // Gates, always as differences.
-    const LogDecays decays = log_decays([&](const Expr &row) { return log_decay(row, h, b); }, C, {i, h, b});
-    p.decay_steps = decays.steps, p.decay_rest = decays.rest, p.over_row = decays.over_row;
+    // Gates, always as differences. A masked sum, as in chunkwise.cpp.
+    p.over_row = RDom(0, C, "over_row");
+    p.decay_steps = Func("decay_steps");
+    p.decay_steps(i, h, b) += select(p.over_row <= i, decay_steps_of(log_decay(p.over_row, h, b)), 0);
+    p.decay_rest = Func("decay_rest");
+    p.decay_rest(i, h, b) += select(p.over_row <= i, decay_rest_of(log_decay(p.over_row, h, b)), 0.0f);
+    auto log_decay_between = [&](const Expr &from, const Expr &to) {  // tokens from + 1 .. to
+        return log_decay_of(p.decay_steps(to, h, b) - p.decay_steps(from, h, b),
+                            p.decay_rest(to, h, b) - p.decay_rest(from, h, b));
+    };
+    auto log_decay_until = [&](const Expr &to) {  // tokens 0 .. to
+        return log_decay_of(p.decay_steps(to, h, b), p.decay_rest(to, h, b));
+    };
     p.row_decay = Func("row_decay");
-    p.row_decay(i, h, b) = exp(decays.until(i, {h, b}));
+    p.row_decay(i, h, b) = exp(log_decay_until(i));
     p.key_decay = Func("key_decay");
-    p.key_decay(j, h, b) = exp(decays.between(j, C - 1, {h, b}));
+    p.key_decay(j, h, b) = exp(log_decay_between(j, C - 1));
     p.chunk_decay = Func("chunk_decay");
-    p.chunk_decay(h, b) = two_part_exp(decays.until(C - 1, {h, b}));
+    p.chunk_decay(h, b) = two_part_exp(log_decay_until(C - 1));
 
     // Operands.
     p.over_element = RDom(0, key_extent, "over_element");
@@ -62,7 +72,7 @@ PowerFuncs power(const Func &q, const Func &k, const Func &v, const Func &log_de
     p.scores = Func("scores");
     p.scores(j, i, g, h, b) += p.queries(p.over_key_element, i, g, h, b) * p.keys(p.over_key_element, j, h, b);
     p.weights = Func("weights");
-    const Expr between = select(j <= i, decays.between(j, i, {h, b}), 0.0f);  // could overflow above the diagonal
+    const Expr between = select(j <= i, log_decay_between(j, i), 0.0f);  // could overflow above the diagonal
     p.weights(j, i, g, h, b) = select(j <= i, raised(p.scores(j, i, g, h, b)) * exp(between), 0.0f);
     auto over_keys = [&](const char *name) {
         RDom over(0, C, name);
