@@ -60,7 +60,7 @@ struct Variant {
     bool recurrent() const { return !std::strcmp(kernel, "recurrent"); }
 };
 constexpr Variant variants[] = {
-#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, ...) \
     {#kernel, #name, #target, dtype, chunk, key_size, value_size},
 #include "variants.inc"
 #undef HOLDFAST_VARIANT

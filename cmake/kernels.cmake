@@ -1,8 +1,10 @@
 # The compiled variants: every combination in a row is one. The dtype is that of q, k, v and out: f32, f16 or bf16. KxV are
 # the key and value sizes, `any` reads them from the tensors; chunk is the longest chunk, of kernels that have chunks. Within
 # a target, rows that come first are preferred.
+# PARAMS are further parameters of the kernel's generator. One of them decides which calls get the variant: degree, that of
+# the power of q.k, 0: any.
 #
-#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] SIZES KxV ... TARGETS ...)
+#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] SIZES KxV ... TARGETS ... [PARAMS name=value ...])
 
 # Work per token grows with the chunk, the traffic of states (K V floats a chunk) falls with it: measured, 32 is best up to
 # 128x128 and 64 above.
@@ -39,3 +41,42 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
 holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
     SIZES any
     TARGETS cuda metal opencl vulkan)
+
+# Power retention. The state is large: longer chunks read and write it less often, and their own work grows. Measured: 64 for K =
+# 32, 128 for K = 64 and degrees above 2, 256 for K = 128. Half of the values, for two threads to share a head.
+holdfast_kernel(power DTYPES f32 CHUNKS 64
+    SIZES 32x32
+    TARGETS avx512 avx2
+    PARAMS degree=2)
+
+holdfast_kernel(power DTYPES f32 CHUNKS 128
+    SIZES 64x64 64x32
+    TARGETS avx512 avx2
+    PARAMS degree=2)
+
+holdfast_kernel(power DTYPES f16 bf16 CHUNKS 128
+    SIZES 64x64
+    TARGETS avx512 avx2
+    PARAMS degree=2)
+
+foreach(degree 3 4)
+  holdfast_kernel(power DTYPES f32 CHUNKS 128
+      SIZES 16x64
+      TARGETS avx512 avx2
+      PARAMS degree=${degree})
+endforeach()
+
+holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
+    SIZES any
+    TARGETS avx512 avx2 generic
+    PARAMS degree=0)
+
+holdfast_kernel(power_step DTYPES f32 f16 bf16
+    SIZES 64x64
+    TARGETS avx512 avx2
+    PARAMS degree=2)
+
+holdfast_kernel(power_step DTYPES f32 f16 bf16
+    SIZES any
+    TARGETS avx512 avx2 generic
+    PARAMS degree=0)

@@ -30,7 +30,23 @@ struct Expansion {
             result = result * element(s, unsafe_promise_clamped(index(s, f), 0, open ? key_extent : key_extent - 1));
         return result;
     }
+
+    /// x to the power p, which is `run_time_degree` where that is open.
+    Halide::Expr power(const Halide::Expr &x, const Halide::Expr &run_time_degree) const {
+        Halide::Expr result = x;
+        for (int n = 2; n <= factors; n++)
+            result = open ? Halide::select(n <= run_time_degree, result * x, result) : result * x;
+        return result;
+    }
 };
+
+/// The power of two that brings the largest element of a query to 1 .. 2, so that products of p of them stay in range. Exact, and
+/// gone from a quotient.
+inline Halide::Expr unit_of(const Halide::Expr &largest) {
+    using namespace Halide;
+    const Expr in_range = clamp(largest, 0x1p-100f, 0x1p100f), exponent_bits = 0x7f800000;
+    return reinterpret<float>(0x7f000000 - (reinterpret<int32_t>(in_range) & exponent_bits));
+}
 
 /// D for x of `key_elements`.
 int expanded_size(int key_elements, int degree);

@@ -15,12 +15,7 @@ PowerFuncs power(const Func &q, const Func &k, const Func &v, const Func &log_de
     PowerFuncs p;
     p.q = q, p.k = k, p.v = v, p.log_decay = log_decay, p.state_in = state_in, p.keys_in = keys_in;
     p.phi = expansion(key_extent, features, sizes.degree, options.degree);
-    auto raised = [&](const Expr &x) {
-        Expr result = x;
-        for (int n = 2; n <= p.phi.factors; n++)
-            result = sizes.degree ? result * x : select(n <= options.degree, result * x, result);
-        return result;
-    };
+    auto raised = [&](const Expr &x) { return p.phi.power(x, options.degree); };
 
     // Gates, always as differences. A masked sum, as in chunkwise.cpp.
     p.over_row = RDom(0, C, "over_row");
@@ -47,9 +42,8 @@ PowerFuncs power(const Func &q, const Func &k, const Func &v, const Func &log_de
     p.largest = Func("largest");
     p.largest(i, g, h, b) = 0.0f;
     p.largest(i, g, h, b) = max(p.largest(i, g, h, b), abs(q(p.over_element, i, g, h, b)));
-    const Expr exponent_bits = 0x7f800000, in_range = clamp(p.largest(i, g, h, b), 0x1p-100f, 0x1p100f);
     p.unit = Func("unit");
-    p.unit(i, g, h, b) = reinterpret<float>(0x7f000000 - (reinterpret<int32_t>(in_range) & exponent_bits));
+    p.unit(i, g, h, b) = unit_of(p.largest(i, g, h, b));
     auto element = [&](const Expr &value) { return p.phi.open ? select(d < key_extent, value, 1.0f) : value; };
     const Expr read = p.phi.open ? min(d, key_extent - 1) : Expr(d);
     p.queries = Func("queries");

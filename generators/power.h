@@ -24,27 +24,26 @@ struct PowerSizes {
 /// b batch, h head of keys, g query head of its group, i query and j key in the chunk, d key element, f feature, e value
 /// feature, u block of features.
 struct PowerFuncs {
-    Halide::Func q, k, v;          // (d,i,g,h,b) (d,j,h,b) (e,j,h,b): inputs; k and v are 0 past the end of the chunk
-    Halide::Func log_decay;        // (i,h,b): input, 0 past the end
-    Halide::Func state_in;         // (e,f,h,b): input
-    Halide::Func keys_in;          // (f,h,b): input, the sum of keys
-    Expansion phi;                 // the table
-    Halide::Func decay_steps;      // (i,h,b): log decay from the start of the chunk, row i included: its whole part, in
-    Halide::Func decay_rest;       // (i,h,b): steps of decay_step, an integer; and the rest
-    Halide::Func row_decay;        // (i,h,b): exp of it: what a row keeps of the chunk's initial state
-    Halide::Func key_decay;        // (j,h,b): what the chunk's final state keeps of key j
-    Halide::Func chunk_decay;      // (h,b): what it keeps of the initial state, a sum of two
-    Halide::Func largest;          // (i,g,h,b): of |q|
-    Halide::Func unit;             // (i,g,h,b): the power of two that brings it to 1 .. 2: the p-th power then stays in range.
-                                   // Exact, and gone from the quotient
-    Halide::Func queries;          // (d,i,g,h,b): q * unit; 1 at d = K
-    Halide::Func queries_decayed;  // (d,i,g,h,b): * row_decay. The decay is on one factor of phi
-    Halide::Func keys;             // (d,j,h,b): k; 1 at d = K
-    Halide::Func keys_decayed;     // (d,j,h,b): * key_decay
-    Halide::Func phi_q, phi_k;     // (f,i,g,h,b) (f,j,h,b): decayed
-    Halide::Func scores;           // (j,i,g,h,b): q . k
-    Halide::Func weights;          // (j,i,g,h,b): scores^p * exp(log decay from j to i), causal
-    Halide::Func num_block;        // (e,u,i,g,h,b): phi_q . state over a block of features
+    Halide::Func q, k, v;               // (d,i,g,h,b) (d,j,h,b) (e,j,h,b): inputs; k and v are 0 past the end of the chunk
+    Halide::Func log_decay;             // (i,h,b): input, 0 past the end
+    Halide::Func state_in;              // (e,f,h,b): input
+    Halide::Func keys_in;               // (f,h,b): input, the sum of keys
+    Expansion phi;                      // the table
+    Halide::Func decay_steps;           // (i,h,b): log decay from the start of the chunk, row i included: its whole part, in
+    Halide::Func decay_rest;            // (i,h,b): steps of decay_step, an integer; and the rest
+    Halide::Func row_decay;             // (i,h,b): exp of it: what a row keeps of the chunk's initial state
+    Halide::Func key_decay;             // (j,h,b): what the chunk's final state keeps of key j
+    Halide::Func chunk_decay;           // (h,b): what it keeps of the initial state, a sum of two
+    Halide::Func largest;               // (i,g,h,b): of |q|
+    Halide::Func unit;                  // (i,g,h,b): unit_of it, which brings it into range
+    Halide::Func queries;               // (d,i,g,h,b): q * unit; 1 at d = K
+    Halide::Func queries_decayed;       // (d,i,g,h,b): * row_decay. The decay is on one factor of phi
+    Halide::Func keys;                  // (d,j,h,b): k; 1 at d = K
+    Halide::Func keys_decayed;          // (d,j,h,b): * key_decay
+    Halide::Func phi_q, phi_k;          // (f,i,g,h,b) (f,j,h,b): decayed
+    Halide::Func scores;                // (j,i,g,h,b): q . k
+    Halide::Func weights;               // (j,i,g,h,b): scores^p * exp(log decay from j to i), causal
+    Halide::Func num_block;             // (e,u,i,g,h,b): phi_q . state over a block of features
     Halide::Func num_inter, num_intra;  // (e,i,g,h,b): from the state; from the chunk's own keys
     Halide::Func den_block;  // (u,i,g,h,b) and so on: the same with a value of 1, for the sum of weights. What the sum of
     Halide::Func den_inter, den_intra;  // keys needs is not computed where it does not count

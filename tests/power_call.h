@@ -160,4 +160,34 @@ private:
     }
 };
 
+/// The kernel of one token as one of a chunk: steps of each batch entry, in place.
+template<class Step>
+auto token_by_token(const Step &step) {
+    using Buffer = Halide::Runtime::Buffer<void>;
+    return [=](const Buffer &q, const Buffer &k, const Buffer &v, const Buffer &log_decay, const Buffer &state_in,
+               const Buffer &keys_in, int degree, int normalize, float scale, const Buffer &out, Buffer &state, Buffer &keys) {
+        state.copy_from(state_in), keys.copy_from(keys_in);
+        const int D = state.dim(1).extent(), V = state.dim(0).extent(), H = state.dim(2).extent();
+        int block = 1;  // any divisor
+        for (int n = 2; n <= 100; n++)
+            if (D % n == 0) block = n;
+        std::vector<float> memory(V * (D / block) * H);
+        for (int b = 0; b < q.dim(4).extent(); b++)
+            for (int t = 0; t < q.dim(1).extent(); t++) {
+                Buffer bs = state.sliced(3, b), by = keys.sliced(2, b);
+                const halide_dimension_t rows = bs.raw_buffer()->dim[1], head = bs.raw_buffer()->dim[2];
+                const int row = rows.stride, each_V = V * (D / block);
+                const halide_dimension_t in_blocks[] = {
+                    {0, V, 1}, {0, block, row}, {0, D / block, row * block}, {0, H, head.stride}};
+                const halide_dimension_t sums[] = {{0, V, 1}, {0, block, 0}, {0, D / block, V}, {0, H, each_V}};
+                Buffer blocks(halide_type_of<float>(), bs.data(), 4, in_blocks),
+                    sum(halide_type_of<float>(), memory.data(), 4, sums);
+                Buffer bq = q.sliced(4, b).sliced(1, t), bk = k.sliced(3, b).sliced(1, t), bv = v.sliced(3, b).sliced(1, t);
+                Buffer bg = log_decay.sliced(2, b).sliced(0, t), bo = out.sliced(4, b).sliced(1, t);
+                if (int rc = step(bq, bk, bv, bg, block, D / block, degree, normalize, scale, blocks, sum, by, bo)) return rc;
+            }
+        return 0;
+    };
+}
+
 }  // namespace test

@@ -46,8 +46,8 @@ static const Target *find_target(const std::string &name) {
 
 const std::vector<Variant> &variants() {
     static const std::vector<Variant> list = {
-#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target) \
-    {#kernel, #name, #dtype, chunk, key_size, value_size, find_target(#target), name},
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree) \
+    {#kernel, #name, #dtype, chunk, key_size, value_size, degree, find_target(#target), name},
 #include "variants.inc"
 #undef HOLDFAST_VARIANT
     };
@@ -75,12 +75,13 @@ const Target *environment_target() {
 }
 
 const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
-                              Backend backend, const Target *forced) {
+                              Backend backend, const Target *forced, int degree) {
     const Variant *best = nullptr;
     for (const Variant &v : variants()) {
         // Names last: they are the slowest to compare, and a call for one token has no time to lose.
         if (forced ? v.target != forced : v.target->backend != backend || !v.target->missing_features.empty()) continue;
         if ((v.key_size && v.key_size != key_size) || (v.value_size && v.value_size != value_size)) continue;
+        if (v.degree && v.degree != degree) continue;
         if (std::strcmp(v.kernel, kernel) || std::strcmp(v.dtype, dtype)) continue;
         // The list is best first: a later row replaces the first only for its chunk, all else being equal.
         if (!best) {

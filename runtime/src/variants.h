@@ -20,6 +20,16 @@ using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide
                             halide_buffer_t *log_decay, float scale, halide_buffer_t *state, halide_buffer_t *sum,
                             halide_buffer_t *out);
 
+using PowerKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                        halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *keys_in, int32_t degree,
+                        int32_t normalize, float scale, halide_buffer_t *out, halide_buffer_t *state_out,
+                        halide_buffer_t *keys_out);
+
+using PowerStepKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                            halide_buffer_t *log_decay, int32_t block, int32_t blocks, int32_t degree, int32_t normalize,
+                            float scale, halide_buffer_t *state, halide_buffer_t *sum, halide_buffer_t *keys,
+                            halide_buffer_t *out);
+
 struct Target {
     const char *name;
     Backend backend;
@@ -31,8 +41,9 @@ struct Target {
 struct Variant {
     const char *kernel, *name, *dtype;
     int chunk, key_size, value_size;  // chunk 0: the kernel knows none; sizes 0: any
+    int degree;                       // 0: any, or the kernel knows none
     const Target *target;
-    std::variant<ChunkwiseKernel *, RecurrentKernel *> run;  // that of `kernel`
+    std::variant<ChunkwiseKernel *, RecurrentKernel *, PowerKernel *, PowerStepKernel *> run;  // that of `kernel`
 };
 
 const std::vector<Target> &targets();  // best first
@@ -62,6 +73,6 @@ const Target *environment_target();
 /// The variant to run: the best target of `backend` that runs here, or `forced`; exact sizes before `any`; the shortest chunk that holds
 /// `chunk_size` tokens, else the longest (chunk_size 0: the first listed). Throws UNSUPPORTED when there is none.
 const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
-                              Backend backend, const Target *forced);
+                              Backend backend, const Target *forced, int degree = 0);
 
 }  // namespace holdfast

@@ -1,6 +1,7 @@
-// The power algorithm compiled just in time: without any schedule, and with every registered one, for each target of
+// The power algorithms, of a chunk and of a token, compiled just in time: without any schedule, and with every registered one, for each target of
 // cmake/targets.cmake that this machine runs. Small chunks and sizes, where every index is an edge.
 #include "../../generators/power.h"
+#include "../../generators/power_step.h"
 #include "../../schedules/schedule.h"
 #include "../power_call.h"
 #include "targets.h"
@@ -77,6 +78,55 @@ TEST_P(Power, MatchesReference) {
     }
 }
 
+struct StepInstance {
+    std::string schedule;
+    NamedTarget target;
+    holdfast::PowerStepSizes sizes;
+    Size size;
+    std::vector<int> degrees;
+};
+std::string name(const StepInstance &i) {
+    return i.schedule + "_" + i.target.name + "_p" + std::to_string(i.sizes.degree) + "_K" + std::to_string(i.sizes.key) +
+           "_V" + std::to_string(i.sizes.value);
+}
+void PrintTo(const StepInstance &i, std::ostream *stream) { *stream << name(i); }
+
+std::vector<StepInstance> step_instances() {
+    const NamedTarget plain = targets().back();
+    std::vector<StepInstance> list = {{"none", plain, {0, 0, 0}, {4, 3}, {1, 2, 3, 4}}};
+    const std::vector<std::pair<holdfast::PowerStepSizes, Size>> scheduled = {{{0, 0, 0}, {5, 17}}, {{2, 16, 48}, {16, 48}}};
+    for (const auto &schedule : holdfast::Schedule<holdfast::PowerStepFuncs, holdfast::PowerStepSizes>::all())
+        for (const NamedTarget &named : targets())
+            for (const auto &[sizes, size] : scheduled)
+                if (schedule.matches(named.target, sizes) && (schedule.rank > 0) == (sizes.degree > 0))
+                    list.push_back(
+                        {schedule.name, named, sizes, size, sizes.degree ? std::vector<int>{2} : std::vector<int>{1, 2, 3, 4}});
+    return list;
+}
+
+class PowerStep : public testing::TestWithParam<StepInstance> {};
+
+TEST_P(PowerStep, MatchesReference) {
+    const StepInstance &instance = GetParam();
+    if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
+    try {
+        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
+        const Callable kernel = create_callable_from_generator(context, "power_step",
+                                                               {{"degree", std::to_string(instance.sizes.degree)},
+                                                                {"key_size", std::to_string(instance.sizes.key)},
+                                                                {"value_size", std::to_string(instance.sizes.value)},
+                                                                {"forced_schedule", instance.schedule}});
+        for (int degree : instance.degrees)
+            for (const PowerCase &c : power_cases(8, f32))
+                PowerCall(c, instance.size, degree).expect_reference(token_by_token([&](auto &&...arguments) {
+                    return kernel(arguments...);
+                }));
+    } catch (const Halide::Error &e) {
+        FAIL() << e.what();
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(, PowerStep, testing::ValuesIn(step_instances()), [](const auto &info) { return name(info.param); });
 INSTANTIATE_TEST_SUITE_P(, Power, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
 
 }  // namespace

@@ -28,9 +28,11 @@ constexpr const char *backend_of(std::string_view target) {
     return "";
 }
 constexpr Variant variants[] = {
-#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target) \
+#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target, ...) \
     {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), name},
 #define HOLDFAST_ROW_recurrent(...)
+#define HOLDFAST_ROW_power(...)
+#define HOLDFAST_ROW_power_step(...)
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #include <variants.inc>
 #undef HOLDFAST_VARIANT

@@ -17,7 +17,10 @@ struct Variant {
 };
 constexpr Variant variants[] = {
 #define HOLDFAST_ROW_chunkwise(...)
-#define HOLDFAST_ROW_recurrent(name, dtype, chunk, key_size, value_size, target) {#name, dtype, {key_size, value_size}, name},
+#define HOLDFAST_ROW_power(...)
+#define HOLDFAST_ROW_power_step(...)
+#define HOLDFAST_ROW_recurrent(name, dtype, chunk, key_size, value_size, target, ...) \
+    {#name, dtype, {key_size, value_size}, name},
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #include <variants.inc>
 #undef HOLDFAST_VARIANT
