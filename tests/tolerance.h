@@ -41,5 +41,7 @@ inline double relative_rms_of_out(const test::Dtype &dtype) {
     return dtype == test::f32 ? relative_rms : dtype == test::f16 ? relative_rms_f16 : relative_rms_bf16;
 }
 constexpr double relative_rms_between_forms = 1e-6;
+/// Of normalised out of degree 2, fp32, for gates of every strength.
+constexpr double relative_rms_of_power = 5e-7;
 
 }  // namespace tolerance

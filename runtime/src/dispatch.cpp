@@ -3,6 +3,7 @@
 #include "failure.h"
 #include "forward.h"
 #include "forward_gpu.h"
+#include "power.h"
 #include "problem.h"
 #include "recurrent.h"
 
@@ -26,11 +27,12 @@ holdfast_form choose_form(const Problem &p, const Choice &choice) {
     return few && choice.backend == Backend::cpu ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
+/// Whether the kernels of power retention compute it.
+bool is_power(const Problem &p) { return p.degree > 1 || p.normalized; }
+
 /// Throws UNSUPPORTED for what no kernel computes yet.
 void check_computed(const Problem &p) {
-    if (p.degree > 1) fail(HOLDFAST_UNSUPPORTED, "degree is ", p.degree, "; expected 1: no kernel for others yet");
-    if (p.normalized)
-        fail(HOLDFAST_UNSUPPORTED, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none: no kernel for it yet");
+    if (is_power(p)) return;
     if (p.H != p.Hk)
         fail(HOLDFAST_UNSUPPORTED, "k has Hk = ", p.Hk, "; expected ", p.H, ", the H of q: no kernel for groups yet");
     if (p.packed()) fail(HOLDFAST_UNSUPPORTED, "cu_seqlens is given; expected NULL: no kernel for packed sequences yet");
@@ -41,6 +43,7 @@ void check_computed(const Problem &p) {
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
     check_computed(p);
+    if (is_power(p)) return run_power(c, "forward", p, choice);
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_PARALLEL:
         fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL; expected another: no kernel for it yet");
@@ -72,16 +75,19 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
         check_computed(p);
-        const bool chunkwise = choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
+        const bool chunkwise = !is_power(p) && choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
         *bytes = choice.backend == Backend::cuda && chunkwise ? workspace_on_gpu(c, p, chunkwise_variant(p, choice)) : 0;
     });
 }
 
 holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args) {
     return guarded(context, [&](holdfast_context &c) {
-        const Problem p = checked_problem(args);
+        Problem p = checked_problem(args);
         check_computed(p);
-        run_recurrent(c, "step", p, choose_backend(c, p.home()));
+        const Choice choice = choose_backend(c, p.home());
+        if (!is_power(p)) return run_recurrent(c, "step", p, choice);
+        p.form = HOLDFAST_FORM_RECURRENT;
+        run_power(c, "step", p, choice);
     });
 }
 

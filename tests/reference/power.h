@@ -34,6 +34,7 @@ struct PowerInputs {
     Strided log_decay = {};                         // [B, T, H]
     Strided initial_state = {}, initial_keys = {};  // [B, H, D, V], [B, H, D]
     double scale = 1;
+    bool states = true;  // there is an initial one, and the final one is wanted
 };
 
 struct PowerResult {
@@ -81,8 +82,8 @@ inline PowerResult power(const PowerInputs &in) {
                         for (int64_t e = 0; e < V; e++) num[e] += weight * v[j][e], num_spread[e] += square(spread * v[j][e]);
                         den += weight, den_spread += square(spread);
                     }
-                    const std::vector<double> feature = phi(q, p);
-                    for (int64_t f = 0; f < D; f++) {
+                    const std::vector<double> feature = in.states ? phi(q, p) : std::vector<double>();
+                    for (int64_t f = 0; in.states && f < D; f++) {
                         const double of_q = feature[f] * since;
                         for (int64_t e = 0; e < V; e++) {
                             const double term = of_q * in.initial_state(b, h, f, e);
@@ -106,7 +107,7 @@ inline PowerResult power(const PowerInputs &in) {
                 for (int64_t e = 0; e < V; e++)
                     S[f * V + e] += feature * value[e], of_S[f * V + e] += square(feature * value[e]);
             };
-            for (int64_t t = T; t-- > 0; since *= decay[t]) {
+            for (int64_t t = in.states ? T : 0; t-- > 0; since *= decay[t]) {
                 const std::vector<double> feature = phi(k[t], p);
                 for (int64_t f = 0; f < D; f++) {
                     add(f, feature[f] * since, v[t]);
