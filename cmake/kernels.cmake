@@ -71,6 +71,11 @@ holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     TARGETS avx512 avx2 generic
     PARAMS degree=0)
 
+holdfast_kernel(power DTYPES f32 CHUNKS 64
+    SIZES any
+    TARGETS metal opencl vulkan
+    PARAMS degree=0)
+
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES 64x64
     TARGETS avx512 avx2
@@ -79,4 +84,9 @@ holdfast_kernel(power_step DTYPES f32 f16 bf16
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES any
     TARGETS avx512 avx2 generic
+    PARAMS degree=0)
+
+holdfast_kernel(power_step DTYPES f32
+    SIZES any
+    TARGETS metal opencl vulkan
     PARAMS degree=0)

@@ -2,21 +2,28 @@
 #include "expansion.h"
 
 #include <cstdint>
-#include <vector>
+#include <string>
 
 using namespace Halide;
-using Halide::Internal::simplify;
 
 namespace holdfast {
 namespace {
 
-/// C(n + k - 1, k): sorted lists of k numbers below n. Each quotient is whole.
-Expr sorted_lists(const Expr &n, int k) {
-    Expr product = n;
-    for (int m = 2; m <= k; m++) product = product * (n + (m - 1));
-    int factorial = 1;
-    for (int m = 2; m <= k; m++) factorial *= m;
-    return product / factorial;
+/// a (a + 1) .. (a + p - 1): p! times the number of monomials of degree p in elements below a.
+Expr rising(const Expr &a, int p) {
+    Expr product = a;
+    for (int n = 1; n < p; n++) product = product * (a + n);
+    return product;
+}
+int factorial(int p) { return p < 2 ? 1 : p * factorial(p - 1); }
+
+/// rising(a, p) / p!, which is whole. By 3 with its inverse of 32 bits: Halide would divide in 64, which not all GPUs have.
+Expr monomials_below(const Expr &a, int p) {
+    Expr count = cast<uint32_t>(rising(a, p));
+    if (p == 2 || p == 3) count = count >> 1;
+    if (p == 4) count = count >> 3;
+    if (p > 2) count = count * Expr((uint32_t)0xaaaaaaab);
+    return cast<int32_t>(count);
 }
 
 }  // namespace
@@ -28,35 +35,36 @@ int expanded_size(int key_elements, int degree) {
 }
 
 Expansion expansion(const Expr &key_extent, const Expr &features, int degree, const Expr &degree_at_run_time) {
-    Var s("s"), f("f");
+    Var f("f");
     Expansion e;
     e.open = degree == 0;
-    e.factors = degree ? degree : most_factors;
-    e.key_extent = key_extent;
-    e.features = features;
+    e.key_extent = key_extent, e.features = features;
+    const int most = degree ? degree : most_factors;
     const Expr p = degree ? Expr(degree) : degree_at_run_time;
 
-    // Loops over a_1 <= .. <= a_p, a_p outermost. A factor that there is not stays at 0, and neither moves nor weighs.
-    Region extents;
-    for (int n = 0; n < e.factors; n++) extents.emplace_back(0, simplify(select(n < p, key_extent, 1)));
-    e.over_list = RDom(extents, "over_list");
-    std::vector<Expr> index;
-    Expr at = 0, run = 1, orders = 1;
-    for (int n = 0; n < e.factors; n++) {
-        const Expr a = e.over_list[n], there = simplify(n < p);
-        index.push_back(select(there, a, key_extent));
-        at += select(there, sorted_lists(a, n + 1), 0);
-        if (n == 0) continue;
-        e.over_list.where(!there || e.over_list[n - 1] <= a);
-        run = select(e.over_list[n - 1] == a, run + 1, 1);
-        orders = orders * select(there, (n + 1) / cast<float>(run), 1.0f);
+    // The last factor a_p is the largest with C(a_p + p - 1, p) <= f, found bit by bit; what is left of f says the one before.
+    const Expr bits = max(32 - cast<int32_t>(count_leading_zeros(cast<uint32_t>(key_extent - 1))), 1);
+    e.over_bit = RDom(0, Internal::simplify(bits), "over_bit");
+    e.factors.resize(most);
+    Expr left = clamp(f, 0, features - 1);
+    for (int s = most; s >= 1; s--) {
+        const Expr there = e.open ? s <= p : Internal::const_true();
+        Func factor("factor_" + std::to_string(s));
+        factor(f) = select(there, 0, key_extent);
+        const Expr next = factor(f) + (1 << (bits - 1 - e.over_bit));
+        const Expr within = min(next, key_extent - 1);  // so that nothing overflows
+        factor(f) = select(there && next < key_extent && rising(within, s) <= factorial(s) * left, next, factor(f));
+        left = left - select(there, monomials_below(factor(f), s), 0);
+        e.factors[s - 1] = factor;
     }
-    at = unsafe_promise_clamped(simplify(at), 0, e.features - 1);
-    e.index = Func("index"), e.weight = Func("weight");
-    e.index(s, f) = 0;
-    e.index(s, at) = mux(s, index);
-    e.weight(f) = 0.0f;
-    e.weight(at) = sqrt(orders);
+    Expr run = 1, orders = 1.0f;
+    for (int n = 1; n < most; n++) {
+        run = select(e.factors[n](f) == e.factors[n - 1](f), run + 1, 1);
+        const Expr factor = (float)(n + 1) / cast<float>(run);
+        orders = orders * (e.open ? select(n < p, factor, 1.0f) : factor);
+    }
+    e.weight = Func("weight");
+    e.weight(f) = select(f < features, sqrt(orders), 0.0f);
     return e;
 }
 

@@ -42,7 +42,8 @@ void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &target) {
     p.phi_k.compute_at(p.state_out, fo);
     p.keys_contribution.compute_at(p.keys_out, f);
 
-    for (Func list : {p.phi.index, p.phi.weight}) list.compute_root();
+    for (Func list : p.phi.table()) list.compute_root().vectorize(f, vec, tail);
+    for (Func factor : p.phi.factors) factor.update().reorder(f, p.phi.over_bit).vectorize(f, vec, tail);
     for (Func decay : {p.decay_steps, p.decay_rest})
         decay.compute_root().update().reorder(i, p.over_row, h, b).vectorize(i, vec, tail);
     for (Func once : {p.chunk_decay, p.row_decay, p.key_decay, p.unit}) once.compute_root();

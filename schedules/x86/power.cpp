@@ -104,7 +104,8 @@ void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &target) {
     keys_lanes.update().reorder(lane, group).vectorize(lane);
 
     // Operands, and the table.
-    for (Func list : {p.phi.index, p.phi.weight}) list.compute_root();
+    for (Func list : p.phi.table()) list.compute_root().vectorize(f, vec);
+    for (Func factor : p.phi.factors) factor.update().reorder(f, p.phi.over_bit).vectorize(f, vec);
     for (Func decay : {p.decay_steps, p.decay_rest}) {
         decay.compute_root().vectorize(i, vec);
         decay.update().reorder(i, p.over_row, h, b).vectorize(i, vec);

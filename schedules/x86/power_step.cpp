@@ -39,7 +39,9 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &sizes, const Target &target)
     lanes.compute_at(p.den, p.over_block_weight).vectorize(lane);
     lanes.update().reorder(lane, wo).vectorize(lane);
 
-    for (Func once : {p.phi.index, p.phi.weight, p.phi_q, p.phi_k, p.unit}) once.compute_root();
+    for (Func list : p.phi.table()) list.compute_root().vectorize(f, vec, TailStrategy::GuardWithIf);
+    for (Func factor : p.phi.factors) factor.update().reorder(f, p.phi.over_bit).vectorize(f, vec, TailStrategy::GuardWithIf);
+    for (Func once : {p.phi_q, p.phi_k, p.unit}) once.compute_root();
     for (Func features : {p.phi_q, p.phi_k}) features.vectorize(f, vec, TailStrategy::GuardWithIf);
     p.largest.compute_at(p.unit, g).update().atomic().vectorize(p.over_element, vec);
     for (Func row : {p.q, p.k}) row.compute_root().vectorize(row.args()[0], vec);
