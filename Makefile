@@ -8,16 +8,23 @@ export CTEST_PROGRESS_OUTPUT ?= 1
 export CMAKE_COLOR_DIAGNOSTICS ?= OFF
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: environment-demo ## Stream megabytes of real text through a retention layer: speed, memory, differences, a picture
 	@$(call build,release,holdfast _holdfast,-DHOLDFAST_BENCH=OFF)
 	PYTHONPATH=$(CURDIR)/build/release/python python examples/demo.py
 
-test: ## Everything that CI checks: all variants, then sanitizers, then Python
+test: ## What CI checks: variants of each kind, then sanitizers, then Python
 	@$(MAKE) --no-print-directory --keep-going test-ci test-asan test-tsan test-python
 
-test-ci: environment-test ## C and C++ tests of every variant
+test-all: ## The same, and every variant
+	@$(MAKE) --no-print-directory --keep-going test test-variants
+
+test-variants: environment-test ## C and C++ tests of every variant
+	@$(call build,all)
+	ctest --preset all
+
+test-ci: environment-test ## C and C++ tests of variants of each kind
 	@$(call build,ci)
 	ctest --preset ci
 
@@ -53,5 +60,5 @@ environment-%:
 # $(call build,PRESET[,TARGETS[,OPTIONS]]): configure once (Ninja configures again when it must), then build.
 build = { test -e build/$1/build.ninja || cmake --preset $1 $3; } && cmake --build --preset $1 $(if $2,--target $2)
 
-.PHONY: help demo test test-ci test-asan test-tsan test-python bench lint tidy clean
+.PHONY: help demo test test-all test-variants test-ci test-asan test-tsan test-python bench lint tidy clean
 .NOTPARALLEL:

@@ -1,5 +1,5 @@
 // Times every compiled variant that this machine runs, through the public API: one benchmark per row of variants.inc, length
-// (chunkwise) or batch size (recurrent: one, and as many as make states of a quarter gigabyte) and number of threads. Before
+// (all but recurrent) or batch size (recurrent: one, and as many as make states of a quarter gigabyte) and number of threads. Before
 // the clock starts, the variant that really ran and its result are checked; either one wrong fails the benchmark and the
 // program.
 //
@@ -13,9 +13,11 @@
 //     square_GFLOP/s  the same with the masked half of each chunk counted too: 2 L L (K + V)
 //     peak_share      GFLOP/s over the fp32 peak that was measured at the start, on as many threads
 //     bytes_moved     q, k, v, log_decay and the initial state read once, out and the final state written once
-//     copy_share      of the recurrent kernel: bytes_moved per second over what copying reads and writes, measured at the
-//                     start in as much memory on as many threads
+//     copy_share      of kernels bound by memory, all but chunkwise: bytes_moved per second over what copying reads and writes,
+//                     measured at the start in as much memory on as many threads
+#include "../tests/reference/head_norm_gate.h"
 #include "../tests/reference/retention.h"
+#include "../tests/reference/rotate.h"
 #include "../tests/tolerance.h"
 #include "peak.h"
 
@@ -57,7 +59,7 @@ struct Variant {
     const char *kernel, *name, *target;
     Dtype dtype;
     int chunk, key_size, value_size;  // sizes: 0 is any
-    bool recurrent() const { return !std::strcmp(kernel, "recurrent"); }
+    bool is(const char *name) const { return !std::strcmp(kernel, name); }
 };
 constexpr Variant variants[] = {
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, ...) \
@@ -281,6 +283,75 @@ private:
     std::vector<reference::Result> expected;
 };
 
+/// Rows of features, what is done to them, and what this should give for some tokens.
+class RowsProblem {
+public:
+    enum Call { rotate_halves, rotate_interleaved, rms_norm, layer_norm };
+    static constexpr const char *names[] = {"halves", "interleaved", "rms_gated", "layer_gated"};
+
+    RowsProblem(Call call, int64_t T, int64_t H, int64_t size, const Dtype &dtype)
+        : call(call), T(T), H(H), size(size), dtype(dtype), x({1, T, H, size}), gate({1, T, H, size}), out({1, T, H, size}),
+          factors({size}), unused({1}) {
+        std::mt19937 random(1);
+        for (Tensor *t : {&x, &gate, &unused}) t->fill(random, -1.7f, 1.7f);
+        for (int64_t j = 0; j < size; j++)
+            factors.data()[j] = call < rms_norm ? std::pow(10000.0f, -2.0f * j / size) : 1 + 0.1f * j;
+        stored.emplace(dtype, x, gate, unused, out);
+        angles = factors.view, half = size / 2, angles.shape = &half;
+    }
+
+    holdfast_status run(holdfast_context *context) {
+        if (call < rms_norm) {
+            const holdfast_rotate_args args = {
+                sizeof args, stored->q(), &angles, nullptr, stored->out(), offset, call == rotate_interleaved};
+            return holdfast_rotate(context, &args);
+        }
+        const holdfast_head_norm_gate_args args = {sizeof args,
+                                                   stored->q(),
+                                                   stored->k(),
+                                                   &factors.view,
+                                                   stored->out(),
+                                                   call == rms_norm ? HOLDFAST_NORM_RMS : HOLDFAST_NORM_LAYER,
+                                                   eps};
+        return holdfast_head_norm_gate(context, &args);
+    }
+    double bytes() const { return (call < rms_norm ? 2.0 : 3.0) * (double)(dtype == f32 ? 4 : 2) * (double)x.size; }
+
+    /// Largest relative RMS error of a row of the first and the last token.
+    std::pair<double, double> errors() {
+        stored->load();
+        double error = 0;
+        for (int64_t row : {(int64_t)0, T * H - 1}) {
+            const float *in = x.data() + row * size, *gates = gate.data() + row * size;
+            std::vector<double> expected(size);
+            for (int64_t j = 0; j < size / 2 && call < rms_norm; j++) {
+                const int64_t first = call == rotate_interleaved ? 2 * j : j,
+                              second = call == rotate_interleaved ? first + 1 : j + size / 2;
+                const auto turned =
+                    std::complex<double>(in[first], in[second]) * reference::rotation(factors.data()[j], offset + row / H);
+                expected[first] = turned.real(), expected[second] = turned.imag();
+            }
+            auto doubles = [&](const float *p) { return std::vector<double>(p, p + size); };
+            if (call >= rms_norm)
+                expected = reference::head_norm_gate(doubles(in), doubles(gates), doubles(factors.data()), call == layer_norm,
+                                                     true, eps)
+                               .out;
+            error = worse(error, Problem::relative_rms(out.data() + row * size, size, expected, size));
+        }
+        return {error, 0};
+    }
+
+private:
+    const Call call;
+    const int64_t T, H, size, offset = 1'000'000;
+    const float eps = 1e-6f;
+    const Dtype dtype;
+    Tensor x, gate, out, factors, unused;  // factors: theta, or weight
+    std::optional<Stored> stored;
+    DLTensor angles;
+    int64_t half;
+};
+
 /// The problem of this shape. One is kept: benchmarks of a shape are registered one after the other.
 Problem &problem(const Shape &shape) {
     static std::unique_ptr<Problem> kept;
@@ -365,6 +436,18 @@ void step(benchmark::State &state, const Variant &variant, int64_t B, int64_t H,
     state.counters["copy_share"] = p.bytes() * rate / copies.at(memory);
 }
 
+void rows(benchmark::State &state, const Variant &variant, RowsProblem::Call call, int64_t T, int64_t H, int64_t size,
+          int threads) {
+    RowsProblem p(call, T, H, size, variant.dtype);
+    const double rate =
+        calls_per_second(state, variant, threads, [&](holdfast_context *c) { return p.run(c); }, [&] { return p.errors(); });
+    const std::pair<size_t, int> memory((size_t)p.bytes(), threads);
+    if (!copies.count(memory)) copies[memory] = holdfast_bench::measure_copy(memory.first, threads);
+    state.counters["bytes_moved"] = bytes_counter(p.bytes());
+    state.counters["GB/s"] = p.bytes() * rate * 1e-9;
+    state.counters["copy_share"] = p.bytes() * rate / copies.at(memory);
+}
+
 using Size = std::pair<int, int>;             // K, V
 const Size untuned[] = {{64, 64}, {80, 80}};  // at which rows for any size are timed, where the target has none for just these
 
@@ -386,6 +469,14 @@ std::vector<Size> sizes() {
         if (v.key_size && std::find(list.begin(), list.end(), size) == list.end()) list.push_back(size);
     }
     return list;
+}
+
+/// Calls on GPUs are made for some kernels only.
+bool on_cpu(const Variant &row) {
+    holdfast_backend cpu{};
+    cpu.struct_size = sizeof cpu;
+    holdfast_backend_at(0, &cpu);
+    return (" " + std::string(cpu.targets) + " ").find(" " + std::string(row.target) + " ") != std::string::npos;
 }
 
 bool runs_here(const Variant &row) {
@@ -454,17 +545,16 @@ int main(int argc, char **argv) {
     };
     for (const Size &size : sizes()) {
         const int K = size.first, V = size.second;
-        auto each_row = [&](bool recurrent, const Dtype &dtype, auto &&add_row) {
+        auto each_row = [&](const char *kernel, const Dtype &dtype, auto &&add_row) {
             for (const Variant &row : variants)
                 for (int at_most : threads)
-                    if (row.recurrent() == recurrent && row.dtype == dtype && serves(row, size) && runs_here(row))
-                        add_row(row, at_most);
+                    if (row.is(kernel) && row.dtype == dtype && serves(row, size) && runs_here(row)) add_row(row, at_most);
         };
         for (int64_t T : lengths)
             for (const Dtype &dtype : test::all_dtypes) {
                 const Shape shape = {T, heads, K, V, dtype};
                 if (shape.bytes() > most_bytes) continue;
-                each_row(false, dtype, [&](const Variant &row, int at_most) {
+                each_row("chunkwise", dtype, [&](const Variant &row, int at_most) {
                     std::ostringstream name;
                     name << row.name << "/T:" << T << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
                     add(name, [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
@@ -472,12 +562,26 @@ int main(int argc, char **argv) {
             }
         for (int64_t B : {(int64_t)1, (int64_t)std::ceil(states_in_memory / (sizeof(float) * (double)heads * K * V))})
             for (const Dtype &dtype : test::all_dtypes)
-                each_row(true, dtype, [&](const Variant &row, int at_most) {
+                each_row("recurrent", dtype, [&](const Variant &row, int at_most) {
                     std::ostringstream name;
                     name << row.name << "/B:" << B << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
                     add(name, [=, &row](benchmark::State &state) { step(state, row, B, heads, K, V, at_most); });
                 });
     }
+    for (const Variant &row : variants)
+        for (RowsProblem::Call call :
+             {RowsProblem::rotate_halves, RowsProblem::rotate_interleaved, RowsProblem::rms_norm, RowsProblem::layer_norm})
+            for (int size : {64, 128})
+                for (int64_t T : {256, 4096, 65536})
+                    for (int at_most : threads) {
+                        if (!row.is(call < RowsProblem::rms_norm ? "rotate" : "head_norm_gate") || !on_cpu(row) ||
+                            !runs_here(row))
+                            continue;
+                        std::ostringstream name;
+                        name << row.name << "/" << RowsProblem::names[call] << "/T:" << T << "/H:" << heads << "/size:" << size
+                             << "/threads:" << at_most;
+                        add(name, [=, &row](benchmark::State &state) { rows(state, row, call, T, heads, size, at_most); });
+                    }
     const size_t ran = benchmark::RunSpecifiedBenchmarks();
     benchmark::Shutdown();
     return failed || ran == 0;  // a filter that fits nothing is a mistake

@@ -1,10 +1,12 @@
 # The compiled variants: every combination in a row is one. The dtype is that of q, k, v and out: f32, f16 or bf16. KxV are
-# the key and value sizes, `any` reads them from the tensors; chunk is the longest chunk, of kernels that have chunks. Within
-# a target, rows that come first are preferred.
-# PARAMS are further parameters of the kernel's generator. One of them decides which calls get the variant: degree, that of
-# the power of q.k, 0: any.
+# the key and value sizes, `any` reads them from the tensors; kernels without SIZES know no others. chunk is the longest chunk, of
+# kernels that have chunks. Within a target, rows that come first are preferred.
 #
-#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] SIZES KxV ... TARGETS ... [PARAMS name=value ...])
+# PARAMS are further parameters of the kernel's generator. Some of them decide who gets the variant, and calls see them
+# (holdfast_variant): row_alignment, the elements at whose multiples rows of q, k, v and out start, and round_operands. Calls
+# with other rows run the next variant that takes them. And degree, that of the power of q.k; 0: any.
+#
+#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] [SIZES KxV ...] TARGETS ... [PARAMS name=value ...])
 
 # Work per token grows with the chunk, the traffic of states (K V floats a chunk) falls with it: measured, 32 is best up to
 # 128x128 and 64 above.
@@ -38,9 +40,35 @@ holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
     SIZES 64x64 128x128
     TARGETS metal opencl vulkan)
 
-holdfast_kernel(chunkwise DTYPES f32 CHUNKS 32
+holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 64
+    SIZES 64x64
+    TARGETS metal opencl vulkan)
+
+# CUDA: tensor cores, and fp32 without them. Blocks copy 16 bytes at a time; a block's products see the whole chunk.
+holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 64
+    SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256
+    TARGETS cuda
+    PARAMS round_operands=true row_alignment=8 causal_tile=0)
+
+holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
+    SIZES 32x32 64x64 128x128 256x256
+    TARGETS cuda
+    PARAMS row_alignment=4 causal_tile=0)
+
+holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
     TARGETS cuda metal opencl vulkan)
+
+holdfast_kernel(recurrent DTYPES f32 f16 bf16
+    SIZES 64x64 128x128 any
+    TARGETS cuda metal opencl vulkan)
+
+# Bound by memory, for every size.
+holdfast_kernel(rotate DTYPES f32 f16 bf16
+    TARGETS avx512 avx2 cuda metal opencl vulkan generic)
+
+holdfast_kernel(head_norm_gate DTYPES f32 f16 bf16
+    TARGETS avx512 avx2 cuda metal opencl vulkan generic)
 
 # Power retention. The state is large: longer chunks read and write it less often, and their own work grows. Measured: 64 for K =
 # 32, 128 for K = 64 and degrees above 2, 256 for K = 128. Half of the values, for two threads to share a head.

@@ -5,39 +5,47 @@
 #       ARCH      <processor>     built where CMake's target processor is this; without it: everywhere
 #       SYSTEMS   <Halide's names of operating systems>   built for these; without it: for all
 #       FEATURES  <Halide target features>
-#       NEEDS     <CPU features, as runtime/src/cpu_features.cpp names them: all must be there at run time>)
+#       NEEDS     <CPU features, as runtime/src/cpu_features.cpp names them: all must be there at run time>
+#       TESTED_ON <what runs its kernels in the tests>   TESTED <the kernels, where not all>: for README's table)
 
 holdfast_target(avx512
     ARCH x86-64
     FEATURES sse41 avx avx2 f16c fma avx512 avx512_skylake
-    NEEDS sse41 avx avx2 f16c fma avx512f avx512cd avx512dq avx512bw avx512vl)
+    NEEDS sse41 avx avx2 f16c fma avx512f avx512cd avx512dq avx512bw avx512vl
+    TESTED_ON CPUs)
 
 holdfast_target(avx2
     ARCH x86-64
     FEATURES sse41 avx avx2 f16c fma
-    NEEDS sse41 avx avx2 f16c fma)
+    NEEDS sse41 avx avx2 f16c fma
+    TESTED_ON CPUs)
 
 # Host code of the GPUs' targets runs on any processor. CUDA, OpenCL and Vulkan are loaded at run time, where they are;
 # Metal is linked.
 holdfast_target(cuda
     BACKEND cuda
     SYSTEMS linux
-    FEATURES cuda cuda_capability_80)
+    FEATURES cuda cuda_capability_80
+    TESTED_ON "a PTX interpreter" TESTED chunkwise recurrent)
 
 holdfast_target(metal
     BACKEND metal
     SYSTEMS osx ios
-    FEATURES metal)
+    FEATURES metal
+    TESTED_ON "a stand-in")
 
 holdfast_target(opencl
     BACKEND opencl
     SYSTEMS linux
-    FEATURES opencl)
+    FEATURES opencl
+    TESTED_ON PoCL)
 
 # vk_int16: vectors of bool become 16-bit integers. Signed >> and / of negative numbers are wrong in Halide 21.
 holdfast_target(vulkan
     BACKEND vulkan
     SYSTEMS linux
-    FEATURES vulkan vk_int8 vk_int16)
+    FEATURES vulkan vk_int8 vk_int16
+    TESTED_ON lavapipe)
 
-holdfast_target(generic)
+holdfast_target(generic
+    TESTED_ON CPUs)

@@ -32,7 +32,7 @@ private:
 enum class Layout {
     compact,   // row-major
     swapped,   // axes 1 and 2 change places: [B, H, T, D]
-    padded,    // gaps after every row and after every other axis
+    padded,    // gaps after every row and after every other axis, of 3 elements or another number
     reversed,  // the same with negative strides
 };
 constexpr Layout layouts[] = {Layout::compact, Layout::swapped, Layout::padded, Layout::reversed};
@@ -42,7 +42,7 @@ inline const char *name(Layout layout) {
 }
 
 /// Strides of an array in that layout. Rows stay contiguous, if they have to.
-inline Index strides(const Index &shape, Layout layout, bool contiguous_rows = true) {
+inline Index strides(const Index &shape, Layout layout, bool contiguous_rows = true, int64_t gap = 3) {
     const int rank = (int)shape.size();
     const bool gaps = layout == Layout::padded || layout == Layout::reversed;
     Index order(rank), stride(rank);
@@ -53,7 +53,7 @@ inline Index strides(const Index &shape, Layout layout, bool contiguous_rows = t
         const int axis = (int)order[n];
         const bool row = contiguous_rows && axis == rank - 1;
         stride[axis] = layout == Layout::reversed && !row ? -step : step;
-        step = step * std::max<int64_t>(shape[axis], 1) + (gaps ? 3 : 0);
+        step = step * std::max<int64_t>(shape[axis], 1) + (gaps ? gap : 0);
     }
     return stride;
 }
@@ -88,7 +88,7 @@ public:
         if (empty) origin = high = 0;
         memory.assign(origin + high + 1, filler());
     }
-    Array(const Index &shape, Layout layout) : Array(shape, strides(shape, layout)) {}
+    Array(const Index &shape, Layout layout, int64_t gap = 3) : Array(shape, strides(shape, layout, true, gap)) {}
     explicit Array(const Index &shape = {0}) : Array(shape, Layout::compact) {}
 
     float *data() { return memory.data() + origin; }

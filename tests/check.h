@@ -30,15 +30,15 @@ inline std::string text(const Index &index) {
     return s.str();
 }
 
-/// Every element of `got` lies within `share` of its spread from `want`, both row-major, and within one rounding more if its
-/// type is not fp32.
+/// Every element of `got` lies within `share` of its spread and `absolute` from `want`, both row-major, and within one rounding
+/// more if its type is not fp32.
 inline void expect_close(const char *what, const Array &got, const std::vector<double> &want, const std::vector<double> &spread,
-                         double share, const Dtype &dtype = f32) {
+                         double share, const Dtype &dtype = f32, double absolute = 0) {
     Index where;
     double worst = 0, value = 0, expected = 0;
     size_t n = 0;
     each(got.shape, [&](const Index &i) {
-        double allowed = share * spread[n] + tolerance::negligible, error = 0;
+        double allowed = share * spread[n] + absolute + tolerance::negligible, error = 0;
         const bool overflow = std::isinf(got(i)) && (got(i) > 0 ? want[n] : -want[n]) + allowed >= dtype.overflow();
         if (!(dtype == f32)) allowed += dtype.rounding_of(std::abs(want[n]) + allowed);
         if (!overflow) error = std::abs(got(i) - want[n]) / allowed;

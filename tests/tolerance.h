@@ -30,6 +30,27 @@ inline double of_power_spread(int64_t K, int64_t D, int64_t chunk, int64_t decay
     return of_spread(K + (int64_t)std::sqrt(D), chunk, decays);
 }
 
+/// The same of variants that round operands (holdfast_variant): every term is a product of which one factor is the nearest sum of
+/// `parts` numbers of the type. That takes 0.4 of their rounding in the root mean square, and five standard deviations.
+inline double of_rounded_operands(const test::Dtype &dtype, int parts) { return 5 * 0.4 * std::exp2(-parts * dtype.digits); }
+
+/// And beside any share: numbers of the type are no closer than this to one another, however small they are. Of `terms` terms
+/// whose other factor is 1 at most, five standard deviations of what is spread evenly over that distance.
+inline double between_operands(const test::Dtype &dtype, int64_t terms) {
+    return 5 / std::sqrt(12.0) * std::exp2(dtype.least - dtype.digits + 1) * std::sqrt((double)terms);
+}
+
+/// Largest error of an element that is rotated, as a share of the length of its pair. cos and sin are within 2.8 roundings
+/// (generators/rotate.h), which moves the pair by no more in any direction; two products and their sum are rounded, by 1.2
+/// roundings of its length together.
+constexpr double of_rotation = 4 * rounding;
+
+/// Largest error of a row of V elements that is normed and gated, as a share of its spread (reference/head_norm_gate.h). Sums of
+/// V terms as above, 0.4 sqrt(V / 2) roundings in the root mean square and five times that at worst, of the mean and, halved by
+/// the root, of the variance: 2.2 sqrt(V). Root, quotients and products are 10 roundings, exp() is good to 4, and the gate's
+/// divisor to two more.
+inline double of_norm(int64_t V) { return rounding * (2.2 * std::sqrt((double)V) + 16); }
+
 /// Below this the spread does not matter: fp32 has no numbers to be accurate with.
 constexpr double negligible = std::numeric_limits<float>::min();
 

@@ -88,8 +88,8 @@ bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.b
 
 /// What the library takes for the argument of that name.
 std::string expected_dtypes(const std::string &name) {
-    const bool rows = name == "q" || name == "k" || name == "v" || name == "out";
-    return rows ? "float32, float16 or bfloat16" : "float32";
+    const bool rows = name == "q" || name == "k" || name == "v" || name == "x" || name == "gate" || name == "out";
+    return rows ? "float32, float16 or bfloat16" : name == "positions" ? "int32 or int64" : "float32";
 }
 
 /// The bits of a NumPy array of ml_dtypes' bfloat16, as uint16; null for anything else. NumPy exports no such array, neither
@@ -460,16 +460,16 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     return return_state ? py::make_tuple(out, final_state) : out;
 }
 
-/// out: a NumPy array as from forward(), except for one that is given. The state is updated in place.
+/// out: a NumPy array as from forward(), except for one that is given. The state is updated in place. `stream` as for forward().
 py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle state, py::handle scale,
-                py::object out) {
+                py::object out, uint64_t stream) {
     Array q_array, k_array, v_array, log_decay_array, state_array, out_array;
-    q_array.borrow("q", q, 3);
-    k_array.borrow("k", k, 3);
-    v_array.borrow("v", v, 3);
-    if (!log_decay.is_none()) log_decay_array.borrow("log_decay", log_decay, 1);
-    state_array.borrow("state", state, 4, true);
-    if (!out.is_none()) out_array.borrow("out", out, 3, true);
+    q_array.borrow("q", q, 3, false, stream);
+    k_array.borrow("k", k, 3, false, stream);
+    v_array.borrow("v", v, 3, false, stream);
+    if (!log_decay.is_none()) log_decay_array.borrow("log_decay", log_decay, 1, false, stream);
+    state_array.borrow("state", state, 4, true, stream);
+    if (!out.is_none()) out_array.borrow("out", out, 3, true, stream);
 
     holdfast_step_args args = {};
     args.struct_size = sizeof args;
@@ -490,7 +490,67 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
     args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
 
     holdfast_context *c = context();
+    holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
     if (holdfast_status status = without_gil(holdfast_step, c, args)) raise_status(status, holdfast_last_error(c));
+    return out;
+}
+
+/// Makes `out`, unless it is given, a new array of the shape and type of x, and borrows it. For an x of another rank than 4, which
+/// the library refuses, there is none.
+void borrow_out(Array &array, py::object &out, const DLTensor &x) {
+    const bool given = !out.is_none();
+    auto small = [](int64_t extent) { return extent >= 0 && extent <= std::numeric_limits<int32_t>::max(); };
+    if (!given) {
+        if (x.ndim != 4 || !x.shape || !std::all_of(x.shape, x.shape + 4, small)) return;
+        out = empty_array(x.dtype, x.shape[0], x.shape[1], x.shape[2], x.shape[3]);
+    }
+    array.borrow("out", out, 4, true);
+    if (!given) array.get()->dtype = x.dtype;
+}
+
+/// out: a NumPy array as from forward(), except for one that is given.
+py::object rotate(py::handle x, py::handle theta, int64_t offset, py::handle positions, bool interleaved, py::object out) {
+    Array x_array, theta_array, positions_array, out_array;
+    x_array.borrow("x", x, 4);
+    theta_array.borrow("theta", theta, 1);
+    if (!positions.is_none()) positions_array.borrow("positions", positions, 1);
+    borrow_out(out_array, out, *x_array.get());
+
+    holdfast_rotate_args args = {};
+    args.struct_size = sizeof args;
+    args.x = x_array.get();
+    args.theta = theta_array.get();
+    args.positions = positions_array.get();
+    args.offset = offset;
+    args.interleaved = interleaved;
+    Nowhere nowhere(4, *args.x);
+    args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
+
+    holdfast_context *c = context();
+    if (holdfast_status status = without_gil(holdfast_rotate, c, args)) raise_status(status, holdfast_last_error(c));
+    return out;
+}
+
+/// out: as from rotate().
+py::object head_norm_gate(py::handle x, py::handle gate, py::handle weight, bool layer_norm, double eps, py::object out) {
+    Array x_array, gate_array, weight_array, out_array;
+    x_array.borrow("x", x, 4);
+    if (!gate.is_none()) gate_array.borrow("gate", gate, 4);
+    if (!weight.is_none()) weight_array.borrow("weight", weight, 1);
+    borrow_out(out_array, out, *x_array.get());
+
+    holdfast_head_norm_gate_args args = {};
+    args.struct_size = sizeof args;
+    args.x = x_array.get();
+    args.gate = gate_array.get();
+    args.weight = weight_array.get();
+    args.norm = layer_norm ? HOLDFAST_NORM_LAYER : HOLDFAST_NORM_RMS;
+    args.eps = (float)eps;
+    Nowhere nowhere(4, *args.x);
+    args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
+
+    holdfast_context *c = context();
+    if (holdfast_status status = without_gil(holdfast_head_norm_gate, c, args)) raise_status(status, holdfast_last_error(c));
     return out;
 }
 
@@ -543,6 +603,9 @@ py::tuple variants() {
         variant["key_size"] = v.key_size;
         variant["value_size"] = v.value_size;
         variant["target"] = v.target;
+        variant["row_alignment"] = v.row_alignment;
+        variant["degree"] = v.degree;
+        variant["round_operands"] = v.round_operands != 0;
         variant["runs_here"] = v.runs_here != 0;
         variant["selected"] = v.selected != 0;
         const py::str missing = v.missing;
@@ -560,6 +623,8 @@ PYBIND11_MODULE(_holdfast, m) {
     m.def("forward", forward);
     m.def("bfloat16_capsule", bfloat16_capsule);
     m.def("step", step);
+    m.def("rotate", rotate);
+    m.def("head_norm_gate", head_norm_gate);
     m.def("backends", backends);
     m.def("variants", variants);
     m.def("version", holdfast_version);

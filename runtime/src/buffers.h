@@ -13,7 +13,7 @@
 
 namespace holdfast {
 
-constexpr halide_type_t float32(halide_type_float, 32), int32(halide_type_int, 32);
+constexpr halide_type_t float32(halide_type_float, 32), int32(halide_type_int, 32), uint32(halide_type_uint, 32);
 
 /// Of a kernel's buffers: bf16 goes by uint16 (generators/dtypes.h).
 inline halide_type_t halide_type(const Dtype &dtype) {

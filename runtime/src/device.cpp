@@ -20,7 +20,7 @@ HOLDFAST_MEMORY(vulkan)
 
 namespace holdfast {
 
-int DeviceMemory::allocate(void *user_context, Backend backend, halide_buffer_t *buffer) {
+int DeviceMemory::allocate([[maybe_unused]] void *user_context, Backend backend, [[maybe_unused]] halide_buffer_t *buffer) {
     switch (backend) {
 #if HOLDFAST_HAS_METAL
     case Backend::metal: return halide_metal_device_malloc(user_context, buffer);
@@ -35,7 +35,7 @@ int DeviceMemory::allocate(void *user_context, Backend backend, halide_buffer_t 
     }
 }
 
-int DeviceMemory::deallocate(void *user_context, Backend backend, halide_buffer_t *buffer) {
+int DeviceMemory::deallocate([[maybe_unused]] void *user_context, Backend backend, [[maybe_unused]] halide_buffer_t *buffer) {
     switch (backend) {
 #if HOLDFAST_HAS_METAL
     case Backend::metal: return halide_metal_device_free(user_context, buffer);

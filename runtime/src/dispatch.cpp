@@ -6,6 +6,10 @@
 #include "power.h"
 #include "problem.h"
 #include "recurrent.h"
+#include "recurrent_gpu.h"
+
+#include <algorithm>
+#include <string>
 
 namespace holdfast {
 namespace {
@@ -15,15 +19,20 @@ namespace {
 // three eighths up to 1.3 times.
 constexpr int64_t least_share = 4;
 
-/// The chunkwise variant for `p`.
-const Variant &chunkwise_variant(const Problem &p, const Choice &choice) {
-    return select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced);
+/// The chunkwise variant for `p` if its rows were like this.
+const Variant &chunkwise_variant(const Problem &p, const Choice &choice, const RowAlignment &rows) {
+    return select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced, rows);
+}
+
+/// The recurrent variant for one token of `p`.
+const Variant &step_variant(const Problem &p, const Choice &choice) {
+    return select_variant("recurrent", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
 }
 
 /// What HOLDFAST_FORM_AUTO stands for.
 holdfast_form choose_form(const Problem &p, const Choice &choice) {
     if (p.form != HOLDFAST_FORM_AUTO) return p.form;
-    const bool few = p.chunk_size == 0 && p.T <= chunkwise_variant(p, choice).chunk / least_share;
+    const bool few = p.chunk_size == 0 && p.T <= chunkwise_variant(p, choice, {}).chunk / least_share;
     return few && choice.backend == Backend::cpu ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
@@ -47,11 +56,20 @@ void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_PARALLEL:
         fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL; expected another: no kernel for it yet");
-    case HOLDFAST_FORM_RECURRENT: return run_recurrent(c, "forward", p, choice);
+    case HOLDFAST_FORM_RECURRENT:
+        if (choice.backend != Backend::cpu)
+            fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_RECURRENT and the backend ", name_of(choice.backend),
+                 "; expected another form, or the CPU");
+        return run_recurrent(c, "forward", p, choice);
     default:
-        const Variant &variant = chunkwise_variant(p, choice);
-        return choice.backend == Backend::cpu ? run_chunkwise(c, p, variant, choice.why)
-                                              : forward_on_gpu(c, p, variant, choice.why);
+        const RowAlignment rows = p.row_alignment(choice.backend);
+        const Variant &variant = chunkwise_variant(p, choice, rows), &best = chunkwise_variant(p, choice, {});
+        std::string why = choice.why;
+        if (c.verbose && &best != &variant)
+            why += ", rows of " + std::string(rows.tensor) + " at multiples of " + std::to_string(rows.bytes) +
+                   " bytes: " + best.name + " wants " + std::to_string(best.row_alignment);
+        return choice.backend == Backend::cpu ? run_chunkwise(c, p, variant, why.c_str())
+                                              : forward_on_gpu(c, p, variant, why.c_str());
     }
 }
 
@@ -76,7 +94,11 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Choice choice = choose_backend(c, p.home());
         check_computed(p);
         const bool chunkwise = !is_power(p) && choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
-        *bytes = choice.backend == Backend::cuda && chunkwise ? workspace_on_gpu(c, p, chunkwise_variant(p, choice)) : 0;
+        *bytes = 0;
+        if (choice.backend != Backend::cuda || !chunkwise) return;
+        for (const Variant *variant :
+             selectable_variants("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced))
+            *bytes = std::max(*bytes, workspace_on_gpu(c, p, *variant));
     });
 }
 
@@ -85,9 +107,21 @@ holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_arg
         Problem p = checked_problem(args);
         check_computed(p);
         const Choice choice = choose_backend(c, p.home());
-        if (!is_power(p)) return run_recurrent(c, "step", p, choice);
-        p.form = HOLDFAST_FORM_RECURRENT;
-        run_power(c, "step", p, choice);
+        if (is_power(p)) {
+            p.form = HOLDFAST_FORM_RECURRENT;
+            return run_power(c, "step", p, choice);
+        }
+        if (choice.backend != Backend::cpu) return step_on_gpu(c, p, step_variant(p, choice), choice.why);
+        run_recurrent(c, "step", p, choice);
+    });
+}
+
+holdfast_status holdfast_step_workspace_size(holdfast_context *context, const holdfast_step_args *args, size_t *bytes) {
+    return guarded(context, [&](holdfast_context &c) {
+        if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
+        const Problem p = checked_problem(args);
+        check_computed(p);
+        *bytes = step_workspace_on_gpu(c, p, step_variant(p, choose_backend(c, p.home())));
     });
 }
 

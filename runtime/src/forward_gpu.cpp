@@ -1,288 +1,39 @@
-// holdfast_forward on a GPU: one call of the kernel for all batch entries, heads and chunks, or as few as 32-bit buffers
-// allow. Tensors on the device are used where they lie; those on the CPU are copied there and back.
+// holdfast_forward on a GPU: one call of the kernel for all batch entries, heads and chunks, or as few as 32-bit buffers allow.
 #include "forward_gpu.h"
 
-#include "buffers.h"
 #include "chunk_table.h"
-#include "cuda.h"
-#include "device.h"
-#include "opencl.h"
+#include "gpu.h"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <optional>
-#include <sstream>
+#include <string>
 
 namespace holdfast {
 namespace {
 
-constexpr int64_t most_bytes = std::numeric_limits<int32_t>::max();  // of a buffer of one call, for Halide
-constexpr halide_type_t bytes_type(halide_type_uint, 8);
-
-/// A call, while it is made: shapes, and what Halide's runtime finds through user_context.
-struct Run {
-    const Problem &p;
-    const Variant &variant;
-    Workspace &workspace;
-    DeviceCall &call;
-    int64_t chunk;
-
-    const halide_device_interface_t *interface() const { return device_interface(call.place.backend); }
-    bool cuda() const { return call.place.backend == Backend::cuda; }
-
-    /// Turn what Halide returned into a Failure.
-    void check(const char *what, int rc) const {
-        if (rc == 0) return;
-        const std::string text = workspace.error.empty() ? "" : ": " + workspace.error;
-        const bool memory = rc == halide_error_code_out_of_memory || rc == halide_error_code_device_malloc_failed ||
-                            text.find("OUT_OF_MEMORY") != std::string::npos ||
-                            text.find("ALLOCATION_FAILURE") != std::string::npos;
-        const bool device = rc == halide_error_code_gpu_device_error || rc == halide_error_code_device_run_failed ||
-                            rc == halide_error_code_copy_to_host_failed || rc == halide_error_code_copy_to_device_failed ||
-                            rc == halide_error_code_device_sync_failed || rc == halide_error_code_generic_error;
-        fail(memory   ? HOLDFAST_OUT_OF_MEMORY
-             : device ? HOLDFAST_DEVICE_ERROR
-                      : HOLDFAST_INTERNAL_ERROR,
-             what, " on ", name_of(call.place.backend), " returned ", rc, text);
-    }
-};
-
-/// Device memory as Halide knows it: the call's own, or a caller's buffer.
-class Memory {
-public:
-    Memory(const Run &run, int64_t bytes) : run(run), own(true) {
-        whole = {}, axis = {0, (int32_t)bytes, 1};
-        whole.type = bytes_type, whole.dimensions = 1, whole.dim = &axis;
-        if (bytes > most_bytes)
-            fail(HOLDFAST_UNSUPPORTED, "a buffer of ", bytes, " bytes is wanted; expected at most ", most_bytes);
-        run.check("allocation of device memory", halide_device_malloc(&run.workspace, &whole, run.interface()));
-    }
-    Memory(const Run &run, void *native) : run(run), own(false) {
-        whole = {}, axis = {0, 0, 1};
-        whole.type = bytes_type, whole.dimensions = 1, whole.dim = &axis;
-        if (run.cuda())
-            whole.device = (uint64_t)native, whole.device_interface = run.interface();
-        else
-            run.check("taking over a buffer",
-                      run.interface()->wrap_native(&run.workspace, &whole, (uint64_t)native, run.interface()));
-    }
-    Memory(const Memory &) = delete;
-    ~Memory() {
-        whole.set_device_dirty(false);
-        if (own)
-            halide_device_free(&run.workspace, &whole);
-        else if (!run.cuda())
-            run.interface()->detach_native(&run.workspace, &whole);
-    }
-
-    void copy_in(const void *host, int64_t bytes) {
-        if (run.call.rehearsal) return;
-        if (run.cuda()) return cuda::copy_in(whole.device, host, bytes, (CUstream)run.call.place.stream);
-        axis.extent = (int32_t)bytes;
-        whole.host = (uint8_t *)host;
-        whole.set_host_dirty();
-        run.check("copying to the device", run.interface()->copy_to_device(&run.workspace, &whole, run.interface()));
-        whole.host = nullptr;
-    }
-    void copy_out(void *host, int64_t bytes) {
-        if (run.call.rehearsal) return;
-        if (run.cuda()) {
-            cuda::copy_out(host, whole.device, bytes, (CUstream)run.call.place.stream);
-            return cuda::wait((CUstream)run.call.place.stream);
-        }
-        axis.extent = (int32_t)bytes;
-        whole.host = (uint8_t *)host;
-        whole.set_device_dirty();
-        run.check("copying from the device", run.interface()->copy_to_host(&run.workspace, &whole));
-        whole.host = nullptr;
-    }
-
-    const Run &run;
-    halide_buffer_t whole;
-
-private:
-    halide_dimension_t axis;
-    const bool own;
-};
-
-/// What kernels get: a part of a Memory, from `offset` bytes on.
-class View : public Buffer {
-public:
-    View(const Memory &memory, int64_t offset, halide_type_t element, std::initializer_list<halide_dimension_t> list)
-        : Buffer(nullptr, element, list), memory(memory) {
-        device = memory.whole.device, device_interface = memory.whole.device_interface;
-        if (memory.run.cuda()) {
-            device += offset;
-        } else if (offset) {
-            // Halide counts in elements of the source: here those that the offset is a multiple of, so that 32 bits reach far.
-            int32_t step = 128;
-            while (offset % step) step /= 2;
-            if (offset / step > most_bytes)
-                fail(HOLDFAST_UNSUPPORTED, "byte offset ", offset, " is beyond the reach of backend ",
-                     name_of(memory.run.call.place.backend));
-            halide_dimension_t from(0, 1, step), to((int32_t)(offset / step), 1, step);
-            halide_buffer_t source = memory.whole, target = memory.whole;
-            source.dim = &from, target.dim = &to;
-            target.device = 0, target.device_interface = nullptr;
-            memory.run.check("taking a part of a buffer",
-                             source.device_interface->device_crop(&memory.run.workspace, &source, &target));
-            device = target.device, device_interface = target.device_interface;
-            cropped = true;
-        }
-    }
-    ~View() {
-        set_device_dirty(false);
-        if (cropped) device_interface->device_release_crop(&memory.run.workspace, this);
-    }
-
-private:
-    const Memory &memory;
-    bool cropped = false;
-};
-
-/// A tensor in device memory, with its strides there.
-struct OnDevice {
-    Tensor t;
-    std::unique_ptr<Memory> memory;
-    int64_t start = 0;  // bytes to element [0, 0, ...]
-
-    OnDevice(const Run &run, const Tensor &tensor, bool read) : t(tensor) {
-        if (!t.rank) return;
-        if (!t.on_host()) {
-            start = t.handle ? (int64_t)(intptr_t)t.data : 0;
-            memory = std::make_unique<Memory>(run, t.handle ? t.handle : t.data);
-            return;
-        }
-        int64_t count = 1;
-        for (int axis = t.rank - 1; axis >= 0; axis--) t.stride[axis] = count, count *= t.shape[axis];
-        const int64_t bytes = count * t.dtype.bytes();
-        memory = std::make_unique<Memory>(run, std::max<int64_t>(bytes, 1));
-        if (!read || !count || run.call.rehearsal) return;
-        if (packed_already(tensor)) {
-            memory->copy_in(tensor.data, bytes);
-        } else {
-            Scratch packed(run.workspace, (bytes + 3) / 4);
-            copy((char *)packed.floats(), tensor, true);
-            memory->copy_in(packed.floats(), bytes);
-        }
-    }
-
-    /// Bring a result back to the host tensor that it is for.
-    void fetch(const Run &run, const Tensor &host) {
-        if (!t.rank || !t.on_host() || host.empty() || run.call.rehearsal) return;
-        const int64_t bytes = t.shape[0] * t.stride[0] * t.dtype.bytes();
-        if (packed_already(host)) return memory->copy_out(host.data, bytes);
-        Scratch packed(run.workspace, (bytes + 3) / 4);
-        memory->copy_out(packed.floats(), bytes);
-        copy((char *)packed.floats(), host, false);
-    }
-
-    int64_t at(int64_t i0, int64_t i1 = 0, int64_t i2 = 0) const {
-        const int64_t index[] = {i0, i1, i2, 0};
-        int64_t bytes = start;
-        for (int axis = 0; axis < t.rank; axis++) bytes += index[axis] * t.stride[axis] * t.dtype.bytes();
-        return bytes;
-    }
-
-private:
-    bool packed_already(const Tensor &host) const { return std::equal(t.stride, t.stride + t.rank, host.stride); }
-
-    /// Between a host tensor and its elements in order.
-    static void copy(char *packed, const Tensor &host, bool in) {
-        int64_t index[Tensor::max_rank] = {};
-        const int last = host.rank - 1;
-        const int64_t element = host.dtype.bytes(), row = host.shape[last], stride = host.stride[last];
-        const int64_t pieces = stride == 1 ? 1 : row, bytes = stride == 1 ? row * element : element;
-        while (true) {
-            char *from = host.data;
-            for (int axis = 0; axis < last; axis++) from += index[axis] * host.stride[axis] * element;
-            for (int64_t n = 0; n < pieces; n++, packed += bytes, from += stride * element)
-                in ? std::memcpy(packed, from, bytes) : std::memcpy(from, packed, bytes);
-            int axis = last - 1;
-            while (axis >= 0 && ++index[axis] == host.shape[axis]) index[axis--] = 0;
-            if (axis < 0) return;
-        }
-    }
-};
-
-/// How many batch entries, and heads of each, a call of the kernel has.
-struct Part {
-    int64_t batch, heads;
-};
-
-/// The stride of an axis along which a call of the kernel takes `extent`. That of a single one may be anything.
-int32_t narrow(const Tensor &t, int axis, int64_t extent) {
-    if (extent <= 1) return 0;
-    if (t.stride[axis] > most_bytes || t.stride[axis] < -most_bytes)
-        fail(HOLDFAST_UNSUPPORTED, t.name, " has stride ", t.stride[axis], " on axis ", axis,
-             "; expected less than 2^31 either way");
-    return (int32_t)t.stride[axis];
-}
-
-/// Bytes from the first to the last element of `batch` entries and `heads` heads of a tensor whose axes those are.
-int64_t span(const Tensor &t, int head_axis, int64_t batch, int64_t heads) {
-    if (!t.rank || t.empty()) return 0;
-    int64_t elements = 1;
-    for (int axis = 0; axis < t.rank; axis++) {
-        const int64_t extent = t.rank > 1 && axis == 0 ? std::min(batch, t.shape[0])
-                               : axis == head_axis     ? std::min(heads, t.shape[axis])
-                                                       : t.shape[axis];
-        elements += (extent - 1) * std::llabs(t.stride[axis]);
-    }
-    return elements * t.dtype.bytes();
-}
-
-/// The most batch entries, else heads of one, whose buffers stay within what one call can address.
-Part largest_part(const Problem &p, const OnDevice &q, const OnDevice &k, const OnDevice &v, const OnDevice &out,
-                  const OnDevice &g, const OnDevice &initial, const OnDevice &final, int64_t slots) {
-    auto fits = [&](int64_t batch, int64_t heads) {
-        const double states = (double)slots * p.K * p.V * sizeof(float) * batch * heads;
-        int64_t most = 0;
-        for (const OnDevice *x : {&q, &k, &v, &out}) most = std::max(most, span(x->t, 2, batch, heads));
-        for (const OnDevice *x : {&initial, &final}) most = std::max(most, span(x->t, 1, batch, heads));
-        most = std::max(most, span(g.t, g.t.rank - 1, batch, heads));
-        return most <= most_bytes && states <= (double)most_bytes;
-    };
-    int64_t batch = p.B, heads = p.H;
-    while (batch > 1 && !fits(batch, heads)) batch = (batch + 1) / 2;
-    while (heads > 1 && !fits(batch, heads)) heads = (heads + 1) / 2;
-    if (!fits(batch, heads))
-        fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head, with ", slots, " states of K V = ", p.K * p.V,
-             ", need a buffer beyond 2^31 bytes; expected less: cut the sequence and carry the state");
-    return {batch, heads};
-}
-
 /// Launch everything.
-void issue(const Run &run) {
+void issue(const Run &run, int64_t chunk) {
     const Problem &p = run.p;
     Workspace &workspace = run.workspace;
 
     // What the call adds: the chunk table, and zeros for what is not given. Without tokens there is one of zeros, so that the
     // state goes from one place to the other.
     const bool nothing = p.T == 0;
-    const int64_t T = nothing ? 1 : p.T, count = (T + run.chunk - 1) / run.chunk, slots = count + 1;
+    const int64_t T = nothing ? 1 : p.T, count = (T + chunk - 1) / chunk, slots = count + 1;
     constexpr int64_t alignment = Arena::alignment;
     auto aligned = [&](int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
     const int64_t zeros = aligned(slots * ChunkTable::fields * (int64_t)sizeof(int32_t));
     const int64_t width = std::max(p.K, p.V), added_bytes = zeros + aligned(width * (int64_t)sizeof(float));
     Memory added(run, added_bytes);
-    {
-        View table(added, 0, int32, {{0, (int32_t)(added_bytes / 4), 1}});
-        run.check("chunk_table",
-                  run.variant.target->fill_chunk_table(&workspace, (int32_t)T, (int32_t)run.chunk, (int32_t)count, &table));
-    }
+    fill_chunk_table(run, added, added_bytes, T, chunk, count);
     View chunks(added, 0, int32, {{0, ChunkTable::fields, 1}, {0, (int32_t)slots, ChunkTable::fields}});
 
-    OnDevice q(run, p.q, true), k(run, p.k, true), v(run, p.v, true), g(run, p.log_decay, true),
-        initial(run, p.initial_state, true);
-    OnDevice out(run, p.out, false);
-    const bool in_place = p.final_state.rank && p.initial_state.rank && same_elements(p.final_state, p.initial_state);
-    std::optional<OnDevice> final_of_its_own;
-    if (!in_place) final_of_its_own.emplace(run, p.final_state, false);
-    OnDevice &final = in_place ? initial : *final_of_its_own;
-
-    const Part part = largest_part(p, q, k, v, out, g, initial, final, slots);
+    Operands x(run);
+    const OnDevice &g = x.log_decay;
+    const Part part = largest_part(p, x, slots * p.state_bytes());
+    if (!part.batch)
+        fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head, with ", slots, " states of K V = ", p.K * p.V,
+             ", need a buffer beyond 2^31 bytes; expected less: cut the sequence and carry the state");
     // A final state that is not wanted, and the row of out that is not there, have to go somewhere.
     std::optional<Memory> unwanted_state, unwanted_row;
     if (!p.final_state.rank) unwanted_state.emplace(run, part.batch * part.heads * p.state_bytes());
@@ -292,16 +43,16 @@ void issue(const Run &run) {
         for (int64_t h = 0; h < p.H; h += part.heads) {
             const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.heads, p.H - h);
             const int32_t K = (int32_t)p.K, V = (int32_t)p.V, tokens = (int32_t)T;
-            auto rows = [&](const OnDevice &x, Memory *instead, int64_t instead_at) {
-                const int32_t size = (int32_t)x.t.shape[3];
-                const halide_type_t type = halide_type(x.t.dtype);
+            auto rows = [&](const OnDevice &r, Memory *instead, int64_t instead_at) {
+                const int32_t size = (int32_t)r.t.shape[3];
+                const halide_type_t type = halide_type(r.t.dtype);
                 if (nothing) return View(*instead, instead_at, type, {{0, size, 1}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
                 return View(
-                    *x.memory, x.at(b, 0, h), float32,
-                    {{0, size, 1}, {0, tokens, narrow(x.t, 1, T)}, {0, H, narrow(x.t, 2, H)}, {0, B, narrow(x.t, 0, B)}});
+                    *r.memory, r.at(b, 0, h), type,
+                    {{0, size, 1}, {0, tokens, narrow(r.t, 1, T)}, {0, H, narrow(r.t, 2, H)}, {0, B, narrow(r.t, 0, B)}});
             };
-            View q_rows = rows(q, &added, zeros), k_rows = rows(k, &added, zeros), v_rows = rows(v, &added, zeros);
-            View out_rows = rows(out, unwanted_row ? &*unwanted_row : nullptr, 0);
+            View q_rows = rows(x.q, &added, zeros), k_rows = rows(x.k, &added, zeros), v_rows = rows(x.v, &added, zeros);
+            View out_rows = rows(x.out, unwanted_row ? &*unwanted_row : nullptr, 0);
             const bool per_token = g.t.rank == 3, decays = g.t.rank && !nothing;
             View log_decay(decays ? *g.memory : added,
                            !decays     ? zeros
@@ -311,151 +62,38 @@ void issue(const Run &run) {
                            {{0, tokens, decays && per_token ? narrow(g.t, 1, T) : 0},
                             {0, H, decays ? narrow(g.t, g.t.rank - 1, H) : 0},
                             {0, B, decays && per_token ? narrow(g.t, 0, B) : 0}});
-            auto states = [&](const OnDevice &x) {
+            auto states = [&](const OnDevice &s) {
                 return View(
-                    *x.memory, x.at(b, h), float32,
-                    {{0, V, 1}, {0, K, narrow(x.t, 2, K)}, {0, 1, 0}, {0, H, narrow(x.t, 1, H)}, {0, B, narrow(x.t, 0, B)}});
+                    *s.memory, s.at(b, h), float32,
+                    {{0, V, 1}, {0, K, narrow(s.t, 2, K)}, {0, 1, 0}, {0, H, narrow(s.t, 1, H)}, {0, B, narrow(s.t, 0, B)}});
             };
             View state_in = p.initial_state.rank
-                                ? states(initial)
+                                ? states(x.initial)
                                 : View(added, zeros, float32, {{0, V, 1}, {0, K, 0}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
-            View state_out = p.final_state.rank ? states(final)
+            View state_out = p.final_state.rank ? states(x.final)
                                                 : View(*unwanted_state, 0, float32,
                                                        {{0, V, 1}, {0, K, V}, {0, 1, 0}, {0, H, K * V}, {0, B, H * K * V}});
             run.check(run.variant.name,
                       std::get<ChunkwiseKernel *>(run.variant.run)(&workspace, &q_rows, &k_rows, &v_rows, &log_decay, &state_in,
                                                                    &chunks, (int32_t)count, p.scale, &out_rows, &state_out));
         }
-    out.fetch(run, p.out);
-    final.fetch(run, p.final_state);
+    x.fetch(run);
 }
 
-int64_t chunk_of(const Problem &p, const Variant &variant) {
-    return p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
-}
-
-/// What a workspace's kernels find while a call lasts, also one that fails.
-class Lent {
-public:
-    Lent(Workspace &workspace, DeviceCall &call) : workspace(workspace) { workspace.device = &call; }
-    Lent(const Lent &) = delete;
-    ~Lent() { workspace.device = nullptr; }
-
-private:
-    Workspace &workspace;
-};
-
-size_t rehearse(Workspace &workspace, const Problem &p, const Variant &variant) {
-    Arena arena(Arena::alignment, std::numeric_limits<size_t>::max() / 2);
-    DeviceCall call{Place{Backend::cuda}, &arena, nullptr, true};
-    const Lent lent(workspace, call);
-    issue({p, variant, workspace, call, chunk_of(p, variant)});
-    return arena.most();
-}
-
-/// The caller's workspace, checked: its address.
-uint64_t checked_workspace(const Problem &p, size_t needed) {
-    const DLTensor &w = *p.workspace;
-    Backend backend;
-    if (!backend_of(w.device.device_type, &backend) || backend != Backend::cuda || w.device.device_id != p.q.device.device_id)
-        fail(HOLDFAST_INVALID_ARGUMENT, "workspace is on ", describe(w.device), "; expected ", describe(p.q.device), ", as q");
-    if (w.ndim != 1 || !w.shape || w.dtype.code != kDLUInt || w.dtype.bits != 8 || w.dtype.lanes != 1 ||
-        (w.strides && w.shape[0] > 1 && w.strides[0] != 1))
-        fail(HOLDFAST_INVALID_ARGUMENT, "workspace has ", w.ndim,
-             " dimensions, or another type than uint8, or gaps; expected compact uint8 [bytes]");
-    if (w.shape[0] < 0 || (uint64_t)w.shape[0] < needed)
-        fail(HOLDFAST_INVALID_ARGUMENT, "workspace has ", w.shape[0], " bytes; expected at least ", needed,
-             ", as holdfast_workspace_size says");
-    const uint64_t address = (uint64_t)w.data + w.byte_offset;
-    if (!w.data || address % Arena::alignment)
-        fail(HOLDFAST_INVALID_ARGUMENT, "workspace is at address ", address, "; expected a multiple of ", Arena::alignment);
-    return address;
-}
-
-/// What each API cannot do with tensors that are already there.
-void check_place(const Problem &p, const Place &place) {
-    if (p.q.on_host() || place.backend == Backend::cuda) return;
-    if (place.backend == Backend::vulkan)
-        fail(HOLDFAST_UNSUPPORTED, "q is on ", describe(p.q.device),
-             ", and buffers of other Vulkan devices than the library's own cannot be used; "
-             "expected tensors on the CPU, with backend vulkan forced");
-    if (place.backend == Backend::opencl && !place.stream)
-        fail(HOLDFAST_INVALID_ARGUMENT, "q is on ", describe(p.q.device),
-             " and the context has no stream; expected holdfast_context_set_stream "
-             "with a cl_command_queue of the buffers' cl_context");
-    int64_t multiple = sizeof(float);
-#if HOLDFAST_HAS_OPENCL
-    if (place.backend == Backend::opencl) multiple = opencl::offset_alignment(place.context);
-#endif
-    for (const Tensor *t : {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state}) {
-        if (!t->rank || t->empty()) continue;
-        if ((int64_t)(intptr_t)t->data % multiple)
-            fail(HOLDFAST_UNSUPPORTED, t->name, " is at byte offset ", (int64_t)(intptr_t)t->data,
-                 " of its buffer; expected a multiple of ", multiple, ", which ", describe(t->device), " demands");
-        for (int axis = 0; axis < t->rank; axis++)
-            if (t->shape[axis] > 1 && t->stride[axis] < 0)
-                fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[axis], " on axis ", axis,
-                     "; expected none below 0 on ", describe(t->device));
-    }
+GpuCall call_of(const Problem &p, const Variant &variant) {
+    const int64_t chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
+    return {"forward", "chunks of " + std::to_string(chunk), "holdfast_workspace_size",
+            [chunk](const Run &run) { issue(run, chunk); }};
 }
 
 }  // namespace
 
 size_t workspace_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant) {
-    size_t bytes = 0;
-    if (p.B * p.H == 0) return 0;
-    c.for_each(1, [&](Workspace &workspace, int64_t) { bytes = rehearse(workspace, p, variant); });
-    return bytes;
+    return call_of(p, variant).workspace(c, p, variant);
 }
 
 void forward_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) {
-    Place place{variant.target->backend, nullptr, c.stream};
-    if (c.verbose) {
-        std::ostringstream line;
-        line << "forward: " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K " << p.K
-             << ", V " << p.V << ", chunks of " << chunk_of(p, variant);
-        if (p.q.on_host())
-            line << ", tensors copied from the CPU and back";
-        else
-            line << ", on " << describe(p.q.device);
-        c.verbose(c.verbose_user, line.str().c_str());
-    }
-    if (p.B * p.H == 0) return;
-    c.for_each(1, [&](Workspace &workspace, int64_t) {
-        workspace.error.clear();
-        if (place.backend == Backend::cuda) {
-            const size_t needed = rehearse(workspace, p, variant);
-            const CUcontext context =
-                cuda::choose_context((CUcontext)c.device, (CUstream)c.stream, p.q.on_host() ? 0 : p.q.device.device_id);
-            const cuda::Current current(context);
-            place.context = context;
-            uint64_t memory;
-            if (p.workspace) {
-                memory = checked_workspace(p, needed);
-            } else {
-                workspace.device_memory.move_to(place);
-                memory = workspace.device_memory.block(needed);
-            }
-            Arena arena(memory, needed);
-            DeviceCall call{place, &arena};
-            const Lent lent(workspace, call);
-            issue({p, variant, workspace, call, chunk_of(p, variant)});
-            return;
-        }
-#if HOLDFAST_HAS_OPENCL
-        if (place.backend == Backend::opencl && place.stream) place.context = opencl::context_of(place.stream);
-#endif
-        if (place.backend != Backend::opencl) place.stream = nullptr;
-        check_place(p, place);
-        workspace.device_memory.move_to(place);
-        DeviceCall call{place, nullptr, &workspace.device_memory};
-        const Lent lent(workspace, call);
-        std::lock_guard<std::mutex> lock(call_mutex(place.backend));
-        const Run run{p, variant, workspace, call, chunk_of(p, variant)};
-        issue(run);
-        if (!p.q.on_host() && place.backend == Backend::metal)
-            run.check("waiting for the device", halide_device_sync_global(&workspace, run.interface()));
-    });
+    call_of(p, variant).run(c, p, variant, why);
 }
 
 }  // namespace holdfast

@@ -5,7 +5,7 @@
 #include <HalideRuntimeMetal.h>
 
 extern "C" {
-void *objc_msgSend();
+void objc_msgSend();  // of any type
 void *sel_getUid(const char *name);
 }
 

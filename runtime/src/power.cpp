@@ -24,7 +24,7 @@ constexpr int64_t least_share = 8;
 constexpr int64_t worth_a_thread = 512 * 1024;
 
 const Variant &variant_for(const char *kernel, const Problem &p, const Choice &choice, int64_t value_size) {
-    return select_variant(kernel, p.q.dtype.name, p.K, value_size, p.chunk_size, choice.backend, choice.forced, p.degree);
+    return select_variant(kernel, p.q.dtype.name, p.K, value_size, p.chunk_size, choice.backend, choice.forced, {}, p.degree);
 }
 
 void check(int rc, const Variant &variant, const Workspace &workspace) {

@@ -1,12 +1,12 @@
 #include "problem.h"
 
+#include "args.h"
 #include "expansion.h"
 #include "failure.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <cstring>
 #include <limits>
 #include <sstream>
 #include <utility>
@@ -15,23 +15,6 @@ namespace holdfast {
 namespace {
 
 constexpr int64_t max_state = 1 << 25;  // D V: the kernel's own buffer of a few states is addressed by 32 bits, in bytes
-
-/// The caller's struct in this version's layout, whatever version it was compiled against.
-template<class Args>
-Args checked_args(const Args *args, const char *type, size_t first_version) {
-    if (!args) fail(HOLDFAST_INVALID_ARGUMENT, "args is NULL; expected a ", type);
-    const size_t size = args->struct_size;
-    if (size < first_version)
-        fail(HOLDFAST_INVALID_ARGUMENT, "args.struct_size is ", size, "; expected sizeof(", type, "), at least ",
-             first_version);
-    for (size_t n = sizeof *args; n < size; n++)
-        if (((const unsigned char *)args)[n])
-            fail(HOLDFAST_UNSUPPORTED, "args.struct_size is ", size, " and byte ", n, " is not zero; expected zeros past byte ",
-                 sizeof *args, ": this version does not know that option");
-    Args copy{};
-    std::memcpy(&copy, args, std::min(size, sizeof copy));
-    return copy;
-}
 
 /// Refuses positive and NaN decays, by name; [H], [B, H] or [B, T, H].
 void check_log_decay(const Tensor &g) {
@@ -250,7 +233,7 @@ Problem checked_problem(const holdfast_step_args *args) {
     same.q = step.q, same.k = step.k, same.v = step.v, same.log_decay = step.log_decay, same.initial_state = step.state;
     same.initial_sum_of_keys = step.sum_of_keys, same.out = step.out, same.scale = step.scale;
     same.degree = step.degree, same.normalize = step.normalize;
-    same.state_layout = step.state_layout, same.expansion = step.expansion;
+    same.state_layout = step.state_layout, same.expansion = step.expansion, same.workspace = step.workspace;
     return checked(same, true);
 }
 
@@ -258,6 +241,24 @@ Backend Problem::home() const {
     Backend backend = Backend::cpu;
     backend_of(q.device.device_type, &backend);
     return backend;
+}
+
+RowAlignment Problem::row_alignment(Backend backend) const {
+    RowAlignment rows;
+    for (const Tensor *t : {&q, &k, &v, &out}) {
+        if (t->empty()) continue;
+        uint64_t places = 0;  // what rows start at are sums of multiples of these
+        if (q.on_host() && backend != Backend::cpu) {
+            places = (uint64_t)(t->shape[3] * t->dtype.bytes());
+        } else {
+            places = (uint64_t)(uintptr_t)t->data;
+            for (int axis = 0; axis < 3; axis++)
+                if (t->shape[axis] > 1) places |= (uint64_t)(t->stride[axis] * t->dtype.bytes());
+        }
+        const int64_t bytes = (int64_t)(places & -places);  // 0: nothing limits it
+        if (bytes && bytes < rows.bytes) rows = {bytes, t->name};
+    }
+    return rows;
 }
 
 void check_kernel_strides(const Problem &p, int64_t tokens) {

@@ -40,6 +40,9 @@ struct Problem {
     int64_t length(int64_t s) const { return packed() ? starts[s + 1] - starts[s] : T; }
 
     Backend home() const;  // where all tensors are
+
+    /// Of rows as kernels of `backend` get them: of host tensors in packed copies, where that is a GPU.
+    RowAlignment row_alignment(Backend backend) const;
 };
 
 /// Check all arguments. Throws a Failure that names the first that is wrong.

@@ -124,9 +124,6 @@ private:
 }  // namespace
 
 void run_recurrent(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
-    if (choice.backend != Backend::cpu)
-        fail(HOLDFAST_UNSUPPORTED, "holdfast_", call, " was to run on backend ", name_of(choice.backend),
-             "; expected the CPU, where all of its kernels are");
     const Variant &variant = select_variant("recurrent", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
     check_kernel_strides(p, 1);
     const Work work(p, variant);

@@ -2,9 +2,11 @@
 
 #include "cpu_features.h"
 #include "failure.h"
+#include "tensor.h"
 
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 
 #include "kernels.h"
 
@@ -47,7 +49,17 @@ static const Target *find_target(const std::string &name) {
 const std::vector<Variant> &variants() {
     static const std::vector<Variant> list = {
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree) \
-    {#kernel, #name, #dtype, chunk, key_size, value_size, degree, find_target(#target), name},
+    {#kernel, \
+     #name, \
+     #dtype, \
+     chunk, \
+     key_size, \
+     value_size, \
+     row_alignment * (int)dtype.bytes(), \
+     round_operands, \
+     degree, \
+     find_target(#target), \
+     name},
 #include "variants.inc"
 #undef HOLDFAST_VARIANT
     };
@@ -74,14 +86,16 @@ const Target *environment_target() {
     return name.empty() ? nullptr : require_target(name, "HOLDFAST_TARGET: ");
 }
 
-const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
-                              Backend backend, const Target *forced, int degree) {
+/// What select_variant returns, null when there is none.
+static const Variant *find_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,
+                                   int64_t chunk_size, Backend backend, const Target *forced, int64_t row_alignment,
+                                   int degree) {
     const Variant *best = nullptr;
     for (const Variant &v : variants()) {
         // Names last: they are the slowest to compare, and a call for one token has no time to lose.
         if (forced ? v.target != forced : v.target->backend != backend || !v.target->missing_features.empty()) continue;
         if ((v.key_size && v.key_size != key_size) || (v.value_size && v.value_size != value_size)) continue;
-        if (v.degree && v.degree != degree) continue;
+        if (v.row_alignment > row_alignment || (v.degree && v.degree != degree)) continue;
         if (std::strcmp(v.kernel, kernel) || std::strcmp(v.dtype, dtype)) continue;
         // The list is best first: a later row replaces the first only for its chunk, all else being equal.
         if (!best) {
@@ -92,10 +106,32 @@ const Variant &select_variant(const char *kernel, const char *dtype, int64_t key
             if (better) best = &v;
         }
     }
-    if (!best)
-        fail(HOLDFAST_UNSUPPORTED, "no variant of ", kernel, " for ", dtype, ", K = ", key_size, ", V = ", value_size,
-             forced ? " and target " : " and backend ", forced ? forced->name : name_of(backend), " in this build");
-    return *best;
+    return best;
+}
+
+const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
+                              Backend backend, const Target *forced, const RowAlignment &rows, int degree) {
+    auto find = [&](int64_t bytes) {
+        return find_variant(kernel, dtype, key_size, value_size, chunk_size, backend, forced, bytes, degree);
+    };
+    if (const Variant *best = find(rows.bytes)) return *best;
+    std::ostringstream wanted;
+    wanted << kernel << " for " << dtype << ", K = " << key_size << ", V = " << value_size
+           << (forced ? " and target " : " and backend ") << (forced ? forced->name : name_of(backend));
+    if (const Variant *aligned = find(RowAlignment::most))
+        fail(HOLDFAST_UNSUPPORTED, rows.tensor, " has rows that start at multiples of ", rows.bytes, " bytes only; expected ",
+             aligned->row_alignment, ", as all variants of ", wanted.str(), " in this build want");
+    fail(HOLDFAST_UNSUPPORTED, "no variant of ", wanted.str(), " in this build");
+}
+
+std::vector<const Variant *> selectable_variants(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,
+                                                 int64_t chunk_size, Backend backend, const Target *forced) {
+    std::vector<const Variant *> list;
+    for (int64_t bytes = 1; bytes <= RowAlignment::most; bytes *= 2) {
+        const Variant *v = find_variant(kernel, dtype, key_size, value_size, chunk_size, backend, forced, bytes, 0);
+        if (v && (list.empty() || list.back() != v)) list.push_back(v);
+    }
+    return list;
 }
 
 }  // namespace holdfast

@@ -20,6 +20,12 @@ using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide
                             halide_buffer_t *log_decay, float scale, halide_buffer_t *state, halide_buffer_t *sum,
                             halide_buffer_t *out);
 
+using RotateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *theta, halide_buffer_t *position,
+                         halide_buffer_t *out);
+
+using HeadNormGateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *gate, halide_buffer_t *weight,
+                               int32_t layer_norm, int32_t gated, float eps, halide_buffer_t *out);
+
 using PowerKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
                         halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *keys_in, int32_t degree,
                         int32_t normalize, float scale, halide_buffer_t *out, halide_buffer_t *state_out,
@@ -41,9 +47,12 @@ struct Target {
 struct Variant {
     const char *kernel, *name, *dtype;
     int chunk, key_size, value_size;  // chunk 0: the kernel knows none; sizes 0: any
+    int row_alignment;                // rows of q, k, v and out start at multiples of so many bytes
+    bool round_operands;              // products read what is not of `dtype` rounded to it
     int degree;                       // 0: any, or the kernel knows none
     const Target *target;
-    std::variant<ChunkwiseKernel *, RecurrentKernel *, PowerKernel *, PowerStepKernel *> run;  // that of `kernel`
+    std::variant<ChunkwiseKernel *, RecurrentKernel *, RotateKernel *, HeadNormGateKernel *, PowerKernel *, PowerStepKernel *>
+        run;  // that of `kernel`
 };
 
 const std::vector<Target> &targets();  // best first
@@ -70,9 +79,21 @@ struct Choice {
 /// The target that HOLDFAST_TARGET forces, null if it is not set. The variable is read once. Throws like require_target.
 const Target *environment_target();
 
-/// The variant to run: the best target of `backend` that runs here, or `forced`; exact sizes before `any`; the shortest chunk that holds
-/// `chunk_size` tokens, else the longest (chunk_size 0: the first listed). Throws UNSUPPORTED when there is none.
+/// Rows of a call's q, k, v and out start at multiples of so many bytes, a power of two, and `tensor`'s not of twice that.
+struct RowAlignment {
+    static constexpr int64_t most = 256;  // more than any variant wants
+    int64_t bytes = most;
+    const char *tensor = "";
+};
+
+/// The variant to run: the best target of `backend` that runs here, or `forced`; of its rows the first whose sizes and
+/// alignment, and degree, fit the call (exact sizes stand before `any`), or one with another chunk for the same sizes: the shortest chunk
+/// that holds `chunk_size` tokens, else the longest (chunk_size 0: the first listed). Throws UNSUPPORTED when there is none.
 const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
-                              Backend backend, const Target *forced, int degree = 0);
+                              Backend backend, const Target *forced, const RowAlignment &rows = {}, int degree = 0);
+
+/// The variants that select_variant returns for rows of one alignment or another.
+std::vector<const Variant *> selectable_variants(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,
+                                                 int64_t chunk_size, Backend backend, const Target *forced);
 
 }  // namespace holdfast

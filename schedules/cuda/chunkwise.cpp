@@ -37,6 +37,17 @@ struct Stages {
             decay.compute_at(rows, i).store_in(MemoryType::Register);
         }
     }
+    // Outputs: a block per chunk and E of its columns.
+    Stage rows_of_chunks(int E, const RVar &blocks) {
+        f.result
+            .gpu_single_thread();  // undefined at first, so that nothing is run; but Halide would want it in host memory too
+        Stage result = f.result.update(0);
+        result.allow_race_conditions();  // each row belongs to one chunk: chunks.h
+        return result.split(e, eo, ei, E)
+            .fuse(eo, f.over_result.y, blocks)
+            .reorder(ei, f.over_result.x, blocks, h, b)
+            .gpu_blocks(blocks, h, b);
+    }
     // States: a thread per four elements, the scan over chunks on the device.
     void scan() {
         const int wide = 4, threads = 128;
@@ -66,10 +77,8 @@ struct TensorCores : Stages {
     void output() {
         const int C = sizes.chunk, K = sizes.key, V = sizes.value, E = std::min(V, most.columns);
         const cuda::Fragments square(C, C, C, 16), tile(E, C, E, 16);
-        RVar row = f.over_result.x, in = f.over_result.y, blocks("blocks");
-        Stage result = f.result.update(0);
-        result.allow_race_conditions();  // each row belongs to one chunk: chunks.h
-        result.split(e, eo, ei, E).fuse(eo, in, blocks).reorder(ei, row, blocks, h, b).gpu_blocks(blocks, h, b);
+        RVar row = f.over_result.x, blocks("blocks");
+        Stage result = rows_of_chunks(E, blocks);
         tile.store(result, ei, row);
         const LoopLevel at(f.result, blocks);
         tile.share(f.out_stored, e, i, at);
@@ -114,10 +123,8 @@ struct Ffma : Stages {
     void output() {
         const int C = sizes.chunk, V = sizes.value, E = std::min(V, most.columns);
         const cuda::RegisterTile square(C, C, 4, C / 16), tile(E, C, E / 16, C / 16);
-        RVar row = f.over_result.x, in = f.over_result.y, blocks("blocks"), d_tile("d_tile"), d_in("d_in");
-        Stage result = f.result.update(0);
-        result.allow_race_conditions();  // each row belongs to one chunk: chunks.h
-        result.split(e, eo, ei, E).fuse(eo, in, blocks).reorder(ei, row, blocks, h, b).gpu_blocks(blocks, h, b);
+        RVar row = f.over_result.x, blocks("blocks"), d_tile("d_tile"), d_in("d_in");
+        Stage result = rows_of_chunks(E, blocks);
         tile.result(result, ei, row);
         const LoopLevel at(f.result, blocks);
 

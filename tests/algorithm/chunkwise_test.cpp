@@ -19,19 +19,25 @@ struct Instance {
     Size size;  // what the kernel is called with
     Dtype dtype;
 };
+bool rounded(const ChunkwiseSizes &sizes) { return sizes.operands != holdfast::Dtype::f32; }
 std::string name(const Instance &i) {
     auto extent = [](int n) { return n ? std::to_string(n) : std::string("any"); };
     return i.schedule + "_" + i.target.name + "_C" + extent(i.sizes.chunk) + "_K" + extent(i.sizes.key) + "_V" +
-           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile) + "_" + i.dtype.name;
+           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile) + "_" + i.dtype.name +
+           (rounded(i.sizes) ? "_rounded" : "");
 }
 void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
 std::vector<Instance> instances() {
     const std::vector<Instance> unscheduled = {
         {"none", targets().back(), {4, 3, 5, 4}, {3, 5}, f32},  // chunk, K, V, causal tile
-        {"none", targets().back(), {4, 3, 5, 2}, {3, 5}, f32},  {"none", targets().back(), {4, 0, 0, 4}, {5, 3}, f32},
-        {"none", targets().back(), {1, 1, 1, 1}, {1, 1}, f32},  {"none", targets().back(), {4, 0, 0, 2}, {3, 5}, f16},
+        {"none", targets().back(), {4, 3, 5, 2}, {3, 5}, f32},
+        {"none", targets().back(), {4, 0, 0, 4}, {5, 3}, f32},
+        {"none", targets().back(), {1, 1, 1, 1}, {1, 1}, f32},
+        {"none", targets().back(), {4, 0, 0, 2}, {3, 5}, f16},
         {"none", targets().back(), {4, 0, 0, 2}, {3, 5}, bf16},
+        {"generic", targets().back(), {8, 16, 24, 8, holdfast::Dtype::f16}, {16, 24}, f16},
+        {"generic", targets().back(), {8, 16, 24, 8, holdfast::Dtype::bf16}, {16, 24}, bf16},
     };
     const std::vector<std::pair<ChunkwiseSizes, Size>> scheduled = {
         {{4, 3, 5, 2}, {3, 5}}, {{7, 0, 0, 7}, {9, 17}}, {{32, 16, 32, 8}, {16, 32}}, {{64, 32, 64, 16}, {32, 64}}};
@@ -62,9 +68,10 @@ TEST_P(Chunkwise, MatchesReference) {
                                                                 {"key_size", std::to_string(sizes.key)},
                                                                 {"value_size", std::to_string(sizes.value)},
                                                                 {"causal_tile", std::to_string(sizes.causal_tile)},
+                                                                {"round_operands", rounded(sizes) ? "true" : "false"},
                                                                 {"forced_schedule", instance.schedule}});
         for (const KernelCase &c : kernel_cases(sizes.chunk))
-            KernelCall(c, sizes.chunk, instance.size, instance.dtype).expect_reference(kernel);
+            KernelCall(c, sizes.chunk, instance.size, instance.dtype, {1, rounded(sizes)}).expect_reference(kernel);
     } catch (const Halide::Error &e) {
         FAIL() << e.what();
     }

@@ -1,5 +1,7 @@
-// The conversions of generators/dtypes.h, on every target of cmake/targets.cmake that this machine runs, against arithmetic.
+// The conversions of generators/dtypes.h, on every target of cmake/targets.cmake that this machine runs, against arithmetic;
+// those of fp16 also with the integers that stand for it in kernels of OpenCL and Vulkan.
 #include "../../generators/dtypes.h"
+#include "../../schedules/gpu/float16.h"
 #include "../check.h"
 #include "../dtype.h"
 #include "targets.h"
@@ -14,8 +16,12 @@ struct Instance {
     Dtype dtype;
     NamedTarget target;
     int lanes;
+    bool as_integers = false;
 };
-std::string name(const Instance &i) { return std::string(i.dtype.name) + "_" + i.target.name + "_" + std::to_string(i.lanes); }
+std::string name(const Instance &i) {
+    return std::string(i.dtype.name) + "_" + i.target.name + "_" + std::to_string(i.lanes) +
+           (i.as_integers ? "_as_integers" : "");
+}
 void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
 uint32_t bits_of(float x) {
@@ -43,7 +49,9 @@ protected:
     Buffer<> stored(std::vector<uint16_t> &bits) const { return Buffer<>(stored_type(type), bits.data(), (int)bits.size()); }
     void realize(Func f, Buffer<> result) const {
         f.vectorize(n, GetParam().lanes, TailStrategy::GuardWithIf);
-        f.realize(Pipeline::RealizationArg(result), GetParam().target.target.with_feature(Target::JIT));
+        Pipeline pipeline(f);
+        if (GetParam().as_integers) pipeline.add_custom_lowering_pass(holdfast::gpu::float16_as_integers().release());
+        pipeline.realize(Pipeline::RealizationArg(result), GetParam().target.target.with_feature(Target::JIT));
     }
     std::vector<uint16_t> narrowed(std::vector<float> &numbers) const {
         Buffer<float> in(numbers.data(), (int)numbers.size());
@@ -108,6 +116,7 @@ std::vector<Instance> instances() {
             for (int lanes :
                  std::set<int>{1, target.target.natural_vector_size<float>(), target.target.natural_vector_size<uint16_t>()})
                 list.push_back({dtype, target, lanes});
+    for (int lanes : {1, 4}) list.push_back({f16, targets().back(), lanes, true});
     return list;
 }
 

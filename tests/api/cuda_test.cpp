@@ -1,6 +1,6 @@
 // What a call with tensors on CUDA asks of the driver: stubs/cuda.cpp stands in its place, keeps a record and runs no kernel.
 // MissingCuda runs in a process of its own for each way in which there is no CUDA (HOLDFAST_EXPECTED has the words).
-#include "../forward.h"
+#include "../step.h"
 
 #include <dlfcn.h>
 
@@ -49,7 +49,7 @@ std::vector<std::string> of(const std::vector<std::string> &record, const std::s
 
 /// A call with all tensors on a device, far from one another: nobody reads them. On the CPU: the problem's own.
 struct Call {
-    Problem p{B, T, H, K, V};
+    Problem p;
     Forward f = p.forward();
     DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), initial_state = f.initial_state.dl(),
              out = f.out.dl(), final_state = f.final_state.dl(), workspace = {};
@@ -57,8 +57,10 @@ struct Call {
     int64_t workspace_bytes = 0;
     std::unique_ptr<char, void (*)(void *)> memory{nullptr, std::free};
 
-    explicit Call(int device = 0, DLDeviceType type = kDLCUDA) {
+    explicit Call(int device = 0, DLDeviceType type = kDLCUDA, Size size = {K, V}, DLDataType dtype = dl_type(f32))
+        : p{B, T, H, size.K, size.V} {
         uint64_t address = 0;
+        for (DLTensor *x : {&q, &k, &v, &out}) x->dtype = dtype;
         for (DLTensor *x : {&q, &k, &v, &log_decay, &initial_state, &out, &final_state}) {
             x->device = {type, device};
             if (type != kDLCPU) x->data = (void *)(address += (uint64_t)1 << 40);
@@ -74,6 +76,36 @@ struct Call {
         args.workspace = &workspace;
     }
     holdfast_status run(holdfast_context *context) { return holdfast_forward(context, &args); }
+};
+
+/// The same of a step.
+struct StepCall {
+    Problem p{B, 1, H, K, V};
+    Step s = step(p.forward(), 0);
+    DLTensor q = s.q.dl(), k = s.k.dl(), v = s.v.dl(), log_decay = s.log_decay.dl(), state = s.state.dl(), out = s.out.dl(),
+             workspace = {};
+    holdfast_step_args args = step_args(&q, &k, &v, &log_decay, &state, &out);
+    int64_t workspace_bytes = 0;
+    std::unique_ptr<char, void (*)(void *)> memory{nullptr, std::free};
+
+    explicit StepCall(int device = 0, DLDeviceType type = kDLCUDA) {
+        p.final_state.fill(p.random);
+        uint64_t address = 0;
+        for (DLTensor *x : {&q, &k, &v, &log_decay, &state, &out}) {
+            x->device = {type, device};
+            if (type != kDLCPU) x->data = (void *)(address += (uint64_t)1 << 40);
+        }
+    }
+    StepCall(const StepCall &) = delete;
+    void give_workspace(holdfast_context *context) {
+        size_t bytes = 0;
+        ASSERT_EQ(holdfast_step_workspace_size(context, &args, &bytes), HOLDFAST_OK) << holdfast_last_error(context);
+        workspace_bytes = (int64_t)bytes;
+        memory.reset((char *)std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+        workspace = {memory.get(), q.device, 1, {kDLUInt, 8, 1}, &workspace_bytes, nullptr, 0};
+        args.workspace = &workspace;
+    }
+    holdfast_status run(holdfast_context *context) { return holdfast_step(context, &args); }
 };
 
 const std::set<std::string> harmless = {"cuDeviceGet",     "cuDeviceGetAttribute", "cuCtxGetCurrent",
@@ -305,6 +337,117 @@ TEST(Cuda, WorkspaceSizeAsksTheDriverNothing) {
     EXPECT_EQ(holdfast_workspace_size(context, &call.args, nullptr), HOLDFAST_INVALID_ARGUMENT);
 }
 
+/// A variant that takes some rows only, and calls that are for it.
+struct Choosy {
+    holdfast_variant variant;
+    Dtype dtype;
+    int64_t element() const { return dtype == f32 ? 4 : 2; }
+    bool has_floor() const {
+        const auto all = variants();
+        return std::any_of(all.begin(), all.end(), [&](const holdfast_variant &v) {
+            return v.kernel == std::string(variant.kernel) && v.dtype == std::string(variant.dtype) &&
+                   v.target == std::string(variant.target) && v.key_size == 0 && v.row_alignment == element();
+        });
+    }
+    std::unique_ptr<Call> call() const {
+        return std::make_unique<Call>(0, kDLCUDA, Size{variant.key_size, variant.value_size}, dl_type(dtype));
+    }
+};
+std::vector<Choosy> choosy_variants() {
+    std::vector<Choosy> list;
+    for (const holdfast_variant &v : variants())
+        for (const Dtype &dtype : all_dtypes)
+            if (v.target == std::string("cuda") && v.kernel == std::string("chunkwise") && v.dtype == std::string(dtype.name) &&
+                v.row_alignment > (dtype == f32 ? 4 : 2))
+                list.push_back({v, dtype});
+    return list;
+}
+
+TEST(Cuda, RowsDecideAmongVariants) {
+    Driver driver;
+    const auto list = choosy_variants();
+    if (list.empty()) GTEST_SKIP() << "HOLDFAST_SIZES left out all variants that take some rows only";
+    for (const Choosy &choosy : list) {
+        const std::string name = choosy.variant.name;
+        SCOPED_TRACE(name);
+        EXPECT_EQ(choosy.variant.row_alignment, 16);
+        EXPECT_EQ(choosy.variant.selected, 1);
+        EXPECT_EQ(choosy.variant.round_operands, !(choosy.dtype == f32));
+        Context context;
+        ASSERT_EQ(holdfast_context_set_device(context, driver.context(0)), HOLDFAST_OK);
+        auto modules_loaded = [&](Call &call) {
+            driver.clear();
+            EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+            return of(driver.record(), "cuModuleLoadDataEx").size();
+        };
+        auto aligned = choosy.call();
+        aligned->q.byte_offset = 16 * 3, aligned->log_decay.byte_offset = aligned->initial_state.byte_offset = 4;
+        EXPECT_EQ(modules_loaded(*aligned), 2u);  // the chunk table's and the variant's
+        EXPECT_NE(context.messages.back().find("forward: " + name + " (where the tensors are), B"), std::string::npos)
+            << context.messages.back();
+
+        // Where a call has one batch entry, they have no distance.
+        auto single = choosy.call();
+        for (DLTensor *x : {&single->q, &single->k, &single->v, &single->log_decay, &single->initial_state, &single->out,
+                            &single->final_state})
+            x->shape[0] = 1;
+        single->v.strides[0]++;
+        EXPECT_EQ(modules_loaded(*single), 0u);
+        EXPECT_NE(context.messages.back().find(name + " (where"), std::string::npos) << context.messages.back();
+
+        size_t expected_loads = choosy.has_floor();
+        for (const char *tensor : {"q", "k", "v", "out"})
+            for (int spoiled = -1; spoiled < (choosy.variant.key_size > 64 ? 0 : 3); spoiled++) {
+                SCOPED_TRACE(std::string(tensor) + (spoiled < 0 ? " offset" : " stride " + std::to_string(spoiled)));
+                auto call = choosy.call();
+                DLTensor &x = *tensor == 'q' ? call->q : *tensor == 'k' ? call->k : *tensor == 'v' ? call->v : call->out;
+                if (spoiled < 0)
+                    x.byte_offset = (uint64_t)choosy.element();
+                else
+                    x.strides[spoiled] = x.strides[0] * 2 + 8 / choosy.element();
+                const std::string start = std::to_string(spoiled < 0 ? choosy.element() : 8);
+                if (!choosy.has_floor()) {
+                    EXPECT_EQ(call->run(context), HOLDFAST_UNSUPPORTED);
+                    EXPECT_EQ(context.error().find(tensor + (" has rows that start at multiples of " + start) +
+                                                   " bytes only; expected 16, as all variants of chunkwise for " +
+                                                   choosy.dtype.name),
+                              0u)
+                        << context.error();
+                    continue;
+                }
+                EXPECT_EQ(modules_loaded(*call), expected_loads);
+                expected_loads = 0;
+                const std::string &line = context.messages.back();
+                EXPECT_NE(line.find("_k0_v0_cuda (where the tensors are, rows of " + std::string(tensor) + " at multiples of " +
+                                    start + " bytes: " + name + " wants 16)"),
+                          std::string::npos)
+                    << line;
+            }
+    }
+}
+
+TEST(Cuda, WorkspaceIsEnoughForEveryVariant) {
+    const auto list = choosy_variants();
+    if (list.empty()) GTEST_SKIP() << "HOLDFAST_SIZES left out all variants that take some rows only";
+    for (const Choosy &choosy : list) {
+        SCOPED_TRACE(choosy.variant.name);
+        Context context;
+        size_t bytes = 0, again = 0, far = 0;
+        auto aligned = choosy.call(), odd = choosy.call(), apart = choosy.call();
+        odd->k.byte_offset = 4, odd->v.strides[0]++;
+        apart->q.strides[0] = (int64_t)1 << 32;  // one batch entry in a call of the kernel
+        for (auto [call, size] : {std::pair(&aligned, &bytes), {&odd, &again}, {&apart, &far}})
+            ASSERT_EQ(holdfast_workspace_size(context, &(*call)->args, size), HOLDFAST_OK) << context.error();
+        EXPECT_EQ(bytes, again);
+        EXPECT_EQ(bytes, far);
+        for (auto *call : {&aligned, &odd, &apart}) {
+            if (call == &odd && !choosy.has_floor()) continue;
+            (*call)->give_workspace(context);
+            EXPECT_EQ((*call)->run(context), HOLDFAST_OK) << context.error();
+        }
+    }
+}
+
 TEST(Cuda, BadWorkspaceIsRefusedBeforeAnythingRuns) {
     Driver driver;
     Context context;
@@ -451,6 +594,114 @@ TEST(Cuda, NoTokensAndNoHeads) {
     driver.clear();
     EXPECT_EQ(none.run(context), HOLDFAST_OK) << context.error();
     EXPECT_TRUE(driver.record().empty());
+}
+
+TEST(Cuda, StepIsTwoLaunchesWithWorkspaceAfterTheFirst) {
+    Driver driver;
+    void *stream = driver.stream(driver.context(0));
+    Context context;
+    ASSERT_EQ(holdfast_context_set_stream(context, stream), HOLDFAST_OK);
+    StepCall call;
+    call.give_workspace(context);
+    EXPECT_EQ(call.workspace_bytes, (B * H * V * 4 + 255) / 256 * 256);  // a row of sums for each head
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(others(driver.record()), (std::set<std::string>{"cuModuleLoadDataEx", "cuModuleGetFunction"}));
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    const auto second = driver.record();
+    EXPECT_EQ(others(second), std::set<std::string>());
+    EXPECT_EQ(of(second, "cuLaunchKernel").size(), 2u);
+    for (const std::string &line : of(second, "cuLaunchKernel"))
+        EXPECT_EQ(line.substr(line.find("stream")), "stream " + text(stream));
+    EXPECT_EQ(context.messages.at(1).find("step: recurrent_f32_"), 0u) << context.messages[1];
+    EXPECT_NE(context.messages.at(1).find("_cuda (where the tensors are)"), std::string::npos) << context.messages[1];
+    EXPECT_NE(context.messages.at(1).find("token by token, on CUDA device 0"), std::string::npos) << context.messages[1];
+
+    StepCall without;  // a decay of one is made on the device
+    without.args.log_decay = nullptr;
+    without.give_workspace(context);
+    EXPECT_GT(without.workspace_bytes, call.workspace_bytes);
+    ASSERT_EQ(without.run(context), HOLDFAST_OK) << context.error();
+    driver.clear();
+    ASSERT_EQ(without.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(others(driver.record()), std::set<std::string>());
+    EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 3u);
+}
+
+TEST(Cuda, StepsKeepMemoryWithoutWorkspace) {
+    Driver driver;
+    Context context;
+    StepCall call;
+    size_t bytes = 0;
+    ASSERT_EQ(holdfast_step_workspace_size(context, &call.args, &bytes), HOLDFAST_OK);
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemAlloc"), (std::vector<std::string>{"cuMemAlloc " + std::to_string(bytes)}));
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(others(driver.record()), std::set<std::string>());
+}
+
+TEST(Cuda, StepsOnTheHostAreCopiedWhenAskedFor) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK) << context.error();
+    StepCall call(0, kDLCPU);
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemcpyHtoDAsync").size(), 5u);  // the state once
+    EXPECT_EQ(of(driver.record(), "cuMemcpyDtoHAsync"),
+              (std::vector<std::string>{"cuMemcpyDtoHAsync " + std::to_string(B * H * V * 4),
+                                        "cuMemcpyDtoHAsync " + std::to_string(B * H * K * V * 4)}));
+    EXPECT_GE(of(driver.record(), "cuStreamSynchronize").size(), 1u);
+}
+
+TEST(Cuda, BadStepsAreRefusedBeforeAnythingRuns) {
+    Driver driver;
+    Context context;
+    const struct {
+        const char *text;
+        void (*spoil)(StepCall &);
+    } cases[] = {
+        {"as holdfast_step_workspace_size says", [](StepCall &c) { c.workspace_bytes--; }},
+        {"state is on the CPU and q on CUDA device 0", [](StepCall &c) { c.state.device = {kDLCPU, 0}; }},
+        {"out overlaps state in memory", [](StepCall &c) { c.out.data = c.state.data; }},
+    };
+    for (const auto &bad : cases) {
+        SCOPED_TRACE(bad.text);
+        StepCall call;
+        call.give_workspace(context);
+        bad.spoil(call);
+        driver.clear();
+        EXPECT_EQ(call.run(context), HOLDFAST_INVALID_ARGUMENT);
+        EXPECT_NE(context.error().find(bad.text), std::string::npos) << context.error();
+        EXPECT_TRUE(of(driver.record(), "cuLaunchKernel").empty());
+    }
+    StepCall call;
+    EXPECT_EQ(holdfast_step_workspace_size(context, &call.args, nullptr), HOLDFAST_INVALID_ARGUMENT);
+    setenv("HOLDFAST_STUB_FAIL", "cuLaunchKernel:701:2", 1);
+    driver.clear();
+    EXPECT_EQ(call.run(context), HOLDFAST_DEVICE_ERROR);
+    unsetenv("HOLDFAST_STUB_FAIL");
+    EXPECT_NE(context.error().find("cuLaunchKernel: CUDA_ERROR_STUB (701)"), std::string::npos) << context.error();
+    EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+}
+
+TEST(Cuda, StatesFarApartTakeSeveralCalls) {
+    Driver driver;
+    Context context;
+    StepCall call;
+    int64_t strides[] = {(int64_t)1 << 32, K * V, V, 1};
+    call.state.strides = strides;
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), (size_t)(2 * B));
+    strides[0] = (int64_t)1 << 37, strides[1] = (int64_t)1 << 35, strides[2] = (int64_t)1 << 29;
+    EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(context.error().find("with a stride of 536870912 along K, reaches beyond 2^31 bytes"), std::string::npos)
+        << context.error();
 }
 
 TEST(MissingCuda, IsSaidAndTheRestWorks) {

@@ -1,10 +1,15 @@
 // Backends by their names; and tensors in OpenCL's memory, used where they lie, on whatever OpenCL device this machine has.
 #include "../../runtime/src/arena.h"
+#include "../required.h"
 #include "../step.h"
 
 #include <dlfcn.h>
 
+#include <chrono>
+#include <condition_variable>
+#include <iostream>
 #include <map>
+#include <mutex>
 #include <set>
 #include <thread>
 
@@ -20,6 +25,15 @@ holdfast_backend backend(const std::string &name) {
     }
     ADD_FAILURE() << "no backend " << name;
     return b;
+}
+
+/// Whether it can run here. Says why not; a failure if this build and HOLDFAST_REQUIRED_BACKENDS have it.
+bool runs(const std::string &name) {
+    const holdfast_backend b = backend(name);
+    if (b.available) return true;
+    std::cout << name << " is not run: " << b.missing << "\n";
+    EXPECT_FALSE(b.compiled && required(name)) << "HOLDFAST_REQUIRED_BACKENDS has " << name << ": " << b.missing;
+    return false;
 }
 
 TEST(Backends, AreListed) {
@@ -84,25 +98,48 @@ TEST(Backends, ForcingOneThatCannotRunIsAnError) {
     }
 }
 
-TEST(Backends, StepsAreTheCpus) {
-    for (const char *name : {"cuda", "metal", "opencl", "vulkan"}) {
-        if (!backend(name).available) continue;
-        SCOPED_TRACE(name);
-        Context context;
-        ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
-        Problem p{1, 1, 2, 8, 8};
-        const Array out = p.out, state = p.final_state;
-        EXPECT_EQ(step(p.forward(), 0).run(context), HOLDFAST_UNSUPPORTED);
-        EXPECT_NE(context.error().find(std::string("backend ") + name + "; expected the CPU"), std::string::npos)
-            << context.error();
-        EXPECT_TRUE(p.out.same_memory(out) && p.final_state.same_memory(state));
-        ASSERT_EQ(holdfast_context_set_backend(context, "cpu"), HOLDFAST_OK);
-        EXPECT_EQ(step(p.forward(), 0).run(context), HOLDFAST_OK) << context.error();
+TEST(Backends, StepsCopyWhatIsOnTheCpu) {
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
+        if (!runs(name)) continue;
+        for (const Dtype &dtype : all_dtypes)
+            for (Gates gates : {Gates::none, Gates::per_head, Gates::weak})
+                for (Layout layout : {Layout::compact, Layout::reversed}) {
+                    SCOPED_TRACE(std::string(name) + ", " + dtype.name + ", gates " + test::name(gates) + ", " +
+                                 test::name(layout));
+                    Context context;
+                    ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+                    Problem p{2, 3, 3, 5, 7, gates, layout, true, dtype};
+                    run_steps(p, context);
+                    p.expect_reference(1, 3);
+                    EXPECT_NE(context.messages.at(0).find("step: recurrent_"), std::string::npos) << context.messages[0];
+                    EXPECT_NE(context.messages.at(0).find("token by token, tensors copied from the CPU and back"),
+                              std::string::npos)
+                        << context.messages[0];
+                    Problem none{2, 1, 0, 5, 7, gates, layout, true, dtype};
+                    EXPECT_EQ(step(none.forward(), 0).run(context), HOLDFAST_OK) << context.error();
+                }
+    }
+}
+
+TEST(Backends, TypesOf16Bits) {
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
+        if (!runs(name)) continue;
+        for (const Dtype &dtype : {f16, bf16})
+            for (Layout layout : layouts)
+                for (int64_t T : {0, 70}) {
+                    SCOPED_TRACE(std::string(name) + ", " + dtype.name + ", " + test::name(layout) + ", T " +
+                                 std::to_string(T));
+                    Context context;
+                    ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+                    Problem p{2, T, 3, 5, 7, Gates::weak, layout, true, dtype};
+                    ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << context.error();
+                    p.expect_reference(32, 4);
+                }
     }
 }
 
 TEST(Backends, VulkanBuffersOfOthersAreRefused) {
-    if (const holdfast_backend b = backend("vulkan"); !b.available) GTEST_SKIP() << b.missing;
+    if (!runs("vulkan")) GTEST_SKIP() << backend("vulkan").missing;
     Problem p{1, 8, 2, 8, 8};
     Forward f = p.forward();
     DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), out = f.out.dl();
@@ -118,7 +155,7 @@ TEST(Backends, VulkanBuffersOfOthersAreRefused) {
 
 TEST(Backends, TakeCallsOfManyThreads) {
     for (const char *name : {"metal", "opencl", "vulkan"}) {
-        if (!backend(name).available) continue;
+        if (!runs(name)) continue;
         SCOPED_TRACE(name);
         Problem expected{1, 70, 2, 8, 8};
         Context context;
@@ -139,6 +176,50 @@ TEST(Backends, TakeCallsOfManyThreads) {
             EXPECT_EQ(failures[n], 0);
             EXPECT_TRUE(same_bits(problems[n].out, expected.out) && same_bits(problems[n].final_state, expected.final_state));
         }
+    }
+}
+
+/// An allocator that waits, up to a quarter of a second, for a second thread to be in it as well.
+struct Meeting {
+    std::mutex mutex;
+    std::condition_variable changed;
+    int inside = 0, most = 0, calls = 0;
+
+    static void *allocate(void *user, size_t bytes, size_t alignment) {
+        auto &m = *(Meeting *)user;
+        std::unique_lock<std::mutex> lock(m.mutex);
+        m.calls++, m.most = std::max(m.most, ++m.inside);
+        m.changed.notify_all();
+        m.changed.wait_for(lock, std::chrono::milliseconds(250), [&] { return m.most > 1; });
+        m.inside--;
+        return std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    }
+    static void deallocate(void *, void *memory, size_t) { std::free(memory); }
+};
+
+TEST(Backends, CallsGoOneAfterTheOther) {
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
+        if (!runs(name)) continue;
+        SCOPED_TRACE(name);
+        Meeting meeting;
+        std::vector<Problem> problems(2, Problem{1, 8, 2, 8, 8, Gates::weak, Layout::padded});  // padded: packed in host memory
+        int failures[2] = {};
+        std::vector<std::thread> threads;
+        for (int n = 0; n < 2; n++)
+            threads.emplace_back([&, n] {
+                holdfast_context *c = holdfast_context_create();
+                failures[n] += holdfast_context_set_backend(c, name) != HOLDFAST_OK;
+                holdfast_context_set_allocator(c, Meeting::allocate, Meeting::deallocate, &meeting);
+                failures[n] += problems[n].forward().run(c) != HOLDFAST_OK;
+                holdfast_context_destroy(c);
+            });
+        for (std::thread &thread : threads) thread.join();
+        for (int n = 0; n < 2; n++) {
+            EXPECT_EQ(failures[n], 0);
+            problems[n].expect_reference(32, 1);
+        }
+        EXPECT_GE(meeting.calls, 2) << "nothing was packed";
+        EXPECT_EQ(meeting.most, 1) << "two threads were inside of one backend's calls at once";
     }
 }
 
@@ -189,7 +270,7 @@ protected:
     size_t alignment = 1;
 
     void SetUp() override {
-        if (const holdfast_backend b = backend("opencl"); !b.available) GTEST_SKIP() << b.missing;
+        if (!runs("opencl")) GTEST_SKIP() << backend("opencl").missing;
         library = dlopen("libOpenCL.so.1", RTLD_NOW);
         ASSERT_NE(library, nullptr);
         void *platform = nullptr, *device = nullptr;
@@ -226,41 +307,59 @@ protected:
         EXPECT_EQ(find<Read>("clEnqueueReadBuffer")(queue, from, 1, at, bytes, to, 0, nullptr, nullptr), 0);
     }
 
-    /// A problem whose tensors are in one buffer, one after the other.
+    /// Tensors in one buffer, one after the other.
     struct OnDevice {
-        Problem &p;
-        Forward f;
-        std::vector<DLTensor> tensors;
-        std::vector<Array *> arrays;
-        std::vector<size_t> offsets;
+        std::vector<Stored> stored;
+        std::deque<DLTensor> tensors;
+        std::vector<size_t> offsets, bytes;
         void *memory = nullptr;
-        holdfast_forward_args args = {};
     };
-    void place(OnDevice &d, size_t gap = 0) {
-        d.arrays = {&d.p.q, &d.p.k, &d.p.v, &d.p.log_decay, &d.p.initial_state, &d.p.out, &d.p.final_state};
-        d.tensors = {d.f.q.dl(),   d.f.k.dl(),          d.f.v.dl(), d.f.log_decay.dl(), d.f.initial_state.dl(),
-                     d.f.out.dl(), d.f.final_state.dl()};
+    /// Of q, k, v and out in `dtype`, at those places of `list`; else fp32.
+    void place(OnDevice &d, const std::vector<Tensor *> &list, const Dtype &dtype, const std::set<size_t> &rows) {
         size_t end = 0;
-        for (Array *a : d.arrays) {
-            d.offsets.push_back(end + gap);
-            end = (end + gap + bytes(*a) + alignment - 1) / alignment * alignment;
+        for (size_t n = 0; n < list.size(); n++) {
+            const Dtype &type = rows.count(n) ? dtype : f32;
+            d.stored.emplace_back(type, list[n]->data, list[n]->shape, list[n]->stride);
+            d.tensors.push_back(list[n]->dl());
+            d.tensors[n].dtype = dl_type(type), d.tensors[n].device = {kDLOpenCL, 0};
+            size_t count = 1;
+            for (int64_t extent : list[n]->shape) count *= (size_t)extent;
+            d.bytes.push_back(count * (type == f32 ? sizeof(float) : sizeof(uint16_t)));
+            d.offsets.push_back(end);
+            end = (end + d.bytes[n] + alignment - 1) / alignment * alignment;
         }
         d.memory = buffer(end);
-        for (size_t n = 0; n < d.arrays.size(); n++) {
-            write(d.memory, d.offsets[n], d.arrays[n]->data(), bytes(*d.arrays[n]));
-            d.tensors[n].data = d.memory, d.tensors[n].byte_offset = d.offsets[n], d.tensors[n].device = {kDLOpenCL, 0};
+        for (size_t n = 0; n < list.size(); n++) {
+            write(d.memory, d.offsets[n], d.stored[n].data(), d.bytes[n]);
+            d.tensors[n].data = d.memory, d.tensors[n].byte_offset = d.offsets[n];
         }
-        auto &t = d.tensors;
-        d.args = {sizeof d.args, &t[0], &t[1], &t[2], &t[3], &t[4], &t[5], &t[6], 0, 0, nullptr};
     }
-    void fetch(OnDevice &d) {
-        for (size_t n : {5, 6}) read(d.memory, d.offsets[n], d.arrays[n]->data(), bytes(*d.arrays[n]));
+    void fetch(OnDevice &d, const std::vector<size_t> &outputs) {
+        for (size_t n : outputs) read(d.memory, d.offsets[n], d.stored[n].data(), d.bytes[n]), d.stored[n].load();
     }
-    static size_t bytes(const Array &a) {
-        size_t count = 1;
-        for (int64_t extent : a.shape) count *= (size_t)extent;
-        return count * sizeof(float);
+    /// Nobody else refers to a cl_mem, once the work in the queue is done. (PoCL lets go a little later than it says so.)
+    void expect_released(void *memory) {
+        using Info = int(void *, unsigned, size_t, void *, size_t *);
+        unsigned count = 0;
+        EXPECT_EQ(find<int(void *)>("clFinish")(queue), 0);
+        for (int n = 0; n < 200 && count != 1; n++) {
+            if (n) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+            EXPECT_EQ(find<Info>("clGetMemObjectInfo")(memory, 0x1105, sizeof count, &count, nullptr), 0);
+        }
+        EXPECT_EQ(count, 1u) << "the library holds on to the caller's buffer";
     }
+
+    /// A call of holdfast_forward.
+    struct ForwardOnDevice : OnDevice {
+        Forward f;
+        holdfast_forward_args args = {};
+        ForwardOnDevice(OpenCL &test, Problem &p) : f(p.forward()) {
+            test.place(*this, {&f.q, &f.k, &f.v, &f.log_decay, &f.initial_state, &f.out, &f.final_state}, p.dtype,
+                       {0, 1, 2, 5});
+            auto &t = tensors;
+            args = forward_args(&t[0], &t[1], &t[2], &t[3], &t[4], &t[5], &t[6]);
+        }
+    };
 
 private:
     void *library = nullptr;
@@ -269,36 +368,63 @@ private:
 TEST_F(OpenCL, TensorsAreUsedWhereTheyLie) {
     Context c;
     ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
-    for (int64_t T : {1, 32, 100}) {
-        Problem p{2, T, 3, 16, 24};
-        OnDevice d{p, p.forward(), {}, {}, {}};
-        place(d);
-        for (int n = 0; n < 2; n++) {
-            ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
-            fetch(d);
-            p.expect_reference(32, 4);
+    for (const Dtype &dtype : all_dtypes)
+        for (int64_t T : {1, 32, 100}) {
+            SCOPED_TRACE(std::string(dtype.name) + ", T " + std::to_string(T));
+            Problem p{2, T, 3, 16, 24, Gates::weak, Layout::compact, true, dtype};
+            ForwardOnDevice d(*this, p);
+            for (int n = 0; n < 2; n++) {
+                ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
+                fetch(d, {5, 6});
+                p.expect_reference(32, 4);
+            }
+            expect_released(d.memory);
+            EXPECT_NE(c.messages.back().find("on OpenCL device 0"), std::string::npos) << c.messages.back();
         }
-        EXPECT_NE(c.messages.back().find("on OpenCL device 0"), std::string::npos) << c.messages.back();
-    }
 }
 
 TEST_F(OpenCL, StateIsAdvancedInPlace) {
     Context c;
     ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
     Problem p{2, 70, 3, 16, 24};
-    OnDevice d{p, p.forward(), {}, {}, {}};
-    place(d);
+    ForwardOnDevice d(*this, p);
     d.tensors[6].byte_offset = d.offsets[6] = d.offsets[4];
     ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
-    fetch(d);
+    fetch(d, {5, 6});
     p.expect_reference(32, 4);
+}
+
+TEST_F(OpenCL, StepsAreTakenWhereTheStateLies) {
+    Context c;
+    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+    for (const Dtype &dtype : all_dtypes)
+        for (Gates gates : {Gates::none, Gates::per_head, Gates::weak}) {
+            SCOPED_TRACE(std::string(dtype.name) + ", gates " + name(gates));
+            Problem p{2, 1, 3, 16, 24, gates, Layout::compact, true, dtype};
+            p.final_state = p.initial_state;
+            Step s = step(p.forward(), 0);
+            std::vector<Tensor *> list = {&s.q, &s.k, &s.v, &s.state, &s.out};
+            if (s.log_decay.data) list.push_back(&s.log_decay);
+            OnDevice d;
+            place(d, list, dtype, {0, 1, 2, 4});
+            auto &t = d.tensors;
+            DLTensor *log_decay = s.log_decay.data ? &t[5] : nullptr;
+            const holdfast_step_args args = step_args(&t[0], &t[1], &t[2], log_decay, &t[3], &t[4]);
+            ASSERT_EQ(holdfast_step(c, &args), HOLDFAST_OK) << c.error();
+            expect_released(d.memory);
+            fetch(d, {3, 4});
+            p.expect_reference(1, 1);
+            EXPECT_NE(c.messages.back().find("token by token, on OpenCL device 0"), std::string::npos) << c.messages.back();
+            size_t bytes = 1;
+            EXPECT_EQ(holdfast_step_workspace_size(c, &args, &bytes), HOLDFAST_OK) << c.error();
+            EXPECT_EQ(bytes, 0u);
+        }
 }
 
 TEST_F(OpenCL, ErrorsNameTheTensor) {
     Context c;
     Problem p{1, 8, 2, 8, 8};
-    OnDevice d{p, p.forward(), {}, {}, {}};
-    place(d);
+    ForwardOnDevice d(*this, p);
     EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_INVALID_ARGUMENT);
     EXPECT_NE(c.error().find("q is on OpenCL device 0 and the context has no stream"), std::string::npos) << c.error();
     ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
@@ -322,7 +448,7 @@ TEST_F(OpenCL, ErrorsNameTheTensor) {
     d.tensors[5].byte_offset = d.offsets[5];
 
     ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
-    fetch(d);
+    fetch(d, {5, 6});
     p.expect_reference(32, 1);
 }
 

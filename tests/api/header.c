@@ -24,6 +24,8 @@ int main(void) {
       (function)holdfast_cpu_features,
       (function)holdfast_forward,
       (function)holdfast_step,
+      (function)holdfast_rotate,
+      (function)holdfast_head_norm_gate,
   };
   size_t n;
   static holdfast_forward_args args;

@@ -1,7 +1,6 @@
 """Calls of the chunkwise kernels, and what they should return."""
 
 import ctypes
-import os
 import pathlib
 import sys
 
@@ -12,20 +11,20 @@ sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).p
 import device as cuda_device  # noqa: E402
 import ptx  # noqa: E402
 import reference  # noqa: E402
+from rows import STANDIN  # noqa: E402
 
-CHUNK = 64
 NARROW = {"f32": lambda x: x, "f16": lambda x: x.astype(np.float16), "bf16": ptx.round_bf16}
 WIDEN = {"f32": lambda x: x, "f16": lambda x: x.astype(np.float32), "bf16": ptx.widen_bf16}
 
 
-def chunk_table(lengths):
+def chunk_table(lengths, longest):
     """(table, number of chunks): generators/chunks.h."""
-    count = sum(-(-n // CHUNK) for n in lengths)
+    count = sum(-(-n // longest) for n in lengths)
     table, chunk, start = np.zeros((count + len(lengths), 4), np.int32), 0, 0
     for sequence, n in enumerate(lengths):
         table[count + sequence, 3] = chunk if n else count + sequence
-        for first in range(0, n, CHUNK):
-            table[chunk, :3] = start + first, min(CHUNK, n - first), chunk + 1
+        for first in range(0, n, longest):
+            table[chunk, :3] = start + first, min(longest, n - first), chunk + 1
             chunk += 1
         if n:
             table[chunk - 1, 2] = count + sequence
@@ -34,33 +33,37 @@ def chunk_table(lengths):
 
 
 class Call:
-    """Inputs of a call: sequences of these lengths one after the other, `heads` heads, gates up to `gate` times
-    RetNet's."""
+    """Inputs of a call of a row: sequences of these lengths one after the other, `heads` heads, gates up to `gate`
+    times RetNet's; `size`, (K, V), where the row takes any."""
 
-    def __init__(self, dtype, size, lengths, heads=2, batch=1, gate=2.0, seed=1):
+    def __init__(self, row, lengths, heads=2, batch=1, gate=2.0, seed=1, size=None):
         random, T = np.random.default_rng(seed), sum(lengths)
-        self.dtype, self.lengths = dtype, lengths
+        self.row, self.dtype, self.lengths = row, row.dtype, lengths
+        K, V = size or (row.key_size, row.value_size)
 
         def normal(*shape):
             return random.standard_normal(shape, np.float32)
 
-        self.q, self.k, self.v = (NARROW[dtype](normal(batch, T, heads, size)) for _ in "qkv")
+        self.q, self.k, self.v = (NARROW[row.dtype](normal(batch, T, heads, n)) for n in (K, K, V))
         decay = np.log1p(-(2.0 ** (-5 - np.arange(heads))))
         self.log_decay = (decay * random.uniform(min(gate, 1), gate, (batch, T, heads))).astype(np.float32)
-        self.state_in = normal(batch, heads, len(lengths), size, size)
-        self.out = np.zeros((batch, T, heads, size), self.q.dtype)
+        self.state_in = normal(batch, heads, len(lengths), K, V)
+        self.out = np.zeros((batch, T, heads, V), self.q.dtype)
         self.state_out = np.zeros_like(self.state_in)
-        self.scale = size**-0.5
+        self.scale = K**-0.5
 
     def arguments(self):
         def heads_first(array):
             return array.transpose(0, 2, 1, 3)
 
-        table, count = chunk_table(self.lengths)
+        table, count = chunk_table(self.lengths, self.row.chunk)
         decay = np.ascontiguousarray(self.log_decay.transpose(0, 2, 1))
         rows = [heads_first(a) for a in (self.q, self.k, self.v)]
         scalars = [ctypes.c_int(count), ctypes.c_float(self.scale)]
         return [*rows, decay, self.state_in, table, *scalars, heads_first(self.out), self.state_out]
+
+    def run(self, device):
+        device.call(self.row.name, *self.arguments())
 
     def errors(self):
         """(out, state): relative RMS of the difference from the double reference."""
@@ -80,13 +83,8 @@ class Call:
 
 
 @pytest.fixture(scope="session")
-def library():
-    return os.environ["HOLDFAST_CUDA_STANDIN"]
-
-
-@pytest.fixture(scope="session")
-def loaded(library):
-    return cuda_device.Device(library)
+def loaded():
+    return cuda_device.Device(STANDIN)
 
 
 @pytest.fixture

@@ -127,10 +127,11 @@ class Device:
             return 719  # launch failure
 
     def call(self, function, *args):
-        """Calls a kernel: arrays are copied to the device and, when it has run, back; raises what went wrong there."""
+        """Calls a kernel of the table, with no context of the library: arrays are copied to the device and, when it has
+        run, back; raises what went wrong there."""
         buffers = [Buffer.of(a) if isinstance(a, np.ndarray) else a for a in args]
         passed = [ctypes.byref(b) if isinstance(b, Buffer) else b for b in buffers]
-        status = getattr(self.library, function)(*passed)
+        status = getattr(self.library, function)(None, *passed)
         if self.fault:
             raise self.fault
         for b in buffers:

@@ -1,24 +1,23 @@
 """Expected times of the CUDA kernels on GPUs that are not at hand: writes docs/cuda-expected-times.md.
 
-    HOLDFAST_CUDA_STANDIN=build/ci/tests/cuda/libholdfast_cuda_standin.so python tests/cuda/expected_times.py
+    HOLDFAST_BUILD=build/ci python tests/cuda/expected_times.py
 
 Two short calls in the interpreter say what a chunk of a head costs; the machine code says how many instructions ptxas
 made of each in PTX, and how many blocks fit. The rest is multiplication, spelt out in the page.
 """
 
 import collections
-import os
 import pathlib
 import sys
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent)]
-from conftest import CHUNK, Call  # noqa: E402
+from conftest import Call  # noqa: E402
 from device import Device  # noqa: E402
 from machine_code import codes, fat_binaries  # noqa: E402
 from occupancy import GPUS, blocks_per_multiprocessor  # noqa: E402
+from rows import STANDIN, TUNED  # noqa: E402
 
 SHAPES = [(8, 2048, 32), (1, 8192, 96), (1, 2048, 8)]  # batch entries, tokens, heads
-SIZES = {"bf16": (64, 128, 256), "f32": (64, 128)}
 REACHED = 0.7  # of a bound: what well-tuned kernels get
 LAUNCH = 2.5e-6  # seconds from one kernel to the next in a stream
 STEP = 0.6e-6  # seconds of one step of the scan over chunks: a load from device memory behind a store
@@ -26,8 +25,9 @@ FP32 = ("fma.rn.f32", "mul.f32", "add.f32", "sub.f32", "neg.f32", "max.f32", "mi
 
 PAGE = """# Expected times on GPUs that were not at hand
 
-No GPU has run these kernels yet. Made by `tests/cuda/expected_times.py` from the assembled code; not one figure is
-typed in.
+No GPU has run these kernels yet. Made by `tests/cuda/expected_times.py` from the machine code of the variants in the
+table. Typed in are what NVIDIA documents of the GPUs (`tests/cuda/occupancy.py`), the shapes, and three assumptions, at
+the head of the script; they are named below. fp16 takes the same instructions as bf16, but for conversions.
 
 **Counted.** Calls of two and of four chunks of one head run in the interpreter of PTX (`tests/cuda/ptx.py`), which
 counts what each kernel does: instructions by warp, bytes of shared memory, bytes moved from and to device memory, and
@@ -52,13 +52,21 @@ inside the scan, where heads are many, and states stored in the 16 bits in which
 of that; sums of decays by halves instead of one by one would take the decays away. Until then FLA should be faster at
 long T, many heads and K = V >= 128, by these figures; at short T launches decide.
 
-{tables}"""
+## All
+
+Microseconds of a call.
+
+{sums}
+
+## Where they go
+
+{details}"""
 
 
-def counted(device, dtype, size, chunks):
+def counted(device, row, chunks):
     device.reset()
     device.count = True
-    device.call(f"cuda_{dtype}_{size}", *Call(dtype, size, [chunks * CHUNK], heads=1).arguments())
+    Call(row, [chunks * row.chunk], heads=1).run(device)
     return device.launches
 
 
@@ -106,51 +114,60 @@ def title(name):
     return name
 
 
+def expected(row, code, few, many, shape):
+    """{kernel: {GPU: (seconds, what bounds them, blocks on a multiprocessor, registers, bytes of shared memory)}}"""
+    batch, tokens, heads = shape
+    chunks = tokens // row.chunk
+    kernels = collections.defaultdict(dict)
+    for a, b in zip(few, many, strict=True):
+        for name, gpu in GPUS.items():
+            compiled = code[gpu.architecture][b.kernel.name]
+            blocks = b.grid[0] * batch * heads
+            if a.grid[0] != b.grid[0]:
+                blocks = blocks * chunks // 4
+            limits = bounds(gpu, b, compiled, difference(a, b), chunks / 2 * batch * heads, blocks)
+            if not any(limits.values()):
+                limits = {"launch": 0.0}
+            by = max(limits, key=limits.get)
+            seconds = limits[by] / REACHED
+            if "state_s2" in b.kernel.name and chunks * STEP > seconds:
+                by, seconds = "steps", chunks * STEP
+            fit = blocks_per_multiprocessor(gpu, b, compiled)
+            before = kernels[title(b.kernel.name)].get(name, (0,))[0]
+            kernels[title(b.kernel.name)][name] = (
+                before + seconds + LAUNCH,
+                by,
+                fit,
+                compiled.registers,
+                b.shared_bytes,
+            )
+    return kernels
+
+
 def main():
-    library = os.environ["HOLDFAST_CUDA_STANDIN"]
-    device, binaries, tables = Device(library), list(fat_binaries(library)), []
-    for dtype, sizes in SIZES.items():
-        for size in sizes:
-            code = codes(binaries[{"f32": 0, "f16": 4, "bf16": 8}[dtype] + (32, 64, 128, 256).index(size)])
-            few, many = counted(device, dtype, size, 2), counted(device, dtype, size, 4)
-            for batch, tokens, heads in SHAPES:
-                chunks = tokens // CHUNK
-                rows = collections.defaultdict(lambda: collections.defaultdict(list))
-                for a, b in zip(few, many, strict=True):
-                    for name, gpu in GPUS.items():
-                        compiled = code[gpu.architecture][b.kernel.name]
-                        blocks = b.grid[0] * batch * heads
-                        if a.grid[0] != b.grid[0]:
-                            blocks = blocks * chunks // 4
-                        limits = bounds(gpu, b, compiled, difference(a, b), chunks / 2 * batch * heads, blocks)
-                        if not any(limits.values()):
-                            limits = {"launch": 0.0}
-                        by = max(limits, key=limits.get)
-                        seconds = limits[by] / REACHED
-                        if "state_s2" in b.kernel.name and chunks * STEP > seconds:
-                            by, seconds = "steps", chunks * STEP
-                        fit = blocks_per_multiprocessor(gpu, b, compiled)
-                        rows[title(b.kernel.name)][name].append(
-                            (seconds + LAUNCH, by, fit, compiled.registers, b.shared_bytes)
-                        )
-                lines = [f"### {dtype}, K = V = {size}: B {batch}, T {tokens}, H {heads}\n"]
-                lines.append(
-                    "| microseconds | "
-                    + " | ".join(f"{g} | bound by | blocks | registers" for g in GPUS)
-                    + " | shared KB |"
-                )
-                lines.append("|---" * (4 * len(GPUS) + 2) + "|")
-                for kernel, found in rows.items():
-                    cells = [kernel]
-                    for name in GPUS:
-                        launches = found[name]
-                        last = launches[-1]
-                        time = sum(x[0] for x in launches) * 1e6
-                        cells += [f"{time:.0f}", last[1], str(last[2]), str(last[3])]
-                    lines.append("| " + " | ".join([*cells, f"{last[4] / 1024:.1f}"]) + " |")
-                total = [sum(x[0] for k in rows.values() for x in k[g]) * 1e6 for g in GPUS]
-                lines.append("| **all** | " + " | ".join(f"**{t:.0f}** | | | " for t in total) + " | |")
-                tables.append("\n".join(lines) + "\n")
+    device, sums, details = Device(STANDIN), [], []
+    for row in (r for r in TUNED if r.dtype != "f16"):
+        (binary,) = fat_binaries(row.library)
+        code = codes(binary)
+        few, many = counted(device, row, 2), counted(device, row, 4)
+        times = {shape: expected(row, code, few, many, shape) for shape in SHAPES}
+        for (batch, tokens, heads), kernels in times.items():
+            totals = [f"{sum(k[g][0] for k in kernels.values()) * 1e6:.0f}" for g in GPUS]
+            sizes = f"{row.dtype} | {row.key_size} | {row.value_size} | {batch} | {tokens} | {heads}"
+            sums.append(f"| {sizes} | {' | '.join(totals)} |")
+        batch, tokens, heads = SHAPES[0]
+        columns = " | ".join(f"{g} | bound by | blocks | registers" for g in GPUS)
+        details += [
+            f"### {row.dtype}, K = {row.key_size}, V = {row.value_size}: B {batch}, T {tokens}, H {heads}\n",
+            f"| microseconds | {columns} | shared KB |",
+            "|---" * (4 * len(GPUS) + 2) + "|",
+        ]
+        for kernel, found in times[SHAPES[0]].items():
+            cells = [f"{t * 1e6:.0f} | {by} | {fit} | {registers}" for t, by, fit, registers, _ in found.values()]
+            shared = next(iter(found.values()))[4]
+            details.append(f"| {kernel} | {' | '.join(cells)} | {shared / 1024:.1f} |")
+        details.append("")
+    heading = f"| type | K | V | B | T | H | {' | '.join(GPUS)} |\n{'|---' * (6 + len(GPUS))}|"
 
     def each(value):
         return ", ".join(f"{value(gpu)} ({name})" for name, gpu in GPUS.items())
@@ -158,7 +175,8 @@ def main():
     page = PAGE.format(
         mma=f"{each(lambda g: g.mma_cycles)} clocks for one mma.m16n8k16 on one of four tensor cores",
         l2=each(lambda g: f"{g.level2} TB/s"), memory=each(lambda g: f"{g.memory} TB/s"),
-        reached=REACHED, launch=LAUNCH * 1e6, step=STEP * 1e6, tables="\n".join(tables),
+        reached=REACHED, launch=LAUNCH * 1e6, step=STEP * 1e6,
+        sums="\n".join([heading, *sums]), details="\n".join(details),
     )  # fmt: skip
     pathlib.Path(__file__).parents[2].joinpath("docs", "cuda-expected-times.md").write_text(page)
 

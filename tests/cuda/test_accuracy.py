@@ -4,15 +4,21 @@ interpreted kernel on a part."""
 
 import ctypes
 
+import numpy as np
 import pytest
-from conftest import Call
+from conftest import WIDEN, Call
 from device import Buffer
+from rows import TUNED, Row
 from tolerances import OUT, STATE
+
+
+def host(dtype):
+    return Row("chunkwise", f"host_{dtype}", dtype, 64, 64, 64, "host", 1, True)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 def test_long_sequence(device, dtype):
-    call = Call(dtype, 64, [4096], heads=8, gate=1.0)
+    call = Call(host(dtype), [4096], heads=8, gate=1.0)
     buffers = [Buffer.of(a) if hasattr(a, "shape") else a for a in call.arguments()]
     passed = [ctypes.byref(b) if isinstance(b, Buffer) else b for b in buffers]
     assert getattr(device.library, f"host_{dtype}")(*passed) == 0
@@ -22,18 +28,15 @@ def test_long_sequence(device, dtype):
     assert state <= STATE[dtype]
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16"])
-def test_the_device_rounds_as_the_processor_does(device, dtype):
+@pytest.mark.parametrize("row", [r for r in TUNED if r.round_operands and r.key_size == r.value_size == 64], ids=str)
+def test_the_device_rounds_as_the_processor_does(device, row):
     """Same algorithm, same operands: all that differs is the order of sums, and so a few roundings that fall the
     other way."""
-    import numpy as np
-    from conftest import WIDEN
-
-    host, cuda = (Call(dtype, 64, [130]) for _ in range(2))
-    buffers = [Buffer.of(a) if hasattr(a, "shape") else a for a in host.arguments()]
+    on_host, cuda = Call(host(row.dtype), [130]), Call(row, [130])
+    buffers = [Buffer.of(a) if hasattr(a, "shape") else a for a in on_host.arguments()]
     passed = [ctypes.byref(b) if isinstance(b, Buffer) else b for b in buffers]
-    assert getattr(device.library, f"host_{dtype}")(*passed) == 0
-    device.call(f"cuda_{dtype}_64", *cuda.arguments())
-    a, b = (WIDEN[dtype](c.out) for c in (host, cuda))
+    assert getattr(device.library, on_host.row.name)(*passed) == 0
+    cuda.run(device)
+    a, b = (WIDEN[row.dtype](c.out) for c in (on_host, cuda))
     assert np.mean(a != b) < 0.02
-    assert np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2)) < OUT[dtype] / 5
+    assert np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2)) < OUT[row.dtype] / 5

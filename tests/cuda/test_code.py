@@ -1,74 +1,88 @@
 """The machine code of the tuned kernels, for every architecture that is compiled: tensor cores where they are meant,
-nothing called or spilt, and as many blocks on a multiprocessor as docs/cuda-expected-times.md says."""
+nothing called or spilt, and as many blocks on a multiprocessor as is stated here."""
 
 import functools
+import os
 
 import machine_code
 import pytest
 from conftest import Call
 from occupancy import GPUS, blocks_per_multiprocessor
+from rows import CHUNKWISE, TUNED
+
+ARCHITECTURES = os.environ["HOLDFAST_ARCHITECTURES"].split()
+each_row = pytest.mark.parametrize("row", CHUNKWISE, ids=str)
+each_tuned_row = pytest.mark.parametrize("row", TUNED, ids=str)
 
 
 @functools.cache
-def all_codes(library):
-    return [machine_code.codes(binary) for binary in machine_code.fat_binaries(library)]
+def all_codes(row):
+    (binary,) = machine_code.fat_binaries(row.library)
+    return machine_code.codes(binary)
 
 
-@pytest.fixture(params=["80", "90"])
-def kernels(request, library):
-    """(library's kernels of one architecture), a dictionary for each fat binary."""
-    binaries = all_codes(library)
-    assert len(binaries) == 12, "one for each type and size"
-    return [codes[request.param] for codes in binaries]
+@functools.cache
+def launches(device, row):
+    """Of a call for one token."""
+    device.reset()
+    Call(row, [1], heads=1).run(device)
+    return device.launches
 
 
-def product_kernels(kernels):
-    for codes in kernels:
-        for name, code in codes.items():
-            if "contribution" in name or name.startswith("_kernel_out_s1"):
-                yield name, code
+def code_of(kernels, part):
+    """That of the kernel for contributions or outputs."""
+    (code,) = (code for name, code in kernels.items() if part in name)
+    return code
 
 
-def test_nothing_is_called_or_spilt(kernels):
-    for codes in kernels:
-        for name, code in codes.items():
+@each_row
+def test_nothing_is_called_or_spilt(row):
+    assert sorted(all_codes(row)) == sorted(ARCHITECTURES)
+    for kernels in all_codes(row).values():
+        for name, code in kernels.items():
             assert code.stack == 0, name
             for instruction in ("CALL", "LDL", "STL"):
                 assert code.instructions[instruction] == 0, (name, instruction)
 
 
-def test_products_are_on_tensor_cores(kernels):
-    """8 of 12 binaries are 16-bit ones. Fragments of 16 x 8 x 16: C 64, K = V = 32, 64, 128, 256 per warp of 16
-    rows."""
-    counts = {"contribution": [], "out": []}
-    for name, code in product_kernels(kernels):
-        which = "contribution" if "contribution" in name else "out"
-        counts[which].append(code.instructions["HMMA"])
-        if code.instructions["HMMA"]:
-            assert code.instructions["LDSM"] > 0, name
-            assert code.instructions["LDGSTS"] > 0, name
-        else:
-            assert code.instructions["FFMA"] > 16, name
-    sizes = (32, 64, 128, 256)
-    # out: scores C/8 x K/16, intra E/8 x C/16, inter E/8 x K/16, of E = min(V, 64) columns; contribution: keys in two
-    # parts
-    out = [8 * K // 16 + min(K, 64) // 8 * 4 + min(K, 64) // 8 * K // 16 for K in sizes]
-    contribution = [2 * min(K, 64) // 8 * 4 for K in sizes]
-    assert sorted(counts["out"]) == sorted([0] * 4 + 2 * out)
-    assert sorted(counts["contribution"]) == sorted([0] * 4 + 2 * contribution)
+@each_tuned_row
+def test_products_are_on_tensor_cores(row):
+    """Of 16 x 8 x 16, in each warp, which has 16 rows: scores C/8 K/16, intra E/8 C/16 and inter E/8 K/16, of a block's
+    E = min(V, 64) columns; contributions, whose keys are in two parts, 2 E/8 C/16."""
+    C, K, E = row.chunk, row.key_size, min(row.value_size, 64)
+    out, contribution = C // 8 * K // 16 + E // 8 * C // 16 + E // 8 * K // 16, 2 * (E // 8) * (C // 16)
+    for kernels in all_codes(row).values():
+        for part, products in (("_out_s1", out), ("contribution", contribution)):
+            code = code_of(kernels, part).instructions
+            assert code["HMMA"] == (products if row.round_operands else 0), part
+            assert (code["LDSM"] > 0) == row.round_operands, part
+            assert code["LDGSTS"] > 0, part
+            assert row.round_operands or code["FFMA"] > 16, part
 
 
-@pytest.mark.parametrize(
-    ("dtype", "size", "outputs", "contributions"),
-    [("bf16", 32, 4, 7), ("bf16", 64, 3, 7), ("bf16", 128, 3, 7), ("bf16", 256, 1, 7), ("f32", 64, 3, 4)],
-)
-def test_blocks_on_a_multiprocessor_of_an_a100(device, library, dtype, size, outputs, contributions):
-    device.call(f"cuda_{dtype}_{size}", *Call(dtype, size, [1], heads=1).arguments())
-    binary = {"f32": 0, "f16": 4, "bf16": 8}[dtype] + [32, 64, 128, 256].index(size)
-    codes = all_codes(library)[binary]["80"]
+# Blocks on a multiprocessor of an A100, at least: outputs by type and (K, V), with what the rest have; contributions.
+OUTPUTS = {"f16": {(32, 32): 4, (256, 256): 1}, "f32": {(128, 128): 2, (256, 256): 2}}
+OUTPUTS_OF_THE_REST = 3
+CONTRIBUTIONS = {"f16": 7, "bf16": 7, "f32": 4}
+
+
+@each_tuned_row
+def test_blocks_on_a_multiprocessor_of_an_a100(loaded, row):
+    codes = all_codes(row)["80"]
     blocks = {
         launched.kernel.name: blocks_per_multiprocessor(GPUS["A100"], launched, codes[launched.kernel.name])
-        for launched in device.launches
+        for launched in launches(loaded, row)
     }
-    assert max(n for name, n in blocks.items() if name.startswith("_kernel_out_s1")) >= outputs, blocks
-    assert max(n for name, n in blocks.items() if "contribution" in name) >= contributions, blocks
+    stated = OUTPUTS["f32" if row.dtype == "f32" else "f16"]
+    outputs = stated.get((row.key_size, row.value_size), OUTPUTS_OF_THE_REST)
+    assert code_of(blocks, "_out_s1") >= outputs, blocks
+    assert code_of(blocks, "contribution") >= CONTRIBUTIONS[row.dtype], blocks
+
+
+@each_tuned_row
+def test_states_of_the_caller_may_start_anywhere(loaded, row):
+    """Rows are aligned, the caller's states need not be: they are read and written four bytes at a time."""
+    for part, access in (("state_s1", "ld"), ("state_out", "st")):
+        (kernel,) = (launched.kernel for launched in launches(loaded, row) if part in launched.kernel.name)
+        operations = {tuple(operation) for _, operation, *_ in kernel.code if operation[:2] == [access, "global"]}
+        assert operations and all(o[-1] in ("b32", "f32") and "v2" not in o and "v4" not in o for o in operations)

@@ -1,48 +1,68 @@
-"""The tuned CUDA kernels against the double reference: partial chunks, packed sequences, empty ones, several heads and
-batch entries; every type and size that has tensor-core or FFMA code of its own."""
+"""Every row of the table for CUDA against the double reference: partial chunks, packed sequences, empty ones, several
+heads and batch entries."""
+
+import ctypes
+import itertools
+import os
 
 import numpy as np
 import pytest
-from conftest import Call
+from conftest import Call, chunk_table
+from rows import CHUNKWISE, smallest
 from tolerances import OUT, STATE
 
+# Each row gets one of these in turn, rows of large sizes, which take long, the first: lengths, heads, batch entries.
+LARGE, LARGE_ROW = ([66], 1, 1), 128 * 256
+CALLS = [([70, 0, 130, 1], 2, 1), ([129], 1, 2), ([1, 63, 64, 65], 1, 2), ([130, 0, 6], 2, 1), ([2], 1, 1)]
 
-@pytest.mark.parametrize(
-    ("dtype", "size", "lengths", "heads", "batch"),
-    [
-        ("f16", 32, [70, 0, 130, 1], 2, 1),
-        ("f16", 64, [129], 1, 2),
-        ("f16", 128, [65], 1, 1),
-        ("f16", 256, [3], 1, 1),
-        ("bf16", 32, [1, 63, 64, 65], 1, 2),
-        ("bf16", 64, [130, 0, 6], 2, 1),
-        ("bf16", 128, [2], 1, 1),
-        ("bf16", 256, [66], 1, 1),
-        ("f32", 32, [70, 0, 5], 2, 1),
-        ("f32", 64, [65], 1, 2),
-        ("f32", 128, [3], 1, 1),
-    ],
-)
-def test_matches_reference(device, dtype, size, lengths, heads, batch):
-    call = Call(dtype, size, lengths, heads, batch)
-    device.call(f"cuda_{dtype}_{size}", *call.arguments())
+
+def cases():
+    turns = itertools.cycle(CALLS)
+    for row in CHUNKWISE:
+        large = row.key_size * row.value_size >= LARGE_ROW
+        yield pytest.param(row, *(LARGE if large else next(turns)), id=row.name)
+
+
+@pytest.mark.parametrize(("row", "lengths", "heads", "batch"), list(cases()))
+def test_matches_reference(device, row, lengths, heads, batch):
+    call = Call(row, lengths, heads, batch, size=None if row.key_size else (5, 19))
+    call.run(device)
     out, state = call.errors()
-    assert out <= OUT[dtype]
-    assert state <= STATE[dtype]
+    assert out <= OUT[row.dtype]
+    assert state <= STATE[row.dtype if row.round_operands else "f32"]
 
 
-def test_same_bits_again(device):
-    first, second = (Call("bf16", 64, [70]) for _ in range(2))
+@pytest.mark.parametrize("row", [r for r in [smallest("bf16")] if r], ids=str)
+def test_same_bits_again(device, row):
+    first, second = (Call(row, [70]) for _ in range(2))
     for call in (first, second):
         device.reset()
-        device.call("cuda_bf16_64", *call.arguments())
+        call.run(device)
     assert first.out.tobytes() == second.out.tobytes()
     assert first.state_out.tobytes() == second.state_out.tobytes()
 
 
-def test_strides_that_are_no_multiple_of_16_bytes_are_refused(device):
-    call = Call("f16", 32, [70], heads=1)
+@pytest.mark.parametrize("row", [r for r in map(smallest, ("f32", "f16", "bf16")) if r], ids=str)
+def test_strides_that_are_no_multiple_of_16_bytes_are_refused(device, row):
+    """The library gives such calls to another variant."""
+    assert row.row_alignment * (4 if row.dtype == "f32" else 2) == 16
+    call = Call(row, [70], heads=1)
     arguments = call.arguments()
-    padded = np.zeros((1, 70, 1, 33), np.float16).transpose(0, 2, 1, 3)[..., :32]
+    padded = np.zeros((1, 70, 1, row.key_size + 1), call.q.dtype).transpose(0, 2, 1, 3)[..., : row.key_size]
     with pytest.raises(RuntimeError, match="q.stride.1"):
-        device.call("cuda_f16_32", padded, *arguments[1:])
+        device.call(row.name, padded, *arguments[1:])
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 64), (130, 64), (70, 32)])
+def test_chunk_table(device, tokens, chunk):
+    """Of one sequence, behind it zeros for what a call leaves out."""
+    table, count = chunk_table([tokens], chunk)
+    made = np.full(table.size + 13, 7, np.int32)
+    device.call("chunk_table_cuda", *map(ctypes.c_int, (tokens, chunk, count)), made)
+    assert (made[: table.size].reshape(table.shape) == table).all()
+    assert (made[table.size :] == 0).all()
+
+
+def test_what_is_run_is_what_readme_says():
+    """TESTED in cmake/targets.cmake; the recurrent kernels are in test_steps.py."""
+    assert os.environ["HOLDFAST_TESTED"].split() == ["chunkwise", "recurrent"]

@@ -263,11 +263,3 @@ def test_options(check, name, later, nonsense):
 @pytest.mark.parametrize("name", ["initial_sum_of_keys", "cu_seqlens"])
 def test_arrays_of_later_versions(check, name):
     check(NotImplementedError, f"{name} is not implemented yet; expected None", **{name: np.ones(3, np.float32)})
-
-
-def test_functions_of_later_versions():
-    x = np.ones((1, 1, 1, 1), np.float32)
-    with pytest.raises(NotImplementedError, match="rotate"):
-        holdfast.rotate(x, x)
-    with pytest.raises(NotImplementedError, match="head_norm_gate"):
-        holdfast.head_norm_gate(x)

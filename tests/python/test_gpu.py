@@ -34,8 +34,13 @@ def test_a_backend_can_be_forced(name, problem):
         want = holdfast.retention(p.q, p.k, p.v)
         holdfast.set_backend(name)
         np.testing.assert_allclose(holdfast.retention(p.q, p.k, p.v), want, rtol=1e-5, atol=1e-6)
+        state = np.zeros((1, 2, 4, 3), np.float32)
+        for t in range(5):
+            out = holdfast.retention_step(p.q[:, t], p.k[:, t], p.v[:, t], None, state)
+            np.testing.assert_allclose(out, want[:, t], rtol=1e-5, atol=1e-6)
         holdfast.set_backend(None)
-        assert "tensors copied from the CPU and back" in lines[1]
+        assert all("tensors copied from the CPU and back" in line for line in lines[1:])
+        assert [line.split(":")[0] for line in lines] == ["forward"] * 2 + ["step"] * 5
     else:
         with pytest.raises(holdfast.TargetUnavailable, match="which cannot run here") as error:
             holdfast.set_backend(name)
@@ -55,6 +60,8 @@ def test_new_arrays_need_a_library():
     x = Exporter(np.zeros((1, 2, 1, 4), np.float32), device=CUDA)
     with pytest.raises(NotImplementedError, match="q is on a GPU and of type Exporter"):
         holdfast.retention(x, x, x)
+    with pytest.raises(NotImplementedError, match="q is on a GPU and of type Exporter"):
+        holdfast.retention_step(x, x, x, None, x)
 
 
 SCRIPT = """
@@ -91,6 +98,22 @@ q = Library(np.ones((1, 40, 2, 8), np.float32))
 new, state = holdfast.retention(q, q, q, return_state=True)
 assert type(new) is Library and new.shape == (1, 40, 2, 8) and state.shape == (1, 2, 8, 8)
 assert new.array[0, 0, 0, 0] == 7  # the stub runs nothing, and nothing was copied
+stub.stub_clear()
+state = on_gpu(1, 2, 8, 8)
+token = Library(np.ones((1, 2, 8), np.float32))
+for _ in range(2):
+    step = holdfast.retention_step(token, token, token, None, state)
+    assert type(step) is Library and step.shape == (1, 2, 8)
+    assert step.array[0, 0, 0] == 7
+record = stub.stub_record().decode().splitlines()
+assert len([line for line in record if line.startswith("cuLaunchKernel")]) == 2 * 3, record
+assert not [line for line in record if "Memcpy" in line or "Synchronize" in line], record
+try:
+    holdfast.retention_step(q, q, q, None, state)
+except ValueError as error:
+    assert "q has 4 dimensions; expected 3, [B, H, K]" in str(error), error
+else:
+    raise AssertionError
 try:
     holdfast.retention(q, q, np.ones((1, 40, 2, 8), np.float32), out=out)
 except ValueError as error:

@@ -38,7 +38,8 @@ def test_info():
     by_name = {target["name"]: target for target in targets}
     for variant in report["variants"]:
         assert set(variant) == {
-            "name", "kernel", "dtype", "chunk", "key_size", "value_size", "target", "runs_here", "selected", "missing"
+            "name", "kernel", "dtype", "chunk", "key_size", "value_size", "target", "row_alignment", "round_operands", "degree",
+            "runs_here", "selected", "missing"
         }  # fmt: skip
         for key in ("runs_here", "missing"):
             assert variant[key] == by_name[variant["target"]][key]
@@ -48,7 +49,8 @@ def test_the_selected_variants_are_those_that_run(problem):
     lines = []
     holdfast.set_verbose(lines.append)
     selected = [v for v in holdfast.info()["variants"] if v["selected"]]
-    assert {v["kernel"] for v in selected} == {"chunkwise", "recurrent"} and all(v["runs_here"] for v in selected)
+    assert {v["kernel"] for v in selected} == {"chunkwise", "recurrent", "rotate", "head_norm_gate"}
+    assert all(v["runs_here"] for v in selected)
     for variant in selected:
         [backend] = [name for name, b in holdfast.info()["backends"].items() if variant["target"] in b["targets"]]
         holdfast.set_backend(backend if backend != "cpu" else None)
@@ -58,7 +60,18 @@ def test_the_selected_variants_are_those_that_run(problem):
             "f16": lambda x: x.astype(np.float16),
             "bf16": lambda x: holdfast.BFloat16Array(np.zeros(x.shape, np.uint16)),
         }[variant["dtype"]]
-        if variant["kernel"] == "recurrent":
+        around = {
+            "rotate": lambda x: holdfast.rotate(x, holdfast.theta(6)),
+            "head_norm_gate": lambda x: holdfast.head_norm_gate(x),
+        }
+        if call := around.get(variant["kernel"]):
+            rows = of_dtype(np.zeros((1, 2, 1, 6), np.float32))
+            if backend != "cpu":
+                with pytest.raises(NotImplementedError, match=f"to run on backend {backend}; expected the CPU"):
+                    call(rows)
+                continue
+            call(rows)
+        elif variant["kernel"] == "recurrent":
             holdfast.retention_step(*(of_dtype(x[:, 0]) for x in (p.q, p.k, p.v)), None, p.initial_state)
         else:
             holdfast.retention(of_dtype(p.q), of_dtype(p.k), of_dtype(p.v))

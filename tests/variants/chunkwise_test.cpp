@@ -5,7 +5,6 @@
 
 #include <holdfast/holdfast.h>
 #include <kernels.h>
-#include <string_view>
 
 namespace {
 using namespace test;
@@ -16,21 +15,17 @@ struct Variant {
     int chunk;
     Size size;  // 0: any
     const char *backend;
+    Operands operands;
     int (*run)(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v, halide_buffer_t *log_decay,
                halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count, float scale, halide_buffer_t *out,
                halide_buffer_t *state_out);
 };
-constexpr const char *backend_of(std::string_view target) {
-#define HOLDFAST_TARGET(name, backend, needs, chunk_table) \
-    if (target == #name) return #backend;
-#include <targets.inc>
-#undef HOLDFAST_TARGET
-    return "";
-}
 constexpr Variant variants[] = {
-#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target, ...) \
-    {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), name},
+#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, ...) \
+    {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), {row_alignment, round_operands}, name},
 #define HOLDFAST_ROW_recurrent(...)
+#define HOLDFAST_ROW_rotate(...)
+#define HOLDFAST_ROW_head_norm_gate(...)
 #define HOLDFAST_ROW_power(...)
 #define HOLDFAST_ROW_power_step(...)
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
@@ -53,10 +48,14 @@ void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 std::vector<Instance> instances() {
     std::vector<Instance> list;
     for (const Variant &variant : variants) {
+        // Types differ where rows are read and written: a few sizes and cases show that on GPUs, whose stand-ins are slow.
+        const bool all = variant.dtype == f32 || variant.backend == std::string("cpu");
         std::vector<Size> sizes(std::begin(odd_sizes), std::end(odd_sizes));
+        if (!all) sizes = {{5, 7}, {80, 96}};
         if (variant.size.K && variant.size.V) sizes = {variant.size};
         for (Size size : sizes)
-            for (const KernelCase &c : kernel_cases(variant.chunk)) list.push_back({variant, size, c});
+            for (const KernelCase &c : kernel_cases(variant.chunk))
+                if (all || c.name == "packed" || c.name.rfind("layout_", 0) == 0) list.push_back({variant, size, c});
     }
     return list;
 }
@@ -68,13 +67,11 @@ TEST_P(Chunkwise, MatchesReference) {
     const std::string missing = missing_here(instance.variant.name), backend = instance.variant.backend;
     if (!missing.empty() && required(backend)) FAIL() << "HOLDFAST_REQUIRED_BACKENDS has " << backend << ": " << missing;
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
-    if (instance.kernel_case.layout == Layout::reversed && backend != "cpu")
-        GTEST_SKIP() << "Halide's runtime does not copy negative strides to a GPU; the library never asks it to";
+    if (const std::string reason = not_on(backend, instance.kernel_case.layout, false); !reason.empty()) GTEST_SKIP() << reason;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     const Variant &variant = instance.variant;
-    KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype).expect_reference([&](auto &&...arguments) {
-        return variant.run(nullptr, arguments...);
-    });
+    KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype, variant.operands)
+        .expect_reference([&](auto &&...arguments) { return variant.run(nullptr, arguments...); });
 }
 
 INSTANTIATE_TEST_SUITE_P(, Chunkwise, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });

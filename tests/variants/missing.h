@@ -1,12 +1,23 @@
-// What this machine lacks to run a compiled variant.
+// Where a compiled variant runs, and what this machine lacks for that.
 #pragma once
+#include "../array.h"
+#include "../required.h"
+
 #include <holdfast/holdfast.h>
 
-#include <cstdlib>
-#include <sstream>
 #include <string>
+#include <string_view>
 
 namespace test {
+
+/// The backend of a target of cmake/targets.cmake.
+constexpr const char *backend_of(std::string_view target) {
+#define HOLDFAST_TARGET(name, backend, needs, chunk_table) \
+    if (target == #name) return #backend;
+#include <targets.inc>
+#undef HOLDFAST_TARGET
+    return "";
+}
 
 /// CPU features that a variant needs and this machine lacks, or why its backend cannot run; "" if it runs here.
 inline std::string missing_here(const std::string &variant) {
@@ -16,13 +27,11 @@ inline std::string missing_here(const std::string &variant) {
     return "(not listed by holdfast_variant_at)";
 }
 
-/// HOLDFAST_REQUIRED_BACKENDS, names separated by spaces, has that one.
-inline bool required(const std::string &backend) {
-    const char *list = std::getenv("HOLDFAST_REQUIRED_BACKENDS");
-    std::istringstream names(list ? list : "");
-    for (std::string name; names >> name;)
-        if (name == backend) return true;
-    return false;
+/// Why a case cannot be run by calling a kernel of that backend directly; "" if it can. (The library never asks for either.)
+inline std::string not_on(const std::string &backend, Layout layout, bool empty) {
+    if (backend == "cpu") return "";
+    if (layout == Layout::reversed) return "Halide's runtime does not copy negative strides to a GPU";
+    return empty ? "a GPU starts no kernel without threads" : "";
 }
 
 }  // namespace test

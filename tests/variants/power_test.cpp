@@ -24,6 +24,8 @@ using StepKernel = int(const void *, Buffer *q, Buffer *k, Buffer *v, Buffer *lo
 
 #define HOLDFAST_ROW_chunkwise(...)
 #define HOLDFAST_ROW_recurrent(...)
+#define HOLDFAST_ROW_rotate(...)
+#define HOLDFAST_ROW_head_norm_gate(...)
 #define HOLDFAST_ROW(name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree) \
     {#name, dtype, degree, chunk, {key_size, value_size}, name},
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)

@@ -1,15 +1,15 @@
 """Holdfast: retention kernels compiled ahead of time.
 
-`retention` computes; `retention_step` does one token, with the state in place; `decay` makes RetNet's decays; `info`
-says what was compiled and what would run here; `set_num_threads`, `set_target`, `set_backend` and `set_verbose` set
-options for all calls of the process.
+`retention` computes; `retention_step` does one token, with the state in place; `decay` makes RetNet's decays. `rotate`
+turns queries and keys by their positions, by the angles of `theta`, and `head_norm_gate` is what follows retention.
+`info` says what was compiled and what would run here; `set_num_threads`, `set_target`, `set_backend` and `set_verbose`
+set options for all calls of the process.
 
 Arrays are anything that speaks the buffer protocol (NumPy, memoryview, ctypes, array) or DLPack (PyTorch, JAX, ...),
 used where they lie, without a copy. NumPy arrays of ml_dtypes' bfloat16, which speak neither, are known by the name of
-their dtype; ml_dtypes itself is not needed. Arrays on a GPU go by DLPack and are computed there, by `retention`: on
+their dtype; ml_dtypes itself is not needed. Arrays on a GPU go by DLPack and are computed there: on
 CUDA the work is put into the stream that is current for PyTorch's tensors or CuPy's arrays, else into the default one.
-All functions may be called from several threads at once, and `retention` and `retention_step` let other Python threads
-run while they compute.
+All functions may be called from several threads at once, and those that compute let other Python threads run meanwhile.
 
 Errors name the argument, say what it was and what was expected:
     ValueError           a malformed argument, or one that contradicts another: rank, shape, stride, overlap, ...
@@ -52,6 +52,7 @@ __all__ = [
     "set_num_threads",
     "set_target",
     "set_verbose",
+    "theta",
 ]
 
 __version__: str = _holdfast.version()
@@ -156,7 +157,7 @@ def retention(
     if cu_seqlens is not None:
         raise NotImplementedError("cu_seqlens is not implemented yet; expected None")
     if (device := _gpu(q)) is not None:
-        results = _on_gpu(q, v, return_state, out)
+        results = _on_gpu(q, v, return_state, out, "BTHK", "BTHV")
         stream = _cuda_stream(q) if device in _CUDA else 0
         _holdfast.forward(q, k, v, log_decay, scale, chunk_size, initial_state, return_state, *results, stream)
         return results if return_state else results[0]
@@ -202,8 +203,8 @@ def retention_step(
     Returns:
         out [B, H, V]: a new array of q's kind, as from `retention`, unless `out` is given.
 
-    Arrays are as for `retention`, but on the CPU only; neither `state` nor `out` may share memory with another one.
-    Results are those of `retention` with T = 1, to the bit. `out` spares the making of an array, which takes as long as
+    Arrays are as for `retention`; neither `state` nor `out` may share memory with another one. Results are those of
+    `retention` with T = 1, on the CPU to the bit. `out` spares the making of an array, which takes as long as
     a small step.
 
     Raises: see the module. A positive or NaN decay is a ValueError. After an error other than MemoryError and
@@ -214,15 +215,55 @@ def retention_step(
         _check_option("normalize", normalize, now=(None, False), later=(True,))
     if sum_of_keys is not None:
         raise NotImplementedError("sum_of_keys is not implemented yet; expected None")
-    if out is None and _gpu(q) is not None:
-        raise NotImplementedError("q is on a GPU; expected arrays on the CPU, where all kernels of retention_step are")
-    result = _holdfast.step(q, k, v, log_decay, state, scale, out)
+    if (device := _gpu(q)) is not None:
+        out, _ = _on_gpu(q, v, False, out, "BHK", "BHV")
+        stream = _cuda_stream(q) if device in _CUDA else 0
+        return _holdfast.step(q, k, v, log_decay, state, scale, out, stream)
+    result = _holdfast.step(q, k, v, log_decay, state, scale, out, 1)
     return _like(q, result) if out is None else result
 
 
-def rotate(x: Array, theta: Array, offset: int = 0, interleaved: bool = False) -> Any:
-    """Rotary position embedding of x by the angles (offset + t) theta. Of a later version: NotImplementedError."""
-    raise NotImplementedError("rotate is not implemented yet")
+def rotate(
+    x: Array,
+    theta: Array,
+    offset: int = 0,
+    interleaved: bool = False,
+    *,
+    positions: Array | None = None,
+    out: Array | None = None,
+) -> Any:
+    """Rotary position embedding (RoPE, the rotary half of xPos): turns each pair j of features of each token and head.
+
+        angle = theta_j position
+        out_0 = x_0 cos(angle) - x_1 sin(angle)
+        out_1 = x_1 cos(angle) + x_0 sin(angle)
+
+    The angle is exact for every position of 64 bits and every theta; cos and sin are off by 1.7e-7 at most. The product
+    is in float32 and rounded once.
+
+    Args:
+        x: queries or keys [B, T, H, K], K even.
+        theta: [K/2], how far each pair turns from one position to the next, in radians (`theta`); float32.
+        offset: position of the first token, of 64 bits, also negative.
+        interleaved: pairs are features 2 j and 2 j + 1; else j and j + K/2.
+        positions: of each token, [T] or [B, T], int64 or int32. None: offset + t.
+        out: written in place and returned itself, [B, T, H, K]; may be x.
+
+    Returns:
+        out [B, T, H, K]: a new array of x's kind, as from `retention`, unless `out` is given.
+
+    x and out have one dtype: float32, float16 or bfloat16. Arrays are on the CPU, of any strides but with a contiguous
+    last axis (positions: any strides). `out` may be exactly x, and shares no memory with anything else.
+
+    Raises: see the module; TypeError for an offset that is not an int, ValueError for one beyond 64 bits.
+    """
+    first = index(offset)
+    if not -(2**63) <= first < 2**63:
+        raise ValueError(f"offset is {first}; expected an int of 64 bits")
+    if out is None and _gpu(x) is not None:
+        raise NotImplementedError("x is on a GPU; expected arrays on the CPU: rotate is not implemented on GPUs yet")
+    result = _holdfast.rotate(x, theta, first, positions, bool(interleaved), out)
+    return _like(x, result) if out is None else result
 
 
 def head_norm_gate(
@@ -231,9 +272,63 @@ def head_norm_gate(
     weight: Array | None = None,
     norm: Literal["rms", "layer"] = "rms",
     eps: float = 1e-6,
+    *,
+    out: Array | None = None,
 ) -> Any:
-    """Norm of each head after retention, then the swish gate. Of a later version: NotImplementedError."""
-    raise NotImplementedError("head_norm_gate is not implemented yet")
+    """The norm of each head after retention, then the swish gate, row by row of V features:
+
+        y = x / sqrt(mean(x^2) + eps)                        norm "rms"
+        y = (x - mean(x)) / sqrt(variance(x) + eps)          norm "layer"; the variance of the row, divided by V
+        out = y weight gate / (1 + exp(-gate))
+
+    Args:
+        x: outputs of retention [B, T, H, V].
+        gate: [B, T, H, V]. None: no gate.
+        weight: float32, [V] for all heads or [H, V]. None: ones.
+        norm: "rms" (RetNet's reference) or "layer" (layer norm of each head: group norm).
+        eps: added to the mean square, or to the variance; finite, at least 0.
+        out: written in place and returned itself, [B, T, H, V]; may be x or gate.
+
+    Returns:
+        out [B, T, H, V]: a new array of x's kind, as from `retention`, unless `out` is given.
+
+    x, gate and out have one dtype: float32, float16 or bfloat16. All is computed in float32 and rounded once; rows far
+    from 0 lose nothing. Arrays are on the CPU, of any strides but with a contiguous last axis. `out` may be exactly x
+    or gate, and shares no memory with anything else.
+
+    Raises: see the module.
+    """
+    if norm not in ("rms", "layer"):
+        raise ValueError(f"norm is {norm!r}; expected 'rms' or 'layer'")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, np.integer, np.floating)):
+        raise TypeError(f"eps is of type {type(eps).__name__}; expected a number")
+    if out is None and _gpu(x) is not None:
+        raise NotImplementedError(
+            "x is on a GPU; expected arrays on the CPU: head_norm_gate is not implemented on GPUs yet"
+        )
+    result = _holdfast.head_norm_gate(x, gate, weight, norm == "layer", float(eps), out)
+    return _like(x, result) if out is None else result
+
+
+def theta(key_size: int, convention: Literal["retnet", "rope"] = "retnet") -> np.ndarray:
+    """Angles from one position to the next, for `rotate`: theta [key_size / 2], float32, computed in float64.
+
+    retnet: theta_j = 10000^(-x_j), x = linspace(0, 1, key_size / 2) (RetNet's reference, with interleaved pairs)
+    rope:   theta_j = 10000^(-2 j / key_size) (most others, with halves)
+
+    Raises: TypeError for a key_size that is not an int; ValueError for one that is not even or below 2, or an unknown
+    convention.
+    """
+    size = index(key_size)
+    if size < 2 or size % 2:
+        raise ValueError(f"key_size is {size}; expected an even number, at least 2")
+    if convention == "retnet":
+        exponents = np.linspace(0, 1, size // 2)
+    elif convention == "rope":
+        exponents = np.arange(size // 2) * 2 / size
+    else:
+        raise ValueError(f"convention is {convention!r}; expected 'retnet' or 'rope'")
+    return (10000.0**-exponents).astype(np.float32)
 
 
 def decay(num_heads: int, convention: Literal["retnet", "linspace"] = "retnet") -> np.ndarray:
@@ -266,8 +361,10 @@ def info() -> dict[str, Any]:
     targets:      best first: [{"name", "runs_here", "missing": CPU features that it lacks, or why its backend does not
                   run}]
     variants:     best target first: [{"name", "kernel", "dtype", "chunk", "key_size", "value_size", "target",
-                  "runs_here", "missing", "selected"}]; chunk 0: the kernel has none; sizes 0: any; selected: calls of
-                  the kernel with these sizes run it (set_target and HOLDFAST_TARGET are heeded)
+                  "row_alignment", "round_operands", "degree", "runs_here", "missing", "selected"}]; chunk 0: the kernel has none;
+                  sizes 0: any; row_alignment: all rows of q, k, v and out start at multiples of so many bytes, or
+                  another variant runs; round_operands: products read weights and states rounded to dtype; selected:
+                  calls of the kernel with these sizes and such rows run it (set_target and HOLDFAST_TARGET are heeded)
 
     A wrong HOLDFAST_TARGET is no error here: the backend "cpu" is not available then, and says why.
     """
@@ -369,7 +466,7 @@ def _cuda_stream(q: Any) -> int:
     return 1
 
 
-def _on_gpu(q: Any, v: Any, return_state: bool, out: Any) -> tuple[Any, Any]:
+def _on_gpu(q: Any, v: Any, return_state: bool, out: Any, q_axes: str, v_axes: str) -> tuple[Any, Any]:
     """(out, state), made where q is by q's own library as far as they are not given."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(q, torch.Tensor):
@@ -383,16 +480,16 @@ def _on_gpu(q: Any, v: Any, return_state: bool, out: Any) -> tuple[Any, Any]:
         )
     else:
         return out, None
-    for name, x, axes in (("q", q, "[B, T, H, K]"), ("v", v, "[B, T, H, V]")):
+    for name, x, axes in (("q", q, q_axes), ("v", v, v_axes)):
         rank = len(getattr(x, "shape", ()))
-        if rank != 4:
-            raise ValueError(f"{name} has {rank} dimensions; expected 4, {axes}")
-    (b, t, h, key_size), value_size = q.shape, v.shape[3]
-    state = None
+        if rank != len(axes):
+            raise ValueError(f"{name} has {rank} dimensions; expected {len(axes)}, [{', '.join(axes)}]")
+    *rows, key_size = q.shape
+    value_size, state = v.shape[-1], None
     if out is None:
-        out = library.empty((b, t, h, value_size), dtype=q.dtype, device=q.device)
+        out = library.empty((*rows, value_size), dtype=q.dtype, device=q.device)
     if return_state:
-        state = library.empty((b, h, key_size, value_size), dtype=library.float32, device=q.device)
+        state = library.empty((rows[0], rows[-1], key_size, value_size), dtype=library.float32, device=q.device)
     return out, state
 
 

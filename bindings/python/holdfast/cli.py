@@ -34,15 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def info_text(report: dict[str, Any]) -> str:
     """What holdfast.info() returned, for people."""
     gpu_targets = {t for name, backend in report["backends"].items() if name != "cpu" for t in backend["targets"]}
-    rows = [("", "variant", "kernel", "dtype", "chunk", "K", "V", "target", "")]
+    rows = [("", "variant", "kernel", "dtype", "chunk", "K", "V", "rows", "target", "")]
     for v in report["variants"]:
         mark = "*" if v["selected"] else ""
         key_size, value_size = (str(size or "any") for size in (v["key_size"], v["value_size"]))
         needs = "its backend" if v["target"] in gpu_targets else " ".join(v["missing"])
         note = "" if v["runs_here"] else f"needs {needs}"
-        rows.append(
-            (mark, v["name"], v["kernel"], v["dtype"], str(v["chunk"] or ""), key_size, value_size, v["target"], note)
-        )
+        chunk, row_alignment = str(v["chunk"] or ""), str(v["row_alignment"])
+        sizes = (key_size, value_size, row_alignment)
+        rows.append((mark, v["name"], v["kernel"], v["dtype"], chunk, *sizes, v["target"], note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         [
@@ -56,5 +56,6 @@ def info_text(report: dict[str, Any]) -> str:
             *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
             "",
             "* runs here on its backend's arrays of its dtype and sizes (any: those that no other * of the kernel has)",
+            "whose rows start at multiples of that many bytes",
         ]
     )

@@ -144,19 +144,23 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
-    const char *name;   /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel; /**< "chunkwise" or "recurrent" */
-    const char *dtype;  /**< of q, k, v and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
-    const char *target; /**< what holdfast_context_set_target takes */
-    int32_t chunk;      /**< tokens in a chunk, at most; 0: the kernel has no chunks */
-    int32_t key_size;   /**< K; 0: any */
-    int32_t value_size; /**< V; 0: any */
-    int32_t runs_here;  /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
-    int32_t
-        selected; /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size and tensors on a device of its
-                              backend (or that backend forced), run this variant */
+    const char *name;       /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
+    const char *kernel;     /**< "chunkwise", "recurrent", "rotate" or "head_norm_gate" */
+    const char *dtype;      /**< of q, k, v, x, gate and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
+    const char *target;     /**< what holdfast_context_set_target takes */
+    int32_t chunk;          /**< tokens in a chunk, at most; 0: the kernel has no chunks */
+    int32_t key_size;       /**< K; 0: any */
+    int32_t value_size;     /**< V; 0: any */
+    int32_t row_alignment;  /**< bytes: it runs calls in which all rows of q, k, v and out, which the last axis makes, start at
+                                multiples of this; others run the next variant that takes them. The size of one element:
+                                any rows */
+    int32_t round_operands; /**< 1 where matrix products read what is not of dtype rounded to it: holdfast_forward */
+    int32_t runs_here;      /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
+    int32_t selected;    /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size, rows as row_alignment
+                              says, and tensors on a device of its backend (or that backend forced), run this variant */
     const char *missing; /**< the CPU features that this machine lacks, separated by spaces, or why its backend cannot run;
                               "" where it runs */
+    int32_t degree;      /**< of the power of q.k, of kernels that know degrees; 0: any */
 } holdfast_variant;
 
 /** Number of variants in this build. */
@@ -273,7 +277,8 @@ typedef struct holdfast_forward_args {
 } holdfast_forward_args;
 
 /** Bytes of workspace that holdfast_forward needs for these arguments on `context`, of which `workspace` itself is not looked
- *  at: they depend on shapes and options alone. 0 where the tensors are not computed by CUDA.
+ *  at: they depend on shapes, types and options alone, and are enough wherever the tensors lie and whatever their strides.
+ *  0 where the tensors are not computed by CUDA.
  *  @returns like holdfast_forward, and HOLDFAST_INVALID_ARGUMENT for a NULL `bytes`. Nothing is computed. */
 HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args,
                                                      size_t *bytes);
@@ -289,8 +294,11 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
  *  with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
- *  does not depend on T, except in the parallel form. Inputs of 16 bits are widened as they are read, sums are in fp32, and out is rounded once, at the end:
- *  to the nearest, ties to even, beyond the largest number to infinity. A sequence cut anywhere and continued from final_state
+ *  does not depend on T, except in the parallel form. Inputs of 16 bits are widened as they are read, sums are in fp32, and out
+ *  is rounded once, at the end: to the nearest, ties to even, beyond the largest number to infinity. Variants with
+ *  round_operands (tensor cores) also round, for products, the weights of tokens within a chunk and states to that type, and
+ *  keys to the sum of two numbers of it: out is then within twice the rounding of its own type, as long as fp16's range from
+ *  2^-24 to 65504 holds what is rounded; sums and returned states stay fp32. A sequence cut anywhere and continued from final_state
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
@@ -338,9 +346,9 @@ HOLDFAST_API holdfast_status holdfast_convert_state(holdfast_context *context, i
 /** Arguments of holdfast_step. As with holdfast_forward_args: set struct_size to sizeof(holdfast_step_args) and everything not
  *  used to zero; the struct grows at its end.
  *
- *  B batch, H heads of queries, Hk of keys and values, K key size, V value size, D size of an expanded key. All tensors are on the
- *  CPU; extents, types and strides are as for holdfast_forward_args. One token of [B, T, H, K] tensors is a view of them, with a
- *  stride of T H K along B. */
+ *  B batch, H heads of queries, Hk of keys and values, K key size, V value size, D size of an expanded key. Devices, extents,
+ *  types and strides are as for holdfast_forward_args. One token of [B, T, H, K] tensors is a view of them, with a stride of T H K
+ *  along B. */
 typedef struct holdfast_step_args {
     size_t struct_size;        /**< sizeof(holdfast_step_args) */
     const DLTensor *q;         /**< queries [B, H, K] */
@@ -356,7 +364,13 @@ typedef struct holdfast_step_args {
     int32_t normalize;         /**< a holdfast_normalize */
     int32_t state_layout;      /**< a holdfast_state_layout */
     int32_t expansion;         /**< a holdfast_expansion; tight for a degree other than 2 */
+    const DLTensor *workspace; /**< as in holdfast_forward_args, at least as large as holdfast_step_workspace_size says */
 } holdfast_step_args;
+
+/** Bytes of workspace that holdfast_step needs for these arguments, as holdfast_workspace_size says it of holdfast_forward: some
+ *  V floats for each batch entry and head. */
+HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *context, const holdfast_step_args *args,
+                                                          size_t *bytes);
 
 /** Retention, recurrent form, of every batch entry and head: one token, the state advanced in place (decay first, then
  *  write). What a model does for each token that it generates.
@@ -366,18 +380,107 @@ typedef struct holdfast_step_args {
  *      out = scale^p phi(q) S                      of the new state
  *      out = phi(q) S / phi(q) s                   where out is normalized
  *
- *  The same as holdfast_forward with T = 1 and `state` as both states, to the bit; as holdfast_forward of many tokens at once
- *  to rounding. Each state is read and written once. After the first call a context allocates nothing more. One thread works on
- *  up to half a megabyte of states; the same call on the same machine and target gives the same bits, for any number of
- *  threads.
+ *  HOLDFAST_UNSUPPORTED so far: on a GPU degrees above 1, and normalization.
+ *
+ *  The same as holdfast_forward with T = 1 and `state` as both states, on the CPU to the bit; as holdfast_forward of many tokens
+ *  at once to rounding. Each state is read and written once. After the first call a context allocates nothing more on the CPU,
+ *  where one thread works on up to half a megabyte of states; the same call on the same machine and target gives the same
+ *  bits, for any number of threads.
+ *
+ *  On a GPU: what holdfast_forward says of log_decay, of CUDA's calls given a workspace and of those of other backends goes for
+ *  steps too. A step is two launches for the whole problem, without a log_decay three.
  *
  *  Aliasing: q, k, v and log_decay may share memory with one another. state, sum_of_keys and out overlap no other tensor.
  *
- *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU,
- *  an extent of 2^31 or more, D V above 2^25, or a stride along D that carries a state beyond 2^31 elements);
- *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text. On
- *  the last two the state may have been advanced in part. Thread-safety: that of the context. */
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of this
+ *  build, an extent of 2^31 or more, D V above 2^25, or a stride along D that carries a state beyond 2^31 elements, on a GPU
+ *  2^31 bytes); HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR.
+ *  holdfast_last_error(context) has the text. On the last three the state may have been advanced in part. Thread-safety: that
+ *  of the context. */
 HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args);
+
+/* ---- Around retention -------------------------------------------------------------------------------------------- */
+
+/** Arguments of holdfast_rotate. Set struct_size to sizeof(holdfast_rotate_args) and everything not used to zero; the struct
+ *  grows at its end.
+ *
+ *  B batch, T time, H heads, K features. B, T and H may be 0; K is even and at least 2. All tensors are on the CPU. x and out have
+ *  one type, float32, float16 or bfloat16. Every axis may have any stride, also 0 (inputs) or negative, except that the last axis
+ *  of x, theta and out is contiguous. */
+typedef struct holdfast_rotate_args {
+    size_t struct_size;        /**< sizeof(holdfast_rotate_args) */
+    const DLTensor *x;         /**< queries or keys [B, T, H, K] */
+    const DLTensor *theta;     /**< float32 [K/2]: how far each pair turns from one position to the next, in radians. Finite. */
+    const DLTensor *positions; /**< of each token, int64 or int32, [T] or [B, T]; NULL: offset + t */
+    DLTensor *out;             /**< [B, T, H, K], written */
+    int64_t offset;            /**< position of the first token, for positions of NULL; else 0 */
+    int32_t interleaved;       /**< pairs are 1: features 2 j and 2 j + 1; 0: features j and j + K/2 */
+} holdfast_rotate_args;
+
+/** Rotary position embedding (RoPE, the rotary half of xPos): each pair j of features of each token and head is turned.
+ *
+ *      angle = theta_j position
+ *      out_0 = x_0 cos(angle) - x_1 sin(angle)
+ *      out_1 = x_1 cos(angle) + x_0 sin(angle)
+ *
+ *  Conventional tables: theta_j = 10000^(-j / (K/2 - 1)) with interleaved pairs (RetNet's reference), theta_j = 10000^(-2 j / K)
+ *  with halves (most others). The angle is exact for every position of 64 bits, also a negative one, and every theta: cos and sin
+ *  are off by 1.7e-7 at most. The product is in fp32 and rounded once to the type of out. Position 0 leaves x as it is. The same
+ *  call on the same machine and target gives the same bits, for any number of threads, and so does a call for some of its tokens
+ *  or heads alone.
+ *
+ *  Aliasing: out may be exactly x (the same elements in the same places); else it overlaps no other tensor.
+ *
+ *  One thread works on up to half a megabyte of x and out. After the first call a context allocates nothing more.
+ *
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU, a GPU's
+ *  target or backend that is forced, an extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements);
+ *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
+ *  Thread-safety: that of the context. */
+HOLDFAST_API holdfast_status holdfast_rotate(holdfast_context *context, const holdfast_rotate_args *args);
+
+/** What holdfast_head_norm_gate takes from each row and divides it by. */
+typedef enum holdfast_norm {
+    HOLDFAST_NORM_RMS = 0,  /**< nothing; the root of the mean of the squares (RetNet's reference) */
+    HOLDFAST_NORM_LAYER = 1 /**< the mean; the standard deviation (layer norm of each head: group norm) */
+} holdfast_norm;
+
+/** Arguments of holdfast_head_norm_gate. Set struct_size to sizeof(holdfast_head_norm_gate_args) and everything not used to zero;
+ *  the struct grows at its end.
+ *
+ *  B batch, T time, H heads, V features. B, T and H may be 0; V is at least 1. All tensors are on the CPU. x, gate and out have one
+ *  type, float32, float16 or bfloat16. Every axis may have any stride, also 0 (inputs) or negative, except that the last one is
+ *  contiguous. */
+typedef struct holdfast_head_norm_gate_args {
+    size_t struct_size;     /**< sizeof(holdfast_head_norm_gate_args) */
+    const DLTensor *x;      /**< outputs of retention [B, T, H, V] */
+    const DLTensor *gate;   /**< [B, T, H, V]; NULL: no gate */
+    const DLTensor *weight; /**< float32, [V] for all heads or [H, V]; NULL: ones */
+    DLTensor *out;          /**< [B, T, H, V], written */
+    int32_t norm;           /**< a holdfast_norm */
+    float eps;              /**< added to the mean square, or to the variance; finite, at least 0 */
+} holdfast_head_norm_gate_args;
+
+/** The norm of each head after retention, then the swish gate, row by row of V features:
+ *
+ *      y = x / sqrt(mean(x^2) + eps)                          HOLDFAST_NORM_RMS
+ *      y = (x - mean(x)) / sqrt(variance(x) + eps)            HOLDFAST_NORM_LAYER; the variance of the row, divided by V
+ *      out = y weight gate / (1 + exp(-gate))
+ *
+ *  All of it is in fp32 and rounded once to the type of out. The variance is that of what the mean leaves, and the mean that of the
+ *  distances to the first feature: rows far from 0 lose nothing. Squares that fp32 cannot hold, of features beyond 1.8e19, give 0;
+ *  a row of zeros with eps = 0 gives not-a-numbers. The same call on the same machine and target gives the same bits, for any number
+ *  of threads, and so does a call for some of its tokens or heads alone.
+ *
+ *  Aliasing: out may be exactly x or exactly gate (the same elements in the same places); else it overlaps no other tensor.
+ *
+ *  One thread works on up to half a megabyte of x, gate and out. After the first call a context allocates nothing more.
+ *
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU, a GPU's
+ *  target or backend that is forced, an extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements);
+ *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
+ *  Thread-safety: that of the context. */
+HOLDFAST_API holdfast_status holdfast_head_norm_gate(holdfast_context *context, const holdfast_head_norm_gate_args *args);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,52 @@
+// The stages of head_norm_gate.h.
+#include "head_norm_gate.h"
+
+using namespace Halide;
+
+namespace holdfast {
+namespace {
+
+/// exp(x) = 2^k exp(x - k log 2), good to 3 roundings, and to one more for each 16 of |x|; infinity and 0 where fp32 ends. Halide's
+/// own calls floor(), which is no vector instruction on the oldest x86.
+Expr exp_of(const Expr &x) {
+    Expr y = clamp(x, -120.0f, 120.0f);
+    Expr k = cast<int32_t>(y * 1.442695f + select(y < 0, -0.5f, 0.5f));
+    Expr r = y - cast<float>(k) * 0.693145752f - cast<float>(k) * 1.42860677e-6f;
+    Expr power = 1.0f / 5040;  // Taylor's series to r^7, |r| < 0.35: to 6e-9
+    for (float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
+        power = power * r + coefficient;
+    auto power_of_2 = [](const Expr &n) { return reinterpret<float>((n + 127) << 23); };
+    Expr half = cast<int32_t>(cast<float>(k) * 0.5f);  // 2^k in two factors: k goes from -173 to 173
+    return power * power_of_2(half) * power_of_2(k - half);
+}
+
+}  // namespace
+
+HeadNormGateFuncs head_norm_gate(const Func &x, const Func &gate, const Func &weight, const Expr &value_extent,
+                                 const Expr &layer_norm, const Expr &gated, const Expr &eps) {
+    Var e("e"), h("h"), t("t");
+    HeadNormGateFuncs f;
+    f.x = x, f.gate = gate, f.weight = weight, f.value_extent = value_extent, f.layer_norm = layer_norm, f.gated = gated;
+    f.over_value = RDom(0, value_extent, "over_value");
+    const Expr V = cast<float>(value_extent);
+
+    f.first = Func("first");
+    f.first(h, t) = x(0, h, t);
+    // Through an integer, because compilers would else make one subtraction of this and that of the mean, and round first + mean.
+    auto distance = [&](const Expr &e) { return reinterpret<float>(reinterpret<int32_t>(x(e, h, t) - f.first(h, t)) & ~1); };
+    f.sum = Func("sum");
+    f.sum(h, t) += distance(f.over_value);
+    f.centered = Func("centered");
+    f.centered(e, h, t) = select(layer_norm, distance(e) - f.sum(h, t) / V, x(e, h, t));
+    f.squares = Func("squares");
+    f.squares(h, t) += f.centered(f.over_value, h, t) * f.centered(f.over_value, h, t);
+    f.factor = Func("factor");
+    f.factor(h, t) = 1.0f / sqrt(f.squares(h, t) / V + eps);
+
+    f.out = Func("normed");
+    Expr g = gate(e, h, t), normed = f.centered(e, h, t) * f.factor(h, t) * weight(e, h);
+    f.out(e, h, t) = select(gated, normed * (g / (1.0f + exp_of(-g))), normed);
+    return f;
+}
+
+}  // namespace holdfast

@@ -1,0 +1,354 @@
+#include "gpu.h"
+
+#include "cuda.h"
+#include "opencl.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <sstream>
+
+namespace holdfast {
+namespace {
+
+constexpr int64_t most_bytes = std::numeric_limits<int32_t>::max();  // of a buffer of one call, for Halide
+constexpr halide_type_t bytes_type(halide_type_uint, 8);
+
+/// Whether a host tensor is laid out as its copy on the device is.
+bool packed_already(const Tensor &copied, const Tensor &host) {
+    return std::equal(copied.stride, copied.stride + copied.rank, host.stride);
+}
+
+/// Between a host tensor and its elements in order.
+void copy(char *packed, const Tensor &host, bool in) {
+    int64_t index[Tensor::max_rank] = {};
+    const int last = host.rank - 1;
+    const int64_t element = host.dtype.bytes(), row = host.shape[last], stride = host.stride[last];
+    const int64_t pieces = stride == 1 ? 1 : row, bytes = stride == 1 ? row * element : element;
+    while (true) {
+        char *from = host.data;
+        for (int axis = 0; axis < last; axis++) from += index[axis] * host.stride[axis] * element;
+        for (int64_t n = 0; n < pieces; n++, packed += bytes, from += stride * element)
+            in ? std::memcpy(packed, from, bytes) : std::memcpy(from, packed, bytes);
+        int axis = last - 1;
+        while (axis >= 0 && ++index[axis] == host.shape[axis]) index[axis--] = 0;
+        if (axis < 0) return;
+    }
+}
+
+/// Bytes from the first to the last element of `batch` entries and `heads` heads of a tensor whose axes those are.
+int64_t span(const Tensor &t, int head_axis, int64_t batch, int64_t heads) {
+    if (!t.rank || t.empty()) return 0;
+    int64_t elements = 1;
+    for (int axis = 0; axis < t.rank; axis++) {
+        const int64_t extent = t.rank > 1 && axis == 0 ? std::min(batch, t.shape[0])
+                               : axis == head_axis     ? std::min(heads, t.shape[axis])
+                                                       : t.shape[axis];
+        elements += (extent - 1) * std::llabs(t.stride[axis]);
+    }
+    return elements * t.dtype.bytes();
+}
+
+/// The caller's workspace, checked: its address.
+uint64_t checked_workspace(const Problem &p, size_t needed, const char *size_function) {
+    const DLTensor &w = *p.workspace;
+    Backend backend;
+    if (!backend_of(w.device.device_type, &backend) || backend != Backend::cuda || w.device.device_id != p.q.device.device_id)
+        fail(HOLDFAST_INVALID_ARGUMENT, "workspace is on ", describe(w.device), "; expected ", describe(p.q.device), ", as q");
+    if (w.ndim != 1 || !w.shape || w.dtype.code != kDLUInt || w.dtype.bits != 8 || w.dtype.lanes != 1 ||
+        (w.strides && w.shape[0] > 1 && w.strides[0] != 1))
+        fail(HOLDFAST_INVALID_ARGUMENT, "workspace has ", w.ndim,
+             " dimensions, or another type than uint8, or gaps; expected compact uint8 [bytes]");
+    if (w.shape[0] < 0 || (uint64_t)w.shape[0] < needed)
+        fail(HOLDFAST_INVALID_ARGUMENT, "workspace has ", w.shape[0], " bytes; expected at least ", needed, ", as ",
+             size_function, " says");
+    const uint64_t address = (uint64_t)w.data + w.byte_offset;
+    if (!w.data || address % Arena::alignment)
+        fail(HOLDFAST_INVALID_ARGUMENT, "workspace is at address ", address, "; expected a multiple of ", Arena::alignment);
+    return address;
+}
+
+/// What each API cannot do with tensors that are already there.
+void check_place(const Problem &p, const Place &place) {
+    if (p.q.on_host() || place.backend == Backend::cuda) return;
+    if (place.backend == Backend::vulkan)
+        fail(HOLDFAST_UNSUPPORTED, "q is on ", describe(p.q.device),
+             ", and buffers of other Vulkan devices than the library's own cannot be used; "
+             "expected tensors on the CPU, with backend vulkan forced");
+    if (place.backend == Backend::opencl && !place.stream)
+        fail(HOLDFAST_INVALID_ARGUMENT, "q is on ", describe(p.q.device),
+             " and the context has no stream; expected holdfast_context_set_stream "
+             "with a cl_command_queue of the buffers' cl_context");
+    int64_t multiple = sizeof(float);
+#if HOLDFAST_HAS_OPENCL
+    if (place.backend == Backend::opencl) multiple = opencl::offset_alignment(place.context);
+#endif
+    for (const Tensor *t : {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state}) {
+        if (!t->rank || t->empty()) continue;
+        if ((int64_t)(intptr_t)t->data % multiple)
+            fail(HOLDFAST_UNSUPPORTED, t->name, " is at byte offset ", (int64_t)(intptr_t)t->data,
+                 " of its buffer; expected a multiple of ", multiple, ", which ", describe(t->device), " demands");
+        for (int axis = 0; axis < t->rank; axis++)
+            if (t->shape[axis] > 1 && t->stride[axis] < 0)
+                fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[axis], " on axis ", axis,
+                     "; expected none below 0 on ", describe(t->device));
+    }
+}
+
+/// What a workspace's kernels find while a call lasts, also one that fails.
+class Lent {
+public:
+    Lent(Workspace &workspace, DeviceCall &call) : workspace(workspace) { workspace.device = &call; }
+    Lent(const Lent &) = delete;
+    ~Lent() { workspace.device = nullptr; }
+
+private:
+    Workspace &workspace;
+};
+
+}  // namespace
+
+void Run::check(const char *what, int rc) const {
+    if (rc == 0) return;
+    const std::string text = workspace.error.empty() ? "" : ": " + workspace.error;
+    const bool memory = rc == halide_error_code_out_of_memory || rc == halide_error_code_device_malloc_failed ||
+                        text.find("OUT_OF_MEMORY") != std::string::npos || text.find("ALLOCATION_FAILURE") != std::string::npos;
+    const bool device = rc == halide_error_code_gpu_device_error || rc == halide_error_code_device_run_failed ||
+                        rc == halide_error_code_copy_to_host_failed || rc == halide_error_code_copy_to_device_failed ||
+                        rc == halide_error_code_device_sync_failed || rc == halide_error_code_generic_error;
+    fail(memory   ? HOLDFAST_OUT_OF_MEMORY
+         : device ? HOLDFAST_DEVICE_ERROR
+                  : HOLDFAST_INTERNAL_ERROR,
+         what, " on ", name_of(call.place.backend), " returned ", rc, text);
+}
+
+Memory::Memory(const Run &run, int64_t bytes) : run(run), own(true) {
+    whole = {}, axis = {0, (int32_t)bytes, 1};
+    whole.type = bytes_type, whole.dimensions = 1, whole.dim = &axis;
+    if (bytes > most_bytes)
+        fail(HOLDFAST_UNSUPPORTED, "a buffer of ", bytes, " bytes is wanted; expected at most ", most_bytes);
+    run.check("allocation of device memory", halide_device_malloc(&run.workspace, &whole, run.interface()));
+}
+
+Memory::Memory(const Run &run, void *native) : run(run), own(false) {
+    whole = {}, axis = {0, 0, 1};
+    whole.type = bytes_type, whole.dimensions = 1, whole.dim = &axis;
+    if (run.cuda())
+        whole.device = (uint64_t)native, whole.device_interface = run.interface();
+    else
+        run.check("taking over a buffer",
+                  run.interface()->wrap_native(&run.workspace, &whole, (uint64_t)native, run.interface()));
+}
+
+Memory::~Memory() {
+    whole.set_device_dirty(false);
+    if (own)
+        halide_device_free(&run.workspace, &whole);
+    else if (!run.cuda())
+        run.interface()->detach_native(&run.workspace, &whole);
+}
+
+void Memory::copy_in(const void *host, int64_t bytes) {
+    if (run.call.rehearsal) return;
+    if (run.cuda()) return cuda::copy_in(whole.device, host, bytes, (CUstream)run.call.place.stream);
+    axis.extent = (int32_t)bytes;
+    whole.host = (uint8_t *)host;
+    whole.set_host_dirty();
+    run.check("copying to the device", run.interface()->copy_to_device(&run.workspace, &whole, run.interface()));
+    whole.host = nullptr;
+}
+
+void Memory::copy_out(void *host, int64_t bytes) {
+    if (run.call.rehearsal) return;
+    if (run.cuda()) {
+        cuda::copy_out(host, whole.device, bytes, (CUstream)run.call.place.stream);
+        return cuda::wait((CUstream)run.call.place.stream);
+    }
+    axis.extent = (int32_t)bytes;
+    whole.host = (uint8_t *)host;
+    whole.set_device_dirty();
+    run.check("copying from the device", run.interface()->copy_to_host(&run.workspace, &whole));
+    whole.host = nullptr;
+}
+
+View::View(const Memory &memory, int64_t offset, halide_type_t element, std::initializer_list<halide_dimension_t> list)
+    : Buffer(nullptr, element, list), memory(memory) {
+    device = memory.whole.device, device_interface = memory.whole.device_interface;
+    if (memory.run.cuda()) {
+        device += offset;
+    } else if (offset) {
+        // Halide counts in elements of the source: here those that the offset is a multiple of, so that 32 bits reach far.
+        int32_t step = 128;
+        while (offset % step) step /= 2;
+        if (offset / step > most_bytes)
+            fail(HOLDFAST_UNSUPPORTED, "byte offset ", offset, " is beyond the reach of backend ",
+                 name_of(memory.run.call.place.backend));
+        halide_dimension_t from(0, 1, step), to((int32_t)(offset / step), 1, step);
+        halide_buffer_t source = memory.whole, target = memory.whole;
+        source.dim = &from, target.dim = &to;
+        target.device = 0, target.device_interface = nullptr;
+        memory.run.check("taking a part of a buffer",
+                         source.device_interface->device_crop(&memory.run.workspace, &source, &target));
+        device = target.device, device_interface = target.device_interface;
+        cropped = true;
+    }
+}
+
+View::~View() {
+    set_device_dirty(false);
+    if (cropped) device_interface->device_release_crop(&memory.run.workspace, this);
+}
+
+OnDevice::OnDevice(const Run &run, const Tensor &tensor, bool read) : t(tensor) {
+    if (!t.rank) return;
+    if (!t.on_host()) {
+        start = t.handle ? (int64_t)(intptr_t)t.data : 0;
+        memory = std::make_unique<Memory>(run, t.handle ? t.handle : t.data);
+        return;
+    }
+    int64_t count = 1;
+    for (int axis = t.rank - 1; axis >= 0; axis--) t.stride[axis] = count, count *= t.shape[axis];
+    const int64_t bytes = count * t.dtype.bytes();
+    memory = std::make_unique<Memory>(run, std::max<int64_t>(bytes, 1));
+    if (!read || !count || run.call.rehearsal) return;
+    if (packed_already(t, tensor)) {
+        memory->copy_in(tensor.data, bytes);
+    } else {
+        Scratch packed(run.workspace, (bytes + 3) / 4);
+        copy((char *)packed.floats(), tensor, true);
+        memory->copy_in(packed.floats(), bytes);
+    }
+}
+
+void OnDevice::fetch(const Run &run, const Tensor &host) {
+    if (!t.rank || !t.on_host() || host.empty() || run.call.rehearsal) return;
+    const int64_t bytes = t.shape[0] * t.stride[0] * t.dtype.bytes();
+    if (packed_already(t, host)) return memory->copy_out(host.data, bytes);
+    Scratch packed(run.workspace, (bytes + 3) / 4);
+    memory->copy_out(packed.floats(), bytes);
+    copy((char *)packed.floats(), host, false);
+}
+
+int64_t OnDevice::at(int64_t i0, int64_t i1, int64_t i2) const {
+    const int64_t index[] = {i0, i1, i2, 0};
+    int64_t bytes = start;
+    for (int axis = 0; axis < t.rank; axis++) bytes += index[axis] * t.stride[axis] * t.dtype.bytes();
+    return bytes;
+}
+
+static bool in_place(const Problem &p) {
+    return p.final_state.rank && p.initial_state.rank && same_elements(p.final_state, p.initial_state);
+}
+
+Operands::Operands(const Run &run)
+    : q(run, run.p.q, true), k(run, run.p.k, true), v(run, run.p.v, true), log_decay(run, run.p.log_decay, true),
+      initial(run, run.p.initial_state, true), out(run, run.p.out, false),
+      final(in_place(run.p) ? initial : final_of_its_own.emplace(run, run.p.final_state, false)) {}
+
+void Operands::fetch(const Run &run) {
+    out.fetch(run, run.p.out);
+    final.fetch(run, run.p.final_state);
+}
+
+Part largest_part(const Problem &p, const Operands &x, int64_t bytes_of_a_head) {
+    auto fits = [&](int64_t batch, int64_t heads) {
+        int64_t most = 0;
+        for (const OnDevice *rows : {&x.q, &x.k, &x.v, &x.out}) most = std::max(most, span(rows->t, 2, batch, heads));
+        for (const OnDevice *states : {&x.initial, (const OnDevice *)&x.final})
+            most = std::max(most, span(states->t, 1, batch, heads));
+        most = std::max(most, span(x.log_decay.t, x.log_decay.t.rank - 1, batch, heads));
+        return most <= most_bytes && (double)bytes_of_a_head * batch * heads <= (double)most_bytes;
+    };
+    int64_t batch = p.B, heads = p.H;
+    while (batch > 1 && !fits(batch, heads)) batch = (batch + 1) / 2;
+    while (heads > 1 && !fits(batch, heads)) heads = (heads + 1) / 2;
+    return fits(batch, heads) ? Part{batch, heads} : Part{0, 0};
+}
+
+int32_t narrow(const Tensor &t, int axis, int64_t extent) {
+    if (extent <= 1) return 0;
+    if (t.stride[axis] > most_bytes || t.stride[axis] < -most_bytes)
+        fail(HOLDFAST_UNSUPPORTED, t.name, " has stride ", t.stride[axis], " on axis ", axis,
+             "; expected less than 2^31 either way");
+    return (int32_t)t.stride[axis];
+}
+
+void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64_t tokens, int64_t chunk, int64_t count) {
+    View table(memory, 0, int32, {{0, (int32_t)(bytes / 4), 1}});
+    run.check("chunk_table",
+              run.variant.target->fill_chunk_table(&run.workspace, (int32_t)tokens, (int32_t)chunk, (int32_t)count, &table));
+}
+
+size_t GpuCall::rehearse(Workspace &workspace, const Problem &p, const Variant &variant) const {
+    Arena arena(Arena::alignment, std::numeric_limits<size_t>::max() / 2);
+    DeviceCall call{Place{Backend::cuda}, &arena, nullptr, true};
+    const Lent lent(workspace, call);
+    issue({p, variant, workspace, call});
+    return arena.most();
+}
+
+size_t GpuCall::workspace(holdfast_context &c, const Problem &p, const Variant &variant) const {
+    size_t bytes = 0;
+    if (variant.target->backend != Backend::cuda || p.B * p.H == 0) return 0;
+    // The nearer to one another, the more heads are in one call of the kernel. Rows that all lie in one place are as near as
+    // can be, and start where any variant wants them.
+    Problem near = p;
+    if (!p.q.on_host())
+        for (Tensor *t : {&near.q, &near.k, &near.v, &near.out, &near.log_decay, &near.initial_state, &near.final_state})
+            std::fill_n(t->stride, std::max(t->rank - 1, 0), 0);
+    c.for_each(1, [&](Workspace &workspace, int64_t) { bytes = rehearse(workspace, near, variant); });
+    return bytes;
+}
+
+void GpuCall::run(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) const {
+    Place place{variant.target->backend, nullptr, c.stream};
+    if (c.verbose) {
+        std::ostringstream line;
+        line << function << ": " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H << ", K "
+             << p.K << ", V " << p.V << ", " << how;
+        if (p.q.on_host())
+            line << ", tensors copied from the CPU and back";
+        else
+            line << ", on " << describe(p.q.device);
+        c.verbose(c.verbose_user, line.str().c_str());
+    }
+    if (p.B * p.H == 0) return;
+    c.for_each(1, [&](Workspace &workspace, int64_t) {
+        workspace.error.clear();
+        if (place.backend == Backend::cuda) {
+            const size_t needed = rehearse(workspace, p, variant);
+            const CUcontext context =
+                cuda::choose_context((CUcontext)c.device, (CUstream)c.stream, p.q.on_host() ? 0 : p.q.device.device_id);
+            const cuda::Current current(context);
+            place.context = context;
+            uint64_t memory;
+            if (p.workspace) {
+                memory = checked_workspace(p, needed, size_function);
+            } else {
+                workspace.device_memory.move_to(place);
+                memory = workspace.device_memory.block(needed);
+            }
+            Arena arena(memory, needed);
+            DeviceCall call{place, &arena};
+            const Lent lent(workspace, call);
+            issue({p, variant, workspace, call});
+            return;
+        }
+#if HOLDFAST_HAS_OPENCL
+        if (place.backend == Backend::opencl && place.stream) place.context = opencl::context_of(place.stream);
+#endif
+        if (place.backend != Backend::opencl) place.stream = nullptr;
+        check_place(p, place);
+        workspace.device_memory.move_to(place);
+        DeviceCall call{place, nullptr, &workspace.device_memory};
+        const Lent lent(workspace, call);
+        std::lock_guard<std::mutex> lock(call_mutex(place.backend));
+        const Run run{p, variant, workspace, call};
+        issue(run);
+        if (!p.q.on_host() && place.backend == Backend::metal)
+            run.check("waiting for the device", halide_device_sync_global(&workspace, run.interface()));
+    });
+}
+
+}  // namespace holdfast

@@ -1,0 +1,69 @@
+// holdfast_step on a GPU: one call of the recurrent kernel for all batch entries and heads, or as few as 32-bit buffers allow, on
+// the states where they lie.
+#include "recurrent_gpu.h"
+
+#include "gpu.h"
+
+#include <algorithm>
+#include <optional>
+
+namespace holdfast {
+namespace {
+
+/// Launch everything.
+void issue(const Run &run) {
+    const Problem &p = run.p;
+    Operands x(run);
+    const OnDevice &g = x.log_decay;
+    // Beside the tensors: a row of sums for each head, and a decay where none is given.
+    const int64_t sum_bytes = p.V * (int64_t)sizeof(float);
+    const Part part = largest_part(p, x, sum_bytes);
+    if (!part.batch)
+        fail(HOLDFAST_UNSUPPORTED, "the state of one head, with a stride of ", x.final.t.stride[2],
+             " along K, reaches beyond 2^31 bytes; expected less");
+    Memory sums(run, part.batch * part.heads * sum_bytes);
+    std::optional<Memory> no_decay;
+    if (!g.t.rank) {
+        no_decay.emplace(run, Arena::alignment);
+        fill_chunk_table(run, *no_decay, Arena::alignment, 0, 1, 0);  // of no chunks: zeros
+    }
+
+    for (int64_t b = 0; b < p.B; b += part.batch)
+        for (int64_t h = 0; h < p.H; h += part.heads) {
+            const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.heads, p.H - h);
+            const int32_t K = (int32_t)p.K, V = (int32_t)p.V;
+            auto rows = [&](const OnDevice &r) {
+                return View(*r.memory, r.at(b, 0, h), halide_type(r.t.dtype),
+                            {{0, (int32_t)r.t.shape[3], 1}, {0, H, narrow(r.t, 2, H)}, {0, B, narrow(r.t, 0, B)}});
+            };
+            View q = rows(x.q), k = rows(x.k), v = rows(x.v), out = rows(x.out);
+            const bool of_token = g.t.rank == 3;
+            View log_decay(g.t.rank ? *g.memory : *no_decay,
+                           of_token   ? g.at(b, 0, h)
+                           : g.t.rank ? g.at(h)
+                                      : 0,
+                           float32,
+                           {{0, H, g.t.rank ? narrow(g.t, g.t.rank - 1, H) : 0}, {0, B, of_token ? narrow(g.t, 0, B) : 0}});
+            const Tensor &s = x.final.t;
+            View state(*x.final.memory, x.final.at(b, h), float32,
+                       {{0, V, 1}, {0, K, narrow(s, 2, K)}, {0, H, narrow(s, 1, H)}, {0, B, narrow(s, 0, B)}});
+            View sum(sums, 0, float32, {{0, V, 1}, {0, K, 0}, {0, H, V}, {0, B, H * V}});  // generators/recurrent.h
+            run.check(run.variant.name, std::get<RecurrentKernel *>(run.variant.run)(&run.workspace, &q, &k, &v, &log_decay,
+                                                                                     p.scale, &state, &sum, &out));
+        }
+    x.fetch(run);
+}
+
+GpuCall call() { return {"step", "token by token", "holdfast_step_workspace_size", issue}; }
+
+}  // namespace
+
+size_t step_workspace_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant) {
+    return call().workspace(c, p, variant);
+}
+
+void step_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) {
+    call().run(c, p, variant, why);
+}
+
+}  // namespace holdfast

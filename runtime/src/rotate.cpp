@@ -1,0 +1,127 @@
+// holdfast_rotate: the rotation kernel on some tokens at a time, whose positions are written out for it.
+#include "args.h"
+#include "buffers.h"
+#include "tokens.h"
+
+#include <cmath>
+#include <functional>
+#include <limits>
+
+namespace holdfast {
+namespace {
+
+/// Where tokens stand: offset + t, or integers of the caller.
+struct Positions {
+    const Tensor given;         // rank 0: not given
+    int64_t offset, stride[2];  // along b and t; not given: how much a position grows
+
+    int64_t at(int64_t b, int64_t t) const {
+        const int64_t n = b * stride[0] + t * stride[1];
+        if (!given.rank) return offset + n;
+        const char *element = given.data + n * given.dtype.bytes();
+        return given.dtype == i64 ? *(const int64_t *)element : *(const int32_t *)element;
+    }
+};
+
+struct Call {
+    Tensor x, out, theta;
+    bool interleaved;
+    Positions positions;
+
+    Buffer rows(const Tensor &t, int64_t tokens) const {
+        const int64_t pairs = t.shape[3] / 2;
+        return {nullptr,
+                halide_type(t.dtype),
+                {{0, (int32_t)pairs, interleaved ? 2 : 1},
+                 {0, 2, interleaved ? 1 : (int32_t)pairs},
+                 axis(t.shape[2], t.stride[2]),
+                 axis(tokens, t.stride[1])}};
+    }
+
+    void run(Workspace &workspace, const Variant &variant, int64_t b, int64_t t, int64_t tokens, int64_t *memory) const {
+        for (int64_t n = 0; n < tokens; n++) memory[n] = positions.at(b, t + n);
+        Buffer x_rows = rows(x, tokens), out_rows = rows(out, tokens);
+        x_rows.host = x.at<uint8_t>(b, t), out_rows.host = out.at<uint8_t>(b, t);
+        Buffer angles(theta.data, float32, {{0, (int32_t)theta.shape[0], 1}});
+        Buffer position(memory, uint32, {{0, 2, 1}, {0, (int32_t)tokens, 2}});
+        check_returned(std::get<RotateKernel *>(variant.run)(&workspace, &x_rows, &angles, &position, &out_rows), variant,
+                       workspace);
+    }
+};
+
+Positions checked_positions(const holdfast_rotate_args &args, const Tensor &x) {
+    const int64_t T = x.shape[1];
+    if (!args.positions) {
+        if (T && args.offset > std::numeric_limits<int64_t>::max() - (T - 1))
+            fail(HOLDFAST_INVALID_ARGUMENT, "offset is ", args.offset,
+                 "; expected positions offset + t that fit 64 bits, for T = ", T);
+        return {{}, args.offset, {0, 1}};
+    }
+    if (args.offset)
+        fail(HOLDFAST_INVALID_ARGUMENT, "offset is ", args.offset, " and positions are given; expected an offset of 0");
+    const bool shared = args.positions->ndim == 1;
+    const TensorSpec spec{"positions", shared ? "T" : "BT", TensorSpec::integers};
+    if (!shared && args.positions->ndim != 2)
+        fail(HOLDFAST_INVALID_ARGUMENT, "positions has ", args.positions->ndim, " dimensions; expected 1, [T], or 2, [B, T]");
+    const Tensor given = check_tensor(spec, args.positions);
+    for (int n = 0; n < given.rank; n++) check_extent(spec, given, n, x.shape[shared ? 1 : n], "that of x");
+    return {given, 0, {shared ? 0 : given.stride[0], given.stride[given.rank - 1]}};
+}
+
+Call checked_call(const holdfast_rotate_args &args) {
+    const TensorSpec x_spec{"x", "BTHK", TensorSpec::floats}, out_spec{"out", "BTHK", TensorSpec::floats},
+        theta_spec{"theta", "J"};
+    Tensor x = check_tensor(x_spec, args.x), out = check_tensor(out_spec, args.out);
+    const int64_t K = x.shape[3];
+    if (K < 2 || K % 2)
+        fail(HOLDFAST_INVALID_ARGUMENT, "x [B, T, H, K] has K = ", K, "; expected pairs of features, an even number of them");
+    for (int n = 0; n < 4; n++) check_extent(out_spec, out, n, x.shape[n], "that of x");
+    check_same_dtype(out, x);
+    check_rows(x), check_rows(out);
+    const Tensor theta = check_tensor(theta_spec, args.theta);
+    if (theta.shape[0] != K / 2)
+        fail(HOLDFAST_INVALID_ARGUMENT, "theta has ", theta.shape[0], " elements; expected ", K / 2,
+             ", one for each pair of x");
+    check_rows(theta);
+    Positions positions = checked_positions(args, x);
+
+    check_distinct_elements(out);
+    if (!same_elements(out, x)) check_no_overlap(out, x);
+    check_no_overlap(out, theta);
+    if (positions.given.rank) check_no_overlap(out, positions.given), check_same_device(positions.given, x);
+    check_same_device(out, x), check_same_device(theta, x);
+
+    if (args.interleaved != 0 && args.interleaved != 1)
+        fail(HOLDFAST_INVALID_ARGUMENT, "interleaved is ", args.interleaved, "; expected 0 or 1");
+    for (int64_t j = 0; j < K / 2 && theta.on_host(); j++) {
+        const float value = ((const float *)theta.data)[j];
+        if (!std::isfinite(value)) fail(HOLDFAST_INVALID_ARGUMENT, "theta[", j, "] is ", value, "; expected a finite number");
+    }
+    return {x, out, theta, args.interleaved != 0, positions};
+}
+
+}  // namespace
+}  // namespace holdfast
+
+using namespace holdfast;
+
+extern "C" holdfast_status holdfast_rotate(holdfast_context *context, const holdfast_rotate_args *args) {
+    return guarded(context, [&](holdfast_context &c) {
+        constexpr size_t first_version = offsetof(holdfast_rotate_args, interleaved) + sizeof(int32_t);
+        Call call = checked_call(checked_args(args, "holdfast_rotate_args", first_version));
+        const Choice choice = choose_backend(c, home_of(call.x));
+        const Variant &variant = variant_on_cpu("rotate", call.x, choice);
+        const Rows rows(&call.x, &call.out);
+        if (rows.turned) std::swap(call.positions.stride[0], call.positions.stride[1]);
+        const Tokens tokens(rows);
+        announce(c, variant, choice.why, rows, tokens.pieces());
+        if (!tokens.pieces()) return;
+        const auto work = [&](Workspace &workspace, int64_t n) {
+            const Scratch positions(workspace, 2 * Tokens::most_at_once);
+            tokens.each(n, [&](int64_t b, int64_t t, int64_t count) {
+                call.run(workspace, variant, b, t, count, (int64_t *)positions.floats());
+            });
+        };
+        c.for_each(tokens.pieces(), std::cref(work));
+    });
+}

@@ -1,0 +1,111 @@
+// For kernels that compute each token by itself: how the tokens of a call are shared out among threads, and how many of them
+// one call of a kernel takes.
+#pragma once
+#include "buffers.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <sstream>
+#include <utility>
+
+namespace holdfast {
+
+/// Rows [B, T, H, *] of one call. With T = 1 the first two axes change places, so that a call of a kernel has many tokens.
+struct Rows {
+    Tensor *tensors[3];  // null: not there
+    bool turned;
+    int64_t B, T, H;
+
+    explicit Rows(Tensor *first, Tensor *second, Tensor *third = nullptr)
+        : tensors{first, second, third}, turned(first->shape[1] == 1) {
+        for (Tensor *t : tensors)
+            if (t && turned) std::swap(t->shape[0], t->shape[1]), std::swap(t->stride[0], t->stride[1]);
+        B = first->shape[0], T = first->shape[1], H = first->shape[2];
+    }
+};
+
+/// The work of a call in pieces.
+class Tokens {
+public:
+    static constexpr int64_t most_at_once = 1024;
+
+    explicit Tokens(const Rows &rows) : T(rows.T), all(rows.H ? rows.B * rows.T : 0) {
+        int64_t bytes = 0;
+        for (const Tensor *t : rows.tensors) {
+            if (!t) continue;
+            bytes += rows.H * t->shape[3] * t->dtype.bytes();
+            const int64_t heads = check_axis(*t, 2);
+            if (span(*t, 1) > 0) at_once = std::min<int64_t>(at_once, 1 + (reach - heads) / std::llabs(t->stride[1]));
+        }
+        count = (int64_t)std::min<double>(all, all ? 1 + (double)all * bytes / worth_a_thread : 0);
+    }
+
+    /// Elements from the first to the last along an axis that a call of a kernel has all of. Throws UNSUPPORTED.
+    static int64_t check_axis(const Tensor &t, int axis) {
+        const int64_t elements = span(t, axis);
+        if (elements > reach)
+            fail(HOLDFAST_UNSUPPORTED, t.name, " has stride ", t.stride[axis], " on axis ", axis, "; expected at most ",
+                 reach / (t.shape[axis] - 1), " either way");
+        return elements;
+    }
+
+    int64_t pieces() const { return count; }
+
+    /// Call run(b, t, tokens) for piece n, a number of tokens at a time.
+    template<class Run>
+    void each(int64_t n, const Run &run) const {
+        const int64_t end = (n + 1) * all / count;
+        for (int64_t first = n * all / count, tokens; first < end; first += tokens) {
+            tokens = std::min({at_once, T - first % T, end - first});
+            run(first / T, first % T, tokens);
+        }
+    }
+
+private:
+    static constexpr int64_t worth_a_thread = 512 * 1024;  // bytes: to wake a thread takes as long as to move so many
+    static constexpr int64_t reach = 1 << 29;              // elements: 2^31 bytes, at most
+    int64_t T, all, count, at_once = most_at_once;
+
+    static int64_t span(const Tensor &t, int axis) {
+        return t.empty() || t.shape[axis] == 1 ? 0 : (t.shape[axis] - 1) * std::llabs(t.stride[axis]);
+    }
+};
+
+/// An axis of a kernel's buffer.
+inline halide_dimension_t axis(int64_t extent, int64_t stride) {
+    return {0, (int32_t)extent, extent > 1 ? (int32_t)stride : 0};
+}
+
+/// Turn what a kernel returned into a Failure.
+inline void check_returned(int rc, const Variant &variant, const Workspace &workspace) {
+    if (rc == halide_error_code_out_of_memory) fail(HOLDFAST_OUT_OF_MEMORY, "workspace: out of memory in ", variant.name);
+    if (rc) fail(HOLDFAST_INTERNAL_ERROR, variant.name, " returned ", rc, ": ", workspace.error);
+}
+
+/// Where a tensor is.
+inline Backend home_of(const Tensor &t) {
+    Backend backend = Backend::cpu;
+    backend_of(t.device.device_type, &backend);
+    return backend;
+}
+
+/// The variant for rows of that type on the CPU. GPUs' kernels are not called yet.
+inline const Variant &variant_on_cpu(const char *kernel, const Tensor &rows, const Choice &choice) {
+    if (choice.backend != Backend::cpu)
+        fail(HOLDFAST_UNSUPPORTED, "holdfast_", kernel, " was to run on backend ", name_of(choice.backend),
+             "; expected the CPU: calls of it on GPUs are not implemented yet");
+    return select_variant(kernel, rows.dtype.name, 0, 0, 0, choice.backend, choice.forced);
+}
+
+/// Tell the context's listener, if there is one, what runs.
+inline void announce(const holdfast_context &c, const Variant &variant, const char *why, const Rows &rows, int64_t pieces) {
+    if (!c.verbose) return;
+    std::ostringstream line;
+    line << variant.kernel << ": " << variant.name << " (" << why << "), B " << (rows.turned ? rows.T : rows.B) << ", T "
+         << (rows.turned ? rows.B : rows.T) << ", H " << rows.H << ", size " << rows.tensors[0]->shape[3] << ", "
+         << c.threads_for(pieces) << " threads";
+    c.verbose(c.verbose_user, line.str().c_str());
+}
+
+}  // namespace holdfast

@@ -1,0 +1,48 @@
+// The algorithm of norm and gate compiled just in time: without any schedule, and with every registered one, for each target of
+// cmake/targets.cmake that this machine runs.
+#include "../../generators/head_norm_gate.h"
+#include "../../schedules/schedule.h"
+#include "../head_norm_gate_call.h"
+#include "targets.h"
+
+namespace {
+using namespace Halide;
+using namespace test;
+using Schedules = holdfast::Schedule<holdfast::HeadNormGateFuncs, holdfast::HeadNormGateSizes>;
+
+struct Instance {
+    std::string schedule;
+    NamedTarget target;
+    Dtype dtype;
+};
+std::string name(const Instance &i) { return i.schedule + "_" + i.target.name + "_" + i.dtype.name; }
+void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+
+std::vector<Instance> instances() {
+    std::vector<Instance> list;
+    for (const Dtype &dtype : all_dtypes) list.push_back({"none", targets().back(), dtype});
+    for (const auto &schedule : Schedules::all())
+        for (const NamedTarget &named : targets())
+            for (const Dtype &dtype : all_dtypes)
+                if (schedule.matches(named.target, {})) list.push_back({schedule.name, named, dtype});
+    return list;
+}
+
+class HeadNormGate : public testing::TestWithParam<Instance> {};
+
+TEST_P(HeadNormGate, MatchesReference) {
+    const Instance &instance = GetParam();
+    if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
+    try {
+        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
+        const Callable kernel = create_callable_from_generator(
+            context, "head_norm_gate", {{"dtype", instance.dtype.name}, {"forced_schedule", instance.schedule}});
+        for (const NormCase &c : norm_cases(true)) NormCall(c, instance.dtype).expect_reference(kernel);
+    } catch (const Halide::Error &e) {
+        FAIL() << e.what();
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(, HeadNormGate, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+
+}  // namespace

@@ -1,0 +1,58 @@
+"""The recurrent kernels of the table for CUDA, token by token, against the double reference."""
+
+import ctypes
+import re
+
+import numpy as np
+import ptx
+import pytest
+from conftest import Call
+from rows import RECURRENT
+from tolerances import OUT, STATE
+
+
+class Steps(Call):
+    """The same tokens one by one: `state_out` is advanced in place."""
+
+    def __init__(self, row, tokens, size):
+        super().__init__(row, [tokens], heads=2, batch=2, size=None if row.key_size else size)
+        self.state_out[:] = self.state_in
+
+    def take(self, device, t):
+        batch, heads, _, K, V = self.state_out.shape
+        state = np.ascontiguousarray(self.state_out[:, :, 0])
+        sums = np.zeros((batch, heads, 1, V), np.float32)
+        every_row = np.lib.stride_tricks.as_strided(sums, (batch, heads, K, V), (*sums.strides[:2], 0, 4))
+        rows = [np.ascontiguousarray(x[:, t]) for x in (self.q, self.k, self.v, self.log_decay)]
+        out = np.zeros((batch, heads, V), self.out.dtype)
+        device.call(self.row.name, *rows, ctypes.c_float(self.scale), state, every_row, out)
+        self.state_out[:, :, 0], self.out[:, t] = state, out
+
+
+@pytest.mark.parametrize("row", RECURRENT, ids=str)
+def test_matches_reference(device, row):
+    steps = Steps(row, 2, (33, 65))
+    for t in range(2):
+        device.reset()
+        steps.take(device, t)
+    out, state = steps.errors()
+    assert out <= OUT[row.dtype]
+    assert state <= STATE["f32"]
+
+
+@pytest.mark.parametrize("row", [r for r in RECURRENT if r.dtype == "f32" and not r.key_size], ids=str)
+def test_every_store_is_missed(device, row):
+    """The test of the test, with a whole block of columns and a part of one."""
+    texts = []
+    device.reset(lambda text: texts.append(text) or text)
+    Steps(row, 1, (5, 40)).take(device, 0)
+    stores = [m.span() for m in re.finditer(r"st\.global\.b32 [^;]*;", texts[0])]
+    assert len(stores) >= 3  # state, sum, out
+    for start, end in stores:
+        device.reset(lambda text, start=start, end=end: text[:start] + text[end:])
+        steps = Steps(row, 1, (5, 40))
+        try:
+            steps.take(device, 0)
+        except ptx.Fault:
+            continue
+        assert not max(steps.errors()) < 1e-4, texts[0][start:end]
