@@ -184,7 +184,11 @@ auto token_by_token(const Step &step) {
                     sum(halide_type_of<float>(), memory.data(), 4, sums);
                 Buffer bq = q.sliced(4, b).sliced(1, t), bk = k.sliced(3, b).sliced(1, t), bv = v.sliced(3, b).sliced(1, t);
                 Buffer bg = log_decay.sliced(2, b).sliced(0, t), bo = out.sliced(4, b).sliced(1, t);
+                // For a GPU's kernel, as above.
+                for (Buffer *buffer : {&bq, &bk, &bv, &bg, &blocks, &sum, &by, &bo}) buffer->set_host_dirty();
                 if (int rc = step(bq, bk, bv, bg, block, D / block, degree, normalize, scale, blocks, sum, by, bo)) return rc;
+                for (Buffer *buffer : {&blocks, &by, &bo})
+                    if (int rc = buffer->copy_to_host()) return rc;
             }
         return 0;
     };

@@ -249,8 +249,12 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
                  " at most");
     const Variant *variant = &variant_for("power", p, choice, p.V);
     holdfast_form form = p.form;
-    if (form == HOLDFAST_FORM_AUTO)
-        form = p.chunk_size == 0 && p.T <= variant->chunk / least_share ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
+    if (form == HOLDFAST_FORM_AUTO) {
+        int64_t longest = 0;
+        for (int64_t s = 0; s < p.N; s++) longest = std::max(longest, p.length(s));
+        const bool few = p.chunk_size == 0 && longest <= variant->chunk / least_share;
+        form = few ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
+    }
     if (form == HOLDFAST_FORM_RECURRENT) {
         check_kernel_strides(p, 1);
         const Variant &step = variant_for("power_step", p, choice, p.V);

@@ -38,8 +38,8 @@ def test_info():
     by_name = {target["name"]: target for target in targets}
     for variant in report["variants"]:
         assert set(variant) == {
-            "name", "kernel", "dtype", "chunk", "key_size", "value_size", "target", "row_alignment", "round_operands", "degree",
-            "runs_here", "selected", "missing"
+            "name", "kernel", "dtype", "chunk", "key_size", "value_size", "target", "row_alignment", "round_operands",
+            "degree", "runs_here", "selected", "missing"
         }  # fmt: skip
         for key in ("runs_here", "missing"):
             assert variant[key] == by_name[variant["target"]][key]

@@ -1,5 +1,5 @@
 // Every compiled variant of power and of power_step, called directly, on every case of power_call.h. What this machine cannot
-// run is skipped, with the reason.
+// run is skipped, with the reason; a GPU backend that HOLDFAST_REQUIRED_BACKENDS names may not be.
 #include "../power_call.h"
 #include "missing.h"
 
@@ -14,6 +14,7 @@ struct Variant {
     Dtype dtype;
     int degree, chunk;  // degree 0: any
     Size size;          // 0: any
+    const char *backend;
     Kernel *run;
 };
 using Buffer = halide_buffer_t;
@@ -27,7 +28,7 @@ using StepKernel = int(const void *, Buffer *q, Buffer *k, Buffer *v, Buffer *lo
 #define HOLDFAST_ROW_rotate(...)
 #define HOLDFAST_ROW_head_norm_gate(...)
 #define HOLDFAST_ROW(name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree) \
-    {#name, dtype, degree, chunk, {key_size, value_size}, name},
+    {#name, dtype, degree, chunk, {key_size, value_size}, backend_of(#target), name},
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #define HOLDFAST_ROW_power HOLDFAST_ROW
 #define HOLDFAST_ROW_power_step(...)
@@ -56,16 +57,20 @@ void PrintTo(const Variant<Kernel> &v, std::ostream *stream) {
 /// All cases of a variant, of sizes and degrees that it takes, by `call(PowerCall)`.
 template<class Kernel, class Call>
 void expect_reference(const Variant<Kernel> &variant, int chunk, const Call &call) {
-    const std::string missing = missing_here(variant.name);
+    const std::string missing = missing_here(variant.name), backend = variant.backend;
+    if (!missing.empty() && required(backend)) FAIL() << "HOLDFAST_REQUIRED_BACKENDS has " << backend << ": " << missing;
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
-    const std::vector<int> all = {1, 2, 3, 4}, degrees = variant.degree ? std::vector<int>{variant.degree} : all;
+    std::vector<int> degrees = {1, 2, 3, 4};
     std::vector<Size> sizes(std::begin(sizes_of_any), std::end(sizes_of_any));
+    if (backend != "cpu") degrees = {2, 3}, sizes = {{5, 7}};  // their stand-ins are slow
+    if (variant.degree) degrees = {variant.degree};
     if (variant.size.K) sizes = {variant.size};
     for (int degree : degrees)
         for (Size size : sizes) {
             if (!variant.size.K && size.K > 8 && degree > 2) continue;
-            for (const PowerCase &c : power_cases(chunk, variant.dtype)) call(PowerCall(c, size, degree, variant.dtype));
+            for (const PowerCase &c : power_cases(chunk, variant.dtype))
+                if (not_on(backend, c.layout, false).empty()) call(PowerCall(c, size, degree, variant.dtype));
         }
 }
 
