@@ -13,7 +13,7 @@ struct Tile {
 };
 constexpr Tile avx512_tile = {8, 2};  // of 32 registers
 constexpr Tile avx2_tile = {4, 2};    // of 16
-constexpr int phi_rows = 16;      // of phi of the queries that are in L1, with a block of features; so many rows of the state
+constexpr int phi_rows = 32;      // of phi of the queries that are in L1, with a block of features; so many rows of the state
 constexpr int phi_features = 16;  // of phi of the keys, with all rows: two tiles or more, or it takes twice the time
 constexpr int strip = 32;         // rows whose weights are at hand
 constexpr int score_keys = 8;     // of a tile of scores; two vectors of rows
