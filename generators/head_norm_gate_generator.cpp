@@ -15,7 +15,7 @@ public:
     // (e, h, t) with a contiguous first dimension and any other strides. out may lie where x or gate does.
     Input<Buffer<void, 3>> x{"x"}, gate{"gate"};              // gate: any buffer of that shape where it is not gated, such as x
     Input<Buffer<float, 2>> weight{"weight"};                 // (e, h); a stride may be 0
-    Input<int32_t> layer_norm{"layer_norm"}, gated{"gated"};  // conditions. As bool, Halide 21 mixes them up on Vulkan
+    Input<int32_t> layer_norm{"layer_norm"}, gated{"gated"};  // conditions
     Input<float> eps{"eps"};
     Output<Buffer<void, 3>> out{"out"};
 

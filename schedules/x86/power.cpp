@@ -2,11 +2,11 @@
 // the keys. Rows, time, stand innermost on the left of every product; its right side is read as it lies. phi is formed a tile
 // at a time, in L1. Not parallel: the runtime spreads heads and columns of values over threads.
 //
-// One core of an Intel Xeon (Emerald Rapids), AVX-512, B 1, H 4, T 4096, degree 2, normalized, chunks of 128: K = V = 64 in 68 ms,
-// 133 GFLOP/s counting D V and the causal half, 83% of sgemm's 160 on the same core in the same minute (PyTorch's, 2048^3; 86% without
-// normalization); 32 in 13.8 ms with chunks of 64. The products run at their peak: phi takes 6% for each of queries and keys,
-// two loads, two products and a store for 64 fused multiply-adds, the sums of weights and keys 4%. Chunks of 256: 113 GFLOP/s; tiles of 16 rows of
-// the causal half: 125.
+// One core of an Intel Xeon (Emerald Rapids), AVX-512, degree 2, normalized, 4096 tokens of 4 heads, the kernel alone, best of many
+// in turn with PyTorch's sgemm of 2048^3 at 160 GFLOP/s: K = V = 64, chunks of 128, in 68 ms: 133 GFLOP/s counting D V and the causal half
+// of chunks, 83% of sgemm; without normalization 86%. K = V = 32, chunks of 64: 13.8 ms, 88 GFLOP/s. By count of instructions phi takes
+// the most of the rest: two loads, two products and a store for 64 fused multiply-adds, for queries and for keys. Tried: chunks of
+// 256, 113 GFLOP/s; a causal tile of 16, 125; phi of 16 rows at a time, the same or less.
 #include "../../generators/power.h"
 #include "../schedule.h"
 
