@@ -121,7 +121,7 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const Problem p = checked_problem(args);
         check_computed(p);
-        *bytes = step_workspace_on_gpu(c, p, step_variant(p, choose_backend(c, p.home())));
+        *bytes = is_power(p) ? 0 : step_workspace_on_gpu(c, p, step_variant(p, choose_backend(c, p.home())));
     });
 }
 
