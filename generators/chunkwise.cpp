@@ -7,14 +7,6 @@
 using namespace Halide;
 
 namespace holdfast {
-namespace {
-
-// Log decays are summed in two parts. Differences of one fp32 sum would lose what small decays add after a large one (a
-// reset in the middle of a chunk); whole steps of 2^-16 add without error in int32, and what is left is below 2^-17 each.
-// Integers, because no compiler may reorder them into the one sum.
-constexpr float decay_step = 1.0f / 65536;
-
-}  // namespace
 
 ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Func &state_in,
                          const Chunks &chunks, const Expr &key_extent, const Expr &scale, const ChunkwiseSizes &sizes) {
@@ -24,18 +16,13 @@ ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func
     f.q = q, f.k = k, f.v = v, f.log_decay = log_decay, f.state_in = state_in;
 
     // Gates. A masked sum, not a running one: C^2 cheap terms, no serial dependence, and autodiff is exact through it.
-    auto steps = [&](const Expr &row) {
-        return cast<int32_t>(round(max(log_decay(row, c, h, b), least_log_decay) / decay_step));
-    };
-    auto rest = [&](const Expr &row) {
-        return max(log_decay(row, c, h, b), least_log_decay) - cast<float>(steps(row)) * decay_step;
-    };
+    auto steps = [&](const Expr &row) { return decay_steps_of(log_decay(row, c, h, b)); };
+    auto rest = [&](const Expr &row) { return decay_rest_of(log_decay(row, c, h, b)); };
     f.over_row = RDom(0, C, "over_row");
     f.decay_steps = Func("decay_steps");
     f.decay_steps(i, c, h, b) += select(f.over_row <= i, steps(f.over_row), 0);
     f.decay_rest = Func("decay_rest");
     f.decay_rest(i, c, h, b) += select(f.over_row <= i, rest(f.over_row), 0.0f);
-    auto log_decay_of = [&](const Expr &steps, const Expr &rest) { return cast<float>(steps) * decay_step + rest; };
     auto log_decay_between = [&](const Expr &from, const Expr &to) {  // tokens from + 1 .. to
         return log_decay_of(f.decay_steps(to, c, h, b) - f.decay_steps(from, c, h, b),
                             f.decay_rest(to, c, h, b) - f.decay_rest(from, c, h, b));

@@ -1,4 +1,4 @@
-// exp() of a log decay, for the stages that multiply a state by it again and again.
+// Sums of log decays, and exp() of one for the stages that multiply a state by it again and again.
 #pragma once
 #include "Halide.h"
 
@@ -6,6 +6,22 @@ namespace holdfast {
 
 /// exp() of anything below is 0 in fp32, so clamping there changes nothing; it lets -infinity in, and 256 of them fit int32.
 constexpr float least_log_decay = -120.0f;
+
+// Log decays are summed in two parts. Differences of one fp32 sum would lose what small decays add after a large one (a
+// reset in the middle of a chunk); whole steps of 2^-16 add without error in int32, and what is left is below 2^-17 each.
+// Integers, because no compiler may reorder them into the one sum.
+constexpr float decay_step = 1.0f / 65536;
+
+inline Halide::Expr decay_steps_of(const Halide::Expr &log_decay) {
+    return Halide::cast<int32_t>(Halide::round(Halide::max(log_decay, least_log_decay) / decay_step));
+}
+inline Halide::Expr decay_rest_of(const Halide::Expr &log_decay) {
+    return Halide::max(log_decay, least_log_decay) - Halide::cast<float>(decay_steps_of(log_decay)) * decay_step;
+}
+/// The sum that these are the parts of.
+inline Halide::Expr log_decay_of(const Halide::Expr &steps, const Halide::Expr &rest) {
+    return Halide::cast<float>(steps) * decay_step + rest;
+}
 
 /// exp(x), x <= 0, as a sum of two: rounded to fp32, and what that left out. A long sequence multiplies its state by the same
 /// decay again and again, and the same rounding each time adds up: to 1e-4 over the 4096 tokens that RetNet's slowest head

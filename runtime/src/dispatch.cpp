@@ -3,6 +3,7 @@
 #include "failure.h"
 #include "forward.h"
 #include "forward_gpu.h"
+#include "power.h"
 #include "problem.h"
 #include "recurrent.h"
 #include "recurrent_gpu.h"
@@ -37,11 +38,12 @@ holdfast_form choose_form(const Problem &p, const Choice &choice) {
     return few && choice.backend == Backend::cpu ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
+/// Whether the kernels of power retention compute it.
+bool is_power(const Problem &p) { return p.degree > 1 || p.normalized; }
+
 /// Throws UNSUPPORTED for what no kernel computes yet.
 void check_computed(const Problem &p, const Choice &choice) {
-    if (p.degree > 1) fail(HOLDFAST_UNSUPPORTED, "degree is ", p.degree, "; expected 1: no kernel for others yet");
-    if (p.normalized)
-        fail(HOLDFAST_UNSUPPORTED, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none: no kernel for it yet");
+    if (is_power(p)) return;
     for (const Tensor *state : {&p.initial_state, &p.final_state})
         if (state->rank && !state->on_host() && state->shape[3] > 1 && state->stride[3] != 1)
             fail(HOLDFAST_UNSUPPORTED, "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major on ",
@@ -50,6 +52,7 @@ void check_computed(const Problem &p, const Choice &choice) {
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
     check_computed(p, choice);
+    if (is_power(p)) return run_power(c, "forward", p, choice);
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_PARALLEL:
         fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL; expected another: no kernel for it yet");
@@ -90,7 +93,7 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
         check_computed(p, choice);
-        const bool chunkwise = choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
+        const bool chunkwise = !is_power(p) && choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
         *bytes = 0;
         if (choice.backend != Backend::cuda || !chunkwise) return;
         for (const Variant *variant :
@@ -101,9 +104,13 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
 
 holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args) {
     return guarded(context, [&](holdfast_context &c) {
-        const Problem p = checked_problem(args);
+        Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
         check_computed(p, choice);
+        if (is_power(p)) {
+            p.form = HOLDFAST_FORM_RECURRENT;
+            return run_power(c, "step", p, choice);
+        }
         if (choice.backend != Backend::cpu) return step_on_gpu(c, p, step_variant(p, choice), choice.why);
         run_recurrent(c, "step", p, choice);
     });
@@ -115,7 +122,7 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
         check_computed(p, choice);
-        *bytes = step_workspace_on_gpu(c, p, step_variant(p, choice));
+        *bytes = is_power(p) ? 0 : step_workspace_on_gpu(c, p, step_variant(p, choice));
     });
 }
 

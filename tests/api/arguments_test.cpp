@@ -251,10 +251,9 @@ std::vector<Case> cases() {
         [](Call &c) { c.want_weights(), c.place(c.out, 1024), c.place(c.weights, 1025); });
 
     // ---- What no kernel computes yet.
-    add("degree_2", unsupported, "degree is 2; expected 1",
-        [](Call &c) { c.args.degree = 2, c.args.initial_state = nullptr, c.args.final_state = nullptr; });
-    add("normalized", unsupported, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none",
-        [](Call &c) { c.sum_up(); });
+    add("parallel_of_degree_2", unsupported, "form is HOLDFAST_FORM_PARALLEL; expected another", [](Call &c) {
+        c.args.degree = 2, c.args.form = HOLDFAST_FORM_PARALLEL, c.args.initial_state = nullptr, c.args.final_state = nullptr;
+    });
     add("parallel", unsupported, "form is HOLDFAST_FORM_PARALLEL; expected another", [](Call &c) { c.want_weights(); });
 
     // ---- Missing tensors.

@@ -39,7 +39,7 @@ def test_info():
     for variant in report["variants"]:
         assert set(variant) == {
             "name", "kernel", "dtype", "chunk", "key_size", "value_size", "target", "row_alignment", "round_operands",
-            "runs_here", "selected", "missing"
+            "degree", "runs_here", "selected", "missing"
         }  # fmt: skip
         for key in ("runs_here", "missing"):
             assert variant[key] == by_name[variant["target"]][key]
