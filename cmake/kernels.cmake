@@ -67,6 +67,5 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
 holdfast_kernel(rotate DTYPES f32 f16 bf16
     TARGETS avx512 avx2 cuda metal opencl vulkan generic)
 
-# TODO: Vulkan. On lavapipe the two conditions of this kernel, scalars of one type, reach it exchanged.
 holdfast_kernel(head_norm_gate DTYPES f32 f16 bf16
-    TARGETS avx512 avx2 cuda metal opencl generic)
+    TARGETS avx512 avx2 cuda metal opencl vulkan generic)
