@@ -10,7 +10,12 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace holdfast_bench {
@@ -21,6 +26,7 @@ namespace {
 // converge (x * 0.5 + 1), so that neither infinities nor denormals slow them down. The empty asm hides from the compiler
 // that all start alike, and uses the results.
 using Loop = void (*)(long steps);
+constexpr int amx_flops_per_step = 4 * 2 * 16 * 16 * 32;
 
 #if defined(__x86_64__)
 constexpr int avx512_accumulators = 24, avx2_accumulators = 12;
@@ -49,6 +55,44 @@ __attribute__((target("avx2,fma"))) void avx2_loop(long steps) {
     }
 #pragma GCC unroll 12
     for (__m256 &chain : x) asm volatile("" : : "x"(chain));
+}
+
+__attribute__((target("avx512f,avx512bf16"))) void avx512_bf16_loop(long steps) {
+    __m512bh one = (__m512bh)_mm512_set1_epi16(0x3f80);
+    __m512 x[avx512_accumulators];
+#pragma GCC unroll 24
+    for (__m512 &chain : x) asm volatile("" : "=v"(chain) : "0"(_mm512_setzero_ps()));
+    for (long n = 0; n < steps; n++) {
+#pragma GCC unroll 24
+        for (__m512 &chain : x) chain = _mm512_dpbf16_ps(chain, one, one);
+    }
+#pragma GCC unroll 24
+    for (__m512 &chain : x) asm volatile("" : : "v"(chain));
+}
+
+// 2 x 2 tiles of sums, from two tiles of operands on each side: all zeros, which take as long as others.
+__attribute__((target("amx-tile,amx-bf16"))) void amx_loop(long steps) {
+    struct {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shape;
+    _tile_loadconfig(&shape);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+    for (long n = 0; n < steps; n++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_release();
 }
 #endif
 
@@ -86,6 +130,19 @@ Unit widest_unit() {
     return {"baseline", baseline_loop, 2 * 4 * baseline_accumulators};
 }
 
+/// No flops where there is none. Tiles are to be asked for: runtime/src/cpu_features.cpp.
+Unit widest_bf16_unit() {
+#if defined(__x86_64__) && defined(__linux__)
+    unsigned a, b, c, d;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & 1u << 22) && (d & 1u << 24) && !syscall(SYS_arch_prctl, 0x1023, 18))
+        return {"amx", amx_loop, amx_flops_per_step};
+#endif
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512bf16")) return {"avx512_bf16", avx512_bf16_loop, 2 * 32 * avx512_accumulators};
+#endif
+    return {"none", nullptr, 0};
+}
+
 /// The sum over threads of the best rate that each reaches: run() does work and says how much, on all threads at once.
 template<class Run>
 double best_rates(int threads, int runs, const Run &run) {
@@ -112,10 +169,9 @@ double best_rates(int threads, int runs, const Run &run) {
 
 }  // namespace
 
-Peak measure_peak(int threads) {
-    constexpr long steps = 1 << 17;
+static Peak measure(const Unit &unit, int threads) {
     constexpr int runs = 100;  // of about a millisecond on every thread, without a pause between them
-    const Unit unit = widest_unit();
+    const long steps = unit.flops_per_step < amx_flops_per_step ? 1 << 17 : 1 << 15;
     const double flops = best_rates(threads, runs, [&] {
         return [&] {
             unit.loop(steps);
@@ -123,6 +179,13 @@ Peak measure_peak(int threads) {
         };
     });
     return {flops, unit.name};
+}
+
+Peak measure_peak(int threads) { return measure(widest_unit(), threads); }
+
+Peak measure_bf16_peak(int threads) {
+    const Unit unit = widest_bf16_unit();
+    return unit.loop ? measure(unit, threads) : Peak{0, unit.name};
 }
 
 double measure_copy(size_t bytes, int threads) {

@@ -22,6 +22,18 @@ holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 32
     SIZES 32x32 64x64 128x128
     TARGETS avx512 avx2)
 
+# Products of bf16: sizes and types that are not here run the targets below. On tiles of 16 rows and 32 terms nothing is gained
+# by leaving out what is masked.
+holdfast_kernel(chunkwise DTYPES bf16 CHUNKS 32
+    SIZES 64x64 128x128
+    TARGETS amx
+    PARAMS round_operands=true causal_tile=0)
+
+holdfast_kernel(chunkwise DTYPES bf16 CHUNKS 32
+    SIZES 64x64 128x128
+    TARGETS avx512_bf16
+    PARAMS round_operands=true)
+
 holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
     TARGETS avx512 avx2 generic)
@@ -30,6 +42,10 @@ holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256 256x512
     TARGETS avx512 avx2)
+
+holdfast_kernel(recurrent DTYPES bf16
+    SIZES 64x64 128x128
+    TARGETS amx avx512_bf16)
 
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES any

@@ -2,7 +2,7 @@
 # The environment of the make commands: cmake/setup.sh GROUP...
 #
 # Installs the named [dependency-groups] of pyproject.toml into .venv, and what no wheel carries (compiler, headers,
-# GoogleTest, Google Benchmark, OpenCL and Vulkan on the CPU) by apt-get where that works without a password. Where something stays missing it says in one
+# GoogleTest, Google Benchmark, OpenCL and Vulkan on the CPU, QEMU) by apt-get where that works without a password. Where something stays missing it says in one
 # line what. Does nothing for a group that is in place, until pyproject.toml changes. PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -44,6 +44,8 @@ missing_for_tests() { # CMake fetches the libraries where the system has none, a
     compiles "$cxx" benchmark/benchmark.h c++ || echo "libbenchmark-dev: Google Benchmark"
     command -v pkg-config >/dev/null || echo "pkg-config: what holdfast.pc is for"
     [[ $(uname) == Linux ]] || return 0
+    [[ $(uname -m) != x86_64 ]] || command -v qemu-x86_64 qemu-x86_64-static >/dev/null ||
+        echo "qemu-user: processors without AVX-512, and without AVX2"
     has_library libOpenCL.so.1 || echo "ocl-icd-libopencl1: OpenCL"
     compgen -G "/etc/OpenCL/vendors/*.icd" >/dev/null || echo "pocl-opencl-icd: an OpenCL device, the CPU"
     has_library libvulkan.so.1 || echo "libvulkan1: Vulkan"

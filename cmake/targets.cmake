@@ -8,6 +8,23 @@
 #       NEEDS     <CPU features, as runtime/src/cpu_features.cpp names them: all must be there at run time>
 #       TESTED_ON <what runs its kernels in the tests>   TESTED <the kernels, where not all>: for README's table)
 
+# Products of bf16 in tile registers. Of Halide's features one stands for all of Sapphire Rapids; LLVM may use any of them.
+holdfast_target(amx
+    ARCH x86-64
+    SYSTEMS linux
+    FEATURES sse41 avx avx2 f16c fma avx512 avx512_skylake avx512_cannonlake avx512_zen4 avx512_sapphirerapids
+    NEEDS sse41 avx avx2 f16c fma avx512f avx512cd avx512dq avx512bw avx512vl avx512_ifma avx512_vbmi avx512_vbmi2
+        avx512_vnni avx512_bitalg avx512_vpopcntdq gfni avx512_bf16 avx512_fp16 amx_tile amx_bf16
+    TESTED_ON "AVX-512 CPUs, tiles emulated")
+
+# Products of bf16 in vectors, where they are faster than widening. All of Zen 4 behind one feature, likewise.
+holdfast_target(avx512_bf16
+    ARCH x86-64
+    FEATURES sse41 avx avx2 f16c fma avx512 avx512_skylake avx512_cannonlake avx512_zen4
+    NEEDS sse41 avx avx2 f16c fma avx512f avx512cd avx512dq avx512bw avx512vl avx512_ifma avx512_vbmi avx512_vbmi2
+        avx512_vnni avx512_bitalg avx512_vpopcntdq gfni avx512_bf16 fast_bf16_dot
+    TESTED_ON CPUs)
+
 holdfast_target(avx512
     ARCH x86-64
     FEATURES sse41 avx avx2 f16c fma avx512 avx512_skylake

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 namespace test {
 
@@ -63,19 +64,7 @@ public:
     template<class Kernel>
     void expect_reference(const Kernel &kernel) {
         SCOPED_TRACE(c.name);
-        using Buffer = Halide::Runtime::Buffer<void>;
-        Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out);
-        Buffer bq = rows(sq, q), bk = rows(sk, k), bv = rows(sv, v), bg = view(log_decay.data(), f32, log_decay, {1, 2, 0});
-        Buffer bs = states(state_in), bo = rows(so, out), bz = states(state_out);
-        Halide::Runtime::Buffer<int32_t> chunks(table.columns.data(), ChunkTable::fields, table.slots);
-        const Array inputs[] = {q, k, v, log_decay, state_in};
-        // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
-        for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bo, &bz}) buffer->set_host_dirty();
-        chunks.set_host_dirty();
-        ASSERT_EQ(kernel(bq, bk, bv, bg, bs, chunks, (int32_t)table.count, scale, bo, bz), 0);
-        for (Buffer *buffer : {&bo, &bz}) ASSERT_EQ(buffer->copy_to_host(), 0);
-        so.load();
-
+        run(kernel);
         double share = tolerance::of_spread(K, chunk, table.count), share_of_state = share, absolute = 0;
         if (operands.rounded) {
             absolute = tolerance::between_operands(dtype, 2 * K + chunk + table.count);
@@ -84,20 +73,19 @@ public:
         }
         for (int64_t s = 0; s < N; s++) {
             SCOPED_TRACE("sequence " + std::to_string(s));
-            const int64_t from = starts[s], length = c.lengths[s];
-            reference::Inputs in{c.B, length, c.H, K, V};
-            in.q = rows(q, from), in.k = rows(k, from), in.v = rows(v, from), in.log_decay = rows(log_decay, from);
-            in.initial_state = states(state_in, s);
-            in.scale = scale;
+            const reference::Inputs in = inputs(s);
             const reference::Result want = reference::retention(in), spread = reference::spread(in);
-            expect_close("out", part(out, from, length), want.out, spread.out, share, dtype, absolute);
+            expect_close("out", part(out, starts[s], c.lengths[s]), want.out, spread.out, share, dtype, absolute);
             expect_close("state", part(state_out, s), want.state, spread.state, share_of_state, f32, absolute);
         }
-        EXPECT_TRUE(out.gaps_intact() && so.gaps_intact() && state_out.gaps_intact()) << "memory between the rows was written";
-        const Array *after[] = {&q, &k, &v, &log_decay, &state_in};
-        for (int n = 0; n < 5; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
-        const Stored *stored[] = {&sq, &sk, &sv};
-        for (int n = 0; n < 3; n++) EXPECT_TRUE(stored[n]->unchanged()) << "input " << n << " was written";
+    }
+
+    /// The root mean square errors of out and of the states, relative to their values; of one sequence.
+    template<class Kernel>
+    std::pair<double, double> relative_errors(const Kernel &kernel) {
+        run(kernel);
+        const reference::Result want = reference::retention(inputs(0));
+        return {relative_rms(out.values(), want.out), relative_rms(state_out.values(), want.state)};
     }
 
 private:
@@ -111,6 +99,36 @@ private:
     Random random;
     Array q, k, v, log_decay, state_in, out, state_out;
     const float scale = 0.25f;
+
+    template<class Kernel>
+    void run(const Kernel &kernel) {
+        using Buffer = Halide::Runtime::Buffer<void>;
+        Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out);
+        Buffer bq = rows(sq, q), bk = rows(sk, k), bv = rows(sv, v), bg = view(log_decay.data(), f32, log_decay, {1, 2, 0});
+        Buffer bs = states(state_in), bo = rows(so, out), bz = states(state_out);
+        Halide::Runtime::Buffer<int32_t> chunks(table.columns.data(), ChunkTable::fields, table.slots);
+        const Array inputs[] = {q, k, v, log_decay, state_in};
+        // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
+        for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bo, &bz}) buffer->set_host_dirty();
+        chunks.set_host_dirty();
+        ASSERT_EQ(kernel(bq, bk, bv, bg, bs, chunks, (int32_t)table.count, scale, bo, bz), 0);
+        for (Buffer *buffer : {&bo, &bz}) ASSERT_EQ(buffer->copy_to_host(), 0);
+        so.load();
+        EXPECT_TRUE(out.gaps_intact() && so.gaps_intact() && state_out.gaps_intact()) << "memory between the rows was written";
+        const Array *after[] = {&q, &k, &v, &log_decay, &state_in};
+        for (int n = 0; n < 5; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
+        const Stored *stored[] = {&sq, &sk, &sv};
+        for (int n = 0; n < 3; n++) EXPECT_TRUE(stored[n]->unchanged()) << "input " << n << " was written";
+    }
+
+    reference::Inputs inputs(int64_t s) {
+        reference::Inputs in{c.B, c.lengths[s], c.H, K, V};
+        in.q = rows(q, starts[s]), in.k = rows(k, starts[s]), in.v = rows(v, starts[s]),
+        in.log_decay = rows(log_decay, starts[s]);
+        in.initial_state = states(state_in, s);
+        in.scale = scale;
+        return in;
+    }
 
     static Index starts_of(const Index &lengths) {
         Index starts = {0};

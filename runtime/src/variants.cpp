@@ -14,7 +14,8 @@ namespace holdfast {
 
 const std::vector<Target> &targets() {
     static const std::vector<Target> list = {
-#define HOLDFAST_TARGET(name, backend, needs, chunk_table) {#name, Backend::backend, missing_cpu_features(needs), chunk_table},
+#define HOLDFAST_TARGET(name, backend, needs, chunk_table) \
+    {#name, Backend::backend, missing_cpu_features(needs), std::strstr(needs, "amx_tile") != nullptr, chunk_table},
 #include "targets.inc"
 #undef HOLDFAST_TARGET
     };
@@ -23,7 +24,8 @@ const std::vector<Target> &targets() {
 
 const std::string &missing_for(const Target &target) {
     const std::string &driver = availability(target.backend).missing;
-    return driver.empty() ? target.missing_features : driver;
+    if (!driver.empty()) return driver;
+    return target.tiles && target.missing_features.empty() ? missing_permission_for_tiles() : target.missing_features;
 }
 
 Backend require_backend(const std::string &name) {
@@ -74,7 +76,8 @@ const Target *require_target(const std::string &name, const char *prefix) {
     if (!target->missing_features.empty())
         fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name,
              "', which needs CPU features that this machine lacks: ", target->missing_features);
-    fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name, "', whose backend cannot run here: ", missing_for(*target));
+    fail(HOLDFAST_TARGET_UNAVAILABLE, prefix, "target is '", name,
+         target->tiles ? "', which needs " : "', whose backend cannot run here: ", missing_for(*target));
 }
 
 const Target *environment_target() {
@@ -95,6 +98,7 @@ static const Variant *find_variant(const char *kernel, const char *dtype, int64_
         if ((v.key_size && v.key_size != key_size) || (v.value_size && v.value_size != value_size)) continue;
         if (v.row_alignment > row_alignment) continue;
         if (std::strcmp(v.kernel, kernel) || std::strcmp(v.dtype, dtype)) continue;
+        if (!forced && v.target->tiles && !missing_for(*v.target).empty()) continue;
         // The list is best first: a later row replaces the first only for its chunk, all else being equal.
         if (!best) {
             best = &v;

@@ -30,6 +30,7 @@ struct Target {
     const char *name;
     Backend backend;
     std::string missing_features;  // CPU features it needs and this machine lacks
+    bool tiles;                    // it needs permission as well: cpu_features.h
     int (*fill_chunk_table)(const void *user_context, int32_t tokens, int32_t chunk, int32_t count,
                             halide_buffer_t *table);  // GPUs
 };
@@ -45,8 +46,8 @@ struct Variant {
 
 const std::vector<Target> &targets();  // best first
 
-/// What a target needs and this machine lacks: CPU features, or why its backend cannot run; "": it runs here. Loads the
-/// backend's driver.
+/// What a target needs and this machine lacks: CPU features, permission to use them, or why its backend cannot run; "": it runs
+/// here. Loads the backend's driver, asks for the permission.
 const std::string &missing_for(const Target &target);
 
 /// The backend of that name if this build has it and it can run here. Throws TARGET_UNAVAILABLE.

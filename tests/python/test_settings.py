@@ -16,6 +16,13 @@ import pytest
 import reference
 
 TARGETS = {target["name"]: target["runs_here"] for target in holdfast.info()["targets"]}
+# Some targets have kernels for some types and sizes only.
+ANY_CALL = [
+    name
+    for name, runs_here in TARGETS.items()
+    if runs_here
+    and any(v["target"] == name and v["dtype"] == "f32" and v["key_size"] == 0 for v in holdfast.info()["variants"])
+]
 
 
 def lines_of(*arguments):
@@ -34,7 +41,7 @@ def lines_of(*arguments):
 def test_every_target_that_runs_here_can_be_forced(problem, K, V):
     p = problem(1, 70, 2, K, V)
     expected, _ = reference.retention(p.q, p.k, p.v, p.log_decay)
-    for name in (name for name, runs_here in TARGETS.items() if runs_here):
+    for name in ANY_CALL:
         holdfast.set_target(name)
         [line] = lines_of(p.q, p.k, p.v)
         assert f"_{name} (target forced by the context)" in line
@@ -43,7 +50,7 @@ def test_every_target_that_runs_here_can_be_forced(problem, K, V):
         assert selected and all(v["target"] == name for v in selected)
     holdfast.set_target(None)
     [line] = lines_of(p.q, p.k, p.v)
-    best = next(name for name in holdfast.info()["backends"]["cpu"]["targets"] if TARGETS[name])
+    best = next(name for name in holdfast.info()["backends"]["cpu"]["targets"] if name in ANY_CALL)
     assert f"_{best} (" in line and "forced by the context" not in line
 
 
@@ -107,7 +114,7 @@ def run_with_target(name, tmp_path):
     ).stdout.splitlines()
 
 
-@pytest.mark.parametrize("name", [name for name, runs_here in TARGETS.items() if runs_here])
+@pytest.mark.parametrize("name", ANY_CALL)
 def test_environment_variable(name, tmp_path):
     line, cpu = run_with_target(name, tmp_path)
     assert f"_{name} (target forced by HOLDFAST_TARGET)" in line

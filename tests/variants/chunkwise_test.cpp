@@ -58,14 +58,22 @@ std::vector<Instance> instances() {
     return list;
 }
 
+/// Why a variant cannot be tested here. Failing a backend that is required is not among the reasons.
+std::string reason_to_skip(const Variant &variant) {
+    const std::string missing = missing_here(variant.name);
+    if (!missing.empty() && required(variant.backend))
+        ADD_FAILURE() << "HOLDFAST_REQUIRED_BACKENDS has " << variant.backend << ": " << missing;
+    return missing;
+}
+
 class Chunkwise : public testing::TestWithParam<Instance> {};
 
 TEST_P(Chunkwise, MatchesReference) {
     const Instance &instance = GetParam();
-    const std::string missing = missing_here(instance.variant.name), backend = instance.variant.backend;
-    if (!missing.empty() && required(backend)) FAIL() << "HOLDFAST_REQUIRED_BACKENDS has " << backend << ": " << missing;
+    const std::string missing = reason_to_skip(instance.variant);
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
-    if (const std::string reason = not_on(backend, instance.kernel_case.layout, false); !reason.empty()) GTEST_SKIP() << reason;
+    if (const std::string reason = not_on(instance.variant.backend, instance.kernel_case.layout, false); !reason.empty())
+        GTEST_SKIP() << reason;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     const Variant &variant = instance.variant;
     KernelCall(instance.kernel_case, variant.chunk, instance.size, variant.dtype, variant.operands)
@@ -73,5 +81,30 @@ TEST_P(Chunkwise, MatchesReference) {
 }
 
 INSTANTIATE_TEST_SUITE_P(, Chunkwise, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+
+// Variants whose operands are rounded, over the decays for which the project holds numbers (tolerance.h): of 4096 tokens,
+// for variants that the library can choose here, in properties/numbers_test.cpp.
+class Rounded : public testing::TestWithParam<Variant> {};
+void PrintTo(const Variant &v, std::ostream *stream) { *stream << v.name; }
+
+TEST_P(Rounded, RelativeErrorOf1024Tokens) {
+    const Variant &variant = GetParam();
+    const std::string missing = reason_to_skip(variant);
+    if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
+    const KernelCase retnet{"retnet", {1024}, 1, 8, Layout::compact, Gates::per_head, 0};
+    const auto [out, state] = KernelCall(retnet, variant.chunk, variant.size, variant.dtype, variant.operands)
+                                  .relative_errors([&](auto &&...arguments) { return variant.run(nullptr, arguments...); });
+    EXPECT_LE(out, tolerance::relative_rms_of_out(variant.dtype));
+    EXPECT_LE(state, tolerance::relative_rms_of_state(variant.dtype));
+}
+
+std::vector<Variant> rounded_variants() {
+    std::vector<Variant> list;
+    for (const Variant &v : variants)
+        if (v.operands.rounded && v.size.K == 64 && v.size.V == 64 && v.backend == std::string("cpu")) list.push_back(v);
+    return list;
+}
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(Rounded);
+INSTANTIATE_TEST_SUITE_P(, Rounded, testing::ValuesIn(rounded_variants()), [](const auto &info) { return info.param.name; });
 
 }  // namespace

@@ -2,9 +2,11 @@
 #pragma once
 #include "../array.h"
 #include "../required.h"
+#include "instructions.h"
 
 #include <holdfast/holdfast.h>
 
+#include <sstream>
 #include <string>
 #include <string_view>
 
@@ -19,11 +21,16 @@ constexpr const char *backend_of(std::string_view target) {
     return "";
 }
 
-/// CPU features that a variant needs and this machine lacks, or why its backend cannot run; "" if it runs here.
+/// CPU features that a variant needs and a test on this machine lacks, or why its backend cannot run; "" if it can be tested.
 inline std::string missing_here(const std::string &variant) {
     holdfast_variant row;
-    for (int n = 0; holdfast_variant_at(nullptr, n, &row) == HOLDFAST_OK; n++)
-        if (variant == row.name) return row.missing;
+    for (int n = 0; holdfast_variant_at(nullptr, n, &row) == HOLDFAST_OK; n++) {
+        if (variant != row.name) continue;
+        std::istringstream words(row.missing);
+        bool testable = true;
+        for (std::string word; testable && words >> word;) testable = can_be_tested(word);
+        return testable ? "" : row.missing;
+    }
     return "(not listed by holdfast_variant_at)";
 }
 
