@@ -83,9 +83,8 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
 holdfast_kernel(rotate DTYPES f32 f16 bf16
     TARGETS avx512 avx2 cuda metal opencl vulkan generic)
 
-# TODO: Vulkan. On lavapipe the two conditions of this kernel, scalars of one type, reach it exchanged.
 holdfast_kernel(head_norm_gate DTYPES f32 f16 bf16
-    TARGETS avx512 avx2 cuda metal opencl generic)
+    TARGETS avx512 avx2 cuda metal opencl vulkan generic)
 
 # Power retention. The state is large: longer chunks read and write it less often, and their own work grows. Measured: 64 for K =
 # 32, 128 for K = 64 and degrees above 2, 256 for K = 128. Half of the values, for two threads to share a head.
@@ -116,10 +115,9 @@ holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     TARGETS avx512 avx2 generic
     PARAMS degree=0)
 
-# TODO: Vulkan, for the reason above.
 holdfast_kernel(power DTYPES f32 CHUNKS 64
     SIZES any
-    TARGETS metal opencl
+    TARGETS metal opencl vulkan
     PARAMS degree=0)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
@@ -134,5 +132,5 @@ holdfast_kernel(power_step DTYPES f32 f16 bf16
 
 holdfast_kernel(power_step DTYPES f32
     SIZES any
-    TARGETS metal opencl
+    TARGETS metal opencl vulkan
     PARAMS degree=0)
