@@ -42,7 +42,7 @@ holdfast_form choose_form(const Problem &p, const Choice &choice) {
 bool is_power(const Problem &p) { return p.degree > 1 || p.normalized; }
 
 /// Throws UNSUPPORTED for what no kernel computes yet.
-void check_computed(const Problem &p, const Choice &choice) {
+void check_computed(const Problem &p) {
     if (is_power(p)) return;
     for (const Tensor *state : {&p.initial_state, &p.final_state})
         if (state->rank && !state->on_host() && state->shape[3] > 1 && state->stride[3] != 1)
@@ -51,7 +51,7 @@ void check_computed(const Problem &p, const Choice &choice) {
 }
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
-    check_computed(p, choice);
+    check_computed(p);
     if (is_power(p)) return run_power(c, "forward", p, choice);
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_PARALLEL:
@@ -92,7 +92,7 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        check_computed(p, choice);
+        check_computed(p);
         const bool chunkwise = !is_power(p) && choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
         *bytes = 0;
         if (choice.backend != Backend::cuda || !chunkwise) return;
@@ -106,7 +106,7 @@ holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_arg
     return guarded(context, [&](holdfast_context &c) {
         Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        check_computed(p, choice);
+        check_computed(p);
         if (is_power(p)) {
             p.form = HOLDFAST_FORM_RECURRENT;
             return run_power(c, "step", p, choice);
@@ -121,7 +121,7 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        check_computed(p, choice);
+        check_computed(p);
         *bytes = is_power(p) ? 0 : step_workspace_on_gpu(c, p, step_variant(p, choice));
     });
 }

@@ -30,7 +30,7 @@ struct PowerProblem {
     Array out = Array(Index{B, T, H * G, V}, layout).forget();
     Array state = Array(states_shape()).fill(0), keys = Array(Index{sequences(), H, D}).fill(0);
     Array initial_state = state, initial_keys = keys;
-    std::vector<int32_t> starts;  // of packed sequences
+    std::vector<int32_t> starts = {};  // of packed sequences
 
     int64_t sequences() const { return starts.empty() ? B : (int64_t)starts.size() - 1; }
     Index states_shape() const { return value_major ? Index{sequences(), H, V, D} : Index{sequences(), H, D, V}; }
