@@ -10,7 +10,7 @@
 // Counters, per call:
 //     GFLOP/s         useful operations: for a chunk of L tokens, L (L + 1) (K + V) for the scores that count and their
 //                     products with values, and 4 L K V for reading and writing the state; in the parallel form all T
-//                     tokens are one chunk
+//                     tokens are one chunk; of the power kernel 4 L D (V + 1)
 //     square_GFLOP/s  the same with the masked half of each chunk counted too: 2 L L (K + V)
 //     peak_share      GFLOP/s over the fp32 peak that was measured at the start, on as many threads
 //     bf16_peak_share of bf16, where this CPU has products of it: the same over their peak
@@ -18,6 +18,7 @@
 //     copy_share      of kernels bound by memory, all but chunkwise: bytes_moved per second over what copying reads and writes,
 //                     measured at the start in as much memory on as many threads
 #include "../tests/reference/head_norm_gate.h"
+#include "../tests/reference/power.h"
 #include "../tests/reference/retention.h"
 #include "../tests/reference/rotate.h"
 #include "../tests/tolerance.h"
@@ -63,11 +64,12 @@ struct Variant {
     Dtype dtype;
     int chunk, key_size, value_size;  // sizes: 0 is any
     bool round_operands;
+    int degree;  // 0: any
     bool is(const char *name) const { return !std::strcmp(kernel, name); }
 };
 constexpr Variant variants[] = {
-#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands) \
-    {#kernel, #name, #target, dtype, chunk, key_size, value_size, round_operands},
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree) \
+    {#kernel, #name, #target, dtype, chunk, key_size, value_size, round_operands, degree},
 #include "variants.inc"
 #undef HOLDFAST_VARIANT
 };
@@ -434,6 +436,39 @@ void retention(benchmark::State &state, const Variant &variant, const Shape &sha
     state.counters["bytes_moved"] = bytes_counter(shape.bytes());
 }
 
+/// Power retention, normalized. The outs of the first head's first tokens are checked; of more the reference would take long.
+void power(benchmark::State &state, const Variant &variant, const Shape &s, int degree, int threads) {
+    Tensor q({1, s.T, s.H, s.K}), k({1, s.T, s.H, s.K}), v({1, s.T, s.H, s.V}), out({1, s.T, s.H, s.V}),
+        log_decay({1, s.T, s.H});
+    std::mt19937 random(1);
+    for (Tensor *x : {&q, &k, &v}) x->fill(random, degree % 2 ? 0.2f : -1.7f, 1.7f);  // odd degrees keep the sign of q.k
+    Stored stored(s.dtype, q, k, v, out);
+    log_decay.fill(random, -0.01f, 0);
+    reference::PowerInputs in{1, std::min<int64_t>(s.T, 256), 1, 1, s.K, s.V, degree, true};
+    in.q = {q.data(), {0, s.H * s.K, 0, 1}}, in.k = {k.data(), {0, s.H * s.K, 0, 1}}, in.v = {v.data(), {0, s.H * s.V, 0, 1}};
+    in.log_decay = {log_decay.data(), {0, s.H, 0, 0}};
+    const float none = 0;
+    in.initial_state = in.initial_keys = {&none, {}}, in.states = false;
+    const reference::PowerResult expected = reference::power(in);
+    holdfast_forward_args args{};
+    args.struct_size = sizeof args, args.q = stored.q(), args.k = stored.k(), args.v = stored.v(), args.out = stored.out();
+    args.log_decay = &log_decay.view, args.degree = degree, args.chunk_size = variant.chunk;
+    args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS;
+    const double rate = calls_per_second(
+        state, variant, threads, [&](holdfast_context *c) { return holdfast_forward(c, &args); },
+        [&] {
+            stored.load();
+            return std::pair(Problem::relative_rms(out.data(), s.H * s.V, expected.out, s.V), 0.0);
+        });
+    double operations = 0;
+    for (int64_t t = 0; t < s.T; t += variant.chunk) {
+        const double L = (double)std::min<int64_t>(variant.chunk, s.T - t);
+        operations += s.H * (L * (L + 1) * (s.K + s.V) + 4 * L * expected.D * (s.V + 1));
+    }
+    state.counters["GFLOP/s"] = operations * rate * 1e-9;
+    state.counters["peak_share"] = operations * rate / peaks.at((int)std::min<int64_t>(threads, s.H)).flops;
+}
+
 void step(benchmark::State &state, const Variant &variant, int64_t B, int64_t H, int64_t K, int64_t V, int threads) {
     StepProblem p(B, H, K, V, variant.dtype);
     holdfast_step_args args = p.args();
@@ -574,6 +609,17 @@ int main(int argc, char **argv) {
                         add(name, [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
                     });
             }
+        for (int64_t T : {256, 4096})
+            for (const Dtype &dtype : test::all_dtypes)
+                each_row("power", dtype, [&](const Variant &row, int at_most) {
+                    if (at_most > heads) return;  // columns of values would go to other variants
+                    const Shape shape = {T, heads, K, V, dtype};
+                    const int degree = row.degree ? row.degree : 2;
+                    std::ostringstream name;
+                    name << row.name << "/T:" << T << "/H:" << heads << "/K:" << K << "/V:" << V << "/degree:" << degree
+                         << "/threads:" << at_most;
+                    add(name, [=, &row](benchmark::State &state) { power(state, row, shape, degree, at_most); });
+                });
         for (int64_t B : {(int64_t)1, (int64_t)std::ceil(states_in_memory / (sizeof(float) * (double)heads * K * V))})
             for (const Dtype &dtype : test::all_dtypes)
                 each_row("recurrent", dtype, [&](const Variant &row, int at_most) {

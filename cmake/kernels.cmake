@@ -2,9 +2,9 @@
 # the key and value sizes, `any` reads them from the tensors; kernels without SIZES know no others. chunk is the longest chunk, of
 # kernels that have chunks. Within a target, rows that come first are preferred.
 #
-# PARAMS are further parameters of the kernel's generator. Two of them decide who gets the variant, and calls see them
+# PARAMS are further parameters of the kernel's generator. Some of them decide who gets the variant, and calls see them
 # (holdfast_variant): row_alignment, the elements at whose multiples rows of q, k, v and out start, and round_operands. Calls
-# with other rows run the next variant that takes them.
+# with other rows run the next variant that takes them. And degree, that of the power of q.k; 0: any.
 #
 #   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] [SIZES KxV ...] TARGETS ... [PARAMS name=value ...])
 
@@ -93,6 +93,54 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
 holdfast_kernel(rotate DTYPES f32 f16 bf16
     TARGETS avx512 avx2 cuda metal opencl vulkan generic)
 
-# TODO: Vulkan. On lavapipe the two conditions of this kernel, scalars of one type, reach it exchanged.
 holdfast_kernel(head_norm_gate DTYPES f32 f16 bf16
-    TARGETS avx512 avx2 cuda metal opencl generic)
+    TARGETS avx512 avx2 cuda metal opencl vulkan generic)
+
+# Power retention. The state is large: longer chunks read and write it less often, and their own work grows. Measured: 64 for K =
+# 32, 128 for K = 64 and degrees above 2, 256 for K = 128. Half of the values, for two threads to share a head.
+holdfast_kernel(power DTYPES f32 CHUNKS 64
+    SIZES 32x32
+    TARGETS avx512 avx2
+    PARAMS degree=2)
+
+holdfast_kernel(power DTYPES f32 CHUNKS 128
+    SIZES 64x64 64x32
+    TARGETS avx512 avx2
+    PARAMS degree=2)
+
+holdfast_kernel(power DTYPES f16 bf16 CHUNKS 128
+    SIZES 64x64
+    TARGETS avx512 avx2
+    PARAMS degree=2)
+
+foreach(degree 3 4)
+  holdfast_kernel(power DTYPES f32 CHUNKS 128
+      SIZES 16x64
+      TARGETS avx512 avx2
+      PARAMS degree=${degree})
+endforeach()
+
+holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
+    SIZES any
+    TARGETS avx512 avx2 generic
+    PARAMS degree=0)
+
+holdfast_kernel(power DTYPES f32 CHUNKS 64
+    SIZES any
+    TARGETS metal opencl vulkan
+    PARAMS degree=0)
+
+holdfast_kernel(power_step DTYPES f32 f16 bf16
+    SIZES 64x64
+    TARGETS avx512 avx2
+    PARAMS degree=2)
+
+holdfast_kernel(power_step DTYPES f32 f16 bf16
+    SIZES any
+    TARGETS avx512 avx2 generic
+    PARAMS degree=0)
+
+holdfast_kernel(power_step DTYPES f32
+    SIZES any
+    TARGETS metal opencl vulkan
+    PARAMS degree=0)

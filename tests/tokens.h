@@ -16,10 +16,11 @@ inline std::string name(const TokensInstance &i) { return i.target + "_" + i.dty
 inline void PrintTo(const TokensInstance &i, std::ostream *stream) { *stream << name(i); }
 
 /// All of the CPU's that have the kernel.
-inline std::vector<TokensInstance> tokens_instances(const std::string &kernel) {
+inline std::vector<TokensInstance>
+tokens_instances(const std::string &kernel, std::vector<Dtype> dtypes = {std::begin(all_dtypes), std::end(all_dtypes)}) {
     std::vector<TokensInstance> list;
     for (const holdfast_variant &v : variants())
-        for (const Dtype &dtype : all_dtypes)
+        for (const Dtype &dtype : dtypes)
             if (v.kernel == kernel && v.dtype == std::string(dtype.name) && backend_of(v.target) == "cpu")
                 list.push_back({v.target, dtype, v.missing});
     return list;

@@ -24,6 +24,12 @@ inline double of_spread(int64_t K, int64_t chunk, int64_t decays) {
     return rounding * (4 * std::sqrt(2.0 * K + chunk + 2.0 * decays) + 16);
 }
 
+/// The same for power retention (reference/power.h): sums over D features are made in blocks of about as many as there are of
+/// them, and each feature and power is a product of a few roundings.
+inline double of_power_spread(int64_t K, int64_t D, int64_t chunk, int64_t decays) {
+    return of_spread(K + (int64_t)std::sqrt(D), chunk, decays);
+}
+
 /// The same of variants that round operands (holdfast_variant): every term is a product of which one factor is the nearest sum of
 /// `parts` numbers of the type. Of many terms that takes 0.4 of their rounding in the root mean square, and five standard
 /// deviations. But right after a reset an output has one term, one whole rounding of q k times v, and q k is a sum of K itself: of
@@ -61,5 +67,7 @@ inline double relative_rms_of_out(const test::Dtype &dtype) {
 /// bf16 at most, and 2^-23 in fp16.
 inline double relative_rms_of_state(const test::Dtype &dtype) { return dtype == test::bf16 ? 4e-6 : relative_rms; }
 constexpr double relative_rms_between_forms = 1e-6;
+/// Of normalised out of degree 2, fp32, for gates of every strength.
+constexpr double relative_rms_of_power = 5e-7;
 
 }  // namespace tolerance

@@ -576,6 +576,16 @@ py::object rotate(py::handle x, py::handle theta, int64_t offset, py::handle pos
     return out;
 }
 
+void convert_state(int64_t key_size, py::handle from, int from_expansion, py::handle to, int to_expansion, int rank) {
+    Array from_array, to_array;
+    from_array.borrow("state", from, rank);
+    to_array.borrow("out", to, rank, true);
+    holdfast_context *c = context();
+    if (holdfast_status status =
+            holdfast_convert_state(c, key_size, from_array.get(), from_expansion, to_array.get(), to_expansion))
+        raise_status(status, holdfast_last_error(c));
+}
+
 /// out: as from rotate().
 py::object head_norm_gate(py::handle x, py::handle gate, py::handle weight, bool layer_norm, double eps, py::object out) {
     Array x_array, gate_array, weight_array, out_array;
@@ -649,6 +659,7 @@ py::tuple variants() {
         variant["value_size"] = v.value_size;
         variant["target"] = v.target;
         variant["row_alignment"] = v.row_alignment;
+        variant["degree"] = v.degree;
         variant["round_operands"] = v.round_operands != 0;
         variant["runs_here"] = v.runs_here != 0;
         variant["selected"] = v.selected != 0;
@@ -668,6 +679,8 @@ PYBIND11_MODULE(_holdfast, m) {
     m.def("bfloat16_capsule", bfloat16_capsule);
     m.def("step", step);
     m.def("rotate", rotate);
+    m.def("convert_state", convert_state);
+    m.def("state_size", holdfast_state_size);
     m.def("head_norm_gate", head_norm_gate);
     m.def("backends", backends);
     m.def("variants", variants);

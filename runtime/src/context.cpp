@@ -335,12 +335,13 @@ holdfast_status holdfast_variant_at(holdfast_context *context, int index, holdfa
         if (index < 0 || index >= count) fail(HOLDFAST_INVALID_ARGUMENT, "index is ", index, "; expected 0 to ", count - 1);
         const Variant &v = variants()[index];
         const std::string &missing = missing_for(*v.target);
-        *variant = {v.name,       v.kernel,        v.dtype,          v.target->name,  v.chunk, v.key_size,
-                    v.value_size, v.row_alignment, v.round_operands, missing.empty(), 0,       missing.c_str()};
+        *variant = {v.name,     v.kernel,        v.dtype,         v.target->name,   v.chunk,
+                    v.key_size, v.value_size,    v.row_alignment, v.round_operands, missing.empty(),
+                    0,          missing.c_str(), v.degree};
         const Target *forced = c.target ? c.target : environment_target();
         if (missing.empty() && (!forced || forced == v.target) && (!c.backend || c.backend == v.target->backend))
             variant->selected =
-                &select_variant(v.kernel, v.dtype, v.key_size, v.value_size, 0, v.target->backend, forced) == &v;
+                &select_variant(v.kernel, v.dtype, v.key_size, v.value_size, 0, v.target->backend, forced, {}, v.degree) == &v;
     });
 }
 

@@ -4,6 +4,7 @@
 #include "forward.h"
 #include "forward_gpu.h"
 #include "parallel.h"
+#include "power.h"
 #include "problem.h"
 #include "recurrent.h"
 #include "recurrent_gpu.h"
@@ -40,11 +41,12 @@ holdfast_form choose_form(const Problem &p, const Choice &choice) {
     return few && choice.backend == Backend::cpu ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
+/// Whether the kernels of power retention compute it.
+bool is_power(const Problem &p) { return p.degree > 1 || p.normalized; }
+
 /// Throws UNSUPPORTED for what no kernel computes yet.
-void check_computed(const Problem &p, const Choice &choice) {
-    if (p.degree > 1) fail(HOLDFAST_UNSUPPORTED, "degree is ", p.degree, "; expected 1: no kernel for others yet");
-    if (p.normalized)
-        fail(HOLDFAST_UNSUPPORTED, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none: no kernel for it yet");
+void check_computed(const Problem &p) {
+    if (is_power(p)) return;
     for (const Tensor *state : {&p.initial_state, &p.final_state})
         if (state->rank && !state->on_host() && state->shape[3] > 1 && state->stride[3] != 1)
             fail(HOLDFAST_UNSUPPORTED, "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major on ",
@@ -53,7 +55,8 @@ void check_computed(const Problem &p, const Choice &choice) {
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
     if (p.form == HOLDFAST_FORM_PARALLEL) return run_parallel(c, p, choice);
-    check_computed(p, choice);
+    check_computed(p);
+    if (is_power(p)) return run_power(c, "forward", p, choice);
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_RECURRENT:
         if (choice.backend != Backend::cpu)
@@ -93,8 +96,8 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Choice choice = choose_backend(c, p.home());
         *bytes = 0;
         if (p.form == HOLDFAST_FORM_PARALLEL) return (void)parallel_variant(p, choice);
-        check_computed(p, choice);
-        const bool chunkwise = choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
+        check_computed(p);
+        const bool chunkwise = !is_power(p) && choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
         if (choice.backend != Backend::cuda || !chunkwise) return;
         for (const Variant *variant :
              selectable_variants("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced))
@@ -104,9 +107,13 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
 
 holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args) {
     return guarded(context, [&](holdfast_context &c) {
-        const Problem p = checked_problem(args);
+        Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        check_computed(p, choice);
+        check_computed(p);
+        if (is_power(p)) {
+            p.form = HOLDFAST_FORM_RECURRENT;
+            return run_power(c, "step", p, choice);
+        }
         if (choice.backend != Backend::cpu) return step_on_gpu(c, p, step_variant(p, choice), choice.why);
         run_recurrent(c, "step", p, choice);
     });
@@ -117,8 +124,8 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        check_computed(p, choice);
-        *bytes = step_workspace_on_gpu(c, p, step_variant(p, choice));
+        check_computed(p);
+        *bytes = is_power(p) ? 0 : step_workspace_on_gpu(c, p, step_variant(p, choice));
     });
 }
 

@@ -1,6 +1,7 @@
 #include "problem.h"
 
 #include "args.h"
+#include "expansion.h"
 #include "failure.h"
 
 #include <algorithm>
@@ -53,14 +54,6 @@ int32_t checked_option(const char *name, int32_t value, int32_t most) {
     return value;
 }
 
-/// Features of an expanded key, or, beyond max_state, more than that.
-int64_t expanded_size(int64_t K, int degree, holdfast_expansion expansion) {
-    if (expansion == HOLDFAST_EXPANSION_TILED) return (int64_t)std::min(128.0 * (K / 16) * (K / 16 + 1), max_state + 1.0);
-    double size = 1;  // binomials, exact as far as they matter
-    for (int n = 1; n <= degree; n++) size = size * (K + n - 1) / n;
-    return (int64_t)std::min(size, max_state + 1.0);
-}
-
 /// cu_seqlens, of T tokens.
 std::vector<int64_t> checked_starts(const DLTensor *tensor, const TensorSpec &q, int64_t B, int64_t T) {
     const TensorSpec spec{"cu_seqlens", "n", TensorSpec::integers};
@@ -111,7 +104,7 @@ Problem checked(const holdfast_forward_args &args, bool step) {
     if (p.expansion == HOLDFAST_EXPANSION_TILED && (p.degree != 2 || p.K % 16))
         fail(HOLDFAST_INVALID_ARGUMENT, "expansion is HOLDFAST_EXPANSION_TILED, degree ", p.degree, " and K of q ", p.K,
              "; expected degree 2 and K a multiple of 16");
-    p.D = expanded_size(p.K, p.degree, p.expansion);
+    p.D = expanded_size(p.K, p.degree, p.expansion, max_state);
     if (p.D > max_state || p.D * p.V > max_state)
         fail(HOLDFAST_UNSUPPORTED, "q has K = ", p.K, " and v has V = ", p.V, p.degree > 1 ? ", degree " : "",
              p.degree > 1 ? std::to_string(p.degree) : "", "; expected ",

@@ -50,7 +50,7 @@ static const Target *find_target(const std::string &name) {
 
 const std::vector<Variant> &variants() {
     static const std::vector<Variant> list = {
-#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands) \
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree) \
     {#kernel, \
      #name, \
      #dtype, \
@@ -59,6 +59,7 @@ const std::vector<Variant> &variants() {
      value_size, \
      row_alignment * (int)dtype.bytes(), \
      round_operands, \
+     degree, \
      find_target(#target), \
      name},
 #include "variants.inc"
@@ -90,13 +91,14 @@ const Target *environment_target() {
 
 /// What select_variant returns, null when there is none.
 static const Variant *find_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,
-                                   int64_t chunk_size, Backend backend, const Target *forced, int64_t row_alignment) {
+                                   int64_t chunk_size, Backend backend, const Target *forced, int64_t row_alignment,
+                                   int degree) {
     const Variant *best = nullptr;
     for (const Variant &v : variants()) {
         // Names last: they are the slowest to compare, and a call for one token has no time to lose.
         if (forced ? v.target != forced : v.target->backend != backend || !v.target->missing_features.empty()) continue;
         if ((v.key_size && v.key_size != key_size) || (v.value_size && v.value_size != value_size)) continue;
-        if (v.row_alignment > row_alignment) continue;
+        if (v.row_alignment > row_alignment || (v.degree && v.degree != degree)) continue;
         if (std::strcmp(v.kernel, kernel) || std::strcmp(v.dtype, dtype)) continue;
         if (!forced && v.target->tiles && !missing_for(*v.target).empty()) continue;
         // The list is best first: a later row replaces the first only for its chunk, all else being equal.
@@ -112,9 +114,9 @@ static const Variant *find_variant(const char *kernel, const char *dtype, int64_
 }
 
 const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
-                              Backend backend, const Target *forced, const RowAlignment &rows) {
+                              Backend backend, const Target *forced, const RowAlignment &rows, int degree) {
     auto find = [&](int64_t bytes) {
-        return find_variant(kernel, dtype, key_size, value_size, chunk_size, backend, forced, bytes);
+        return find_variant(kernel, dtype, key_size, value_size, chunk_size, backend, forced, bytes, degree);
     };
     if (const Variant *best = find(rows.bytes)) return *best;
     std::ostringstream wanted;
@@ -130,7 +132,7 @@ std::vector<const Variant *> selectable_variants(const char *kernel, const char 
                                                  int64_t chunk_size, Backend backend, const Target *forced) {
     std::vector<const Variant *> list;
     for (int64_t bytes = 1; bytes <= RowAlignment::most; bytes *= 2) {
-        const Variant *v = find_variant(kernel, dtype, key_size, value_size, chunk_size, backend, forced, bytes);
+        const Variant *v = find_variant(kernel, dtype, key_size, value_size, chunk_size, backend, forced, bytes, 0);
         if (v && (list.empty() || list.back() != v)) list.push_back(v);
     }
     return list;

@@ -31,6 +31,16 @@ using RotateKernel = int(const void *user_context, halide_buffer_t *x, halide_bu
 using HeadNormGateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *gate, halide_buffer_t *weight,
                                int32_t layer_norm, int32_t gated, float eps, halide_buffer_t *out);
 
+using PowerKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                        halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *keys_in, int32_t degree,
+                        int32_t normalize, float scale, halide_buffer_t *out, halide_buffer_t *state_out,
+                        halide_buffer_t *keys_out);
+
+using PowerStepKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                            halide_buffer_t *log_decay, int32_t block, int32_t blocks, int32_t degree, int32_t normalize,
+                            float scale, halide_buffer_t *state, halide_buffer_t *sum, halide_buffer_t *keys,
+                            halide_buffer_t *out);
+
 struct Target {
     const char *name;
     Backend backend;
@@ -45,8 +55,10 @@ struct Variant {
     int chunk, key_size, value_size;  // chunk 0: the kernel knows none; sizes 0: any
     int row_alignment;                // rows of q, k, v and out start at multiples of so many bytes
     bool round_operands;              // products read what is not of `dtype` rounded to it
+    int degree;                       // 0: any, or the kernel knows none
     const Target *target;
-    std::variant<ChunkwiseKernel *, ParallelKernel *, RecurrentKernel *, RotateKernel *, HeadNormGateKernel *>
+    std::variant<ChunkwiseKernel *, ParallelKernel *, RecurrentKernel *, RotateKernel *, HeadNormGateKernel *, PowerKernel *,
+                 PowerStepKernel *>
         run;  // that of `kernel`
 };
 
@@ -82,10 +94,10 @@ struct RowAlignment {
 };
 
 /// The variant to run: the best target of `backend` that runs here, or `forced`; of its rows the first whose sizes and
-/// alignment fit the call (exact sizes stand before `any`), or one with another chunk for the same sizes: the shortest chunk
+/// alignment, and degree, fit the call (exact sizes stand before `any`), or one with another chunk for the same sizes: the shortest chunk
 /// that holds `chunk_size` tokens, else the longest (chunk_size 0: the first listed). Throws UNSUPPORTED when there is none.
 const Variant &select_variant(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size, int64_t chunk_size,
-                              Backend backend, const Target *forced, const RowAlignment &rows = {});
+                              Backend backend, const Target *forced, const RowAlignment &rows = {}, int degree = 0);
 
 /// The variants that select_variant returns for rows of one alignment or another.
 std::vector<const Variant *> selectable_variants(const char *kernel, const char *dtype, int64_t key_size, int64_t value_size,

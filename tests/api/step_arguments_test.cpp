@@ -93,8 +93,6 @@ std::vector<Case> cases() {
         c.args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS, c.args.sum_of_keys = &c.sum_of_keys;
         c.place(c.state, 1024), c.place(c.sum_of_keys, 1025);
     });
-    add("normalized", unsupported, "normalize is HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; expected none",
-        [](Call &c) { c.args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS, c.args.sum_of_keys = &c.sum_of_keys; });
 
     add("q_null", invalid, "q is NULL; expected a tensor [B, H, K]", [](Call &c) { c.args.q = nullptr; });
     add("k_null", invalid, "k is NULL; expected a tensor [B, Hk, K]", [](Call &c) { c.args.k = nullptr; });

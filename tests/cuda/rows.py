@@ -20,6 +20,7 @@ class Row:
     target: str
     row_alignment: int  # elements
     round_operands: bool
+    degree: int  # 0: any
 
     def __str__(self):
         return self.name
@@ -32,7 +33,7 @@ class Row:
 def _rows():
     for fields in re.findall(r"^HOLDFAST_VARIANT\((.*)\)$", (BUILD / "generated" / "variants.inc").read_text(), re.M):
         values = fields.split(", ")
-        casts = (str, str, str, int, int, int, str, int, "true".__eq__)
+        casts = (str, str, str, int, int, int, str, int, "true".__eq__, int)
         yield Row(*(cast(value) for cast, value in zip(casts, values, strict=True)))
 
 

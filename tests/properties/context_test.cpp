@@ -340,9 +340,9 @@ TEST(Target, WhatDoesNotRunHereIsAnError) {
 }
 
 TEST(Target, OneVariantIsSelectedForEachKernelTypeAndSize) {
-    std::map<std::tuple<std::string, std::string, std::string, int, int>, int> selected;
+    std::map<std::tuple<std::string, std::string, std::string, int, int, int>, int> selected;
     for (const holdfast_variant &v : variants())
-        if (v.runs_here) selected[{backend_of(v.target), v.kernel, v.dtype, v.key_size, v.value_size}] += v.selected;
+        if (v.runs_here) selected[{backend_of(v.target), v.kernel, v.dtype, v.key_size, v.value_size, v.degree}] += v.selected;
     for (const auto &[of, count] : selected)
         EXPECT_EQ(count, 1) << std::get<0>(of) << ", " << std::get<1>(of) << " of " << std::get<2>(of) << ", "
                             << std::get<3>(of) << " x " << std::get<4>(of);

@@ -39,17 +39,32 @@ def test_info():
     for variant in report["variants"]:
         assert set(variant) == {
             "name", "kernel", "dtype", "chunk", "key_size", "value_size", "target", "row_alignment", "round_operands",
-            "runs_here", "selected", "missing"
+            "degree", "runs_here", "selected", "missing"
         }  # fmt: skip
         for key in ("runs_here", "missing"):
             assert variant[key] == by_name[variant["target"]][key]
+
+
+def call(kernel, degree, q, k, v, state, rows):
+    """Something that `kernel` computes."""
+    if kernel in ("chunkwise", "parallel"):
+        holdfast.retention(q, k, v, form=kernel)
+    elif kernel == "recurrent":
+        holdfast.retention_step(q, k, v, None, state)
+    elif kernel in ("power", "power_step"):
+        holdfast.retention(q, k, v, degree=degree, form="chunkwise" if kernel == "power" else "recurrent")
+    elif kernel == "rotate":
+        holdfast.rotate(rows, holdfast.theta(6))
+    else:
+        holdfast.head_norm_gate(rows)
 
 
 def test_the_selected_variants_are_those_that_run(problem):
     lines = []
     holdfast.set_verbose(lines.append)
     selected = [v for v in holdfast.info()["variants"] if v["selected"]]
-    assert {v["kernel"] for v in selected} == {"chunkwise", "parallel", "recurrent", "rotate", "head_norm_gate"}
+    kernels = {"chunkwise", "parallel", "recurrent", "power", "power_step", "rotate", "head_norm_gate"}
+    assert {v["kernel"] for v in selected} == kernels
     assert all(v["runs_here"] for v in selected)
     for variant in selected:
         [backend] = [name for name, b in holdfast.info()["backends"].items() if variant["target"] in b["targets"]]
@@ -60,22 +75,16 @@ def test_the_selected_variants_are_those_that_run(problem):
             "f16": lambda x: x.astype(np.float16),
             "bf16": lambda x: holdfast.BFloat16Array(np.zeros(x.shape, np.uint16)),
         }[variant["dtype"]]
-        around = {
-            "rotate": lambda x: holdfast.rotate(x, holdfast.theta(6)),
-            "head_norm_gate": lambda x: holdfast.head_norm_gate(x),
-        }
-        if call := around.get(variant["kernel"]):
-            rows = of_dtype(np.zeros((1, 2, 1, 6), np.float32))
-            if backend != "cpu":
-                with pytest.raises(NotImplementedError, match=f"to run on backend {backend}; expected the CPU"):
-                    call(rows)
-                continue
-            call(rows)
-        elif variant["kernel"] == "recurrent":
-            holdfast.retention_step(*(of_dtype(x[:, 0]) for x in (p.q, p.k, p.v)), None, p.initial_state)
-        else:
-            form = variant["kernel"]
-            holdfast.retention(of_dtype(p.q), of_dtype(p.k), of_dtype(p.v), form=form)
+        q, k, v = of_dtype(p.q), of_dtype(p.k), of_dtype(p.v)
+        if variant["kernel"] == "recurrent":
+            q, k, v = of_dtype(p.q[:, 0]), of_dtype(p.k[:, 0]), of_dtype(p.v[:, 0])
+        rows = of_dtype(np.zeros((1, 2, 1, 6), np.float32))
+        arguments = (variant["kernel"], variant["degree"] or 3, q, k, v, p.initial_state, rows)
+        if backend != "cpu" and variant["kernel"] not in ("chunkwise", "recurrent"):
+            with pytest.raises(NotImplementedError, match=f"backend {backend}; expected the CPU"):
+                call(*arguments)
+            continue
+        call(*arguments)
         assert f" {variant['name']} " in lines.pop()
     holdfast.set_backend(None)
 

@@ -21,12 +21,14 @@ struct Variant {
                halide_buffer_t *state_out);
 };
 constexpr Variant variants[] = {
-#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands) \
+#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, ...) \
     {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), {row_alignment, round_operands}, name},
 #define HOLDFAST_ROW_parallel(...)
 #define HOLDFAST_ROW_recurrent(...)
 #define HOLDFAST_ROW_rotate(...)
 #define HOLDFAST_ROW_head_norm_gate(...)
+#define HOLDFAST_ROW_power(...)
+#define HOLDFAST_ROW_power_step(...)
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #include <variants.inc>
 #undef HOLDFAST_VARIANT

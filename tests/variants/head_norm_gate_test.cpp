@@ -22,6 +22,8 @@ constexpr Variant variants[] = {
 #define HOLDFAST_ROW_parallel(...)
 #define HOLDFAST_ROW_recurrent(...)
 #define HOLDFAST_ROW_rotate(...)
+#define HOLDFAST_ROW_power(...)
+#define HOLDFAST_ROW_power_step(...)
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #include <variants.inc>
 #undef HOLDFAST_VARIANT

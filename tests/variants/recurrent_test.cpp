@@ -24,6 +24,8 @@ constexpr Variant variants[] = {
 #define HOLDFAST_ROW_head_norm_gate(...)
 #define HOLDFAST_ROW_recurrent(name, dtype, chunk, key_size, value_size, target, ...) \
     {#name, dtype, {key_size, value_size}, backend_of(#target), name},
+#define HOLDFAST_ROW_power(...)
+#define HOLDFAST_ROW_power_step(...)
 #define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
 #include <variants.inc>
 #undef HOLDFAST_VARIANT

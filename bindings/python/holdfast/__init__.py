@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BFloat16Array",
     "TargetUnavailable",
+    "convert_state",
     "decay",
     "get_num_threads",
     "head_norm_gate",
@@ -53,6 +54,7 @@ __all__ = [
     "set_num_threads",
     "set_target",
     "set_verbose",
+    "state_size",
     "theta",
 ]
 
@@ -138,8 +140,8 @@ def retention(
             degree 2 and K a multiple of 16 (holdfast.h: HOLDFAST_EXPANSION_TILED).
         out: written in place and returned itself, [B, T, H, V].
 
-    Not computed so far, NotImplementedError: degree > 1 and normalization, but in form "parallel"; its states for
-    degree > 1; form "parallel" on a GPU.
+    Not computed so far, NotImplementedError: states of degree > 1 in form "parallel"; on a GPU degree > 1, normalization
+    and forms "parallel" and "recurrent".
 
     Returns:
         out [B, T, H, V]; or (out, state), (out, state, sum_of_keys), with the weights [B, H, T, T] last when asked for.
@@ -241,6 +243,54 @@ def retention_step(
         stream = _cuda_stream(q) if device in _CUDA else 0
     result = _holdfast.step(q, k, v, log_decay, state, scale, given, stream, sum_of_keys, power, normalized)
     return _like(q, result) if given is None else result
+
+
+_EXPANSIONS = {"tight": 0, "tiled": 1}
+
+
+def state_size(key_size: int, degree: int = 1, expansion: Literal["tight", "tiled"] = "tight") -> int:
+    """D, the rows of a state and the size of a sum of keys, for keys of `key_size` elements: of the tight expansion
+    (K + p - 1)! / (p! (K - 1)!), of the tiled one, which is of degree 2 and for multiples of 16, 128 (K/16) (K/16 + 1).
+
+    Raises: ValueError where there is no such expansion."""
+    if expansion not in _EXPANSIONS:
+        raise ValueError(f"expansion is {expansion!r}; expected 'tight' or 'tiled'")
+    if size := _holdfast.state_size(key_size, degree, _EXPANSIONS[expansion]) if degree > 0 else 0:
+        return size
+    raise ValueError(
+        f"key_size is {key_size}, degree {degree} and expansion {expansion!r}; expected at least 1, 1 to 4, and "
+        "for 'tiled' degree 2 and a multiple of 16"
+    )
+
+
+def convert_state(
+    state: Array,
+    key_size: int,
+    expansion: Literal["tight", "tiled"],
+    *,
+    out: Array | None = None,
+) -> Any:
+    """A state [N, Hk, D, V] or sum of keys [N, Hk, D] of degree 2 in the other order of features, the tight one or the
+    tiled one of the published power-retention package: q's product with it stays the same to rounding. What it is in
+    now follows from D.
+
+    Args:
+        state: float32, on the CPU.
+        key_size: K, a multiple of 16.
+        expansion: the order that is wanted.
+        out: written in place and returned itself; shares no memory with state.
+
+    Raises: ValueError for a D that is none of key_size, and see the module."""
+    shape = tuple(getattr(state, "shape", ()))
+    if len(shape) not in (3, 4):
+        raise ValueError(f"state has {len(shape)} dimensions; expected 4, [N, Hk, D, V], or 3, [N, Hk, D]")
+    wanted = state_size(key_size, 2, expansion)
+    present = "tiled" if shape[2] == state_size(key_size, 2, "tiled") else "tight"
+    made = out is None
+    if made:
+        out = np.empty((*shape[:2], wanted, *shape[3:]), np.float32)
+    _holdfast.convert_state(key_size, state, _EXPANSIONS[present], out, _EXPANSIONS[expansion], len(shape))
+    return _like(state, out) if made else out
 
 
 def rotate(
@@ -381,10 +431,11 @@ def info() -> dict[str, Any]:
     targets:      best first: [{"name", "runs_here", "missing": CPU features that it lacks, or why its backend does not
                   run}]
     variants:     best target first: [{"name", "kernel", "dtype", "chunk", "key_size", "value_size", "target",
-                  "row_alignment", "round_operands", "runs_here", "missing", "selected"}]; chunk 0: the kernel has none;
-                  sizes 0: any; row_alignment: all rows of q, k, v and out start at multiples of so many bytes, or
-                  another variant runs; round_operands: products read weights and states rounded to dtype; selected:
-                  calls of the kernel with these sizes and such rows run it (set_target and HOLDFAST_TARGET are heeded)
+                  "row_alignment", "round_operands", "degree", "runs_here", "missing", "selected"}]; chunk 0: the kernel
+                  has none; sizes and degree 0: any; row_alignment: all rows of q, k, v and out start at multiples of so
+                  many bytes, or another variant runs; round_operands: products read weights and states rounded to
+                  dtype; selected: calls of the kernel with these sizes and such rows run it (set_target and
+                  HOLDFAST_TARGET are heeded)
 
     A wrong HOLDFAST_TARGET is no error here: the backend "cpu" is not available then, and says why.
     """

@@ -146,7 +146,7 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
     const char *name;       /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel;     /**< "chunkwise", "parallel", "recurrent", "rotate" or "head_norm_gate" */
+    const char *kernel;     /**< "chunkwise", "parallel", "recurrent", "power", "power_step", "rotate" or "head_norm_gate" */
     const char *dtype;      /**< of q, k, v, x, gate and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
     const char *target;     /**< what holdfast_context_set_target takes */
     int32_t chunk;          /**< tokens in a chunk, at most; 0: the kernel has no chunks */
@@ -162,6 +162,7 @@ typedef struct holdfast_variant {
                               or, where threads are left over, one for fewer values that gives the same bits */
     const char *missing; /**< the CPU features that this machine lacks, separated by spaces, or why its backend cannot run;
                               "" where it runs */
+    int32_t degree;      /**< of the power of q.k, of kernels that know degrees; 0: any */
 } holdfast_variant;
 
 /** Number of variants in this build. */
@@ -224,7 +225,9 @@ typedef enum holdfast_state_layout {
 
 /** Order of the features of an expanded key phi(k) in states and sums of keys, for a degree above 1. */
 typedef enum holdfast_expansion {
-    /** The monomials of degree p once each: D = (K + p - 1)! / (p! (K - 1)!). */
+    /** The monomials of degree p once each: D = (K + p - 1)! / (p! (K - 1)!). x[a_1] .. x[a_p], a_1 <= .. <= a_p, is feature
+     *  C(a_1, 1) + C(a_2 + 1, 2) + .. + C(a_p + p - 1, p), for p = 2 a_1 + a_2 (a_2 + 1) / 2, on both sides times the root of the number
+     *  of orders that its factors have (p! / (how often each is there)!). It does not depend on K. */
     HOLDFAST_EXPANSION_TIGHT = 0,
     /** Degree 2 and K a multiple of 16: for Y in 0 .. K/16 - 1, o in 0 .. 16 Y + 15, i in 0 .. 15 the feature x[o] x[16 Y + i], on
      *  the side of keys times 2 where o < 16 Y. D = 128 (K/16) (K/16 + 1). */
@@ -289,8 +292,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *      out_t = scale^p phi(q_t) S_t                        phi(q).phi(k) = (q.k)^p; for p = 1 phi(x) = x
  *      out_t = phi(q_t) S_t / phi(q_t) s_t                 where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: degrees above 1 and normalization, but in the parallel form; the parallel form's states for a
- *  degree above 1; on a GPU, the parallel and the recurrent form, and value-major states that lie there.
+ *  HOLDFAST_UNSUPPORTED so far: the parallel form's states for a degree above 1; on a GPU, degrees above 1, normalization, the
+ *  parallel and the recurrent form, and value-major states that lie there.
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
  *  with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
@@ -302,8 +305,14 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
- *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU recurrent where no sequence is longer than a quarter of a chunk, unless
- *  chunk_size is set.
+ *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU recurrent where no sequence is longer than a quarter of a chunk (an eighth for a
+ *  degree above 1 or normalization), unless chunk_size is set.
+ *
+ *  Power retention (Kumar et al. 2025, arXiv:2507.04239) is degree 2 to 4 and normalization, whose out does not depend on scale. An odd
+ *  degree keeps the sign of q.k, and the sum of weights may vanish: out is then infinite or not a number, as a division by it is; so it
+ *  is where that sum, over that of q's largest element to the power p, is below the smallest number of float32. phi(k)^T v has to be
+ *  within float32, and what is small next to |q|^p |k|^p v is lost in a state. Workspace there is two states and two sums of keys a
+ *  thread.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their sequence and head (those of k and v
  *  reach all heads of queries that share it), but may reach earlier tokens of the same chunk.
@@ -324,6 +333,18 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Tensors as a whole may be larger than 2^31 bytes. Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args);
+
+/** D, the size of an expanded key and the rows of a state: K = `key_size` elements, `degree` 0 (which is 1) to 4, a
+ *  holdfast_expansion. 0 where there is no such expansion, or D is beyond 2^53. */
+HOLDFAST_API int64_t holdfast_state_size(int64_t key_size, int32_t degree, int32_t expansion);
+
+/** Copy states [N, Hk, D, V] or sums of keys [N, Hk, D] of degree 2 from the order `from_expansion` of features to the order
+ *  `to_expansion`: phi(q) S stays the same to rounding. Both are float32, on the CPU, of any strides, and share no memory; key_size is
+ *  K, a multiple of 16. Any other tensors' states go in and out in the order that their call names, so this is for exchange with other
+ *  programs.
+ *  @returns HOLDFAST_OK, HOLDFAST_INVALID_ARGUMENT, HOLDFAST_UNSUPPORTED. Thread-safety: that of the context. */
+HOLDFAST_API holdfast_status holdfast_convert_state(holdfast_context *context, int64_t key_size, const DLTensor *from,
+                                                    int32_t from_expansion, DLTensor *to, int32_t to_expansion);
 
 /** Arguments of holdfast_step. As with holdfast_forward_args: set struct_size to sizeof(holdfast_step_args) and everything not
  *  used to zero; the struct grows at its end.
@@ -362,7 +383,7 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *      out = scale^p phi(q) S                      of the new state
  *      out = phi(q) S / phi(q) s                   where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: degrees above 1, and normalization; on a GPU, a value-major state that lies there.
+ *  HOLDFAST_UNSUPPORTED so far: on a GPU degrees above 1, normalization, and a value-major state that lies there.
  *
  *  The same as holdfast_forward with T = 1 and `state` as both states, on the CPU to the bit; as holdfast_forward of many tokens
  *  at once to rounding. Each state is read and written once; of heads of queries that share it, all but the first read it

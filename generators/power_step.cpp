@@ -1,0 +1,70 @@
+// The stages of power_step.h.
+#include "power_step.h"
+
+#include "decay.h"
+
+using namespace Halide;
+
+namespace holdfast {
+
+PowerStepFuncs power_step(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Expr &key_extent,
+                          const PowerStepOptions &options, const PowerStepSizes &sizes) {
+    Var h("h"), g("g"), d("d"), f("f"), e("e"), w("w"), u("u");
+    const Expr W = options.block, U = options.blocks;
+    PowerStepFuncs p;
+    p.q = q, p.k = k, p.v = v, p.log_decay = log_decay;
+    p.phi = expansion(key_extent, W * U, sizes.degree, options.degree);
+    p.decay = Func("decay");
+    p.decay(h) = two_part_exp(max(log_decay(h), least_log_decay));
+    p.over_element = RDom(0, key_extent, "over_element");
+    p.largest = Func("largest");
+    p.largest(g, h) = 0.0f;
+    p.largest(g, h) = max(p.largest(g, h), abs(q(p.over_element, g, h)));
+    p.unit = Func("unit");
+    p.unit(g, h) = unit_of(p.largest(g, h));
+    auto element = [&](const Func &x, const Expr &n, const std::vector<Expr> &others, const Expr &factor) {
+        std::vector<Expr> at = others;
+        at.insert(at.begin(), p.phi.open ? min(n, key_extent - 1) : n);
+        const Expr value = factor.defined() ? x(at) * factor : x(at);
+        return p.phi.open ? select(n < key_extent, value, 1.0f) : value;
+    };
+    p.phi_q = Func("phi_q");
+    p.phi_q(f, g, h) = p.phi.product(f, [&](int, const Expr &n) { return element(q, n, {g, h}, p.unit(g, h)); });
+    p.phi_k = Func("phi_k");
+    p.phi_k(f, h) = p.phi.product(f, [&](int, const Expr &n) { return element(k, n, {h}, Expr()); });
+
+    // The state, and what the first query reads of it.
+    p.over_feature = RDom(0, W, "over_feature");
+    RVar row = p.over_feature;
+    p.state_and_sum = Func("state_and_sum");
+    p.state_and_sum(e, w, u, h) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
+    Expr before = p.state_and_sum(e, row, u, h)[0];
+    Expr sum = select(likely(row > 0), p.state_and_sum(e, max(row - 1, 0), u, h)[1], 0.0f);
+    Expr after = decayed(p.decay(h), before, p.phi_k(u * W + row, h) * v(e, h));
+    p.state_and_sum(e, row, u, h) = Tuple(after, sum + p.phi_q(u * W + row, 0, h) * after);
+    p.over_state = RDom(0, W, "over_state");
+    p.over_state.where(g > 0);
+    p.others = Func("others");
+    p.others(e, g, u, h) += p.phi_q(u * W + p.over_state, g, h) * p.state_and_sum(e, p.over_state, u, h)[0];
+    p.over_block = RDom(0, U, "over_block");
+    p.num = Func("num");
+    p.num(e, g, h) += select(g > 0, p.others(e, g, p.over_block, h), p.state_and_sum(e, W - 1, p.over_block, h)[1]);
+
+    // The sum of keys.
+    p.keys = Func("keys");
+    p.keys(f, h) = undef<float>();
+    p.keys(f, h) = decayed(p.decay(h), p.keys(f, h), p.phi_k(f, h));
+    p.over_feature_weight = RDom(0, W, "over_feature_weight");
+    p.den_block = Func("den_block");
+    p.den_block(g, u, h) += p.phi_q(u * W + p.over_feature_weight, g, h) * p.keys(u * W + p.over_feature_weight, h);
+    p.over_block_weight = RDom(0, U * options.normalize, "over_block_weight");
+    p.den = Func("den");
+    p.den(g, h) += p.den_block(g, p.over_block_weight, h);
+
+    p.out = Func("out_of_state");
+    p.out(e, g, h) = p.num(e, g, h) * select(options.normalize != 0, 1.0f / p.den(g, h),
+                                             p.phi.power(options.scale / p.unit(g, h), options.degree));
+    return p;
+}
+
+}  // namespace holdfast

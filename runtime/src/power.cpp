@@ -1,0 +1,283 @@
+// The kernels power, of a chunk, and power_step, of a token: a sequence is a chain of calls for each head, with its state, D V
+// numbers, going from one call to the next. Nothing is kept between chunks, so workspace does not grow with T. Where there are fewer
+// heads than threads, some columns of the values are a piece of work of their own: phi is then formed for each, a small part.
+#include "power.h"
+
+#include "buffers.h"
+#include "expansion.h"
+#include "failure.h"
+
+#include <HalideRuntime.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <optional>
+
+namespace holdfast {
+namespace {
+
+// A chunk costs the same however few of its tokens are used: up to one in so many of them, they are done one by one.
+constexpr int64_t least_share = 8;
+
+// To wake a thread takes as long as to go once through so many bytes of states.
+constexpr int64_t worth_a_thread = 512 * 1024;
+
+const Variant &variant_for(const char *kernel, const Problem &p, const Choice &choice, int64_t value_size) {
+    return select_variant(kernel, p.q.dtype.name, p.K, value_size, p.chunk_size, choice.backend, choice.forced, {}, p.degree);
+}
+
+void check(int rc, const Variant &variant, const Workspace &workspace) {
+    if (rc == halide_error_code_out_of_memory) fail(HOLDFAST_OUT_OF_MEMORY, "workspace: out of memory in ", variant.name);
+    if (rc) fail(HOLDFAST_INTERNAL_ERROR, variant.name, " returned ", rc, ": ", workspace.error);
+}
+
+/// Whether so many steps of `stride` elements are within 32 bits.
+bool fits(int64_t extent, int64_t stride) {
+    return std::llabs(stride) <= std::numeric_limits<int32_t>::max() / 2 / std::max<int64_t>(extent, 1);
+}
+
+/// Part of a problem: a sequence, a head of keys, and some columns of its values.
+struct Part {
+    int64_t sequence, head, column, columns;
+};
+
+/// The state and sum of keys of a part, in the kernels' order: where the caller has them, if that order is his and a step is to
+/// advance them in place, else copied.
+class Carried {
+public:
+    Carried(const Problem &p, const Part &part, Workspace &workspace) : p(p), part(part), V(part.columns) {
+        tight = expanded_size(p.K, p.degree, HOLDFAST_EXPANSION_TIGHT, std::numeric_limits<int32_t>::max());
+        memory.emplace(workspace, 2 * tight * (V + 1));
+        for (int n : {0, 1}) states[n] = memory->floats() + n * tight * V, sums[n] = memory->floats() + tight * (2 * V + n);
+        std::fill_n(memory->floats(), 2 * tight * (V + 1), 0.0f);
+        constexpr auto order = HOLDFAST_EXPANSION_TIGHT;
+        if (p.initial_state.rank) convert(of_caller(p.initial_state), p.expansion, {states[0], V, 1}, order, p.D, p.K, V);
+        if (p.initial_sum.rank) convert(of_caller(p.initial_sum), p.expansion, {sums[0], 1, 1}, order, p.D, p.K, 1);
+    }
+    void finish() const {
+        constexpr auto order = HOLDFAST_EXPANSION_TIGHT;
+        if (p.final_state.rank) convert({states[0], V, 1}, order, of_caller(p.final_state), p.expansion, p.D, p.K, V);
+        if (p.final_sum.rank && part.column == 0)
+            convert({sums[0], 1, 1}, order, of_caller(p.final_sum), p.expansion, p.D, p.K, 1);
+    }
+    void swap() { std::swap(states[0], states[1]), std::swap(sums[0], sums[1]); }
+
+    float *states[2], *sums[2];  // at the start of the next call, and at its end
+    int64_t tight;               // D
+
+private:
+    const Problem &p;
+    const Part part;
+    const int64_t V;
+    std::optional<Scratch> memory;
+
+    Features of_caller(const Tensor &t) const {
+        const bool state = t.rank == 4;
+        float *first = t.at(part.sequence, part.head);
+        return {first + (state ? part.column * t.stride[3] : 0), t.stride[2], state ? t.stride[3] : 1};
+    }
+};
+
+/// Rows of q, k, v or out: (d or e, t[, g], 1[, 1]).
+struct Rows : Buffer {
+    Rows(const Tensor &x, const Problem &p, const Part &part, bool of_queries)
+        : Buffer(nullptr, halide_type(x.dtype),
+                 {{0, (int32_t)x.shape[3], 1}, {0, 0, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}) {
+        dimensions = of_queries ? 5 : 4;
+        const bool of_values = &x == &p.v || &x == &p.out;
+        if (of_queries) axes[2] = {0, (int32_t)p.group(), p.group() > 1 ? (int32_t)x.stride[2] : 0};
+        if (of_values) axes[0].extent = (int32_t)part.columns;
+        first = x.at<uint8_t>(p.entry(part.sequence), p.start(part.sequence), of_queries ? part.head * p.group() : part.head);
+        if (of_values) first += part.column * type.bytes();
+    }
+    void look_at(int64_t t, int64_t tokens) {
+        host = first + t * axes[1].stride * (int64_t)type.bytes();
+        axes[1].extent = (int32_t)tokens;
+    }
+
+private:
+    uint8_t *first;
+};
+
+const float *log_decay_of(const Problem &p, const Part &part, int64_t t) {
+    static const float none = 0;
+    const Tensor &g = p.log_decay;
+    return g.rank == 3   ? g.at(p.entry(part.sequence), p.start(part.sequence) + t, part.head)
+           : g.rank == 1 ? g.at(part.head)
+                         : &none;
+}
+
+/// All tokens of a part, chunk by chunk.
+void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const Part &part, Workspace &workspace) {
+    Carried carried(p, part, workspace);
+    Rows q(p.q, p, part, true), k(p.k, p, part, false), v(p.v, p, part, false), out(p.out, p, part, true);
+    const int32_t stride = p.log_decay.rank == 3 ? (int32_t)p.log_decay.stride[1] : 0, V = (int32_t)part.columns;
+    const int32_t D = (int32_t)carried.tight;
+    Buffer log_decay(nullptr, float32, {{0, 0, stride}, {0, 1, 0}, {0, 1, 0}});
+    const auto state = [&](float *data) { return Buffer(data, float32, {{0, V, 1}, {0, D, V}, {0, 1, 0}, {0, 1, 0}}); };
+    const auto sum = [&](float *data) { return Buffer(data, float32, {{0, D, 1}, {0, 1, 0}, {0, 1, 0}}); };
+    const int64_t T = p.length(part.sequence);
+    for (int64_t t = 0; t < T; t += chunk) {
+        const int64_t tokens = std::min(chunk, T - t);
+        for (Rows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
+        log_decay.host = (uint8_t *)log_decay_of(p, part, t), log_decay.axes[0].extent = (int32_t)tokens;
+        Buffer state_in = state(carried.states[0]), state_out = state(carried.states[1]);
+        Buffer sum_in = sum(carried.sums[0]), sum_out = sum(carried.sums[1]);
+        check(std::get<PowerKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, p.degree,
+                                                   p.normalized, p.scale, &out, &state_out, &sum_out),
+              variant, workspace);
+        carried.swap();
+    }
+    carried.finish();
+}
+
+/// The divisor of D that is nearest to the size of a block that loses no digits.
+int64_t block_of(int64_t D) {
+    constexpr int64_t good = 64;
+    for (int64_t n = 0; n < D; n++) {
+        if (n < good && D % (good - n) == 0) return good - n;
+        if (D % (good + n) == 0) return good + n;
+    }
+    return D;
+}
+
+/// Tokens one after the other: of `heads` neighbouring heads of keys where their states are the caller's, else of one.
+class Steps {
+public:
+    Steps(const Problem &p, const Variant &variant) : p(p), variant(variant) {
+        const Tensor &s = p.final_state, &g = p.log_decay;
+        in_place = s.rank && s.stride[3] == 1 && p.expansion == HOLDFAST_EXPANSION_TIGHT &&
+                   (!p.normalized || p.final_sum.rank) && fits(p.D, s.stride[2]);
+        const bool near = fits(p.H, p.q.stride[2]) && fits(p.Hk, p.k.stride[2]) && fits(p.Hk, p.v.stride[2]) &&
+                          fits(p.H, p.out.stride[2]) && (!g.rank || fits(p.Hk, g.stride[g.rank - 1])) && in_place &&
+                          fits(p.Hk, s.stride[1]) && (!p.normalized || fits(p.Hk, p.final_sum.stride[1]));
+        at_once = near ? p.Hk : 1;
+        const int64_t all = p.N * p.Hk;
+        pieces = (int64_t)std::min((double)all, 1 + (double)all * (double)p.state_bytes() * (double)std::max<int64_t>(p.T, 1) /
+                                                        worth_a_thread);
+    }
+    int64_t pieces;
+
+    void operator()(Workspace &workspace, int64_t n) const {
+        const int64_t all = p.N * p.Hk, end = (n + 1) * all / pieces;
+        for (int64_t first = n * all / pieces, heads; first < end; first += heads) {
+            heads = std::min({at_once, p.Hk - first % p.Hk, end - first});
+            run(workspace, first / p.Hk, first % p.Hk, heads);
+        }
+    }
+
+private:
+    const Problem &p;
+    const Variant &variant;
+    bool in_place;
+    int64_t at_once;
+
+    void run(Workspace &workspace, int64_t s, int64_t h, int64_t heads) const {
+        const Part part = {s, h, 0, p.V};
+        const int32_t V = (int32_t)p.V, n = (int32_t)heads, G = (int32_t)p.group();
+        std::optional<Carried> carried;
+        float *state = nullptr, *sum = nullptr;
+        int64_t row = p.V, head = 0, head_of_sum = 0;
+        if (in_place) {
+            const Tensor &to = p.final_state, &sums = p.final_sum;
+            state = to.at(s, h), row = to.stride[2], head = to.stride[1];
+            if (p.normalized) sum = sums.at(s, h), head_of_sum = sums.stride[1];
+            for (int64_t m = 0; m < heads; m++) start(s, h + m);
+        } else {
+            carried.emplace(p, part, workspace);
+            state = carried->states[0], sum = carried->sums[0];
+        }
+        const int64_t D = in_place ? p.D : carried->tight, block = block_of(D), blocks = D / block;
+        const Scratch sums_of_blocks(workspace, blocks * p.V * heads + (sum ? 0 : D * heads));
+        if (!sum) {  // does not count, but has to hold numbers
+            sum = sums_of_blocks.floats() + blocks * p.V * heads, head_of_sum = D;
+            std::fill_n(sum, D * heads, 0.0f);
+        }
+        auto axis = [&](int64_t stride) { return halide_dimension_t{0, n, n > 1 ? (int32_t)stride : 0}; };
+        auto rows = [&](const Tensor &x) {
+            return Buffer(nullptr, halide_type(x.dtype), {{0, (int32_t)x.shape[3], 1}, axis(x.stride[2])});
+        };
+        auto group = [&](const Tensor &x) {
+            return Buffer(nullptr, halide_type(x.dtype),
+                          {{0, (int32_t)x.shape[3], 1}, {0, G, G > 1 ? (int32_t)x.stride[2] : 0}, axis(x.stride[2] * G)});
+        };
+        Buffer q = group(p.q), out = group(p.out), k = rows(p.k), v = rows(p.v);
+        Buffer log_decay(nullptr, float32, {axis(p.log_decay.rank ? p.log_decay.stride[p.log_decay.rank - 1] : 0)});
+        Buffer states(state, float32,
+                      {{0, V, 1}, {0, (int32_t)block, (int32_t)row}, {0, (int32_t)blocks, (int32_t)(row * block)}, axis(head)});
+        Buffer partial(sums_of_blocks.floats(), float32,
+                       {{0, V, 1}, {0, (int32_t)block, 0}, {0, (int32_t)blocks, V}, axis(blocks * p.V)});
+        Buffer keys(sum, float32, {{0, (int32_t)D, 1}, axis(head_of_sum)});
+        const int64_t b = p.entry(s), from = p.start(s);
+        for (int64_t t = from; t < from + p.length(s); t++) {
+            q.host = p.q.at<uint8_t>(b, t, h * G), out.host = p.out.at<uint8_t>(b, t, h * G);
+            k.host = p.k.at<uint8_t>(b, t, h), v.host = p.v.at<uint8_t>(b, t, h);
+            log_decay.host = (uint8_t *)log_decay_of(p, part, t - from);
+            check(std::get<PowerStepKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, (int32_t)block, (int32_t)blocks,
+                                                           p.degree, p.normalized, p.scale, &states, &partial, &keys, &out),
+                  variant, workspace);
+        }
+        if (carried) carried->finish();
+    }
+
+    /// Put the initial state and sum of a head where they will be.
+    void start(int64_t s, int64_t h) const {
+        auto put = [&](const Tensor &initial, const Tensor &to, int64_t columns) {
+            auto features = [&](const Tensor &t) { return Features{t.at(s, h), t.stride[2], t.rank == 4 ? t.stride[3] : 1}; };
+            if (!to.rank) return;
+            if (initial.rank && initial.at(s, h) == to.at(s, h)) return;
+            if (initial.rank) return convert(features(initial), p.expansion, features(to), p.expansion, p.D, p.K, columns);
+            for (int64_t f = 0; f < p.D; f++) std::fill_n(to.at(s, h, f), columns, 0.0f);
+        };
+        put(p.initial_state, p.final_state, p.V), put(p.initial_sum, p.final_sum, 1);
+    }
+};
+
+}  // namespace
+
+void run_power(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
+    if (choice.backend != Backend::cpu)
+        fail(HOLDFAST_UNSUPPORTED, "degree is ", p.degree, p.normalized ? ", normalized," : "", " and backend ",
+             name_of(choice.backend), "; expected the CPU, or degree 1 and no normalization");
+    for (const Tensor *t : {&p.q, &p.out})
+        if (!fits(p.group(), t->stride[2]))
+            fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[2],
+                 " on axis 2, between heads that share keys; expected ", std::numeric_limits<int32_t>::max() / 2 / p.group(),
+                 " at most");
+    const Variant *variant = &variant_for("power", p, choice, p.V);
+    holdfast_form form = p.form;
+    if (form == HOLDFAST_FORM_AUTO) {
+        int64_t longest = 0;
+        for (int64_t s = 0; s < p.N; s++) longest = std::max(longest, p.length(s));
+        const bool few = p.chunk_size == 0 && longest <= variant->chunk / least_share;
+        form = few ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
+    }
+    if (form == HOLDFAST_FORM_RECURRENT) {
+        check_kernel_strides(p, 1);
+        const Variant &step = variant_for("power_step", p, choice, p.V);
+        const Steps steps(p, step);
+        announce(c, call, step, choice.why, p, "token by token", steps.pieces);
+        if (steps.pieces > 0) c.for_each(steps.pieces, std::cref(steps));
+        return;
+    }
+    // Halves of the values, as long as threads are idle and a variant is as good for them.
+    int64_t parts = 1;
+    const int64_t heads = p.N * p.Hk;
+    const bool in_place = p.final_sum.rank && p.initial_sum.rank && p.final_sum.data == p.initial_sum.data;
+    while (!in_place && heads > 0 && p.V % (2 * parts) == 0 && heads * parts < c.threads_for(heads * 2 * parts)) {
+        const Variant &half = variant_for("power", p, choice, p.V / (2 * parts));
+        if (half.target != variant->target || (variant->value_size && !half.value_size)) break;
+        variant = &half, parts *= 2;
+    }
+    const int64_t chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant->chunk) : variant->chunk;
+    check_kernel_strides(p, chunk);
+    announce(c, call, *variant, choice.why, p, "chunks of " + std::to_string(chunk), heads * parts);
+    if (heads == 0) return;
+    c.for_each(heads * parts, [&](Workspace &workspace, int64_t n) {
+        const int64_t piece = n / parts, columns = p.V / parts;
+        run_chunks(p, *variant, chunk, {piece / p.Hk, piece % p.Hk, n % parts * columns, columns}, workspace);
+    });
+}
+
+}  // namespace holdfast

@@ -1,0 +1,197 @@
+// Calls of a power kernel by its own C signature, chunk by chunk, against the reference: for kernels compiled ahead of time or just
+// in time.
+#pragma once
+#include "check.h"
+#include "reference/power.h"
+#include "shapes.h"
+#include "stored.h"
+#include "view.h"
+
+#include <algorithm>
+#include <string>
+
+namespace test {
+
+/// T tokens in calls of so many, the state of each call being that of the one before.
+struct PowerCase {
+    std::string name;
+    Index calls;
+    int64_t B, H, G;  // heads of keys, query heads to each
+    Layout layout;
+    Gates gates;
+    bool normalize;
+    enum class Contents { random, positive, ones } contents = Contents::random;
+    double size_of_keys = 1;
+};
+
+/// Everything that a kernel with chunks of C tokens may meet.
+inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype) {
+    std::vector<PowerCase> cases;
+    for (Gates gates : all_gates)
+        cases.push_back(
+            {std::string("gates_") + name(gates), {C, C / 2 + 1}, 1, 2, 1, Layout::padded, gates, gates != Gates::none});
+    for (Layout layout : layouts)
+        cases.push_back(
+            {std::string("layout_") + name(layout), {C - 1, 1}, 2, 1, 2, layout, Gates::weak, layout != Layout::swapped});
+    cases.push_back({"positive", {C, C}, 1, 1, 3, Layout::compact, Gates::weak, true, PowerCase::Contents::positive});
+    cases.push_back({"ones", {C, C, C, 2}, 1, 1, 1, Layout::compact, Gates::none, true, PowerCase::Contents::ones});
+    for (double size : {dtype == f16 ? 1e-2 : 1e-8, dtype == f16 ? 1e2 : 1e6})
+        cases.push_back({size < 1 ? "tiny" : "huge",
+                         {C, 3},
+                         1,
+                         1,
+                         1,
+                         Layout::compact,
+                         Gates::weak,
+                         true,
+                         PowerCase::Contents::positive,
+                         size});
+    return cases;
+}
+
+class PowerCall {
+public:
+    PowerCall(const PowerCase &c, Size size, int degree, const Dtype &dtype = f32)
+        : c(c), degree(degree), dtype(dtype), K(size.K), V(size.V),
+          D((int64_t)reference::phi(std::vector<double>(K), degree).size()), T(total(c.calls)),
+          q(array({c.B, T, c.H * c.G, K}, c.size_of_keys)), k(array({c.B, T, c.H, K}, c.size_of_keys)),
+          v(array({c.B, T, c.H, V}, 1)), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
+          state(array({c.B, c.H, D, V}, std::pow(c.size_of_keys, degree))), keys(sums_of_keys()),
+          out(array({c.B, T, c.H * c.G, V}, 1).forget()) {
+        for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
+    }
+
+    /// kernel(q, k, v, log_decay, state_in, keys_in, degree, normalize, scale, out, state_out, keys_out) returns 0 for every chunk,
+    /// and together they do what the reference does.
+    template<class Kernel>
+    void expect_reference(const Kernel &kernel) {
+        SCOPED_TRACE(c.name + ", degree " + std::to_string(degree));
+        reference::PowerInputs in{c.B, T, c.H, c.G, K, V, degree, c.normalize};
+        const Array initial_state = state, initial_keys = keys;
+        in.q = strided(q), in.k = strided(k), in.v = strided(v), in.log_decay = strided(log_decay);
+        in.initial_state = strided(initial_state), in.initial_keys = strided(initial_keys);
+        in.scale = scale;
+        const reference::PowerResult want = reference::power(in);
+
+        const Array inputs[] = {q, k, v, log_decay};
+        Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out);
+        Array next_state = state, next_keys = keys;
+        int64_t t = 0;
+        for (int64_t n : c.calls) {
+            Buffer bq = rows(sq, q, t, n, c.G), bk = rows(sk, k, t, n), bv = rows(sv, v, t, n), bo = rows(so, out, t, n, c.G);
+            Buffer bg = view(log_decay.data() + t * log_decay.stride[1], f32, log_decay, {1, 2, 0});
+            bg.raw_buffer()->dim[0].extent = (int32_t)n;
+            Buffer bs = view(state.data(), f32, state, {3, 2, 1, 0}),
+                   bz = view(next_state.data(), f32, next_state, {3, 2, 1, 0});
+            Buffer bc = view(keys.data(), f32, keys, {2, 1, 0}), by = view(next_keys.data(), f32, next_keys, {2, 1, 0});
+            // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
+            for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bc, &bo, &bz, &by}) buffer->set_host_dirty();
+            ASSERT_EQ(kernel(bq, bk, bv, bg, bs, bc, degree, (int)c.normalize, scale, bo, bz, by), 0);
+            for (Buffer *buffer : {&bo, &bz, &by}) ASSERT_EQ(buffer->copy_to_host(), 0);
+            std::swap(state, next_state), std::swap(keys, next_keys);
+            t += n;
+        }
+        so.load();
+        const int64_t longest = *std::max_element(c.calls.begin(), c.calls.end());
+        const double share = tolerance::of_power_spread(K, D, longest, (int64_t)c.calls.size());
+        expect_close("out", out, want.out, want.out_spread, share, dtype);
+        expect_close("state", state, want.state, want.state_spread, share);
+        if (c.normalize) expect_close("sum of keys", keys, want.keys, want.keys_spread, share);
+        EXPECT_TRUE(out.gaps_intact() && so.gaps_intact() && state.gaps_intact() && keys.gaps_intact())
+            << "memory between the rows was written";
+        const Array *after[] = {&q, &k, &v, &log_decay};
+        for (int n = 0; n < 4; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
+        const Stored *stored[] = {&sq, &sk, &sv};
+        for (int n = 0; n < 3; n++) EXPECT_TRUE(stored[n]->unchanged()) << "input " << n << " was written";
+    }
+
+private:
+    using Buffer = Halide::Runtime::Buffer<void>;
+    const PowerCase c;
+    const int degree;
+    const Dtype dtype;
+    const int64_t K, V, D, T;
+    Random random;
+    Array q, k, v, log_decay, state, keys, out;
+    const float scale = 0.25f;
+
+    static int64_t total(const Index &lengths) {
+        int64_t sum = 0;
+        for (int64_t n : lengths) sum += n;
+        return sum;
+    }
+    Array array(const Index &shape, double size) {
+        const double low = c.contents == PowerCase::Contents::random ? -1 : 0.5;
+        if (c.contents == PowerCase::Contents::ones) return Array(shape, c.layout).fill(1);
+        return Array(shape, c.layout).fill(random, low * size, size);
+    }
+    /// Of many keys: far from 0 on every side that queries look from, so that quotients are not wrong by cancellation alone.
+    Array sums_of_keys() {
+        Array sums(Index{c.B, c.H, D}, c.layout);
+        each({c.B, c.H}, [&](const Index &i) {
+            std::vector<double> sum(D);
+            for (int n = 0; n < 8; n++) {
+                std::vector<double> key(K);
+                for (double &x : key)
+                    x = c.contents == PowerCase::Contents::ones ? 1 : random(degree % 2 ? 0.5 : -1, 1) * c.size_of_keys;
+                const std::vector<double> features = reference::phi(key, degree);
+                for (int64_t f = 0; f < D; f++) sum[f] += features[f];
+            }
+            for (int64_t f = 0; f < D; f++) sums({i[0], i[1], f}) = (float)sum[f];
+        });
+        return sums;
+    }
+
+    /// Halide's view of tokens t .. t + n - 1: (d or e, t, [g,] h, b).
+    Buffer rows(Stored &stored, const Array &a, int64_t t, int64_t n, int64_t group = 0) const {
+        const int64_t bytes = dtype == f32 ? sizeof(float) : sizeof(uint16_t);
+        Array part({a.shape[0], n, a.shape[2], a.shape[3]}, Index{0, 0, 0, 0});  // its extents alone count
+        part.stride = a.stride;
+        char *first = (char *)stored.data() + t * a.stride[1] * bytes;
+        if (!group) return view(first, dtype, part, {3, 1, 2, 0});
+        part.shape = {a.shape[0], n, a.shape[2] / group, group, a.shape[3]};
+        part.stride = {a.stride[0], a.stride[1], a.stride[2] * group, a.stride[2], a.stride[3]};
+        return view(first, dtype, part, {4, 1, 3, 2, 0});
+    }
+    static reference::Strided strided(const Array &a) {
+        reference::Strided x{a.data(), {}};
+        std::copy(a.stride.begin(), a.stride.end(), x.stride.begin());
+        return x;
+    }
+};
+
+/// The kernel of one token as one of a chunk: steps of each batch entry, in place.
+template<class Step>
+auto token_by_token(const Step &step) {
+    using Buffer = Halide::Runtime::Buffer<void>;
+    return [=](const Buffer &q, const Buffer &k, const Buffer &v, const Buffer &log_decay, const Buffer &state_in,
+               const Buffer &keys_in, int degree, int normalize, float scale, const Buffer &out, Buffer &state, Buffer &keys) {
+        state.copy_from(state_in), keys.copy_from(keys_in);
+        const int D = state.dim(1).extent(), V = state.dim(0).extent(), H = state.dim(2).extent();
+        int block = 1;  // any divisor
+        for (int n = 2; n <= 100; n++)
+            if (D % n == 0) block = n;
+        std::vector<float> memory(V * (D / block) * H);
+        for (int b = 0; b < q.dim(4).extent(); b++)
+            for (int t = 0; t < q.dim(1).extent(); t++) {
+                Buffer bs = state.sliced(3, b), by = keys.sliced(2, b);
+                const halide_dimension_t rows = bs.raw_buffer()->dim[1], head = bs.raw_buffer()->dim[2];
+                const int row = rows.stride, each_V = V * (D / block);
+                const halide_dimension_t in_blocks[] = {
+                    {0, V, 1}, {0, block, row}, {0, D / block, row * block}, {0, H, head.stride}};
+                const halide_dimension_t sums[] = {{0, V, 1}, {0, block, 0}, {0, D / block, V}, {0, H, each_V}};
+                Buffer blocks(halide_type_of<float>(), bs.data(), 4, in_blocks),
+                    sum(halide_type_of<float>(), memory.data(), 4, sums);
+                Buffer bq = q.sliced(4, b).sliced(1, t), bk = k.sliced(3, b).sliced(1, t), bv = v.sliced(3, b).sliced(1, t);
+                Buffer bg = log_decay.sliced(2, b).sliced(0, t), bo = out.sliced(4, b).sliced(1, t);
+                // For a GPU's kernel, as above.
+                for (Buffer *buffer : {&bq, &bk, &bv, &bg, &blocks, &sum, &by, &bo}) buffer->set_host_dirty();
+                if (int rc = step(bq, bk, bv, bg, block, D / block, degree, normalize, scale, blocks, sum, by, bo)) return rc;
+                for (Buffer *buffer : {&blocks, &by, &bo})
+                    if (int rc = buffer->copy_to_host()) return rc;
+            }
+        return 0;
+    };
+}
+
+}  // namespace test

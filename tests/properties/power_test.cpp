@@ -1,0 +1,276 @@
+// Power retention and normalised outputs through the public API: every form, degree, layout of states and number of threads
+// against the reference, and the numbers that the project holds for them.
+#include "../forward.h"
+#include "../reference/power.h"
+
+#include <tuple>
+
+namespace {
+using namespace test;
+
+/// A call of holdfast_forward with all that power retention takes, or the same by holdfast_step.
+struct PowerProblem {
+    int64_t B, T, H, G, K, V;  // H heads of keys, G of queries to each
+    int degree = 2;
+    bool normalize = true;
+    Gates gates = Gates::weak;
+    Dtype dtype = f32;
+    holdfast_form form = HOLDFAST_FORM_AUTO;
+    holdfast_expansion expansion = HOLDFAST_EXPANSION_TIGHT;
+    bool value_major = false, initial = true;
+    int64_t chunk_size = 0;
+    float scale = 0;
+    Layout layout = Layout::compact;
+
+    Random random{};
+    int64_t D = holdfast_state_size(K, degree, expansion);
+    double low = degree % 2 && normalize ? 0.2 : -1;  // odd degrees keep the sign: denominators stay away from 0
+    Array q = Array(Index{B, T, H * G, K}, layout).fill(random, low), k = Array(Index{B, T, H, K}, layout).fill(random, low);
+    Array v = Array(Index{B, T, H, V}, layout).fill(random), log_decay = log_decays(gates, B, T, H, layout, random);
+    Array out = Array(Index{B, T, H * G, V}, layout).forget();
+    Array state = Array(states_shape()).fill(0), keys = Array(Index{sequences(), H, D}).fill(0);
+    Array initial_state = state, initial_keys = keys;
+    std::vector<int32_t> starts = {};  // of packed sequences
+
+    int64_t sequences() const { return starts.empty() ? B : (int64_t)starts.size() - 1; }
+    Index states_shape() const { return value_major ? Index{sequences(), H, V, D} : Index{sequences(), H, D, V}; }
+
+    holdfast_status run(holdfast_context *context, int64_t from = 0, int64_t to = -1) {
+        if (to < 0) to = T;
+        for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
+        Tensor rows[] = {Tensor(q).part(1, from, to), Tensor(k).part(1, from, to), Tensor(v).part(1, from, to),
+                         Tensor(out).part(1, from, to)};
+        Tensor g = Tensor(log_decay).part(1, from, to), in(initial_state), ink(initial_keys), fin(state), fink(keys);
+        DLTensor dl[4], dl_g = g.dl(), dl_in = in.dl(), dl_ink = ink.dl(), dl_fin = fin.dl(), dl_fink = fink.dl();
+        std::deque<Stored> stored;
+        for (int n = 0; n < 4; n++) {
+            stored.emplace_back(dtype, rows[n].data, rows[n].shape, rows[n].stride);
+            dl[n] = rows[n].dl(), dl[n].data = stored.back().data(), dl[n].dtype = dl_type(dtype);
+        }
+        holdfast_forward_args args = forward_args(&dl[0], &dl[1], &dl[2], &dl_g, initial ? &dl_in : nullptr, &dl[3], &dl_fin);
+        args.scale = scale, args.chunk_size = chunk_size, args.degree = degree, args.form = form, args.expansion = expansion;
+        args.normalize = normalize ? HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS : HOLDFAST_NORMALIZE_NONE;
+        args.state_layout = value_major ? HOLDFAST_STATE_VALUE_MAJOR : HOLDFAST_STATE_KEY_MAJOR;
+        if (normalize) args.initial_sum_of_keys = initial ? &dl_ink : nullptr, args.final_sum_of_keys = &dl_fink;
+        int64_t sequences = (int64_t)starts.size();
+        DLTensor cu = {starts.data(), {kDLCPU, 0}, 1, {kDLInt, 32, 1}, &sequences, nullptr, 0};
+        if (!starts.empty()) args.cu_seqlens = &cu;
+        const holdfast_status status = holdfast_forward(context, &args);
+        stored[3].load();
+        initial_state = state, initial_keys = keys, initial = true;  // whoever goes on begins there
+        return status;
+    }
+    /// Token t by holdfast_step, on state and keys.
+    holdfast_status step(holdfast_context *context, int64_t t) {
+        auto token = [&](Array &a) { return Tensor(a).part(1, t, t + 1).without(1); };
+        Tensor tq = token(q), tk = token(k), tv = token(v), to = token(out), tg = token(log_decay), ts(state), tz(keys);
+        DLTensor dq = tq.dl(), dk = tk.dl(), dv = tv.dl(), dout = to.dl(), dg = tg.dl(), ds = ts.dl(), dz = tz.dl();
+        holdfast_step_args args = {};
+        args.struct_size = sizeof args, args.q = &dq, args.k = &dk, args.v = &dv, args.log_decay = &dg, args.state = &ds;
+        args.out = &dout, args.scale = scale, args.degree = degree, args.expansion = expansion;
+        args.sum_of_keys = normalize ? &dz : nullptr;
+        args.normalize = normalize ? HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS : HOLDFAST_NORMALIZE_NONE;
+        args.state_layout = value_major ? HOLDFAST_STATE_VALUE_MAJOR : HOLDFAST_STATE_KEY_MAJOR;
+        return holdfast_step(context, &args);
+    }
+
+    reference::PowerResult want(bool states = true) const {
+        auto strided = [&](const Array &a) {
+            reference::Strided x{a.data(), {}};
+            std::copy(a.stride.begin(), a.stride.end(), x.stride.begin());
+            return x;
+        };
+        static const float zero = 0;
+        reference::PowerInputs in{B, T, H, G, K, V, degree, normalize};
+        in.q = strided(q), in.k = strided(k), in.v = strided(v), in.log_decay = strided(log_decay);
+        in.initial_state = in.initial_keys = {&zero, {}};
+        in.scale = scale != 0 ? scale : 1 / std::sqrt((double)K);
+        in.states = states;
+        return reference::power(in);
+    }
+    double share(int64_t chunk = 128) const { return tolerance::of_power_spread(K, D, chunk, T / 64 + 2); }
+};
+
+void expect_right(PowerProblem &p, const reference::PowerResult &want) {
+    expect_close("out", p.out, want.out, want.out_spread, p.share(), p.dtype);
+    if (p.expansion == HOLDFAST_EXPANSION_TIGHT && !p.value_major) {
+        expect_close("state", p.state, want.state, want.state_spread, p.share());
+        if (p.normalize) expect_close("sum of keys", p.keys, want.keys, want.keys_spread, p.share());
+    }
+}
+
+struct Case {
+    int degree;
+    bool normalize;
+    int64_t K, V;
+};
+void PrintTo(const Case &c, std::ostream *s) { *s << "degree " << c.degree << ", normalize " << c.normalize << ", K " << c.K; }
+
+class PowerForms : public testing::TestWithParam<Case> {};
+
+TEST_P(PowerForms, MatchReferenceCutAndContinued) {
+    const auto [degree, normalize, K, V] = GetParam();
+    Context context;
+    for (holdfast_form form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT}) {
+        SCOPED_TRACE(form);
+        PowerProblem p{2, 70, 1, 2, K, V, degree, normalize};
+        p.form = form;
+        p.initial = false;
+        for (const auto &[from, to] : std::vector<std::pair<int64_t, int64_t>>{{0, 33}, {33, 33}, {33, 70}})
+            ASSERT_EQ(p.run(context, from, to), HOLDFAST_OK) << context.error();
+        expect_right(p, p.want());
+    }
+}
+
+TEST_P(PowerForms, StepsAreTheSame) {
+    const auto [degree, normalize, K, V] = GetParam();
+    Context context;
+    PowerProblem p{2, 9, 2, 3, K, V, degree, normalize};
+    p.initial = false;
+    ASSERT_EQ(p.run(context, 0, 4), HOLDFAST_OK) << context.error();
+    for (int64_t t = 4; t < p.T; t++) ASSERT_EQ(p.step(context, t), HOLDFAST_OK) << context.error();
+    expect_right(p, p.want());
+}
+
+INSTANTIATE_TEST_SUITE_P(, PowerForms,
+                         testing::Values(Case{1, true, 5, 7}, Case{1, true, 64, 64}, Case{2, true, 64, 64},
+                                         Case{2, false, 64, 64}, Case{2, true, 6, 5}, Case{3, true, 7, 9},
+                                         Case{3, false, 16, 64}, Case{4, true, 6, 33}));
+
+TEST(Power, StatesInEveryLayout) {
+    for (bool value_major : {false, true})
+        for (holdfast_expansion expansion : {HOLDFAST_EXPANSION_TIGHT, HOLDFAST_EXPANSION_TILED})
+            for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT}) {
+                SCOPED_TRACE(testing::Message()
+                             << "value_major " << value_major << ", expansion " << expansion << ", form " << form);
+                Context context;
+                PowerProblem p{1, 20, 2, 1, 32, 32};
+                p.form = form, p.expansion = expansion, p.value_major = value_major;
+                p.D = holdfast_state_size(p.K, 2, expansion);
+                p.state = Array(p.states_shape()).fill(0), p.keys = Array(Index{1, 2, p.D}).fill(0), p.initial = false;
+                ASSERT_EQ(p.run(context, 0, 8), HOLDFAST_OK) << context.error();
+                ASSERT_EQ(p.run(context, 8, 15), HOLDFAST_OK) << context.error();
+                for (int64_t t = 15; t < p.T; t++) ASSERT_EQ(p.step(context, t), HOLDFAST_OK) << context.error();
+                expect_right(p, p.want());
+            }
+}
+
+TEST(Power, TiledStateIsThePublishedOne) {
+    // By its formula: for Y, o, i the feature x[o] x[16 Y + i], on the side of keys times 2 where o < 16 Y.
+    Context context;
+    PowerProblem p{1, 40, 1, 1, 48, 3};
+    p.expansion = HOLDFAST_EXPANSION_TILED, p.initial = false, p.form = HOLDFAST_FORM_CHUNKWISE, p.gates = Gates::none;
+    p.log_decay.fill(0);
+    p.D = holdfast_state_size(48, 2, p.expansion);
+    ASSERT_EQ(p.D, 48 * 16 * 2);
+    p.state = Array(p.states_shape()).fill(0), p.keys = Array(Index{1, 1, p.D}).fill(0);
+    ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+    int64_t f = 0;
+    for (int64_t Y = 0; Y < 3; Y++)
+        for (int64_t o = 0; o < 16 * (Y + 1); o++)
+            for (int64_t i = 0; i < 16; i++, f++) {
+                double sum = 0, of_v = 0;
+                for (int64_t t = 0; t < p.T; t++) {
+                    const double feature = (double)p.k({0, t, 0, o}) * p.k({0, t, 0, 16 * Y + i}) * (o < 16 * Y ? 2 : 1);
+                    sum += feature, of_v += feature * p.v({0, t, 0, 1});
+                }
+                ASSERT_NEAR(p.keys({0, 0, f}), sum, 1e-4) << f;
+                ASSERT_NEAR(p.state({0, 0, f, 1}), of_v, 1e-4) << f;
+            }
+    ASSERT_EQ(f, p.D);
+
+    // And back: the same tight state, to rounding.
+    Array tight(Index{1, 1, holdfast_state_size(48, 2, HOLDFAST_EXPANSION_TIGHT), 3}), again(p.state.shape);
+    Tensor from(p.state), to(tight), back(again);
+    DLTensor dl_from = from.dl(), dl_to = to.dl(), dl_back = back.dl();
+    ASSERT_EQ(holdfast_convert_state(context, 48, &dl_from, HOLDFAST_EXPANSION_TILED, &dl_to, HOLDFAST_EXPANSION_TIGHT),
+              HOLDFAST_OK)
+        << context.error();
+    const reference::PowerResult want = p.want();
+    expect_close("tight", tight, want.state, want.state_spread, p.share());
+    ASSERT_EQ(holdfast_convert_state(context, 48, &dl_to, HOLDFAST_EXPANSION_TIGHT, &dl_back, HOLDFAST_EXPANSION_TILED),
+              HOLDFAST_OK);
+    EXPECT_LE(relative_rms(again.values(), p.state.values()), 1e-7);
+}
+
+TEST(Power, PackedSequencesAreCallsOfTheirOwn) {
+    Context context;
+    PowerProblem p{1, 90, 2, 1, 32, 32};
+    p.starts = {0, 0, 70, 71, 71, 90}, p.initial = false, p.form = HOLDFAST_FORM_CHUNKWISE;
+    p.state = Array(p.states_shape()).fill(0), p.keys = Array(Index{5, 2, p.D}).fill(0);
+    ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+    for (size_t s = 0; s + 1 < p.starts.size(); s++) {
+        if (p.starts[s] == p.starts[s + 1]) continue;
+        PowerProblem one{1, 90, 2, 1, 32, 32};
+        one.initial = false, one.form = p.form;
+        ASSERT_EQ(one.run(context, p.starts[s], p.starts[s + 1]), HOLDFAST_OK) << context.error();
+        for (int64_t t = p.starts[s]; t < p.starts[s + 1]; t++)
+            for (int64_t h = 0; h < 2; h++) {
+                ASSERT_EQ(one.out({0, t, h, 5}), p.out({0, t, h, 5}));
+                ASSERT_EQ(one.state({0, h, 17, 5}), p.state({(int64_t)s, h, 17, 5}));
+            }
+    }
+}
+
+TEST(Power, SameBitsForAnyNumberOfThreads) {
+    std::optional<PowerProblem> one;
+    for (int threads : {1, 2, 5}) {
+        Context context("", threads);
+        PowerProblem p{1, 150, 1, 2, 64, 64};
+        p.initial = false;
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        if (!one) one = p;
+        EXPECT_TRUE(same_bits(p.out, one->out) && same_bits(p.state, one->state) && same_bits(p.keys, one->keys)) << threads;
+    }
+}
+
+TEST(Power, NotANumberStaysInItsHead) {
+    Context context;
+    PowerProblem clean{1, 70, 2, 1, 32, 32}, p{1, 70, 2, 1, 32, 32};
+    clean.initial = p.initial = false;
+    p.k({0, 3, 0, 5}) = std::nanf(""), p.v({0, 40, 0, 5}) = INFINITY, p.q({0, 60, 0, 1}) = std::nanf("");
+    ASSERT_EQ(clean.run(context), HOLDFAST_OK);
+    ASSERT_EQ(p.run(context), HOLDFAST_OK);
+    for (int64_t t = 0; t < p.T; t++) ASSERT_EQ(p.out({0, t, 1, 7}), clean.out({0, t, 1, 7})) << t;
+    EXPECT_TRUE(std::isnan(p.out({0, 69, 0, 7})));
+}
+
+TEST(Power, Numbers) {
+    // Relative RMS over T = 4096, K = V = 64, at gates from weak to strong; q and k of any size; types of 16 bits.
+    Context context;
+    auto expect = [&](const char *what, float gate, double size, const Dtype &dtype, double bound) {
+        SCOPED_TRACE(what);
+        PowerProblem p{1, 2048, 1, 1, 64, 64};
+        p.dtype = dtype, p.initial = false;
+        p.log_decay = Array(Index{1, 2048, 1}).fill(p.random, gate, 0);
+        each(p.q.shape, [&](const Index &i) { p.q(i) *= (float)size; });
+        each(p.k.shape, [&](const Index &i) { p.k(i) *= (float)size; });
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        EXPECT_LE(relative_rms(p.out.values(), p.want(false).out), bound);
+    };
+    constexpr double bound = tolerance::relative_rms_of_power;
+    expect("weak", -1e-3f, 1, f32, bound), expect("strong", -6, 1, f32, bound);
+    expect("tiny", -1e-2f, 1e-15, f32, bound), expect("huge", -1e-2f, 1e8, f32, bound);
+    expect("f16", -1e-2f, 1, f16, tolerance::relative_rms_f16), expect("bf16", -1e-2f, 1, bf16, tolerance::relative_rms_bf16);
+}
+
+TEST(Power, AllOnesInFp16) {
+    // 65,536 tokens of ones: out is the decayed mean of v.
+    const int64_t T = 65536;
+    Context context;
+    PowerProblem p{1, T, 1, 1, 32, 32};
+    p.dtype = f16, p.initial = false;
+    p.q.fill(1), p.k.fill(1), p.log_decay = Array(Index{1, T, 1}).fill(-1e-4f);
+    ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+    const double decay = std::exp((double)-1e-4f);
+    std::vector<double> want;
+    std::vector<float> got;
+    double sum = 0, weight = 0;
+    for (int64_t t = 0; t < T; t++) {
+        sum = decay * sum + p.v({0, t, 0, 3}), weight = decay * weight + 1;
+        want.push_back(sum / weight), got.push_back(p.out({0, t, 0, 3}));
+    }
+    EXPECT_LE(relative_rms(got, want), tolerance::relative_rms_f16);
+}
+
+}  // namespace
