@@ -49,7 +49,8 @@ def test_the_selected_variants_are_those_that_run(problem):
     lines = []
     holdfast.set_verbose(lines.append)
     selected = [v for v in holdfast.info()["variants"] if v["selected"]]
-    assert {v["kernel"] for v in selected} == {"chunkwise", "recurrent", "rotate", "head_norm_gate"}
+    kernels = {"chunkwise", "recurrent", "power", "power_step", "rotate", "head_norm_gate"}
+    assert {v["kernel"] for v in selected} == kernels
     assert all(v["runs_here"] for v in selected)
     for variant in selected:
         [backend] = [name for name, b in holdfast.info()["backends"].items() if variant["target"] in b["targets"]]
@@ -71,6 +72,14 @@ def test_the_selected_variants_are_those_that_run(problem):
                     call(rows)
                 continue
             call(rows)
+        elif variant["kernel"].startswith("power"):
+            degree, form = variant["degree"] or 1, "recurrent" if variant["kernel"] == "power_step" else "chunkwise"
+            rows = [of_dtype(x) for x in (p.q, p.k, p.v)]
+            if backend != "cpu":
+                with pytest.raises(NotImplementedError, match="GPU|CPU"):
+                    holdfast.retention(*rows, degree=degree, normalize=True, form=form)
+                continue
+            holdfast.retention(*rows, degree=degree, normalize=True, form=form)
         elif variant["kernel"] == "recurrent":
             holdfast.retention_step(*(of_dtype(x[:, 0]) for x in (p.q, p.k, p.v)), None, p.initial_state)
         else:
