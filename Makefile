@@ -11,8 +11,8 @@ help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: environment-demo ## Stream megabytes of real text through a retention layer: speed, memory, differences, a picture
-	@$(call build,release,holdfast _holdfast,-DHOLDFAST_BENCH=OFF)
-	PYTHONPATH=$(CURDIR)/build/release/python python examples/demo.py
+	@$(call build,demo)
+	PYTHONPATH=$(CURDIR)/build/demo/python python examples/demo.py
 
 test: ## What CI checks: variants of each kind, then sanitizers, then Python
 	@$(MAKE) --no-print-directory --keep-going test-ci test-asan test-tsan test-python

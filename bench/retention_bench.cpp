@@ -225,7 +225,8 @@ private:
 
     reference::Result reference_of(int64_t h) const {
         const int64_t T = shape.T, H = shape.H, K = shape.K, V = shape.V;
-        reference::Inputs in{1, T, 1, K, V, {}, {}, {}, {}, {}, 1 / std::sqrt((double)K)};
+        reference::Inputs in{1, T, 1, K, V};
+        in.scale = 1 / std::sqrt((double)K);
         in.q = {q.data() + h * K, {0, H * K, 0, 1}}, in.k = {k.data() + h * K, {0, H * K, 0, 1}};
         in.v = {v.data() + h * V, {0, H * V, 0, 1}}, in.log_decay = {log_decay.data() + h, {0, H, 0, 0}};
         in.initial_state = {initial_state.data() + h * K * V, {0, 0, V, 1}};
@@ -251,7 +252,8 @@ public:
         for (int64_t head : {(int64_t)0, B * H - 1})
             for (int64_t n = 0; n < K * V; n++) state.data()[head * K * V + n] = (float)(n % 17) / 17 - 0.5f;
         for (int64_t head : {(int64_t)0, B * H - 1}) {
-            reference::Inputs in{1, 1, 1, K, V, {}, {}, {}, {}, {}, 1 / std::sqrt((double)K)};
+            reference::Inputs in{1, 1, 1, K, V};
+            in.scale = 1 / std::sqrt((double)K);
             in.q = {q.data() + head * K, {0, 0, 0, 1}}, in.k = {k.data() + head * K, {0, 0, 0, 1}};
             in.v = {v.data() + head * V, {0, 0, 0, 1}}, in.log_decay = {log_decay.data() + head, {}};
             in.initial_state = {state.data() + head * K * V, {0, 0, V, 1}};
@@ -612,7 +614,7 @@ int main(int argc, char **argv) {
         for (int64_t T : {256, 4096})
             for (const Dtype &dtype : test::all_dtypes)
                 each_row("power", dtype, [&](const Variant &row, int at_most) {
-                    if (at_most > heads) return;  // columns of values would go to other variants
+                    if (at_most > heads || !on_cpu(row)) return;  // columns of values would go to other variants
                     const Shape shape = {T, heads, K, V, dtype};
                     const int degree = row.degree ? row.degree : 2;
                     std::ostringstream name;

@@ -1,5 +1,6 @@
 # Reads the two tables (targets.cmake, kernels.cmake) and makes everything that follows from them: a Halide library per
-# variant, <build>/generated/{variants.inc, targets.inc, kernels.h}, and the INTERFACE target `holdfast_kernels`.
+# variant, <build>/generated/{variants.inc, variants/<kernel>.inc, targets.inc, kernels.h}, and the INTERFACE target
+# `holdfast_kernels`.
 #
 #   HOLDFAST_TARGETS, HOLDFAST_SIZES: "all", or the list to build.
 #   HOLDFAST_FAKE_METAL: off a Mac, link the stand-in `holdfast_fakemetal` of tests/fakemetal for Apple's frameworks.
@@ -23,6 +24,7 @@ set(holdfast_targets "")
 set(holdfast_variants "")  # items "target|kernel|dtype|chunk|key|value|PARAMS, joined by spaces"; chunk 0, sizes none: a kernel that knows none
 set(holdfast_all_targets "")
 set(holdfast_all_sizes "")
+set(holdfast_all_kernels "")
 
 function(holdfast_target name)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "ARCH;BACKEND;TESTED_ON" "SYSTEMS;FEATURES;NEEDS;TESTED")
@@ -69,6 +71,8 @@ function(holdfast_kernel kernel)
   if(NOT arg_SIZES)
     set(arg_SIZES none)
   endif()
+  list(APPEND holdfast_all_kernels ${kernel})
+  set(holdfast_all_kernels "${holdfast_all_kernels}" PARENT_SCOPE)
   list(APPEND holdfast_all_sizes ${arg_SIZES})
   set(holdfast_all_sizes "${holdfast_all_sizes}" PARENT_SCOPE)
   foreach(target IN LISTS arg_TARGETS)
@@ -134,7 +138,12 @@ endforeach()
 
 set(targets_inc "// Made by cmake/variants.cmake: HOLDFAST_TARGET(name, backend, CPU features needed, chunk table function), best first.\n")
 set(gpu_backends "")
-set(variants_inc "// Made by cmake/variants.cmake: HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree), best first.\n")
+set(about_variants "// Made by cmake/variants.cmake: HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree), best first.\n")
+set(variants_inc "${about_variants}")
+list(REMOVE_DUPLICATES holdfast_all_kernels)
+foreach(kernel IN LISTS holdfast_all_kernels)
+  set(variants_${kernel} "${about_variants}")
+endforeach()
 set(kernels_h "// Made by cmake/variants.cmake: declarations of all kernels.\n#pragma once\n")
 foreach(target IN LISTS holdfast_targets)
   list(JOIN holdfast_needs_${target} " " needs)
@@ -191,7 +200,9 @@ foreach(target IN LISTS holdfast_targets)
     target_link_libraries(holdfast_kernels INTERFACE ${name})
     list(APPEND holdfast_libraries_${target} ${name})
     string(APPEND kernels_h "#include \"${name}.h\"\n")
-    string(APPEND variants_inc "HOLDFAST_VARIANT(${kernel}, ${name}, ${dtype}, ${chunk}, ${key}, ${value}, ${target}, ${row_alignment}, ${round_operands}, ${degree})\n")
+    set(row "HOLDFAST_VARIANT(${kernel}, ${name}, ${dtype}, ${chunk}, ${key}, ${value}, ${target}, ${row_alignment}, ${round_operands}, ${degree})\n")
+    string(APPEND variants_inc "${row}")
+    string(APPEND variants_${kernel} "${row}")
   endforeach()
 endforeach()
 foreach(backend IN LISTS HOLDFAST_BACKENDS)
@@ -205,4 +216,7 @@ endforeach()
 foreach(file targets.inc variants.inc kernels.h)
   string(REPLACE "." "_" content ${file})
   file(CONFIGURE OUTPUT ${PROJECT_BINARY_DIR}/generated/${file} CONTENT "${${content}}" @ONLY)
+endforeach()
+foreach(kernel IN LISTS holdfast_all_kernels)
+  file(CONFIGURE OUTPUT ${PROJECT_BINARY_DIR}/generated/variants/${kernel}.inc CONTENT "${variants_${kernel}}" @ONLY)
 endforeach()

@@ -1,4 +1,4 @@
-// Comparison with the reference, and the seed of what failed.
+// Comparison with the reference.
 #pragma once
 #include "array.h"
 #include "tolerance.h"
@@ -6,21 +6,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstdio>
 #include <sstream>
 
 namespace test {
-
-/// Prints the seed under each failure.
-class SeedPrinter : public testing::EmptyTestEventListener {
-    void OnTestPartResult(const testing::TestPartResult &result) override {
-        if (result.failed()) std::printf("HOLDFAST_TEST_SEED=%u\n", seed());
-    }
-};
-inline const bool seed_printer_added = [] {
-    testing::UnitTest::GetInstance()->listeners().Append(new SeedPrinter);
-    return true;
-}();
 
 inline std::string text(const Index &index) {
     std::ostringstream s;

@@ -20,6 +20,13 @@ inline halide_type_t halide_type(const Dtype &dtype) {
     return halide_type_t(dtype == bf16 ? halide_type_uint : halide_type_float, dtype.dl.bits);
 }
 
+/// Where a tensor is.
+inline Backend home_of(const Tensor &t) {
+    Backend backend = Backend::cpu;
+    backend_of(t.device.device_type, &backend);
+    return backend;
+}
+
 /// A halide_buffer_t with its dimensions, innermost first, all starting at 0.
 struct Buffer : halide_buffer_t {
     halide_dimension_t axes[6];  // as many as any kernel has
@@ -72,5 +79,11 @@ private:
     Workspace &workspace;
     void *memory;
 };
+
+/// Turn what a kernel on the CPU returned into a Failure.
+inline void check_returned(int rc, const Variant &variant, const Workspace &workspace) {
+    if (rc == halide_error_code_out_of_memory) fail(HOLDFAST_OUT_OF_MEMORY, "workspace: out of memory in ", variant.name);
+    if (rc) fail(HOLDFAST_INTERNAL_ERROR, variant.name, " returned ", rc, ": ", workspace.error);
+}
 
 }  // namespace holdfast

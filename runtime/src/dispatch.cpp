@@ -35,18 +35,15 @@ const Variant &step_variant(const Problem &p, const Choice &choice) {
 /// it is ahead until some 300 tokens, 1.8 times as long at 512 and 10 at 4096.
 holdfast_form choose_form(const Problem &p, const Choice &choice) {
     if (p.form != HOLDFAST_FORM_AUTO) return p.form;
-    int64_t longest = 0;
-    for (int64_t s = 0; s < p.N; s++) longest = std::max(longest, p.length(s));
-    const bool few = p.chunk_size == 0 && longest <= chunkwise_variant(p, choice, {}).chunk / least_share;
+    const bool few = p.chunk_size == 0 && p.longest() <= chunkwise_variant(p, choice, {}).chunk / least_share;
     return few && choice.backend == Backend::cpu ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
 /// Whether the kernels of power retention compute it.
 bool is_power(const Problem &p) { return p.degree > 1 || p.normalized; }
 
-/// Throws UNSUPPORTED for what no kernel computes yet.
-void check_computed(const Problem &p) {
-    if (is_power(p)) return;
+/// Throws UNSUPPORTED for states that the other kernels cannot take where they lie.
+void check_state_layout(const Problem &p) {
     for (const Tensor *state : {&p.initial_state, &p.final_state})
         if (state->rank && !state->on_host() && state->shape[3] > 1 && state->stride[3] != 1)
             fail(HOLDFAST_UNSUPPORTED, "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major on ",
@@ -55,8 +52,8 @@ void check_computed(const Problem &p) {
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
     if (p.form == HOLDFAST_FORM_PARALLEL) return run_parallel(c, p, choice);
-    check_computed(p);
     if (is_power(p)) return run_power(c, "forward", p, choice);
+    check_state_layout(p);
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_RECURRENT:
         if (choice.backend != Backend::cpu)
@@ -65,11 +62,14 @@ void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
         return run_recurrent(c, "forward", p, choice);
     default:
         const RowAlignment rows = p.row_alignment(choice.backend);
-        const Variant &variant = chunkwise_variant(p, choice, rows), &best = chunkwise_variant(p, choice, {});
+        const Variant &variant = chunkwise_variant(p, choice, rows);
         std::string why = choice.why;
-        if (c.verbose && &best != &variant)
-            why += ", rows of " + std::string(rows.tensor) + " at multiples of " + std::to_string(rows.bytes) +
-                   " bytes: " + best.name + " wants " + std::to_string(best.row_alignment);
+        if (c.verbose) {
+            const Variant &best = chunkwise_variant(p, choice, {});
+            if (&best != &variant)
+                why += ", rows of " + std::string(rows.tensor) + " at multiples of " + std::to_string(rows.bytes) +
+                       " bytes: " + best.name + " wants " + std::to_string(best.row_alignment);
+        }
         return choice.backend == Backend::cpu ? run_chunkwise(c, p, variant, why.c_str())
                                               : forward_on_gpu(c, p, variant, why.c_str());
     }
@@ -96,7 +96,7 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Choice choice = choose_backend(c, p.home());
         *bytes = 0;
         if (p.form == HOLDFAST_FORM_PARALLEL) return (void)parallel_variant(p, choice);
-        check_computed(p);
+        if (!is_power(p)) check_state_layout(p);
         const bool chunkwise = !is_power(p) && choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
         if (choice.backend != Backend::cuda || !chunkwise) return;
         for (const Variant *variant :
@@ -109,11 +109,11 @@ holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_arg
     return guarded(context, [&](holdfast_context &c) {
         Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        check_computed(p);
         if (is_power(p)) {
             p.form = HOLDFAST_FORM_RECURRENT;
             return run_power(c, "step", p, choice);
         }
+        check_state_layout(p);
         if (choice.backend != Backend::cpu) return step_on_gpu(c, p, step_variant(p, choice), choice.why);
         run_recurrent(c, "step", p, choice);
     });
@@ -124,7 +124,7 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        check_computed(p);
+        if (!is_power(p)) check_state_layout(p);
         *bytes = is_power(p) ? 0 : step_workspace_on_gpu(c, p, step_variant(p, choice));
     });
 }

@@ -125,10 +125,9 @@ public:
         for (Rows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
         log_decay.host = (uint8_t *)decay, log_decay.axes[0].extent = (int32_t)tokens;
         const Variant &variant = plan.variant;
-        const int rc = std::get<ChunkwiseKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, &state, &chunks,
-                                                                table.count, p.scale, &out, &next);
-        if (rc == halide_error_code_out_of_memory) fail(HOLDFAST_OUT_OF_MEMORY, "workspace: out of memory in ", variant.name);
-        if (rc) fail(HOLDFAST_INTERNAL_ERROR, variant.name, " returned ", rc, ": ", workspace.error);
+        const auto run = std::get<ChunkwiseKernel *>(variant.run);
+        check_returned(run(&workspace, &q, &k, &v, &log_decay, &state, &chunks, table.count, p.scale, &out, &next), variant,
+                       workspace);
         std::swap(state.host, next.host);
     }
 

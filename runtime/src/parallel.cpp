@@ -159,11 +159,10 @@ private:
         Buffer state_in = states(r.initial.state.floats(), r.initial.given),
                sum_in = sums(r.initial.sum.floats(), r.initial.given);
         Buffer state_out = states(state, state), sum_out = sums(sum, sum && p.final_sum.rank);
-        const int rc = std::get<ParallelKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, &state_in, &sum_in,
+        check_returned(std::get<ParallelKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, &state_in, &sum_in,
                                                                (int32_t)(r.from / variant.chunk), p.degree, p.normalized,
-                                                               p.scale, &out, &state_out, &sum_out, &r.weights);
-        if (rc == halide_error_code_out_of_memory) fail(HOLDFAST_OUT_OF_MEMORY, "workspace: out of memory in ", variant.name);
-        if (rc) fail(HOLDFAST_INTERNAL_ERROR, variant.name, " returned ", rc, ": ", workspace.error);
+                                                               p.scale, &out, &state_out, &sum_out, &r.weights),
+                       variant, workspace);
     }
 };
 

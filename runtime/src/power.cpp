@@ -27,11 +27,6 @@ const Variant &variant_for(const char *kernel, const Problem &p, const Choice &c
     return select_variant(kernel, p.q.dtype.name, p.K, value_size, p.chunk_size, choice.backend, choice.forced, {}, p.degree);
 }
 
-void check(int rc, const Variant &variant, const Workspace &workspace) {
-    if (rc == halide_error_code_out_of_memory) fail(HOLDFAST_OUT_OF_MEMORY, "workspace: out of memory in ", variant.name);
-    if (rc) fail(HOLDFAST_INTERNAL_ERROR, variant.name, " returned ", rc, ": ", workspace.error);
-}
-
 /// Whether so many steps of `stride` elements are within 32 bits.
 bool fits(int64_t extent, int64_t stride) {
     return std::llabs(stride) <= std::numeric_limits<int32_t>::max() / 2 / std::max<int64_t>(extent, 1);
@@ -124,9 +119,9 @@ void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const P
         log_decay.host = (uint8_t *)log_decay_of(p, part, t), log_decay.axes[0].extent = (int32_t)tokens;
         Buffer state_in = state(carried.states[0]), state_out = state(carried.states[1]);
         Buffer sum_in = sum(carried.sums[0]), sum_out = sum(carried.sums[1]);
-        check(std::get<PowerKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, p.degree,
-                                                   p.normalized, p.scale, &out, &state_out, &sum_out),
-              variant, workspace);
+        check_returned(std::get<PowerKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, p.degree,
+                                                            p.normalized, p.scale, &out, &state_out, &sum_out),
+                       variant, workspace);
         carried.swap();
     }
     carried.finish();
@@ -214,9 +209,10 @@ private:
             q.host = p.q.at<uint8_t>(b, t, h * G), out.host = p.out.at<uint8_t>(b, t, h * G);
             k.host = p.k.at<uint8_t>(b, t, h), v.host = p.v.at<uint8_t>(b, t, h);
             log_decay.host = (uint8_t *)log_decay_of(p, part, t - from);
-            check(std::get<PowerStepKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, (int32_t)block, (int32_t)blocks,
-                                                           p.degree, p.normalized, p.scale, &states, &partial, &keys, &out),
-                  variant, workspace);
+            check_returned(std::get<PowerStepKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, (int32_t)block,
+                                                                    (int32_t)blocks, p.degree, p.normalized, p.scale, &states,
+                                                                    &partial, &keys, &out),
+                           variant, workspace);
         }
         if (carried) carried->finish();
     }
@@ -248,9 +244,7 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     const Variant *variant = &variant_for("power", p, choice, p.V);
     holdfast_form form = p.form;
     if (form == HOLDFAST_FORM_AUTO) {
-        int64_t longest = 0;
-        for (int64_t s = 0; s < p.N; s++) longest = std::max(longest, p.length(s));
-        const bool few = p.chunk_size == 0 && longest <= variant->chunk / least_share;
+        const bool few = p.chunk_size == 0 && p.longest() <= variant->chunk / least_share;
         form = few ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
     }
     if (form == HOLDFAST_FORM_RECURRENT) {

@@ -1,6 +1,7 @@
 #include "problem.h"
 
 #include "args.h"
+#include "buffers.h"
 #include "expansion.h"
 #include "failure.h"
 
@@ -237,10 +238,12 @@ Problem checked_problem(const holdfast_step_args *args) {
     return checked(same, true);
 }
 
-Backend Problem::home() const {
-    Backend backend = Backend::cpu;
-    backend_of(q.device.device_type, &backend);
-    return backend;
+Backend Problem::home() const { return home_of(q); }
+
+int64_t Problem::longest() const {
+    int64_t longest = 0;
+    for (int64_t s = 0; s < N; s++) longest = std::max(longest, length(s));
+    return longest;
 }
 
 RowAlignment Problem::row_alignment(Backend backend) const {

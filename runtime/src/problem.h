@@ -39,7 +39,8 @@ struct Problem {
     int64_t start(int64_t s) const { return packed() ? starts[s] : 0; }
     int64_t length(int64_t s) const { return packed() ? starts[s + 1] - starts[s] : T; }
 
-    Backend home() const;  // where all tensors are
+    int64_t longest() const;  // of the sequences, in tokens
+    Backend home() const;     // where all tensors are
 
     /// Of rows as kernels of `backend` get them: of host tensors in packed copies, where that is a GPU.
     RowAlignment row_alignment(Backend backend) const;

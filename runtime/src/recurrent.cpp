@@ -49,9 +49,7 @@ public:
         q.host = p.q.at<uint8_t>(b, t, first), k.host = p.k.at<uint8_t>(b, t, h), v.host = p.v.at<uint8_t>(b, t, h);
         out.host = p.out.at<uint8_t>(b, t, first);
         RecurrentKernel *run = std::get<RecurrentKernel *>(variant.run);
-        const int rc = run(&workspace, &q, &k, &v, &log_decay, p.scale, &state, &sum, &out);
-        if (rc == halide_error_code_out_of_memory) fail(HOLDFAST_OUT_OF_MEMORY, "workspace: out of memory in ", variant.name);
-        if (rc) fail(HOLDFAST_INTERNAL_ERROR, variant.name, " returned ", rc, ": ", workspace.error);
+        check_returned(run(&workspace, &q, &k, &v, &log_decay, p.scale, &state, &sum, &out), variant, workspace);
     }
 
 private:

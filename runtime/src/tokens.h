@@ -77,19 +77,6 @@ inline halide_dimension_t axis(int64_t extent, int64_t stride) {
     return {0, (int32_t)extent, extent > 1 ? (int32_t)stride : 0};
 }
 
-/// Turn what a kernel returned into a Failure.
-inline void check_returned(int rc, const Variant &variant, const Workspace &workspace) {
-    if (rc == halide_error_code_out_of_memory) fail(HOLDFAST_OUT_OF_MEMORY, "workspace: out of memory in ", variant.name);
-    if (rc) fail(HOLDFAST_INTERNAL_ERROR, variant.name, " returned ", rc, ": ", workspace.error);
-}
-
-/// Where a tensor is.
-inline Backend home_of(const Tensor &t) {
-    Backend backend = Backend::cpu;
-    backend_of(t.device.device_type, &backend);
-    return backend;
-}
-
 /// The variant for rows of that type on the CPU. GPUs' kernels are not called yet.
 inline const Variant &variant_on_cpu(const char *kernel, const Tensor &rows, const Choice &choice) {
     if (choice.backend != Backend::cpu)

@@ -1,6 +1,7 @@
 // What holdfast_step says to bad arguments. Its checks are those of holdfast_forward (arguments_test.cpp); here each is met
 // once, in the words that fit a step, and nothing is written.
 #include "../step.h"
+#include "bad_argument.h"
 
 #include <cstddef>
 #include <cstring>
@@ -172,18 +173,9 @@ std::vector<Case> cases() {
 class BadStepArgument : public testing::TestWithParam<Case> {};
 
 TEST_P(BadStepArgument, IsNamedAndNothingIsWritten) {
-    const Case &bad = GetParam();
     Context context;
     Call call;
-    bad.spoil(call);
-    std::vector<Array> before;
-    for (const Array *array : call.arrays()) before.push_back(*array);
-    EXPECT_EQ(holdfast_step(context, &call.args), bad.status) << context.error();
-    EXPECT_NE(context.error().find(bad.text), std::string::npos) << context.error() << "\nexpected: ..." << bad.text << "...";
-    EXPECT_NE(context.error().find("; expected "), std::string::npos) << context.error();
-    for (size_t n = 0; n < before.size(); n++)
-        EXPECT_TRUE(call.arrays()[n]->same_memory(before[n])) << "array " << n << " was written";
-    EXPECT_TRUE(context.messages.empty()) << context.messages[0];
+    expect_refused(GetParam(), context, call, [&] { return holdfast_step(context, &call.args); });
 }
 
 INSTANTIATE_TEST_SUITE_P(, BadStepArgument, testing::ValuesIn(cases()), [](const auto &info) { return info.param.name; });

@@ -20,7 +20,7 @@ class Row:
     target: str
     row_alignment: int  # elements
     round_operands: bool
-    degree: int  # 0: any
+    degree: int = 0  # of power retention; 0: any
 
     def __str__(self):
         return self.name

@@ -299,8 +299,8 @@ TEST(Target, WithoutForcingTheBestRuns) {
     ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << context.error();
     ASSERT_EQ(context.messages.size(), 1u);
     std::string best;
-    for (const std::string &target : targets(true))
-        if (best.empty() && backend_of(target) == "cpu") best = target;
+    for (const std::string &target : targets())
+        if (auto v = variant_for(target, size); best.empty() && v && v->runs_here && backend_of(target) == "cpu") best = target;
     EXPECT_NE(context.messages[0].find(variant_for(best, size)->name), std::string::npos) << context.messages[0];
     EXPECT_NE(context.messages[0].find("best target"), std::string::npos) << context.messages[0];
 }

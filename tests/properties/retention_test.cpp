@@ -459,7 +459,8 @@ TEST_P(Retention, ColumnsOfValuesAreSharedAmongThreads) {
     EXPECT_TRUE(same_bits(one.out, many.out));
     EXPECT_TRUE(same_bits(one.final_state, many.final_state));
     EXPECT_TRUE(many.out.gaps_intact() && many.final_state.gaps_intact());
-    if (V == 64) {
+    const auto narrower = variant_for(GetParam().target, {K, 32}, dtype);
+    if (V == 64 && narrower && narrower->chunk == C) {  // long enough, and there is a variant for it
         EXPECT_NE(context->messages.back().find("32 columns of values at a time, 2 threads"), std::string::npos)
             << context->messages.back();
     }

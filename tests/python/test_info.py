@@ -45,20 +45,6 @@ def test_info():
             assert variant[key] == by_name[variant["target"]][key]
 
 
-def call(kernel, degree, q, k, v, state, rows):
-    """Something that `kernel` computes."""
-    if kernel in ("chunkwise", "parallel"):
-        holdfast.retention(q, k, v, form=kernel)
-    elif kernel == "recurrent":
-        holdfast.retention_step(q, k, v, None, state)
-    elif kernel in ("power", "power_step"):
-        holdfast.retention(q, k, v, degree=degree, form="chunkwise" if kernel == "power" else "recurrent")
-    elif kernel == "rotate":
-        holdfast.rotate(rows, holdfast.theta(6))
-    else:
-        holdfast.head_norm_gate(rows)
-
-
 def test_the_selected_variants_are_those_that_run(problem):
     lines = []
     holdfast.set_verbose(lines.append)
@@ -75,16 +61,29 @@ def test_the_selected_variants_are_those_that_run(problem):
             "f16": lambda x: x.astype(np.float16),
             "bf16": lambda x: holdfast.BFloat16Array(np.zeros(x.shape, np.uint16)),
         }[variant["dtype"]]
-        q, k, v = of_dtype(p.q), of_dtype(p.k), of_dtype(p.v)
-        if variant["kernel"] == "recurrent":
-            q, k, v = of_dtype(p.q[:, 0]), of_dtype(p.k[:, 0]), of_dtype(p.v[:, 0])
-        rows = of_dtype(np.zeros((1, 2, 1, 6), np.float32))
-        arguments = (variant["kernel"], variant["degree"] or 3, q, k, v, p.initial_state, rows)
-        if backend != "cpu" and variant["kernel"] not in ("chunkwise", "recurrent"):
-            with pytest.raises(NotImplementedError, match=f"backend {backend}; expected the CPU"):
-                call(*arguments)
-            continue
-        call(*arguments)
+        around = {
+            "rotate": lambda x: holdfast.rotate(x, holdfast.theta(6)),
+            "head_norm_gate": lambda x: holdfast.head_norm_gate(x),
+        }
+        if call := around.get(variant["kernel"]):
+            rows = of_dtype(np.zeros((1, 2, 1, 6), np.float32))
+            if backend != "cpu":
+                with pytest.raises(NotImplementedError, match=f"to run on backend {backend}; expected the CPU"):
+                    call(rows)
+                continue
+            call(rows)
+        elif variant["kernel"].startswith("power"):
+            degree, form = variant["degree"] or 1, "recurrent" if variant["kernel"] == "power_step" else "chunkwise"
+            rows = [of_dtype(x) for x in (p.q, p.k, p.v)]
+            if backend != "cpu":
+                with pytest.raises(NotImplementedError, match="GPU|CPU"):
+                    holdfast.retention(*rows, degree=degree, normalize=True, form=form)
+                continue
+            holdfast.retention(*rows, degree=degree, normalize=True, form=form)
+        elif variant["kernel"] == "recurrent":
+            holdfast.retention_step(*(of_dtype(x[:, 0]) for x in (p.q, p.k, p.v)), None, p.initial_state)
+        else:
+            holdfast.retention(of_dtype(p.q), of_dtype(p.k), of_dtype(p.v), form=variant["kernel"])
         assert f" {variant['name']} " in lines.pop()
     holdfast.set_backend(None)
 

@@ -129,6 +129,37 @@ def test_parallel_form_returns_weights_last(problem):
     assert out.shape == p.v.shape and weights.shape == (1, 2, 20, 20)
 
 
+@pytest.mark.parametrize("degree, normalize", [(1, True), (2, None), (2, False), (3, False), (4, True)])
+def test_power(problem, degree, normalize):
+    """Against all pairs of tokens; and cut in two, the second part token by token."""
+    p = problem(2, 70, 2, 8, 5)
+    log_decay, scale = -np.abs(np.float32(p.log_decay)), 0.5
+    out, state, *sums = holdfast.retention(
+        p.q, p.k, p.v, log_decay, scale=scale, degree=degree, normalize=normalize, return_state=True
+    )
+    until = np.cumsum(np.broadcast_to(log_decay, p.q.shape[:3]).astype(np.float64), 1).transpose(0, 2, 1)
+    weights = (scale * np.einsum("bihd,bjhd->bhij", *(np.float64(x) for x in (p.q, p.k)))) ** degree
+    weights *= np.tril(np.exp(np.minimum(until[..., :, None] - until[..., None, :], 0)))
+    normalized = degree > 1 if normalize is None else normalize
+    sum_of_weights = weights.sum(-1)[..., None] if normalized else np.ones((*weights.shape[:3], 1))
+    expected = (np.einsum("bhij,bjhe->bhie", weights, p.v) / sum_of_weights).transpose(0, 2, 1, 3)
+    spread = (np.einsum("bhij,bjhe->bhie", np.abs(weights), np.abs(p.v)) / np.abs(sum_of_weights)).transpose(0, 2, 1, 3)
+    if degree % 2 and normalized:  # a sum that nearly vanishes is far from any number of terms
+        spread *= (np.abs(weights).sum(-1)[..., None] / np.abs(sum_of_weights)).transpose(0, 2, 1, 3)
+    assert np.all(np.abs(out - expected) <= 2e-5 * spread)
+    assert len(sums) == normalized
+    assert state.shape == (2, 2, holdfast.state_size(8, degree), 5)
+
+    first = (x[:, :60] for x in (p.q, p.k, p.v, np.broadcast_to(log_decay, p.q.shape[:3])))
+    _, state, *sums = holdfast.retention(
+        *first, scale=scale, degree=degree, normalize=normalize, return_state=True, form="chunkwise"
+    )
+    for t in range(60, 70):
+        rows = (x[:, t] for x in (p.q, p.k, p.v, np.broadcast_to(log_decay, p.q.shape[:3])))
+        token = holdfast.retention_step(*rows, state, *sums, scale=scale, degree=degree, normalize=normalize)
+        assert np.all(np.abs(token - expected[:, t]) <= 2e-5 * spread[:, t])
+
+
 @pytest.mark.parametrize("scale", [1, -0.25, np.float32(3)])
 def test_scale(problem, scale):
     p = problem(1, 70, 2, 16, 8)

@@ -150,7 +150,6 @@ READ_ONLY = np.broadcast_to(np.float32(0), (B, H, K, V))
         (ValueError, "state [B, Hk, D, V] has D = 8; expected 36", {"degree": 2}),
         (ValueError, "sum_of_keys is NULL; expected a tensor [B, Hk, D]", {"normalize": True}),
         (ValueError, "sum_of_keys is given, and degree 1", {"sum_of_keys": ones(B, H, K)}),
-        (NotImplementedError, "normalize is HOLD", {"normalize": True, "sum_of_keys": ones(B, H, K)}),
         (TypeError, "state is of type NoneType; expected an array", {"state": None}),
         (TypeError, "q is of type list; expected an array", {"q": [1.0]}),
     ],

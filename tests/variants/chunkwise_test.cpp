@@ -20,19 +20,12 @@ struct Variant {
                halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count, float scale, halide_buffer_t *out,
                halide_buffer_t *state_out);
 };
-constexpr Variant variants[] = {
-#define HOLDFAST_ROW_chunkwise(name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, ...) \
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, ...) \
     {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), {row_alignment, round_operands}, name},
-#define HOLDFAST_ROW_parallel(...)
-#define HOLDFAST_ROW_recurrent(...)
-#define HOLDFAST_ROW_rotate(...)
-#define HOLDFAST_ROW_head_norm_gate(...)
-#define HOLDFAST_ROW_power(...)
-#define HOLDFAST_ROW_power_step(...)
-#define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
-#include <variants.inc>
-#undef HOLDFAST_VARIANT
+const std::vector<Variant> variants = {
+#include <variants/chunkwise.inc>
 };
+#undef HOLDFAST_VARIANT
 
 struct Instance {
     Variant variant;
@@ -59,14 +52,6 @@ std::vector<Instance> instances() {
                 if (all || c.name == "packed" || c.name.rfind("layout_", 0) == 0) list.push_back({variant, size, c});
     }
     return list;
-}
-
-/// Why a variant cannot be tested here. Failing a backend that is required is not among the reasons.
-std::string reason_to_skip(const Variant &variant) {
-    const std::string missing = missing_here(variant.name);
-    if (!missing.empty() && required(variant.backend))
-        ADD_FAILURE() << "HOLDFAST_REQUIRED_BACKENDS has " << variant.backend << ": " << missing;
-    return missing;
 }
 
 class Chunkwise : public testing::TestWithParam<Instance> {};

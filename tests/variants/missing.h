@@ -34,6 +34,15 @@ inline std::string missing_here(const std::string &variant) {
     return "(not listed by holdfast_variant_at)";
 }
 
+/// The same of a variant with a name and a backend, which fails the test where that backend is required.
+template<class Variant>
+std::string reason_to_skip(const Variant &variant) {
+    const std::string missing = missing_here(variant.name);
+    if (!missing.empty() && required(variant.backend))
+        ADD_FAILURE() << "HOLDFAST_REQUIRED_BACKENDS has " << variant.backend << ": " << missing;
+    return missing;
+}
+
 /// Why a case cannot be run by calling a kernel of that backend directly; "" if it can. (The library never asks for either.)
 inline std::string not_on(const std::string &backend, Layout layout, bool empty) {
     if (backend == "cpu") return "";

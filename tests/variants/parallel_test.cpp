@@ -3,9 +3,7 @@
 #include "../parallel_call.h"
 #include "missing.h"
 
-#include <holdfast/holdfast.h>
 #include <kernels.h>
-#include <string_view>
 
 namespace {
 using namespace test;
@@ -21,26 +19,12 @@ struct Variant {
                float scale, halide_buffer_t *out, halide_buffer_t *state_out, halide_buffer_t *keys_out,
                halide_buffer_t *weights);
 };
-constexpr const char *backend_of(std::string_view target) {
-#define HOLDFAST_TARGET(name, backend, needs, chunk_table) \
-    if (target == #name) return #backend;
-#include <targets.inc>
-#undef HOLDFAST_TARGET
-    return "";
-}
-constexpr Variant variants[] = {
-#define HOLDFAST_ROW_chunkwise(...)
-#define HOLDFAST_ROW_parallel(name, dtype, chunk, key_size, value_size, target, ...) \
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, ...) \
     {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), name},
-#define HOLDFAST_ROW_recurrent(...)
-#define HOLDFAST_ROW_rotate(...)
-#define HOLDFAST_ROW_head_norm_gate(...)
-#define HOLDFAST_ROW_power(...)
-#define HOLDFAST_ROW_power_step(...)
-#define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
-#include <variants.inc>
-#undef HOLDFAST_VARIANT
+const std::vector<Variant> variants = {
+#include <variants/parallel.inc>
 };
+#undef HOLDFAST_VARIANT
 
 struct Instance {
     Variant variant;
@@ -69,11 +53,10 @@ class Parallel : public testing::TestWithParam<Instance> {};
 
 TEST_P(Parallel, MatchesReference) {
     const Instance &instance = GetParam();
-    const std::string missing = missing_here(instance.variant.name), backend = instance.variant.backend;
-    if (!missing.empty() && required(backend)) FAIL() << "HOLDFAST_REQUIRED_BACKENDS has " << backend << ": " << missing;
+    const std::string missing = reason_to_skip(instance.variant), backend = instance.variant.backend;
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
-    if (instance.parallel_case.layout == Layout::reversed && backend != "cpu")
-        GTEST_SKIP() << "Halide's runtime does not copy negative strides to a GPU; the library never asks it to";
+    const std::string reason = not_on(backend, instance.parallel_case.layout, false);
+    if (!reason.empty()) GTEST_SKIP() << reason;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     const Variant &variant = instance.variant;
     ParallelCall(instance.parallel_case, variant.block, instance.size, variant.dtype)

@@ -23,34 +23,18 @@ using ChunkKernel = int(const void *, Buffer *q, Buffer *k, Buffer *v, Buffer *l
 using StepKernel = int(const void *, Buffer *q, Buffer *k, Buffer *v, Buffer *log_decay, int32_t block, int32_t blocks,
                        int32_t degree, int32_t normalize, float scale, Buffer *state, Buffer *sum, Buffer *keys, Buffer *out);
 
-#define HOLDFAST_ROW_chunkwise(...)
-#define HOLDFAST_ROW_parallel(...)
-#define HOLDFAST_ROW_recurrent(...)
-#define HOLDFAST_ROW_rotate(...)
-#define HOLDFAST_ROW_head_norm_gate(...)
-#define HOLDFAST_ROW(name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree) \
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree) \
     {#name, dtype, degree, chunk, {key_size, value_size}, backend_of(#target), name},
-#define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
-#define HOLDFAST_ROW_power HOLDFAST_ROW
-#define HOLDFAST_ROW_power_step(...)
-constexpr Variant<ChunkKernel> chunk_variants[] = {
-#include <variants.inc>
+const std::vector<Variant<ChunkKernel>> chunk_variants = {
+#include <variants/power.inc>
 };
-#undef HOLDFAST_ROW_power
-#undef HOLDFAST_ROW_power_step
-#define HOLDFAST_ROW_power(...)
-#define HOLDFAST_ROW_power_step HOLDFAST_ROW
-constexpr Variant<StepKernel> step_variants[] = {
-#include <variants.inc>
+const std::vector<Variant<StepKernel>> step_variants = {
+#include <variants/power_step.inc>
 };
+#undef HOLDFAST_VARIANT
 
 constexpr Size sizes_of_any[] = {{1, 1}, {5, 7}, {16, 33}};  // D grows with the degree
 
-/// A list of any length, 0 where a build has none.
-template<class List>
-auto listed(const List &list) {
-    return std::vector(&list[0], &list[0] + sizeof list / sizeof list[0]);
-}
 template<class Kernel>
 void PrintTo(const Variant<Kernel> &v, std::ostream *stream) {
     *stream << v.name;
@@ -59,8 +43,7 @@ void PrintTo(const Variant<Kernel> &v, std::ostream *stream) {
 /// All cases of a variant, of sizes and degrees that it takes, by `call(PowerCall)`.
 template<class Kernel, class Call>
 void expect_reference(const Variant<Kernel> &variant, int chunk, const Call &call) {
-    const std::string missing = missing_here(variant.name), backend = variant.backend;
-    if (!missing.empty() && required(backend)) FAIL() << "HOLDFAST_REQUIRED_BACKENDS has " << backend << ": " << missing;
+    const std::string missing = reason_to_skip(variant), backend = variant.backend;
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     std::vector<int> degrees = {1, 2, 3, 4};
@@ -86,7 +69,7 @@ TEST_P(Power, MatchesReference) {
         call.expect_reference([&](auto &&...arguments) { return GetParam().run(nullptr, arguments...); });
     });
 }
-INSTANTIATE_TEST_SUITE_P(, Power, testing::ValuesIn(listed(chunk_variants)), [](const auto &info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(, Power, testing::ValuesIn(chunk_variants), [](const auto &info) { return info.param.name; });
 
 class PowerStep : public testing::TestWithParam<Variant<StepKernel>> {};
 TEST_P(PowerStep, MatchesReference) {
@@ -94,7 +77,6 @@ TEST_P(PowerStep, MatchesReference) {
         call.expect_reference(token_by_token([&](auto &&...arguments) { return GetParam().run(nullptr, arguments...); }));
     });
 }
-INSTANTIATE_TEST_SUITE_P(, PowerStep, testing::ValuesIn(listed(step_variants)),
-                         [](const auto &info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(, PowerStep, testing::ValuesIn(step_variants), [](const auto &info) { return info.param.name; });
 
 }  // namespace

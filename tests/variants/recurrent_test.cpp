@@ -17,19 +17,12 @@ struct Variant {
     int (*run)(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v, halide_buffer_t *log_decay,
                float scale, halide_buffer_t *state, halide_buffer_t *sum, halide_buffer_t *out);
 };
-constexpr Variant variants[] = {
-#define HOLDFAST_ROW_chunkwise(...)
-#define HOLDFAST_ROW_parallel(...)
-#define HOLDFAST_ROW_rotate(...)
-#define HOLDFAST_ROW_head_norm_gate(...)
-#define HOLDFAST_ROW_recurrent(name, dtype, chunk, key_size, value_size, target, ...) \
+#define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, ...) \
     {#name, dtype, {key_size, value_size}, backend_of(#target), name},
-#define HOLDFAST_ROW_power(...)
-#define HOLDFAST_ROW_power_step(...)
-#define HOLDFAST_VARIANT(kernel, ...) HOLDFAST_ROW_##kernel(__VA_ARGS__)
-#include <variants.inc>
-#undef HOLDFAST_VARIANT
+const std::vector<Variant> variants = {
+#include <variants/recurrent.inc>
 };
+#undef HOLDFAST_VARIANT
 
 struct Instance {
     Variant variant;
@@ -55,8 +48,7 @@ class Recurrent : public testing::TestWithParam<Instance> {};
 
 TEST_P(Recurrent, MatchesReference) {
     const Instance &instance = GetParam();
-    const std::string missing = missing_here(instance.variant.name), backend = instance.variant.backend;
-    if (!missing.empty() && required(backend)) FAIL() << "HOLDFAST_REQUIRED_BACKENDS has " << backend << ": " << missing;
+    const std::string missing = reason_to_skip(instance.variant), backend = instance.variant.backend;
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     for (const StepCase &c : step_cases()) {
