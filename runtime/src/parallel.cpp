@@ -1,9 +1,11 @@
 // The parallel form on the CPU: rows of out are apart from one another, so pieces of work are parts of the rows of a head. The
-// final state is a call of its own afterwards, without rows: it may lie where the initial one is read.
+// final state is a call of its own afterwards, without rows: it may lie where the initial one is read. Of degrees above 1 it is
+// made by the kernels of power retention.
 #include "parallel.h"
 
 #include "buffers.h"
 #include "failure.h"
+#include "power.h"
 
 #include <algorithm>
 #include <cmath>
@@ -172,10 +174,9 @@ const Variant &parallel_variant(const Problem &p, const Choice &choice) {
     if (choice.backend != Backend::cpu)
         fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL and the backend ", name_of(choice.backend),
              "; expected the cpu: no kernel of it for others yet");
-    for (const Tensor *state : {&p.initial_state, &p.final_state, &p.final_sum})
-        if (state->rank && p.degree > 1)
-            fail(HOLDFAST_UNSUPPORTED, state->name, " is given, form is HOLDFAST_FORM_PARALLEL and degree ", p.degree,
-                 "; expected NULL: no kernel of it with states for degrees above 1 yet");
+    if (p.initial_state.rank && p.degree > 1)
+        fail(HOLDFAST_UNSUPPORTED, "initial_state is given, form is HOLDFAST_FORM_PARALLEL and degree ", p.degree,
+             "; expected NULL: no kernel of it with initial states for degrees above 1 yet");
     return select_variant("parallel", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
 }
 
@@ -190,7 +191,10 @@ void run_parallel(holdfast_context &c, const Problem &p, const Choice &choice) {
     c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
         work.rows(workspace, n % heads / p.Hk, n % heads % p.Hk, work.parts - 1 - n / heads);
     });
-    if (p.final_state.rank || p.final_sum.rank)
+    if (!p.final_state.rank && !p.final_sum.rank) return;
+    if (p.degree > 1)
+        run_power_states(c, "forward", p, choice);
+    else
         c.for_each(heads, [&](Workspace &workspace, int64_t n) { work.state(workspace, n / p.Hk, n % p.Hk); });
 }
 

@@ -86,6 +86,8 @@ struct Rows : Buffer {
         first = x.at<uint8_t>(p.entry(part.sequence), p.start(part.sequence), of_queries ? part.head * p.group() : part.head);
         if (of_values) first += part.column * type.bytes();
     }
+    /// All rows in one place, for what is not wanted.
+    void write_to(const Scratch &row) { first = (uint8_t *)row.floats(), axes[1].stride = 0; }
     void look_at(int64_t t, int64_t tokens) {
         host = first + t * axes[1].stride * (int64_t)type.bytes();
         axes[1].extent = (int32_t)tokens;
@@ -106,7 +108,9 @@ const float *log_decay_of(const Problem &p, const Part &part, int64_t t) {
 /// All tokens of a part, chunk by chunk.
 void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const Part &part, Workspace &workspace) {
     Carried carried(p, part, workspace);
-    Rows q(p.q, p, part, true), k(p.k, p, part, false), v(p.v, p, part, false), out(p.out, p, part, true);
+    Rows q(p.q, p, part, true), k(p.k, p, part, false), v(p.v, p, part, false), out(p.out.rank ? p.out : p.v, p, part, true);
+    std::optional<Scratch> unwanted;
+    if (!p.out.rank) out.write_to(unwanted.emplace(workspace, part.columns));
     const int32_t stride = p.log_decay.rank == 3 ? (int32_t)p.log_decay.stride[1] : 0, V = (int32_t)part.columns;
     const int32_t D = (int32_t)carried.tight;
     Buffer log_decay(nullptr, float32, {{0, 0, stride}, {0, 1, 0}, {0, 1, 0}});
@@ -272,6 +276,12 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
         const int64_t piece = n / parts, columns = p.V / parts;
         run_chunks(p, *variant, chunk, {piece / p.Hk, piece % p.Hk, n % parts * columns, columns}, workspace);
     });
+}
+
+void run_power_states(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
+    Problem states = p;  // keys in the place of queries, which are more and do not matter
+    states.form = HOLDFAST_FORM_CHUNKWISE, states.q = p.k, states.H = p.Hk, states.out = {};
+    run_power(c, call, states, choice);
 }
 
 }  // namespace holdfast

@@ -9,4 +9,7 @@ namespace holdfast {
 /// better one. Throws UNSUPPORTED for another backend or form.
 void run_power(holdfast_context &context, const char *call, const Problem &p, const Choice &choice);
 
+/// The final state and sum of keys alone, in chunks. Out is not written, nor are weights.
+void run_power_states(holdfast_context &context, const char *call, const Problem &p, const Choice &choice);
+
 }  // namespace holdfast

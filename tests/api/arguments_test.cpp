@@ -252,12 +252,14 @@ std::vector<Case> cases() {
         [](Call &c) { c.want_weights(), c.place(c.out, 1024), c.place(c.weights, 1025); });
 
     // ---- What no kernel computes yet.
-    add("parallel_of_degree_2_with_states", unsupported,
-        "final_state is given, form is HOLDFAST_FORM_PARALLEL and degree 2; expected NULL: no kernel of it with states for "
-        "degrees above 1 yet",
+    add("parallel_of_degree_2_with_an_initial_state", unsupported,
+        "initial_state is given, form is HOLDFAST_FORM_PARALLEL and degree 2; expected NULL: no kernel of it with initial "
+        "states "
+        "for degrees above 1 yet",
         [](Call &c) {
-            c.args.degree = 2, c.args.form = HOLDFAST_FORM_PARALLEL, c.args.initial_state = nullptr;
-            c.final_state.shape[2] = 10, c.place(c.final_state, 1024);
+            c.args.degree = 2, c.args.normalize = HOLDFAST_NORMALIZE_NONE, c.args.form = HOLDFAST_FORM_PARALLEL;
+            c.args.final_state = nullptr;
+            c.initial_state.shape[2] = 10, c.place(c.initial_state, 1024);
         });
 
     // ---- Missing tensors.

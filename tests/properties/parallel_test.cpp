@@ -190,7 +190,7 @@ TEST_P(Parallel, StateInPlace) {
     EXPECT_TRUE(same_bits(apart.final_state, in_place.state));
 }
 
-TEST_P(Parallel, StatesOfHigherDegreesAreUnsupported) {
+TEST_P(Parallel, InitialStatesOfHigherDegreesAreUnsupported) {
     Call call{1, 3, 1, 2, 2, 1, 2, true, false};
     call.state = call.final_state = Array({1, 1, 3, 2});
     call.sum = call.final_sum = Array({1, 1, 3});
@@ -198,8 +198,8 @@ TEST_P(Parallel, StatesOfHigherDegreesAreUnsupported) {
     EXPECT_EQ(call.run(context, HOLDFAST_FORM_PARALLEL), HOLDFAST_UNSUPPORTED);
     EXPECT_EQ(
         context.error(),
-        "initial_state is given, form is HOLDFAST_FORM_PARALLEL and degree 2; expected NULL: no kernel of it with states for "
-        "degrees above 1 yet");
+        "initial_state is given, form is HOLDFAST_FORM_PARALLEL and degree 2; expected NULL: no kernel of it with initial "
+        "states for degrees above 1 yet");
 }
 
 std::vector<Instance> parallel_instances(const std::vector<Size> &sizes) {

@@ -111,13 +111,15 @@ class PowerForms : public testing::TestWithParam<Case> {};
 TEST_P(PowerForms, MatchReferenceCutAndContinued) {
     const auto [degree, normalize, K, V] = GetParam();
     Context context;
-    for (holdfast_form form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT}) {
+    for (holdfast_form form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT, HOLDFAST_FORM_PARALLEL}) {
         SCOPED_TRACE(form);
         PowerProblem p{2, 70, 1, 2, K, V, degree, normalize};
         p.form = form;
         p.initial = false;
-        for (const auto &[from, to] : std::vector<std::pair<int64_t, int64_t>>{{0, 33}, {33, 33}, {33, 70}})
+        for (const auto &[from, to] : std::vector<std::pair<int64_t, int64_t>>{{0, 33}, {33, 33}, {33, 70}}) {
             ASSERT_EQ(p.run(context, from, to), HOLDFAST_OK) << context.error();
+            if (form == HOLDFAST_FORM_PARALLEL) p.form = HOLDFAST_FORM_AUTO;  // it takes no initial states
+        }
         expect_right(p, p.want());
     }
 }
@@ -195,20 +197,23 @@ TEST(Power, TiledStateIsThePublishedOne) {
 
 TEST(Power, PackedSequencesAreCallsOfTheirOwn) {
     Context context;
-    PowerProblem p{1, 90, 2, 1, 32, 32};
-    p.starts = {0, 0, 70, 71, 71, 90}, p.initial = false, p.form = HOLDFAST_FORM_CHUNKWISE;
-    p.state = Array(p.states_shape()).fill(0), p.keys = Array(Index{5, 2, p.D}).fill(0);
-    ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
-    for (size_t s = 0; s + 1 < p.starts.size(); s++) {
-        if (p.starts[s] == p.starts[s + 1]) continue;
-        PowerProblem one{1, 90, 2, 1, 32, 32};
-        one.initial = false, one.form = p.form;
-        ASSERT_EQ(one.run(context, p.starts[s], p.starts[s + 1]), HOLDFAST_OK) << context.error();
-        for (int64_t t = p.starts[s]; t < p.starts[s + 1]; t++)
-            for (int64_t h = 0; h < 2; h++) {
-                ASSERT_EQ(one.out({0, t, h, 5}), p.out({0, t, h, 5}));
-                ASSERT_EQ(one.state({0, h, 17, 5}), p.state({(int64_t)s, h, 17, 5}));
-            }
+    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_PARALLEL}) {
+        SCOPED_TRACE(form);
+        PowerProblem p{1, 90, 2, 1, 32, 32};
+        p.starts = {0, 0, 70, 71, 71, 90}, p.initial = false, p.form = form;
+        p.state = Array(p.states_shape()).fill(0), p.keys = Array(Index{5, 2, p.D}).fill(0);
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        for (size_t s = 0; s + 1 < p.starts.size(); s++) {
+            if (p.starts[s] == p.starts[s + 1]) continue;
+            PowerProblem one{1, 90, 2, 1, 32, 32};
+            one.initial = false, one.form = p.form;
+            ASSERT_EQ(one.run(context, p.starts[s], p.starts[s + 1]), HOLDFAST_OK) << context.error();
+            for (int64_t t = p.starts[s]; t < p.starts[s + 1]; t++)
+                for (int64_t h = 0; h < 2; h++) {
+                    ASSERT_EQ(one.out({0, t, h, 5}), p.out({0, t, h, 5}));
+                    ASSERT_EQ(one.state({0, h, 17, 5}), p.state({(int64_t)s, h, 17, 5}));
+                }
+        }
     }
 }
 

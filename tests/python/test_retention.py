@@ -98,7 +98,8 @@ def test_value_major_states(problem):
 def test_what_no_kernel_computes_yet(problem):
     p = problem(1, 20, 2, 16, 8)
     with pytest.raises(NotImplementedError, match="no kernel"):
-        holdfast.retention(p.q, p.k, p.v, p.log_decay, return_state=True, degree=2, form="parallel")
+        state = np.zeros((1, 2, holdfast.state_size(16, 2), 8), np.float32)
+        holdfast.retention(p.q, p.k, p.v, p.log_decay, initial_state=state, degree=2, normalize=False, form="parallel")
 
 
 @pytest.mark.parametrize("normalize", [None, False, True])
@@ -127,6 +128,19 @@ def test_parallel_form_returns_weights_last(problem):
     _, expected = reference.retention(p.q, p.k, np.ones((1, 20, 2, 1)), p.log_decay)
     assert_close(sum_of_keys, expected[..., 0])
     assert out.shape == p.v.shape and weights.shape == (1, 2, 20, 20)
+
+
+@pytest.mark.parametrize("expansion", ["tight", "tiled"])
+def test_parallel_form_hands_its_state_of_degree_2_to_the_others(problem, expansion):
+    p = problem(1, 300, 4, 16, 8)
+    few, options = slice(0, 2), {"degree": 2, "expansion": expansion}
+    rows = [p.q, p.k[:, :, few], p.v[:, :, few], p.log_decay[:, :, few]]
+    expected = holdfast.retention(*rows, **options)
+    first, rest = [x[:, :200] for x in rows], [x[:, 200:] for x in rows]
+    out, state, sums = holdfast.retention(*first, form="parallel", return_state=True, **options)
+    assert_close(out, expected[:, :200])
+    out = holdfast.retention(*rest, initial_state=state, initial_sum_of_keys=sums, **options)
+    assert_close(out, expected[:, 200:])
 
 
 @pytest.mark.parametrize("degree, normalize", [(1, True), (2, None), (2, False), (3, False), (4, True)])

@@ -292,7 +292,7 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *      out_t = scale^p phi(q_t) S_t                        phi(q).phi(k) = (q.k)^p; for p = 1 phi(x) = x
  *      out_t = phi(q_t) S_t / phi(q_t) s_t                 where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: the parallel form's states for a degree above 1; on a GPU, degrees above 1, normalization, the
+ *  HOLDFAST_UNSUPPORTED so far: the parallel form's initial states for a degree above 1; on a GPU, degrees above 1, normalization, the
  *  parallel and the recurrent form, and value-major states that lie there.
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
