@@ -61,6 +61,11 @@ holdfast_kernel(parallel DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic)
 
+# On GPUs a block of threads has all of a block of rows, with its weights in shared memory.
+holdfast_kernel(parallel DTYPES f32 CHUNKS 32
+    SIZES any
+    TARGETS metal opencl vulkan)
+
 # GPUs: half the traffic of states that chunks of 32 have, and the weights of 32 rows are 8 KiB of shared memory.
 holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
     SIZES 64x64 128x128

@@ -83,7 +83,7 @@ ParallelWeights weights(const ParallelFuncs &f, const ParallelCall &call, const 
     w.past_block_sum = Func(name("past_block_sum"));
     w.past_block_sum(i, n, c, g, h, b) += w.past(i, w.over_summed_key, n, c, g, h, b);
     w.over_past_block = RDom(0, blocks, name("over_past_block"));
-    w.over_past_block.where(w.over_past_block < c);
+    w.over_past_block.where(w.over_past_block < opaque(c));
     w.past_sum = Func(name("past_sum"));
     w.past_sum(i, c, g, h, b) += w.past_block_sum(i, w.over_past_block, c, g, h, b);
     w.over_summed_own_key = RDom(0, keys_to_sum, name("over_summed_own_key"));

@@ -22,6 +22,10 @@ struct ParallelSizes {
     int causal_tile;  // in a row's own block the rows i of a tile share the end of their sum over keys, as in chunkwise.h
 };
 
+/// x, which is not negative. Where it is in a condition, Halide would bound it by that, and then not see that there is one value
+/// of it: GPUs need constant sizes.
+inline Halide::Expr opaque(const Halide::Expr &x) { return Halide::cast<int32_t>(Halide::abs(x)); }
+
 /// What a call computes. All are known at run time only.
 struct ParallelCall {
     Halide::Expr tokens;      // T, of k and v

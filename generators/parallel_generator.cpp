@@ -65,7 +65,7 @@ public:
 
         f.over_result = RDom(0, C, first_block, row_blocks, "over_result");
         RVar i_out = f.over_result.x, c_out = f.over_result.y;
-        f.over_result.where((c_out - first_block) * C + i_out < rows);
+        f.over_result.where(i_out < rows - opaque(c_out - first_block) * C);
         out(e, t, g, h, b) = undef(stored_type(dtype));
         out(e, row(i_out, c_out), g, h, b) = narrow(dtype, f.out(e, i_out, c_out, g, h, b));
         state_out(e, d, s, h, b) = f.state(e, d, h, b);

@@ -3,6 +3,9 @@
 #include "../parallel_call.h"
 #include "missing.h"
 
+#include <HalideRuntimeMetal.h>
+#include <HalideRuntimeOpenCL.h>
+#include <HalideRuntimeVulkan.h>
 #include <kernels.h>
 
 namespace {
@@ -49,6 +52,20 @@ std::vector<Instance> instances() {
     return list;
 }
 
+/// Of a GPU's backend; null: the CPU.
+const halide_device_interface_t *gpu([[maybe_unused]] const std::string &backend) {
+#if HOLDFAST_HAS_METAL
+    if (backend == "metal") return halide_metal_device_interface();
+#endif
+#if HOLDFAST_HAS_OPENCL
+    if (backend == "opencl") return halide_opencl_device_interface();
+#endif
+#if HOLDFAST_HAS_VULKAN
+    if (backend == "vulkan") return halide_vulkan_device_interface();
+#endif
+    return nullptr;
+}
+
 class Parallel : public testing::TestWithParam<Instance> {};
 
 TEST_P(Parallel, MatchesReference) {
@@ -60,7 +77,7 @@ TEST_P(Parallel, MatchesReference) {
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     const Variant &variant = instance.variant;
     ParallelCall(instance.parallel_case, variant.block, instance.size, variant.dtype)
-        .expect_reference([&](auto &&...arguments) { return variant.run(nullptr, arguments...); });
+        .expect_reference([&](auto &&...arguments) { return variant.run(nullptr, arguments...); }, gpu(backend));
 }
 
 INSTANTIATE_TEST_SUITE_P(, Parallel, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
