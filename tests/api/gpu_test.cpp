@@ -1,13 +1,9 @@
-// Backends by their names; and tensors in OpenCL's memory, used where they lie, on whatever OpenCL device this machine has.
+// Backends by their names; and tensors in memory of OpenCL and Metal, used where they lie, on whatever devices this machine has.
 #include "../../runtime/src/arena.h"
-#include "../required.h"
-#include "../step.h"
-
-#include <dlfcn.h>
+#include "../devices.h"
 
 #include <chrono>
 #include <condition_variable>
-#include <iostream>
 #include <map>
 #include <mutex>
 #include <set>
@@ -15,26 +11,6 @@
 
 namespace {
 using namespace test;
-
-holdfast_backend backend(const std::string &name) {
-    holdfast_backend b = {};
-    b.struct_size = sizeof b;
-    for (int n = 0; n < holdfast_backend_count(); n++) {
-        EXPECT_EQ(holdfast_backend_at(n, &b), HOLDFAST_OK);
-        if (b.name == name) return b;
-    }
-    ADD_FAILURE() << "no backend " << name;
-    return b;
-}
-
-/// Whether it can run here. Says why not; a failure if this build and HOLDFAST_REQUIRED_BACKENDS have it.
-bool runs(const std::string &name) {
-    const holdfast_backend b = backend(name);
-    if (b.available) return true;
-    std::cout << name << " is not run: " << b.missing << "\n";
-    EXPECT_FALSE(b.compiled && required(name)) << "HOLDFAST_REQUIRED_BACKENDS has " << name << ": " << b.missing;
-    return false;
-}
 
 TEST(Backends, AreListed) {
     std::set<std::string> names, targets;
@@ -261,195 +237,126 @@ TEST(Arena, PiecesInUseLieApartAndWithin) {
     EXPECT_EQ(arena.most(), highest);
 }
 
-// ---- OpenCL --------------------------------------------------------------------------------------------------------
+// ---- Tensors on devices ----------------------------------------------------------------------------------------------
 
-/// An OpenCL context, queue and buffers of a caller.
-class OpenCL : public testing::Test {
+class Tensors : public testing::TestWithParam<const char *> {
 protected:
-    void *context = nullptr, *queue = nullptr;
-    size_t alignment = 1;
+    std::unique_ptr<Device> device;
+    Context context;
 
     void SetUp() override {
-        if (!runs("opencl")) GTEST_SKIP() << backend("opencl").missing;
-        library = dlopen("libOpenCL.so.1", RTLD_NOW);
-        ASSERT_NE(library, nullptr);
-        void *platform = nullptr, *device = nullptr;
-        int status = 0;
-        unsigned bits = 0;
-        ASSERT_EQ(find<int(unsigned, void **, unsigned *)>("clGetPlatformIDs")(1, &platform, nullptr), 0);
-        ASSERT_EQ(find<int(void *, unsigned long, unsigned, void **, unsigned *)>("clGetDeviceIDs")(platform, 0xffffffff, 1,
-                                                                                                    &device, nullptr),
-                  0);
-        context = find<void *(void *, unsigned, void **, void *, void *, int *)>("clCreateContext")(nullptr, 1, &device,
-                                                                                                    nullptr, nullptr, &status);
-        queue = find<void *(void *, void *, unsigned long, int *)>("clCreateCommandQueue")(context, device, 0, &status);
-        find<int(void *, unsigned, size_t, void *, size_t *)>("clGetDeviceInfo")(device, 0x1019, sizeof bits, &bits, nullptr);
-        ASSERT_NE(queue, nullptr);
-        alignment = bits / 8;
+        if (!runs(GetParam())) GTEST_SKIP() << backend(GetParam()).missing;
+#if HOLDFAST_TEST_METAL
+        if (GetParam() == std::string("metal")) device = std::make_unique<MetalDevice>();
+#endif
+        if (GetParam() == std::string("opencl")) device = std::make_unique<OpenCLDevice>();
+        ASSERT_EQ(holdfast_context_set_stream(context, device->stream), HOLDFAST_OK);
     }
-    template<class Function>
-    Function *find(const char *name) const {
-        return (Function *)dlsym(library, name);
-    }
-    void *buffer(size_t bytes) {
-        int status = 0;
-        void *made =
-            find<void *(void *, unsigned long, size_t, void *, int *)>("clCreateBuffer")(context, 1, bytes, nullptr, &status);
-        EXPECT_EQ(status, 0);
-        return made;
-    }
-    void write(void *to, size_t at, const void *from, size_t bytes) {
-        using Write = int(void *, void *, unsigned, size_t, size_t, const void *, unsigned, const void *, void *);
-        EXPECT_EQ(find<Write>("clEnqueueWriteBuffer")(queue, to, 1, at, bytes, from, 0, nullptr, nullptr), 0);
-    }
-    void read(void *from, size_t at, void *to, size_t bytes) {
-        using Read = int(void *, void *, unsigned, size_t, size_t, void *, unsigned, const void *, void *);
-        EXPECT_EQ(find<Read>("clEnqueueReadBuffer")(queue, from, 1, at, bytes, to, 0, nullptr, nullptr), 0);
-    }
-
-    /// Tensors in one buffer, one after the other.
-    struct OnDevice {
-        std::vector<Stored> stored;
-        std::deque<DLTensor> tensors;
-        std::vector<size_t> offsets, bytes;
-        void *memory = nullptr;
-    };
-    /// Of q, k, v and out in `dtype`, at those places of `list`; else fp32.
-    void place(OnDevice &d, const std::vector<Tensor *> &list, const Dtype &dtype, const std::set<size_t> &rows) {
-        size_t end = 0;
-        for (size_t n = 0; n < list.size(); n++) {
-            const Dtype &type = rows.count(n) ? dtype : f32;
-            d.stored.emplace_back(type, list[n]->data, list[n]->shape, list[n]->stride);
-            d.tensors.push_back(list[n]->dl());
-            d.tensors[n].dtype = dl_type(type), d.tensors[n].device = {kDLOpenCL, 0};
-            size_t count = 1;
-            for (int64_t extent : list[n]->shape) count *= (size_t)extent;
-            d.bytes.push_back(count * (type == f32 ? sizeof(float) : sizeof(uint16_t)));
-            d.offsets.push_back(end);
-            end = (end + d.bytes[n] + alignment - 1) / alignment * alignment;
-        }
-        d.memory = buffer(end);
-        for (size_t n = 0; n < list.size(); n++) {
-            write(d.memory, d.offsets[n], d.stored[n].data(), d.bytes[n]);
-            d.tensors[n].data = d.memory, d.tensors[n].byte_offset = d.offsets[n];
-        }
-    }
-    void fetch(OnDevice &d, const std::vector<size_t> &outputs) {
-        for (size_t n : outputs) read(d.memory, d.offsets[n], d.stored[n].data(), d.bytes[n]), d.stored[n].load();
-    }
-    /// Nobody else refers to a cl_mem, once the work in the queue is done. (PoCL lets go a little later than it says so.)
-    void expect_released(void *memory) {
-        using Info = int(void *, unsigned, size_t, void *, size_t *);
-        unsigned count = 0;
-        EXPECT_EQ(find<int(void *)>("clFinish")(queue), 0);
-        for (int n = 0; n < 200 && count != 1; n++) {
-            if (n) std::this_thread::sleep_for(std::chrono::milliseconds(5));
-            EXPECT_EQ(find<Info>("clGetMemObjectInfo")(memory, 0x1105, sizeof count, &count, nullptr), 0);
-        }
-        EXPECT_EQ(count, 1u) << "the library holds on to the caller's buffer";
+    void expect_message(const std::string &text) {
+        EXPECT_NE(context.messages.back().find(text), std::string::npos) << context.messages.back();
     }
 
     /// A call of holdfast_forward.
     struct ForwardOnDevice : OnDevice {
-        Forward f;
         holdfast_forward_args args = {};
-        ForwardOnDevice(OpenCL &test, Problem &p) : f(p.forward()) {
-            test.place(*this, {&f.q, &f.k, &f.v, &f.log_decay, &f.initial_state, &f.out, &f.final_state}, p.dtype,
-                       {0, 1, 2, 5});
+        ForwardOnDevice(Device &device, Problem &p) : ForwardOnDevice(device, p.forward()) {}
+
+    private:
+        ForwardOnDevice(Device &device, const Forward &f)
+            : OnDevice(device, {f.q, f.k, f.v, f.log_decay, f.initial_state, f.out, f.final_state}, f.dtype, {0, 1, 2, 5}) {
             auto &t = tensors;
             args = forward_args(&t[0], &t[1], &t[2], &t[3], &t[4], &t[5], &t[6]);
         }
     };
-
-private:
-    void *library = nullptr;
 };
 
-TEST_F(OpenCL, TensorsAreUsedWhereTheyLie) {
-    Context c;
-    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+TEST_P(Tensors, AreUsedWhereTheyLie) {
     for (const Dtype &dtype : all_dtypes)
         for (int64_t T : {1, 32, 100}) {
             SCOPED_TRACE(std::string(dtype.name) + ", T " + std::to_string(T));
-            Problem p{2, T, 3, 16, 24, Gates::weak, Layout::compact, true, dtype};
-            ForwardOnDevice d(*this, p);
+            Problem p{2, T, 3, 16, 24, Gates::weak, T == 100 ? Layout::padded : Layout::compact, true, dtype};
+            ForwardOnDevice d(*device, p);
             for (int n = 0; n < 2; n++) {
-                ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
-                fetch(d, {5, 6});
+                ASSERT_EQ(holdfast_forward(context, &d.args), HOLDFAST_OK) << context.error();
+                d.fetch({5, 6});
                 p.expect_reference(32, 4);
             }
-            expect_released(d.memory);
-            EXPECT_NE(c.messages.back().find("on OpenCL device 0"), std::string::npos) << c.messages.back();
+            d.expect_released();
+            expect_message(std::string("on ") + device->name);
         }
 }
 
-TEST_F(OpenCL, StateIsAdvancedInPlace) {
-    Context c;
-    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+TEST_P(Tensors, StateIsAdvancedInPlace) {
     Problem p{2, 70, 3, 16, 24};
-    ForwardOnDevice d(*this, p);
+    ForwardOnDevice d(*device, p);
     d.tensors[6].byte_offset = d.offsets[6] = d.offsets[4];
-    ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
-    fetch(d, {5, 6});
+    ASSERT_EQ(holdfast_forward(context, &d.args), HOLDFAST_OK) << context.error();
+    d.fetch({5, 6});
     p.expect_reference(32, 4);
 }
 
-TEST_F(OpenCL, StepsAreTakenWhereTheStateLies) {
-    Context c;
-    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+TEST_P(Tensors, StepsAreTakenWhereTheStateLies) {
     for (const Dtype &dtype : all_dtypes)
         for (Gates gates : {Gates::none, Gates::per_head, Gates::weak}) {
             SCOPED_TRACE(std::string(dtype.name) + ", gates " + name(gates));
             Problem p{2, 1, 3, 16, 24, gates, Layout::compact, true, dtype};
             p.final_state = p.initial_state;
             Step s = step(p.forward(), 0);
-            std::vector<Tensor *> list = {&s.q, &s.k, &s.v, &s.state, &s.out};
-            if (s.log_decay.data) list.push_back(&s.log_decay);
-            OnDevice d;
-            place(d, list, dtype, {0, 1, 2, 4});
+            std::vector<Tensor> list = {s.q, s.k, s.v, s.state, s.out};
+            if (s.log_decay.data) list.push_back(s.log_decay);
+            OnDevice d(*device, list, dtype, {0, 1, 2, 4});
             auto &t = d.tensors;
             DLTensor *log_decay = s.log_decay.data ? &t[5] : nullptr;
             const holdfast_step_args args = step_args(&t[0], &t[1], &t[2], log_decay, &t[3], &t[4]);
-            ASSERT_EQ(holdfast_step(c, &args), HOLDFAST_OK) << c.error();
-            expect_released(d.memory);
-            fetch(d, {3, 4});
+            ASSERT_EQ(holdfast_step(context, &args), HOLDFAST_OK) << context.error();
+            d.expect_released();
+            d.fetch({3, 4});
             p.expect_reference(1, 1);
-            EXPECT_NE(c.messages.back().find("token by token, on OpenCL device 0"), std::string::npos) << c.messages.back();
+            expect_message(std::string("token by token, on ") + device->name);
             size_t bytes = 1;
-            EXPECT_EQ(holdfast_step_workspace_size(c, &args, &bytes), HOLDFAST_OK) << c.error();
+            EXPECT_EQ(holdfast_step_workspace_size(context, &args, &bytes), HOLDFAST_OK) << context.error();
             EXPECT_EQ(bytes, 0u);
         }
 }
 
-TEST_F(OpenCL, ErrorsNameTheTensor) {
-    Context c;
+TEST_P(Tensors, ErrorsNameThem) {
     Problem p{1, 8, 2, 8, 8};
-    ForwardOnDevice d(*this, p);
-    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_INVALID_ARGUMENT);
-    EXPECT_NE(c.error().find("q is on OpenCL device 0 and the context has no stream"), std::string::npos) << c.error();
-    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+    ForwardOnDevice d(*device, p);
+    const std::string where = device->name;
+    if (device->stream) {
+        ASSERT_EQ(holdfast_context_set_stream(context, nullptr), HOLDFAST_OK);
+        EXPECT_EQ(holdfast_forward(context, &d.args), HOLDFAST_INVALID_ARGUMENT);
+        EXPECT_NE(context.error().find("q is on " + where + " and the context has no stream"), std::string::npos)
+            << context.error();
+        ASSERT_EQ(holdfast_context_set_stream(context, device->stream), HOLDFAST_OK);
+    }
 
-    d.tensors[2].byte_offset += 4;
-    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_UNSUPPORTED);
-    EXPECT_NE(c.error().find("v is at byte offset " + std::to_string(d.offsets[2] + 4) +
-                             " of its buffer; expected a multiple of " + std::to_string(alignment)),
-              std::string::npos)
-        << c.error();
-    d.tensors[2].byte_offset -= 4;
+    if (device->alignment > sizeof(float)) {
+        d.tensors[2].byte_offset += 4;
+        EXPECT_EQ(holdfast_forward(context, &d.args), HOLDFAST_UNSUPPORTED);
+        EXPECT_NE(context.error().find("v is at byte offset " + std::to_string(d.offsets[2] + 4) +
+                                       " of its buffer; expected a multiple of " + std::to_string(device->alignment)),
+                  std::string::npos)
+            << context.error();
+        d.tensors[2].byte_offset -= 4;
+    }
 
     d.tensors[1].device = {kDLCPU, 0}, d.tensors[1].byte_offset = 0, d.tensors[1].data = p.k.data();
-    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_INVALID_ARGUMENT);
-    EXPECT_EQ(c.error(), "k is on the CPU and q on OpenCL device 0; expected all tensors on one device");
+    EXPECT_EQ(holdfast_forward(context, &d.args), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_EQ(context.error(), "k is on the CPU and q on " + where + "; expected all tensors on one device");
     d.tensors[1] = d.tensors[0], d.tensors[1].byte_offset = d.offsets[1];
 
     d.tensors[5].byte_offset = d.offsets[0];
-    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_INVALID_ARGUMENT);
-    EXPECT_EQ(c.error(), "out overlaps q in memory; expected separate memory");
+    EXPECT_EQ(holdfast_forward(context, &d.args), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_EQ(context.error(), "out overlaps q in memory; expected separate memory");
     d.tensors[5].byte_offset = d.offsets[5];
 
-    ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
-    fetch(d, {5, 6});
+    ASSERT_EQ(holdfast_forward(context, &d.args), HOLDFAST_OK) << context.error();
+    d.fetch({5, 6});
     p.expect_reference(32, 1);
 }
+
+INSTANTIATE_TEST_SUITE_P(, Tensors, testing::Values("metal", "opencl"),
+                         [](const auto &info) { return std::string(info.param); });
 
 }  // namespace
