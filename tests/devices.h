@@ -150,6 +150,7 @@ public:
     OnDevice(Device &device, const std::vector<Tensor> &list, const Dtype &dtype, const std::set<size_t> &rows)
         : device(device), views(list) {
         size_t end = 0;
+        const size_t alignment = std::max(device.alignment, sizeof(int64_t));
         for (size_t n = 0; n < list.size(); n++) {
             const Dtype &type = rows.count(n) ? dtype : f32;
             Tensor &x = views[n];
@@ -160,7 +161,7 @@ public:
             for (size_t axis = 0; axis < x.shape.size(); axis++) elements += (size_t)((x.shape[axis] - 1) * x.stride[axis]);
             bytes.push_back(elements * (type == f32 ? sizeof(float) : sizeof(uint16_t)));
             offsets.push_back(end);
-            end = (end + bytes[n] + device.alignment - 1) / device.alignment * device.alignment;
+            end = (end + bytes[n] + alignment - 1) / alignment * alignment;
         }
         memory = device.buffer(end);
         for (size_t n = 0; n < list.size(); n++) {

@@ -753,6 +753,85 @@ TEST(Cuda, StatesFarApartTakeSeveralCalls) {
         << context.error();
 }
 
+/// Calls of holdfast_rotate and holdfast_head_norm_gate, of x and gate of the same shape.
+struct AroundCall {
+    Array rows = Array({B, T, H, V}).fill(0.5f), table = Array({H, V}).fill(0.5f);
+    Tensor views[5] = {rows, rows, rows, table, Tensor(table.data(), {V / 2}, {1})};
+    DLTensor x = views[0].dl(), gate = views[1].dl(), out = views[2].dl(), weight = views[3].dl(), theta = views[4].dl();
+    int64_t extents[2] = {B, T};
+    DLTensor positions = {nullptr, {kDLCUDA, 0}, 2, {kDLInt, 64, 1}, extents, nullptr, 0};
+    holdfast_rotate_args rotate = {sizeof rotate, &x, &theta, nullptr, &out, 5, 0};
+    holdfast_head_norm_gate_args norm = {sizeof norm, &x, &gate, &weight, &out, HOLDFAST_NORM_RMS, 1e-6f};
+
+    explicit AroundCall(DLDeviceType type = kDLCUDA) {
+        uint64_t address = 0;
+        for (DLTensor *t : {&x, &gate, &out, &weight, &theta, &positions}) {
+            t->device = {type, 0};
+            if (type != kDLCPU) t->data = (void *)(address += (uint64_t)1 << 40);
+        }
+    }
+    AroundCall(const AroundCall &) = delete;
+};
+
+TEST(Cuda, RotationsAndNormsAreOneLaunchAndNothingElse) {
+    Driver driver;
+    void *stream = driver.stream(driver.context(0));
+    for (const char *kernel : {"rotate", "head_norm_gate"})
+        for (bool less : {false, true}) {  // without positions or weight; tokens of one batch entry
+            SCOPED_TRACE(kernel + std::string(less ? ", less" : ""));
+            const bool rotate = *kernel == 'r';
+            Context context;
+            ASSERT_EQ(holdfast_context_set_stream(context, stream), HOLDFAST_OK);
+            AroundCall call;
+            if (!less)
+                call.rotate.positions = &call.positions, call.rotate.offset = 0;
+            else
+                call.norm.weight = call.norm.gate = nullptr;
+            auto run = [&] {
+                driver.clear();
+                return rotate ? holdfast_rotate(context, &call.rotate) : holdfast_head_norm_gate(context, &call.norm);
+            };
+            ASSERT_EQ(run(), HOLDFAST_OK) << context.error();
+            EXPECT_EQ(others(driver.record()),
+                      less ? std::set<std::string>() : (std::set<std::string>{"cuModuleLoadDataEx", "cuModuleGetFunction"}));
+            ASSERT_EQ(run(), HOLDFAST_OK) << context.error();
+            const auto record = driver.record();
+            EXPECT_EQ(others(record), std::set<std::string>());
+            ASSERT_EQ(of(record, "cuLaunchKernel").size(), 1u);
+            const std::string line = of(record, "cuLaunchKernel")[0];
+            EXPECT_EQ(line.substr(line.find("stream")), "stream " + text(stream));
+            EXPECT_EQ(context.messages.back(), std::string(kernel) + ": " + kernel +
+                                                   "_f32_cuda (where the tensors are), B 2, T 70, H 3, size 24, on CUDA "
+                                                   "device 0");
+            // More tokens than a grid of blocks may have, and tokens too far apart.
+            for (DLTensor *t : {&call.x, &call.gate, &call.out}) t->shape[1] = 70'000, t->strides = nullptr;
+            call.extents[1] = 70'000;
+            ASSERT_EQ(run(), HOLDFAST_OK) << context.error();
+            EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 3u);
+            for (DLTensor *t : {&call.x, &call.gate, &call.out}) t->shape[1] = 0;
+            call.extents[1] = 0;
+            ASSERT_EQ(run(), HOLDFAST_OK) << context.error();
+            EXPECT_TRUE(driver.record().empty());
+        }
+}
+
+TEST(Cuda, RotationsAndNormsOfTheHostAreCopiedWhenAskedFor) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK) << context.error();
+    AroundCall call(kDLCPU);
+    const std::vector<std::string> out = {"cuMemcpyDtoHAsync " + std::to_string(B * T * H * V * 4)};
+    driver.clear();
+    ASSERT_EQ(holdfast_rotate(context, &call.rotate), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemcpyHtoDAsync").size(), 2u);
+    EXPECT_EQ(of(driver.record(), "cuMemcpyDtoHAsync"), out);
+    driver.clear();
+    ASSERT_EQ(holdfast_head_norm_gate(context, &call.norm), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemcpyHtoDAsync").size(), 3u);
+    EXPECT_EQ(of(driver.record(), "cuMemcpyDtoHAsync"), out);
+    EXPECT_GE(of(driver.record(), "cuStreamSynchronize").size(), 1u);
+}
+
 TEST(MissingCuda, IsSaidAndTheRestWorks) {
     const char *expected = std::getenv("HOLDFAST_EXPECTED");
     if (!expected) GTEST_SKIP() << "run by CTest, once for each way";

@@ -1,6 +1,7 @@
 // Backends by their names; and tensors in memory of OpenCL and Metal, used where they lie, on whatever devices this machine has.
 #include "../../runtime/src/arena.h"
 #include "../devices.h"
+#include "../tokens.h"
 
 #include <chrono>
 #include <condition_variable>
@@ -94,6 +95,59 @@ TEST(Backends, StepsCopyWhatIsOnTheCpu) {
                     Problem none{2, 1, 0, 5, 7, gates, layout, true, dtype};
                     EXPECT_EQ(step(none.forward(), 0).run(context), HOLDFAST_OK) << context.error();
                 }
+    }
+}
+
+/// What a call of holdfast_head_norm_gate computes, of all-ones weights where it has none.
+void expect_normed(const Array &x, const Array &gate, const Array &weight, const Array &out, bool layer_norm, bool gated,
+                   const Dtype &dtype) {
+    const reference::NormedRow want = normed(x, gate, weight, layer_norm, gated, 1e-6f);
+    expect_close("out", out, want.out, want.spread, tolerance::of_norm(x.shape[3]), dtype);
+    EXPECT_TRUE(out.gaps_intact()) << "memory between the elements was written";
+}
+
+TEST(Backends, RotationsAndNormsCopyWhatIsOnTheCpu) {
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
+        if (!runs(name)) continue;
+        for (const Dtype &dtype : all_dtypes)
+            for (Layout layout : {Layout::compact, Layout::reversed}) {
+                SCOPED_TRACE(std::string(name) + ", " + dtype.name + ", " + test::name(layout));
+                Context context;
+                ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+                const bool all = layout == Layout::compact;
+                Random random;
+                const Index shape = {2, 3, 2, 10};
+                Array x = Array(shape, layout).fill(random), gate(shape, layout), out = Array(shape, layout).forget();
+                Array theta = thetas(5, random), weight = Array({2, 10}, layout).fill(random, -2, 2);
+                fill_gates(gate, random);
+                for (Array *a : {&x, &gate}) round_to(dtype, *a);
+                const int64_t offset = ((int64_t)1 << 32) - 1;
+                ASSERT_EQ((Rotation{x, theta, out, offset, all, dtype}).run(context), HOLDFAST_OK) << context.error();
+                expect_rotated(x, theta, out, all, [&](int64_t, int64_t t) { return offset + t; }, dtype);
+                EXPECT_EQ(context.messages.at(0), std::string("rotate: rotate_") + dtype.name + "_" + name +
+                                                      " (backend forced by the context), B 2, T 3, H 2, size 10, tensors "
+                                                      "copied from the CPU and back");
+                Tensor positions(x.data(), {2, 3}, {4, -1});
+                std::vector<int32_t> where = {7, -1, 1'000'000, 0, 3, 2'000'000'000, -2'000'000'000};
+                DLTensor dl = positions.dl();
+                dl.data = where.data() + 2, dl.dtype = {kDLInt, 32, 1};
+                ASSERT_EQ((Rotation{x, theta, out, 0, all, dtype, &dl}).run(context), HOLDFAST_OK) << context.error();
+                expect_rotated(x, theta, out, all, [&](int64_t b, int64_t t) { return where[2 + 4 * b - t]; }, dtype);
+
+                HeadNormGate call{x, {}, {}, out, all ? HOLDFAST_NORM_RMS : HOLDFAST_NORM_LAYER};
+                call.dtype = dtype;
+                if (all) call.gate = gate, call.weight = weight;
+                ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+                if (!all) weight.fill(1);
+                expect_normed(x, gate, weight, out, !all, all, dtype);
+                EXPECT_EQ(context.messages.back().find(std::string("head_norm_gate: head_norm_gate_") + dtype.name + "_" +
+                                                       name + " (backend forced"),
+                          0u)
+                    << context.messages.back();
+                Array none({2, 0, 2, 10});
+                EXPECT_EQ((Rotation{none, theta, {}, 0, all, dtype}).run(context), HOLDFAST_OK) << context.error();
+                EXPECT_EQ((HeadNormGate{none, {}, {}, {}, HOLDFAST_NORM_RMS, 0, dtype}).run(context), HOLDFAST_OK);
+            }
     }
 }
 
@@ -317,6 +371,76 @@ TEST_P(Tensors, StepsAreTakenWhereTheStateLies) {
             EXPECT_EQ(holdfast_step_workspace_size(context, &args, &bytes), HOLDFAST_OK) << context.error();
             EXPECT_EQ(bytes, 0u);
         }
+}
+
+TEST_P(Tensors, AreRotatedWhereTheyLie) {
+    for (const Dtype &dtype : all_dtypes)
+        for (int bits : {0, 32, 64}) {  // of positions, where they are given
+            SCOPED_TRACE(std::string(dtype.name) + ", positions of " + std::to_string(bits) + " bits");
+            Random random;
+            const Layout layout = bits ? Layout::padded : Layout::compact;
+            Array x = Array({2, 3, 2, 10}, layout).fill(random), out = Array(x.shape, layout).forget();
+            Array theta = thetas(5, random);
+            round_to(dtype, x);
+            // Positions by the bits of floats: [T] of 32 bits, [B, T] of 64.
+            std::vector<int64_t> where = {3, ((int64_t)1 << 40) + 1, -2, 999'999, 0, -((int64_t)1 << 33)};
+            std::vector<int32_t> small = {-5, 0, 2'000'000'000};
+            Tensor positions((float *)where.data(), {12}, {1});
+            if (bits == 32) positions = Tensor((float *)small.data(), {3}, {1});
+            OnDevice d(*device, {x, theta, out, positions}, dtype, {0, 2});
+            int64_t extents[] = {2, 3};
+            DLTensor given = d.tensors[3];
+            given.dtype = {kDLInt, (uint8_t)bits, 1}, given.strides = nullptr;
+            if (bits == 64) given.ndim = 2, given.shape = extents;
+            const int64_t offset = bits ? 0 : ((int64_t)1 << 32) - 2;
+            auto position = [&](int64_t b, int64_t t) {
+                return bits == 0 ? offset + t : bits == 32 ? small[t] : where[3 * b + t];
+            };
+            holdfast_rotate_args args = {};
+            args.struct_size = sizeof args, args.x = &d.tensors[0], args.theta = &d.tensors[1], args.out = &d.tensors[2];
+            args.positions = bits ? &given : nullptr, args.offset = offset, args.interleaved = bits == 64;
+            ASSERT_EQ(holdfast_rotate(context, &args), HOLDFAST_OK) << context.error();
+            d.fetch({2});
+            expect_rotated(x, theta, out, args.interleaved, position, dtype);
+            expect_message(std::string(", on ") + device->name);
+            const Array before = x;
+            args.out = &d.tensors[0];
+            ASSERT_EQ(holdfast_rotate(context, &args), HOLDFAST_OK) << context.error();
+            d.fetch({0});
+            expect_rotated(before, theta, x, args.interleaved, position, dtype);
+            d.expect_released();
+        }
+}
+
+TEST_P(Tensors, AreNormedWhereTheyLie) {
+    for (const Dtype &dtype : all_dtypes)
+        for (int heads : {0, 1, 2})  // that have weights: none, all the same, each its own
+            for (bool in_place : {false, true}) {
+                SCOPED_TRACE(std::string(dtype.name) + ", weights " + std::to_string(heads));
+                Random random;
+                const Layout layout = heads ? Layout::padded : Layout::compact;
+                Array x = Array({2, 3, 2, 33}, layout).fill(random), gate(x.shape, layout),
+                      out = Array(x.shape, layout).forget();
+                Array weight = Array({2, 33}).fill(random, -2, 2);
+                each(weight.shape, [&](const Index &i) {
+                    if (heads < 2) weight(i) = heads ? weight({0, i[1]}) : 1;
+                });
+                fill_gates(gate, random);
+                for (Array *a : {&x, &gate}) round_to(dtype, *a);
+                OnDevice d(*device, {x, gate, weight, out}, dtype, {0, 1, 3});
+                DLTensor weights = d.tensors[2];
+                if (heads == 1) weights.ndim = 1, weights.shape++, weights.strides++;
+                holdfast_head_norm_gate_args args = {};
+                args.struct_size = sizeof args, args.x = &d.tensors[0], args.gate = heads ? &d.tensors[1] : nullptr;
+                args.weight = heads ? &weights : nullptr, args.out = &d.tensors[in_place ? 0 : 3];
+                args.norm = in_place ? HOLDFAST_NORM_LAYER : HOLDFAST_NORM_RMS, args.eps = 1e-6f;
+                const Array before = x;
+                ASSERT_EQ(holdfast_head_norm_gate(context, &args), HOLDFAST_OK) << context.error();
+                d.fetch({in_place ? (size_t)0 : 3});
+                expect_normed(before, gate, weight, in_place ? x : out, in_place, heads, dtype);
+                expect_message(std::string(", on ") + device->name);
+                d.expect_released();
+            }
 }
 
 TEST_P(Tensors, ErrorsNameThem) {

@@ -38,9 +38,14 @@ def test_a_backend_can_be_forced(name, problem):
         for t in range(5):
             out = holdfast.retention_step(p.q[:, t], p.k[:, t], p.v[:, t], None, state)
             np.testing.assert_allclose(out, want[:, t], rtol=1e-5, atol=1e-6)
+        x, theta = p.q[..., :4], holdfast.theta(4)
+        turned, normed = holdfast.rotate(x, theta, 3), holdfast.head_norm_gate(x, p.q)
         holdfast.set_backend(None)
+        np.testing.assert_allclose(turned, holdfast.rotate(x, theta, 3), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(normed, holdfast.head_norm_gate(x, p.q), rtol=1e-5, atol=1e-6)
+        del lines[-2:]
         assert all("tensors copied from the CPU and back" in line for line in lines[1:])
-        assert [line.split(":")[0] for line in lines] == ["forward"] * 2 + ["step"] * 5
+        assert [line.split(":")[0] for line in lines] == ["forward"] * 2 + ["step"] * 5 + ["rotate", "head_norm_gate"]
     else:
         with pytest.raises(holdfast.TargetUnavailable, match="which cannot run here") as error:
             holdfast.set_backend(name)
@@ -62,6 +67,10 @@ def test_new_arrays_need_a_library():
         holdfast.retention(x, x, x)
     with pytest.raises(NotImplementedError, match="q is on a GPU and of type Exporter"):
         holdfast.retention_step(x, x, x, None, x)
+    with pytest.raises(NotImplementedError, match="x is on a GPU and of type Exporter"):
+        holdfast.rotate(x, x)
+    with pytest.raises(NotImplementedError, match="x is on a GPU and of type Exporter"):
+        holdfast.head_norm_gate(x)
 
 
 SCRIPT = """
@@ -108,6 +117,16 @@ for _ in range(2):
 record = stub.stub_record().decode().splitlines()
 assert len([line for line in record if line.startswith("cuLaunchKernel")]) == 2 * 3, record
 assert not [line for line in record if "Memcpy" in line or "Synchronize" in line], record
+stub.stub_clear()
+theta, positions = on_gpu(4), Array(np.zeros(40, np.int64), device=CUDA)
+for _ in range(2):
+    for x in (holdfast.rotate(q, theta, positions=positions), holdfast.head_norm_gate(q, q, on_gpu(2, 8))):
+        assert type(x) is Library and x.shape == (1, 40, 2, 8) and x.array[0, 0, 0, 0] == 7
+out = on_gpu(1, 40, 2, 8)
+assert holdfast.rotate(q, theta, out=out) is out and holdfast.head_norm_gate(out, out=out) is out
+record = stub.stub_record().decode().splitlines()
+assert len([line for line in record if line.startswith("cuLaunchKernel")]) == 6, record
+assert not [line for line in record if "Memcpy" in line or "Synchronize" in line or "Alloc" in line], record
 try:
     holdfast.retention_step(q, q, q, None, state)
 except ValueError as error:

@@ -407,9 +407,8 @@ HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const hold
 /** Arguments of holdfast_rotate. Set struct_size to sizeof(holdfast_rotate_args) and everything not used to zero; the struct
  *  grows at its end.
  *
- *  B batch, T time, H heads, K features. B, T and H may be 0; K is even and at least 2. All tensors are on the CPU. x and out have
- *  one type, float32, float16 or bfloat16. Every axis may have any stride, also 0 (inputs) or negative, except that the last axis
- *  of x, theta and out is contiguous. */
+ *  B batch, T time, H heads, K features. B, T and H may be 0; K is even and at least 2. x and out have one type, float32, float16
+ *  or bfloat16. Devices, offsets and strides are as for holdfast_forward_args; the last axis of x, theta and out is contiguous. */
 typedef struct holdfast_rotate_args {
     size_t struct_size;        /**< sizeof(holdfast_rotate_args) */
     const DLTensor *x;         /**< queries or keys [B, T, H, K] */
@@ -434,11 +433,13 @@ typedef struct holdfast_rotate_args {
  *
  *  Aliasing: out may be exactly x (the same elements in the same places); else it overlaps no other tensor.
  *
- *  One thread works on up to half a megabyte of x and out. After the first call a context allocates nothing more.
+ *  On the CPU one thread works on up to half a megabyte of x and out. After the first call a context allocates nothing more.
+ *  On a GPU: one launch for up to 2^15 batch entries and tokens of each, in 2^31 bytes; what holdfast_forward says of CUDA's calls
+ *  goes for this one without any workspace. theta is not looked at there: what is not finite is computed with.
  *
- *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU, a GPU's
- *  target or backend that is forced, an extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements);
- *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of this build, an
+ *  extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements); HOLDFAST_TARGET_UNAVAILABLE;
+ *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_rotate(holdfast_context *context, const holdfast_rotate_args *args);
 
@@ -451,9 +452,8 @@ typedef enum holdfast_norm {
 /** Arguments of holdfast_head_norm_gate. Set struct_size to sizeof(holdfast_head_norm_gate_args) and everything not used to zero;
  *  the struct grows at its end.
  *
- *  B batch, T time, H heads, V features. B, T and H may be 0; V is at least 1. All tensors are on the CPU. x, gate and out have one
- *  type, float32, float16 or bfloat16. Every axis may have any stride, also 0 (inputs) or negative, except that the last one is
- *  contiguous. */
+ *  B batch, T time, H heads, V features. B, T and H may be 0; V is at least 1. x, gate and out have one type, float32, float16 or
+ *  bfloat16. Devices, offsets and strides are as for holdfast_forward_args; the last axis of all is contiguous. */
 typedef struct holdfast_head_norm_gate_args {
     size_t struct_size;     /**< sizeof(holdfast_head_norm_gate_args) */
     const DLTensor *x;      /**< outputs of retention [B, T, H, V] */
@@ -477,11 +477,11 @@ typedef struct holdfast_head_norm_gate_args {
  *
  *  Aliasing: out may be exactly x or exactly gate (the same elements in the same places); else it overlaps no other tensor.
  *
- *  One thread works on up to half a megabyte of x, gate and out. After the first call a context allocates nothing more.
+ *  Threads, memory and launches are as for holdfast_rotate.
  *
- *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU, a GPU's
- *  target or backend that is forced, an extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements);
- *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of this build, an
+ *  extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements); HOLDFAST_TARGET_UNAVAILABLE;
+ *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_head_norm_gate(holdfast_context *context, const holdfast_head_norm_gate_args *args);
 
