@@ -123,13 +123,13 @@ Problem entries_of_empty(Problem p) {
 
 size_t workspace_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant) {
     const Problem p = nearest(entries_of_empty(given));
-    return p.B * p.Hk ? call_of(p, variant).workspace(c) : 0;
+    return p.B && p.Hk ? call_of(p, variant).workspace(c) : 0;
 }
 
 void forward_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant, const char *why) {
     const Problem p = entries_of_empty(given);
     announce(c, "forward", variant, why, p, "chunks of " + std::to_string(chunk_of(p, variant)));
-    if (p.B * p.Hk) call_of(p, variant).run(c);
+    if (p.B && p.Hk) call_of(p, variant).run(c);
 }
 
 }  // namespace holdfast

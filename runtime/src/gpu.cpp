@@ -185,6 +185,12 @@ View::View(const Memory &memory, int64_t offset, halide_type_t element, std::ini
     if (memory.run.cuda()) {
         device += offset;
     } else if (offset) {
+#if HOLDFAST_HAS_OPENCL
+        if (const Place &place = memory.run.call.place; place.backend == Backend::opencl)
+            if (const int64_t multiple = opencl::offset_alignment(place.context); offset % multiple)
+                fail(HOLDFAST_UNSUPPORTED, "a part of the problem, such as a chunk or a packed sequence, begins at byte offset ",
+                     offset, " of its buffer; expected a multiple of ", multiple, ", which OpenCL demands");
+#endif
         // Halide counts in elements of the source: here those that the offset is a multiple of, so that 32 bits reach far.
         int32_t step = 128;
         while (offset % step) step /= 2;

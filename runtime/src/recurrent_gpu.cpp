@@ -68,12 +68,12 @@ GpuCall call_of(const Problem &p, const Variant &variant) {
 
 size_t step_workspace_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant) {
     const Problem p = nearest(given);
-    return p.B * p.Hk ? call_of(p, variant).workspace(c) : 0;
+    return p.B && p.Hk ? call_of(p, variant).workspace(c) : 0;
 }
 
 void step_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) {
     announce(c, "step", variant, why, p, "token by token");
-    if (p.B * p.Hk) call_of(p, variant).run(c);
+    if (p.B && p.Hk) call_of(p, variant).run(c);
 }
 
 }  // namespace holdfast

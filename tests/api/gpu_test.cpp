@@ -1,6 +1,7 @@
 // Backends by their names; and tensors in memory of OpenCL and Metal, used where they lie, on whatever devices this machine has.
 #include "../../runtime/src/arena.h"
 #include "../devices.h"
+#include "../power.h"
 #include "../tokens.h"
 
 #include <chrono>
@@ -148,6 +149,90 @@ TEST(Backends, RotationsAndNormsCopyWhatIsOnTheCpu) {
                 EXPECT_EQ((Rotation{none, theta, {}, 0, all, dtype}).run(context), HOLDFAST_OK) << context.error();
                 EXPECT_EQ((HeadNormGate{none, {}, {}, {}, HOLDFAST_NORM_RMS, 0, dtype}).run(context), HOLDFAST_OK);
             }
+    }
+}
+
+TEST(Backends, PowerRetentionCopiesWhatIsOnTheCpu) {
+    const struct {
+        int degree;
+        bool normalize, value_major;
+        Dtype dtype;
+        Layout layout;
+    } cases[] = {{2, true, false, f32, Layout::compact},
+                 {3, false, true, f32, Layout::reversed},
+                 {1, true, false, f32, Layout::padded},
+                 {2, true, true, f16, Layout::compact},
+                 {2, false, false, bf16, Layout::swapped}};
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
+        if (!runs(name)) continue;
+        for (const auto &c : cases) {
+            SCOPED_TRACE(std::string(name) + ", degree " + std::to_string(c.degree) + ", " + c.dtype.name);
+            Context context;
+            ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+            PowerProblem p{2,
+                           70,
+                           2,
+                           2,
+                           5,
+                           7,
+                           c.degree,
+                           c.normalize,
+                           Gates::weak,
+                           c.dtype,
+                           HOLDFAST_FORM_AUTO,
+                           HOLDFAST_EXPANSION_TIGHT,
+                           c.value_major,
+                           false,
+                           0,
+                           0,
+                           c.layout};
+            for (const auto &[from, to] : {std::pair{0, 66}, {66, 66}, {66, 68}})
+                ASSERT_EQ(p.run(context, from, to), HOLDFAST_OK) << context.error();
+            EXPECT_NE(context.messages.at(0).find(std::string("forward: power_") + c.dtype.name + "_c64_k0_v0_" + name),
+                      std::string::npos)
+                << context.messages[0];
+            EXPECT_NE(context.messages.at(0).find("chunks of 64, tensors copied from the CPU and back"), std::string::npos)
+                << context.messages[0];
+            if (c.dtype == f32) {
+                for (int64_t t : {68, 69}) ASSERT_EQ(p.step(context, t), HOLDFAST_OK) << context.error();
+                EXPECT_NE(context.messages.back().find(std::string("step: power_step_f32_k0_v0_") + name), std::string::npos)
+                    << context.messages.back();
+            } else {
+                ASSERT_EQ(p.run(context, 68, 70), HOLDFAST_OK) << context.error();
+            }
+            expect_right(p, p.want());
+        }
+        // Packed sequences, one of them empty, from states of their own.
+        Context context, cpu;
+        ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+        PowerProblem p{1, 70, 2, 1, 8, 16};
+        p.starts = {0, 3, 3, 70};
+        p.state = Array(p.states_shape()).fill(0), p.keys = Array(Index{3, 2, p.D}).fill(0);
+        p.initial_state = Array(p.state.shape).fill(p.random), p.initial_keys = Array(p.keys.shape).fill(p.random, 5, 9);
+        PowerProblem want = p;
+        ASSERT_EQ(want.run(cpu), HOLDFAST_OK) << cpu.error();
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        for (auto [got, expected] : {std::pair{&p.out, &want.out}, {&p.state, &want.state}, {&p.keys, &want.keys}})
+            EXPECT_LE(relative_rms(got->values(), expected->values()), 1e-6);
+        for (int64_t f = 0; f < p.D; f++) EXPECT_EQ(p.keys({1, 1, f}), want.keys({1, 1, f}));
+
+        p.form = HOLDFAST_FORM_RECURRENT;
+        EXPECT_EQ(p.run(context), HOLDFAST_UNSUPPORTED);
+        EXPECT_NE(context.error().find("form is 3 and the backend " + std::string(name)), std::string::npos) << context.error();
+        if (name == std::string("opencl")) {  // 4 bytes a token
+            PowerProblem narrow{1, 9, 1, 1, 1, 1};
+            narrow.chunk_size = 3;
+            EXPECT_EQ(narrow.run(context), HOLDFAST_UNSUPPORTED);
+            EXPECT_NE(context.error().find("begins at byte offset 12 of its buffer; expected a multiple of "),
+                      std::string::npos)
+                << context.error();
+        }
+        PowerProblem tiled{1, 3, 1, 1, 16, 4};
+        tiled.expansion = HOLDFAST_EXPANSION_TILED;
+        EXPECT_EQ(tiled.run(context), HOLDFAST_UNSUPPORTED);
+        EXPECT_NE(context.error().find("expansion is HOLDFAST_EXPANSION_TILED and the backend " + std::string(name)),
+                  std::string::npos)
+            << context.error();
     }
 }
 
@@ -441,6 +526,48 @@ TEST_P(Tensors, AreNormedWhereTheyLie) {
                 expect_message(std::string(", on ") + device->name);
                 d.expect_released();
             }
+}
+
+TEST_P(Tensors, OfPowerRetentionAreUsedWhereTheyLie) {
+    for (const Dtype &dtype : all_dtypes)
+        for (bool in_place : {false, true}) {
+            SCOPED_TRACE(std::string(dtype.name) + (in_place ? ", in place" : ""));
+            PowerProblem p{2, 136, 2, 2, 6, 5};
+            p.dtype = dtype, p.initial = false;
+            Context cpu;
+            ASSERT_EQ(p.run(cpu, 0, 5), HOLDFAST_OK) << cpu.error();
+            {
+                auto tokens = [](Array &a) { return Tensor(a).part(1, 5, 135); };
+                OnDevice d(*device,
+                           {tokens(p.q), tokens(p.k), tokens(p.v), tokens(p.log_decay), p.initial_state, p.initial_keys,
+                            tokens(p.out), p.state, p.keys},
+                           dtype, {0, 1, 2, 6});
+                for (size_t n : {7, 8})
+                    if (in_place) d.tensors[n].byte_offset = d.offsets[n] = d.offsets[n - 3];
+                auto &t = d.tensors;
+                holdfast_forward_args args = forward_args(&t[0], &t[1], &t[2], &t[3], &t[4], &t[6], &t[7]);
+                args.degree = 2, args.initial_sum_of_keys = &t[5], args.final_sum_of_keys = &t[8];
+                ASSERT_EQ(holdfast_forward(context, &args), HOLDFAST_OK) << context.error();
+                d.fetch({6, 7, 8});
+                d.expect_released();
+                expect_message(std::string("chunks of 64, on ") + device->name);
+            }
+            {
+                Array q = slice(p.q, 1, 135, 1), k = slice(p.k, 1, 135, 1), v = slice(p.v, 1, 135, 1);
+                Array log_decay = slice(p.log_decay, 1, 135, 1), out = slice(p.out, 1, 135, 1);
+                auto token = [](Array &a) { return Tensor(a).without(1); };
+                OnDevice d(*device, {token(q), token(k), token(v), token(log_decay), p.state, p.keys, token(out)}, dtype,
+                           {0, 1, 2, 6});
+                auto &t = d.tensors;
+                holdfast_step_args args = step_args(&t[0], &t[1], &t[2], &t[3], &t[4], &t[6]);
+                args.degree = 2, args.sum_of_keys = &t[5];
+                ASSERT_EQ(holdfast_step(context, &args), HOLDFAST_OK) << context.error();
+                d.fetch({4, 5, 6});
+                each(out.shape, [&](const Index &i) { p.out({i[0], 135, i[2], i[3]}) = out(i); });
+                expect_message(std::string("token by token, on ") + device->name);
+            }
+            expect_right(p, p.want());
+        }
 }
 
 TEST_P(Tensors, ErrorsNameThem) {

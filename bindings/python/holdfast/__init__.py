@@ -140,7 +140,8 @@ def retention(
             degree 2 and K a multiple of 16 (holdfast.h: HOLDFAST_EXPANSION_TILED).
         out: written in place and returned itself, [B, T, H, V].
 
-    Not computed so far, NotImplementedError: form "parallel"; on a GPU, degree > 1 and normalization.
+    Not computed so far, NotImplementedError: form "parallel"; on a GPU, form "recurrent", state_layout "vk" for states
+    that lie there, and for degree > 1 expansion "tiled".
 
     Returns:
         out [B, T, H, V]; or (out, state), (out, state, sum_of_keys), with the weights [B, H, T, T] last when asked for.
@@ -220,8 +221,6 @@ def retention_step(
         degree: p, the power of q.k: 1 to 4.
         normalize: divide by the sum of weights. None: degree > 1.
         out: written in place and returned itself, [B, H, V].
-
-    Not computed so far, NotImplementedError: on a GPU, degree > 1 and normalization.
 
     Returns:
         out [B, H, V]: a new array of q's kind, as from `retention`, unless `out` is given.

@@ -291,8 +291,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *      out_t = scale^p phi(q_t) S_t                        phi(q).phi(k) = (q.k)^p; for p = 1 phi(x) = x
  *      out_t = phi(q_t) S_t / phi(q_t) s_t                 where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: the parallel form; on a GPU, degrees above 1, normalization, the recurrent form, and value-major
- *  states that lie there.
+ *  HOLDFAST_UNSUPPORTED so far: the parallel form; on a GPU, the recurrent form, value-major states that lie there, and the tiled
+ *  expansion.
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
  *  with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
@@ -321,9 +321,12 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  advanced in place.
  *
  *  On a GPU: one launch sequence for the whole problem. log_decay is not looked at, so positive ones are computed with.
- *  Workspace grows with T: the states between all chunks. On CUDA, given a workspace and after the first call in a CUcontext
+ *  Workspace grows with T: the states between all chunks. For a degree above 1 or normalization, one launch sequence for each chunk
+ *  of all batch entries or of a packed sequence, and workspace for one of them; OpenCL wants the places where chunks and packed
+ *  sequences begin in the tensors as it wants byte_offset, and HOLDFAST_UNSUPPORTED says where they do not.
+ *  On CUDA, given a workspace and after the first call in a CUcontext
  *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph;
- *  except that one with cu_seqlens copies a table of chunks to the device, and may not. Calls on Metal, OpenCL and Vulkan are
+ *  except that one with cu_seqlens, of degree 1 without normalization, copies a table of chunks to the device, and may not. Calls on Metal, OpenCL and Vulkan are
  *  made one after the other in a process, whatever their contexts; those on CUDA run side by side. A process that has used a GPU and forks must not use it in the child.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
@@ -370,7 +373,7 @@ typedef struct holdfast_step_args {
 } holdfast_step_args;
 
 /** Bytes of workspace that holdfast_step needs for these arguments, as holdfast_workspace_size says it of holdfast_forward: some
- *  V floats for each batch entry and head. */
+ *  V floats for each batch entry and head; for a degree above 1 or normalization about D V / 64. */
 HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *context, const holdfast_step_args *args,
                                                           size_t *bytes);
 
@@ -382,7 +385,7 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *      out = scale^p phi(q) S                      of the new state
  *      out = phi(q) S / phi(q) s                   where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: on a GPU degrees above 1, normalization, and a value-major state that lies there.
+ *  HOLDFAST_UNSUPPORTED so far: on a GPU a value-major state that lies there, and the tiled expansion.
  *
  *  The same as holdfast_forward with T = 1 and `state` as both states, on the CPU to the bit; as holdfast_forward of many tokens
  *  at once to rounding. Each state is read and written once; of heads of queries that share it, all but the first read it
@@ -391,7 +394,9 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *  machine and target gives the same bits, for any number of threads.
  *
  *  On a GPU: what holdfast_forward says of log_decay, of CUDA's calls given a workspace and of those of other backends goes for
- *  steps too. A step is two launches for the whole problem, without a log_decay three.
+ *  steps too. A step is two launches for the whole problem, without a log_decay three; for a degree above 1 or normalization some more,
+ *  once for all batch entries where their heads lie in a row and log_decay is of each, else once for each entry, which OpenCL then wants
+ *  to begin as it wants byte_offset.
  *
  *  Aliasing: q, k, v and log_decay may share memory with one another. state, sum_of_keys and out overlap no other tensor.
  *

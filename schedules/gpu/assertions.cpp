@@ -1,0 +1,47 @@
+// Assertions in kernels. A tile of constant size, `bound_extent`, at the end of an axis whose size is known at run time only, is
+// asserted to hold what is needed of it: min(8 o + 8, D) - 8 <= 8 o. Halide 21 does not see that this is always so, because a
+// let stands between, and then drops the assertion with a warning (OpenCL, Vulkan), or does not compile the kernel (Metal, CUDA).
+// Here those that follow from the lets around them are taken out; others would stay, and fail the build on Metal.
+#include "../schedule.h"
+
+#include <utility>
+#include <vector>
+
+namespace {
+using namespace Halide;
+using namespace Halide::Internal;
+
+class ProvenAssertions : public IRMutator {
+    using IRMutator::visit;
+    std::vector<std::pair<std::string, Expr>> lets;  // around the statement, outermost first
+    bool in_kernel = false;
+
+    Stmt visit(const LetStmt *op) override {
+        lets.emplace_back(op->name, op->value);
+        Stmt body = mutate(op->body);
+        lets.pop_back();
+        return body.same_as(op->body) ? op : LetStmt::make(op->name, op->value, body);
+    }
+    Stmt visit(const For *op) override {
+        const bool outside = !in_kernel;
+        in_kernel |= op->for_type == ForType::GPUBlock;
+        Stmt body = mutate(op->body);
+        if (outside) in_kernel = false;
+        return body.same_as(op->body)
+                   ? op
+                   : For::make(op->name, op->min, op->extent, op->for_type, op->partition_policy, op->device_api, body);
+    }
+    Stmt visit(const AssertStmt *op) override {
+        if (!in_kernel) return op;
+        Expr condition = op->condition;
+        for (auto let = lets.rbegin(); let != lets.rend(); ++let) condition = substitute(let->first, let->second, condition);
+        return can_prove(condition) ? Evaluate::make(0) : op;
+    }
+};
+
+bool matches(const Target &t) { return t.has_gpu_feature(); }
+
+void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(new ProvenAssertions); }
+
+const bool added = holdfast::Lowering::add({matches, add_passes});
+}  // namespace
