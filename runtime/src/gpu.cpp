@@ -188,8 +188,9 @@ View::View(const Memory &memory, int64_t offset, halide_type_t element, std::ini
 #if HOLDFAST_HAS_OPENCL
         if (const Place &place = memory.run.call.place; place.backend == Backend::opencl)
             if (const int64_t multiple = opencl::offset_alignment(place.context); offset % multiple)
-                fail(HOLDFAST_UNSUPPORTED, "a part of the problem, such as a chunk or a packed sequence, begins at byte offset ",
-                     offset, " of its buffer; expected a multiple of ", multiple, ", which OpenCL demands");
+                fail(HOLDFAST_UNSUPPORTED,
+                     "a part of the problem, such as a chunk or a packed sequence, begins at byte offset ", offset,
+                     " of its buffer; expected a multiple of ", multiple, ", which OpenCL demands");
 #endif
         // Halide counts in elements of the source: here those that the offset is a multiple of, so that 32 bits reach far.
         int32_t step = 128;
@@ -311,7 +312,7 @@ Problem nearest(Problem p) {
     if (!p.q.on_host())
         for (Tensor *t :
              {&p.q, &p.k, &p.v, &p.out, &p.log_decay, &p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum})
-            std::fill_n(t->stride, std::max(t->rank - 1, 0), 0);
+            std::fill_n(t->stride, t == &p.log_decay ? t->rank : std::max(t->rank - 1, 0), 0);
     return p;
 }
 

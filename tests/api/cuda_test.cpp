@@ -794,10 +794,11 @@ TEST(Cuda, PowerRetentionIsLaunchesAloneForEachChunk) {
     driver.clear();
     ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
     EXPECT_EQ(of(driver.record(), "cuMemAlloc"), (std::vector<std::string>{"cuMemAlloc " + std::to_string(bytes)}));
-    call.give_workspace(bytes);
     std::vector<size_t> launches;
     for (int64_t tokens : {64, 65, 70, 1, 0}) {
         for (int n : {0, 1, 2, 3, 6}) call.dl[n].shape[1] = tokens;
+        ASSERT_EQ(holdfast_workspace_size(context, &call.forward, &bytes), HOLDFAST_OK) << context.error();
+        call.give_workspace(bytes);
         driver.clear();
         ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
         const auto record = driver.record();
@@ -812,17 +813,19 @@ TEST(Cuda, PowerRetentionIsLaunchesAloneForEachChunk) {
     EXPECT_EQ(launches[1], 2 * launches[0] - 1);  // zeros once
     EXPECT_EQ(context.messages.back().find("forward: power_f32_c64_k0_v0_cuda (where the tensors are), B 2, T 0"), 0u)
         << context.messages.back();
-    call.bytes--;
-    driver.clear();
-    for (int n : {0, 1, 2, 3, 6}) call.dl[n].shape[1] = T;
+
+    // Packed sequences are calls of their own; they need no more memory than the longest.
+    for (int n : {0, 1, 2, 3, 6}) call.dl[n].shape[0] = 1, call.dl[n].shape[1] = T;
+    call.dl[4].shape[0] = call.dl[5].shape[0] = call.dl[7].shape[0] = call.dl[8].shape[0] = 1;
+    ASSERT_EQ(holdfast_workspace_size(context, &call.forward, &bytes), HOLDFAST_OK) << context.error();
+    call.give_workspace(bytes - 1);
     EXPECT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_INVALID_ARGUMENT);
     EXPECT_NE(context.error().find("as holdfast_workspace_size says"), std::string::npos) << context.error();
-
-    // Packed sequences are calls of their own; they need no more memory than one.
-    for (int n : {0, 1, 2, 3, 6}) call.dl[n].shape[0] = 1;
+    call.give_workspace(bytes);
+    call.dl[4].shape[0] = call.dl[5].shape[0] = call.dl[7].shape[0] = call.dl[8].shape[0] = 2;
     int64_t starts[] = {0, 6, T}, extent = 3;
     const DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &extent, nullptr, 0};
-    call.forward.cu_seqlens = &cu_seqlens, call.bytes++;
+    call.forward.cu_seqlens = &cu_seqlens;
     driver.clear();
     ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
     EXPECT_EQ(others(driver.record()), std::set<std::string>());

@@ -227,8 +227,7 @@ TEST(Backends, PowerRetentionCopiesWhatIsOnTheCpu) {
                       std::string::npos)
                 << context.error();
         }
-        PowerProblem tiled{1, 3, 1, 1, 16, 4};
-        tiled.expansion = HOLDFAST_EXPANSION_TILED;
+        PowerProblem tiled{1, 3, 1, 1, 16, 4, 2, true, Gates::weak, f32, HOLDFAST_FORM_AUTO, HOLDFAST_EXPANSION_TILED};
         EXPECT_EQ(tiled.run(context), HOLDFAST_UNSUPPORTED);
         EXPECT_NE(context.error().find("expansion is HOLDFAST_EXPANSION_TILED and the backend " + std::string(name)),
                   std::string::npos)
