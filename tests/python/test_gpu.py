@@ -118,7 +118,7 @@ record = stub.stub_record().decode().splitlines()
 assert len([line for line in record if line.startswith("cuLaunchKernel")]) == 2 * 3, record
 assert not [line for line in record if "Memcpy" in line or "Synchronize" in line], record
 stub.stub_clear()
-theta, positions = on_gpu(4), Array(np.zeros(40, np.int64), device=CUDA)
+theta, positions = on_gpu(4), Array(np.zeros(40, np.int64), device=CUDA, dtype=(0, 64))
 for _ in range(2):
     for x in (holdfast.rotate(q, theta, positions=positions), holdfast.head_norm_gate(q, q, on_gpu(2, 8))):
         assert type(x) is Library and x.shape == (1, 40, 2, 8) and x.array[0, 0, 0, 0] == 7
