@@ -232,8 +232,6 @@ int64_t feature_block(int64_t D) {
 }
 
 void run_power(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
-    if (p.form == HOLDFAST_FORM_PARALLEL)
-        fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL; expected another for degrees above 1 and normalization");
     for (const Tensor *t : {&p.q, &p.out})
         if (!fits(p.group(), t->stride[2]))
             fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[2],

@@ -223,9 +223,9 @@ void check_expansion(const Problem &p, const Choice &choice) {
 
 const Variant &checked_variant(const Problem &p, const Choice &choice) {
     check_expansion(p, choice);
-    if (p.form == HOLDFAST_FORM_RECURRENT || p.form == HOLDFAST_FORM_PARALLEL)
-        fail(HOLDFAST_UNSUPPORTED, "form is ", (int)p.form, " and the backend ", name_of(choice.backend), "; expected ",
-             (int)HOLDFAST_FORM_CHUNKWISE, ", HOLDFAST_FORM_CHUNKWISE, or the CPU");
+    if (p.form == HOLDFAST_FORM_RECURRENT)
+        fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_RECURRENT and the backend ", name_of(choice.backend),
+             "; expected another form, or the CPU");
     return power_variant("power", p, choice, p.V);
 }
 

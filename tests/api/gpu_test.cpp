@@ -218,7 +218,9 @@ TEST(Backends, PowerRetentionCopiesWhatIsOnTheCpu) {
 
         p.form = HOLDFAST_FORM_RECURRENT;
         EXPECT_EQ(p.run(context), HOLDFAST_UNSUPPORTED);
-        EXPECT_NE(context.error().find("form is 3 and the backend " + std::string(name)), std::string::npos) << context.error();
+        EXPECT_NE(context.error().find("form is HOLDFAST_FORM_RECURRENT and the backend " + std::string(name)),
+                  std::string::npos)
+            << context.error();
         if (name == std::string("opencl")) {  // 4 bytes a token
             PowerProblem narrow{1, 9, 1, 1, 1, 1};
             narrow.chunk_size = 3;
