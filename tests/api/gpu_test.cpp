@@ -152,6 +152,20 @@ TEST(Backends, RotationsAndNormsCopyWhatIsOnTheCpu) {
     }
 }
 
+TEST(Backends, MoreTokensThanOneLaunchTakes) {
+    if (!runs("opencl")) GTEST_SKIP() << backend("opencl").missing;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "opencl"), HOLDFAST_OK);
+    Random random;
+    const int64_t T = ((int64_t)1 << 15) + 3, offset = ((int64_t)1 << 32) - T;
+    Array x = Array({1, T, 1, 2}).fill(random), out = Array(x.shape).forget(), theta = thetas(1, random);
+    ASSERT_EQ((Rotation{x, theta, out, offset}).run(context), HOLDFAST_OK) << context.error();
+    expect_rotated(x, theta, out, false, [&](int64_t, int64_t t) { return offset + t; }, f32);
+    Array weight = Array({1, 2}).fill(random, -2, 2);
+    ASSERT_EQ((HeadNormGate{x, {}, weight, out}).run(context), HOLDFAST_OK) << context.error();
+    expect_normed(x, x, weight, out, false, false, f32);
+}
+
 TEST(Backends, PowerRetentionCopiesWhatIsOnTheCpu) {
     const struct {
         int degree;
