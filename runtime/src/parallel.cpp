@@ -173,7 +173,7 @@ private:
 const Variant &parallel_variant(const Problem &p, const Choice &choice) {
     if (choice.backend != Backend::cpu)
         fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL and the backend ", name_of(choice.backend),
-             "; expected the cpu: no kernel of it for others yet");
+             "; expected the CPU, or another form");
     if (p.initial_state.rank && p.degree > 1)
         fail(HOLDFAST_UNSUPPORTED, "initial_state is given, form is HOLDFAST_FORM_PARALLEL and degree ", p.degree,
              "; expected NULL: no kernel of it with initial states for degrees above 1 yet");
