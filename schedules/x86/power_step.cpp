@@ -40,7 +40,7 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &sizes, const Target &target)
     lanes.update().reorder(lane, wo).vectorize(lane);
 
     for (Func list : p.phi.table()) list.compute_root().vectorize(f, vec, TailStrategy::GuardWithIf);
-    for (Func factor : p.phi.factors) factor.update().reorder(f, p.phi.over_bit).vectorize(f, vec, TailStrategy::GuardWithIf);
+    for (Func factor : p.phi.searched) factor.update().reorder(f, p.phi.over_bit).vectorize(f, vec, TailStrategy::GuardWithIf);
     for (Func once : {p.phi_q, p.phi_k, p.unit}) once.compute_root();
     for (Func features : {p.phi_q, p.phi_k}) features.vectorize(f, vec, TailStrategy::GuardWithIf);
     p.largest.compute_at(p.unit, g).update().atomic().vectorize(p.over_element, vec);
