@@ -1,7 +1,7 @@
 // Times every compiled variant that this machine runs, through the public API: one benchmark per row of variants.inc, length
-// (all but steps) or batch size (steps: one, and as many as make states of a quarter gigabyte) and number of threads. Before
-// the clock starts, the variant that really ran and its result are checked; either one wrong fails the benchmark and the
-// program.
+// (all but steps; parallel: up to 4096) or batch size (steps: one, and as many as make states of a quarter gigabyte) and number of
+// threads. Before the clock starts, the variant that really ran and its result are checked; either one wrong fails the benchmark
+// and the program.
 //
 //     retention_bench [--heads=8] [--threads=1,<cores>] [Google Benchmark's options]
 //
@@ -9,7 +9,8 @@
 //
 // Counters, per call:
 //     GFLOP/s         useful operations: for a chunk of L tokens, L (L + 1) (K + V) for the scores that count and their
-//                     products with values, and 4 L K V for reading and writing the state; of the power kernel 4 L D (V + 1)
+//                     products with values, and 4 L K V for reading and writing the state; in the parallel form all T
+//                     tokens are one chunk; of the power kernel 4 L D (V + 1)
 //     square_GFLOP/s  the same with the masked half of each chunk counted too: 2 L L (K + V)
 //     peak_share      GFLOP/s over the fp32 peak that was measured at the start, on as many threads
 //     bf16_peak_share of bf16, where this CPU has products of it: the same over their peak
@@ -53,7 +54,8 @@ namespace {
 using test::Dtype, test::f32, test::f16, test::bf16;
 
 constexpr int64_t lengths[] = {1, 16, 256, 4096, 65536};
-constexpr double most_bytes = 1 << 30;  // of a call's tensors: longer calls are left out
+constexpr int64_t longest_parallel = 4096;  // time grows with the square
+constexpr double most_bytes = 1 << 30;      // of a call's tensors: longer calls are left out
 
 constexpr double states_in_memory = 1 << 28;  // bytes: far beyond the caches
 
@@ -420,11 +422,13 @@ benchmark::Counter bytes_counter(double bytes) {
 void retention(benchmark::State &state, const Variant &variant, const Shape &shape, int threads) {
     Problem &p = problem(shape);
     holdfast_forward_args args = p.args();
-    args.chunk_size = variant.chunk;
+    const bool parallel = variant.is("parallel");
+    args.form = parallel ? HOLDFAST_FORM_PARALLEL : HOLDFAST_FORM_CHUNKWISE;
+    if (!parallel) args.chunk_size = variant.chunk;
     p.clear_results();
     const double rate = calls_per_second(
         state, variant, threads, [&](holdfast_context *c) { return holdfast_forward(c, &args); }, [&] { return p.errors(); });
-    const Operations operations(shape, variant.chunk);
+    const Operations operations(shape, parallel ? shape.T : variant.chunk);
     const int at_work = (int)std::min<int64_t>(threads, shape.H);
     state.counters["GFLOP/s"] = operations.useful * rate * 1e-9;
     state.counters["square_GFLOP/s"] = operations.square * rate * 1e-9;
@@ -631,11 +635,13 @@ int main(int argc, char **argv) {
             for (const Dtype &dtype : test::all_dtypes) {
                 const Shape shape = {T, heads, K, V, dtype};
                 if (shape.bytes() > most_bytes) continue;
-                each_row("chunkwise", dtype, [&](const Variant &row, int at_most) {
-                    std::ostringstream name;
-                    name << row.name << "/T:" << T << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
-                    add(name, [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
-                });
+                for (const char *kernel : {"chunkwise", "parallel"})
+                    each_row(kernel, dtype, [&](const Variant &row, int at_most) {
+                        if (row.is("parallel") && T > longest_parallel) return;
+                        std::ostringstream name;
+                        name << row.name << "/T:" << T << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
+                        add(name, [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
+                    });
             }
         for (int64_t T : {256, 4096})
             for (const Dtype &dtype : test::all_dtypes)

@@ -51,6 +51,16 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES any
     TARGETS avx512 avx2 generic)
 
+# One variant for every degree, normalized or not, with or without states and weights. Blocks of 64 rows: keys are read once for
+# each of them, and a strip of weights stays in L1.
+holdfast_kernel(parallel DTYPES f32 CHUNKS 64
+    SIZES 64x64 128x128
+    TARGETS avx512 avx2)
+
+holdfast_kernel(parallel DTYPES f32 f16 bf16 CHUNKS 64
+    SIZES any
+    TARGETS avx512 avx2 generic)
+
 # GPUs: half the traffic of states that chunks of 32 have, and the weights of 32 rows are 8 KiB of shared memory.
 holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
     SIZES 64x64 128x128

@@ -207,10 +207,15 @@ private:
     Array state() { return array(value_major ? Index{N, Hk, V, K} : Index{N, Hk, K, V}); }
 };
 
-/// Variants as the library lists them.
-inline std::vector<holdfast_variant> variants(holdfast_context *context = nullptr) {
+/// Variants as the library lists them for a context.
+inline std::vector<holdfast_variant> variants(holdfast_context *context) {
     std::vector<holdfast_variant> list(holdfast_variant_count());
     for (size_t n = 0; n < list.size(); n++) holdfast_variant_at(context, (int)n, &list[n]);
+    return list;
+}
+/// The same for the default one, once: thousands of processes each look for their instances.
+inline const std::vector<holdfast_variant> &variants() {
+    static const std::vector<holdfast_variant> list = variants(nullptr);
     return list;
 }
 

@@ -39,8 +39,10 @@ inline std::vector<KernelCase> kernel_cases(int C) {
     cases.push_back({"packed", lengths(C), 1, 2, Layout::compact, Gates::weak, 0});
     cases.push_back({"packed_other_way", {3 * C + 2, C + 1, C, C - 1, 1, 0}, 2, 1, Layout::swapped, Gates::resets, 0});
     cases.push_back({"packed_gaps", {0, 0, C, 0, 1, 0}, 2, 2, Layout::compact, Gates::per_head, 0});
-    for (int64_t chunk : {1, C / 2 + 1, C - 1})
-        cases.push_back({"chunks_of_" + std::to_string(chunk), {C + 2, 0, 3}, 2, 2, Layout::compact, Gates::resets, chunk});
+    for (int64_t chunk : {1, C / 2 + 1, C - 1}) {
+        const int64_t T = chunk == 1 ? 5 : C + 2;
+        cases.push_back({"chunks_of_" + std::to_string(chunk), {T, 0, 3}, 2, 2, Layout::compact, Gates::resets, chunk});
+    }
     cases.push_back({"groups", {C + 2, 0, 3}, 2, 2, Layout::padded, Gates::resets, 0, 3});
     cases.push_back({"one_group", {2 * C + 1}, 1, 1, Layout::swapped, Gates::per_head, 0, 4});
     return cases;

@@ -29,7 +29,7 @@ inline Backend home_of(const Tensor &t) {
 
 /// A halide_buffer_t with its dimensions, innermost first, all starting at 0.
 struct Buffer : halide_buffer_t {
-    halide_dimension_t axes[5];
+    halide_dimension_t axes[6];  // as many as any kernel has
     Buffer(const void *data, halide_type_t element, std::initializer_list<halide_dimension_t> list) : halide_buffer_t{} {
         std::copy(list.begin(), list.end(), axes);
         host = (uint8_t *)data, type = element, dimensions = (int32_t)list.size(), dim = axes;

@@ -240,8 +240,6 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     if (choice.backend != Backend::cpu)
         fail(HOLDFAST_UNSUPPORTED, "degree is ", p.degree, p.normalized ? ", normalized," : "", " and backend ",
              name_of(choice.backend), "; expected the CPU, or degree 1 and no normalization");
-    if (p.form == HOLDFAST_FORM_PARALLEL)
-        fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL; expected another for degrees above 1 and normalization");
     for (const Tensor *t : {&p.q, &p.out})
         if (!fits(p.group(), t->stride[2]))
             fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[2],

@@ -16,6 +16,11 @@ using ChunkwiseKernel = int(const void *user_context, halide_buffer_t *q, halide
                             halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count,
                             float scale, halide_buffer_t *out, halide_buffer_t *state_out);
 
+using ParallelKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                           halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *keys_in, int32_t first_block,
+                           int32_t degree, int32_t normalized, float scale, halide_buffer_t *out, halide_buffer_t *state_out,
+                           halide_buffer_t *keys_out, halide_buffer_t *weights);
+
 using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
                             halide_buffer_t *log_decay, float scale, halide_buffer_t *state, halide_buffer_t *sum,
                             halide_buffer_t *out);
@@ -52,7 +57,8 @@ struct Variant {
     bool round_operands;              // products read what is not of `dtype` rounded to it
     int degree;                       // 0: any, or the kernel knows none
     const Target *target;
-    std::variant<ChunkwiseKernel *, RecurrentKernel *, RotateKernel *, HeadNormGateKernel *, PowerKernel *, PowerStepKernel *>
+    std::variant<ChunkwiseKernel *, ParallelKernel *, RecurrentKernel *, RotateKernel *, HeadNormGateKernel *, PowerKernel *,
+                 PowerStepKernel *>
         run;  // that of `kernel`
 };
 

@@ -46,9 +46,8 @@ std::vector<Instance> instances() {
         for (const NamedTarget &named : targets())
             for (const auto &[sizes, size] : scheduled)
                 for (const Dtype &dtype : all_dtypes) {
-                    // Types differ where rows are read and written: one size of each schedule shows that.
-                    const bool enough = dtype == f32 || sizes.chunk == (schedule.rank == 0 ? 7 : 32);
-                    if (enough && schedule.matches(named.target, sizes))
+                    const bool types = sizes.chunk == (schedule.rank == 0 ? 7 : 32) && shows_types(schedule.rank, named);
+                    if ((dtype == f32 || types) && schedule.matches(named.target, sizes))
                         list.push_back({schedule.name, named, sizes, size, dtype});
                 }
     return list;

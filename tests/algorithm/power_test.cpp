@@ -42,10 +42,8 @@ std::vector<Instance> instances() {
             for (const auto &[sizes, size] : scheduled)
                 for (const Dtype &dtype : all_dtypes) {
                     if (!schedule.matches(named.target, sizes) || (schedule.rank == 0 && sizes.degree)) continue;
-                    // Types differ where rows are read and written: one size and target of each schedule shows that.
-                    const bool enough = sizes.degree == (schedule.rank == 0 ? 0 : 2) &&
-                                        named.name == (schedule.rank == 0 ? plain : targets().front()).name;
-                    if (!(dtype == f32) && !enough) continue;
+                    const bool types = sizes.degree == (schedule.rank == 0 ? 0 : 2) && shows_types(schedule.rank, named);
+                    if (!(dtype == f32) && !types) continue;
                     std::vector<int> degrees = {sizes.degree};
                     if (!sizes.degree) degrees = dtype == f32 ? std::vector<int>{1, 2, 3, 4} : std::vector<int>{2};
                     list.push_back({schedule.name, named, sizes, size, degrees, dtype});

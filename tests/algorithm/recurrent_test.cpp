@@ -35,9 +35,8 @@ std::vector<Instance> instances() {
         for (const NamedTarget &named : targets())
             for (const auto &[fixed, size] : sizes)
                 for (const Dtype &dtype : all_dtypes) {
-                    // Types differ where rows are read and written: one size of each schedule shows that.
-                    const bool enough = dtype == f32 || fixed.key == (schedule.rank == 0 ? 0 : 64);
-                    if (enough && schedule.matches(named.target, fixed))
+                    const bool types = fixed.key == (schedule.rank == 0 ? 0 : 64) && shows_types(schedule.rank, named);
+                    if ((dtype == f32 || types) && schedule.matches(named.target, fixed))
                         list.push_back({schedule.name, named, fixed, size, dtype});
                 }
     return list;

@@ -31,4 +31,13 @@ inline std::string missing(const Halide::Target &target) {
     return list;
 }
 
+/// Types differ where rows are read and written: one target of a schedule shows that. The plainest for the generic schedule of rank
+/// 0, else the best that this machine runs.
+inline bool shows_types(int rank, const NamedTarget &named) {
+    if (rank == 0) return named.name == targets().back().name;
+    for (const NamedTarget &best : targets())
+        if (missing(best.target).empty()) return named.name == best.name;
+    return false;
+}
+
 }  // namespace test

@@ -252,10 +252,13 @@ std::vector<Case> cases() {
         [](Call &c) { c.want_weights(), c.place(c.out, 1024), c.place(c.weights, 1025); });
 
     // ---- What no kernel computes yet.
-    add("parallel_of_degree_2", unsupported, "form is HOLDFAST_FORM_PARALLEL; expected another", [](Call &c) {
-        c.args.degree = 2, c.args.form = HOLDFAST_FORM_PARALLEL, c.args.initial_state = nullptr, c.args.final_state = nullptr;
-    });
-    add("parallel", unsupported, "form is HOLDFAST_FORM_PARALLEL; expected another", [](Call &c) { c.want_weights(); });
+    add("parallel_of_degree_2_with_states", unsupported,
+        "final_state is given, form is HOLDFAST_FORM_PARALLEL and degree 2; expected NULL: no kernel of it with states for "
+        "degrees above 1 yet",
+        [](Call &c) {
+            c.args.degree = 2, c.args.form = HOLDFAST_FORM_PARALLEL, c.args.initial_state = nullptr;
+            c.final_state.shape[2] = 10, c.place(c.final_state, 1024);
+        });
 
     // ---- Missing tensors.
     add("q_null", invalid, "q is NULL; expected a tensor [B, T, H, K]", [](Call &c) { c.args.q = nullptr; });

@@ -82,8 +82,8 @@ class Launched:
 
 class Device:
     """`library` holds kernels, Halide's runtime and driver.c. Since the last reset: `launches` are what ran, `fault`
-    is what went wrong first; `change`, given to reset, changes PTX before it runs. With `count` launches are counted
-    (ptx.Counts)."""
+    is what went wrong first; `change`, given to reset, changes PTX before it runs, and without `execute` it does not
+    run. With `count` launches are counted (ptx.Counts)."""
 
     def __init__(self, library, megabytes=64):
         self.library = ctypes.CDLL(
@@ -96,13 +96,13 @@ class Device:
         self.parsed, self.count = {}, False
         self.reset()
 
-    def reset(self, change=None):
+    def reset(self, change=None, execute=True):
         self.memory = ptx.Memory(self.size)
         state = ctypes.c_void_p(self.memory.state.ctypes.data)
         self.library.standin_start(
             ctypes.c_void_p(self.memory.base), state, ctypes.c_size_t(self.size), self.callbacks[0]
         )
-        self.change, self.fault, self.errors, self.launches = change, None, [], []
+        self.change, self.execute, self.fault, self.errors, self.launches = change, execute, None, [], []
 
     def error(self, _, text):
         self.errors.append(text.decode())
@@ -120,7 +120,8 @@ class Device:
             ]
             counts = ptx.Counts(self.memory) if self.count else None
             self.launches.append(Launched(kernel, tuple(grid[:3]), tuple(block[:3]), shared_bytes, counts))
-            ptx.Launch(kernel, tuple(grid[:3]), tuple(block[:3]), shared_bytes, values, self.memory, counts).run()
+            if self.execute:
+                ptx.Launch(kernel, tuple(grid[:3]), tuple(block[:3]), shared_bytes, values, self.memory, counts).run()
             return 0
         except Exception as e:  # nothing may pass through C
             self.fault = self.fault or e

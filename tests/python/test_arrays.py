@@ -218,7 +218,7 @@ def failing_and_working_calls(p):
         (ValueError, lambda: holdfast.retention(p.q, p.k, p.v, p.log_decay, out=p.q, **good)),
         (ValueError, lambda: holdfast.retention(p.q, p.k, p.v, -p.log_decay, **good)),
         (TypeError, lambda: holdfast.retention(p.q, p.k, p.v, p.log_decay, scale="x", **good)),
-        (NotImplementedError, lambda: holdfast.retention(p.q, p.k, p.v, p.log_decay, form="parallel", **good)),
+        (NotImplementedError, lambda: holdfast.retention(p.q, p.k, p.v, degree=2, form="parallel", return_state=True)),
         (NotImplementedError, lambda: holdfast.retention(p.q, p.k, p.v.astype("d"), p.log_decay, **good)),
     ]
 

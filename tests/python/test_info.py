@@ -49,7 +49,7 @@ def test_the_selected_variants_are_those_that_run(problem):
     lines = []
     holdfast.set_verbose(lines.append)
     selected = [v for v in holdfast.info()["variants"] if v["selected"]]
-    kernels = {"chunkwise", "recurrent", "power", "power_step", "rotate", "head_norm_gate"}
+    kernels = {"chunkwise", "parallel", "recurrent", "power", "power_step", "rotate", "head_norm_gate"}
     assert {v["kernel"] for v in selected} == kernels
     assert all(v["runs_here"] for v in selected)
     for variant in selected:
@@ -83,7 +83,7 @@ def test_the_selected_variants_are_those_that_run(problem):
         elif variant["kernel"] == "recurrent":
             holdfast.retention_step(*(of_dtype(x[:, 0]) for x in (p.q, p.k, p.v)), None, p.initial_state)
         else:
-            holdfast.retention(of_dtype(p.q), of_dtype(p.k), of_dtype(p.v))
+            holdfast.retention(of_dtype(p.q), of_dtype(p.k), of_dtype(p.v), form=variant["kernel"])
         assert f" {variant['name']} " in lines.pop()
     holdfast.set_backend(None)
 

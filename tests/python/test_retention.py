@@ -54,7 +54,7 @@ def test_cut_and_continue(problem, cut):
     assert_close(state, final)
 
 
-@pytest.mark.parametrize("form", ["auto", "chunkwise", "recurrent"])
+@pytest.mark.parametrize("form", ["auto", "parallel", "chunkwise", "recurrent"])
 @pytest.mark.parametrize("heads", [1, 2, 6])
 def test_heads_in_groups(problem, heads, form):
     p = problem(2, 70, 6, 24, 40)
@@ -98,7 +98,35 @@ def test_value_major_states(problem):
 def test_what_no_kernel_computes_yet(problem):
     p = problem(1, 20, 2, 16, 8)
     with pytest.raises(NotImplementedError, match="no kernel"):
-        holdfast.retention(p.q, p.k, p.v, p.log_decay, form="parallel", return_weights=True)
+        holdfast.retention(p.q, p.k, p.v, p.log_decay, return_state=True, degree=2, form="parallel")
+
+
+@pytest.mark.parametrize("normalize", [None, False, True])
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+def test_parallel_form_with_its_weights(problem, degree, normalize):
+    p = problem(2, 70, 4, 24, 40)
+    q, k = np.abs(p.q) + np.float32(0.1), np.abs(p.k) + np.float32(0.1)  # sums of weights stay away from 0
+    decays = np.cumsum(p.log_decay[:, :, :2], axis=1, dtype=np.float64)
+    scores = np.einsum("bihd,bjhd->bhij", q.astype("d"), k[:, :, :2].astype("d").repeat(2, axis=2)) * 24**-0.5
+    gates = np.exp(np.minimum(decays[:, :, None] - decays[:, None], 0)).transpose(0, 3, 1, 2).repeat(2, axis=1)
+    expected = np.tril(scores**degree * gates)
+    if normalize or (normalize is None and degree > 1):
+        expected /= expected.sum(axis=3, keepdims=True)
+    options = {"degree": degree, "normalize": normalize, "form": "parallel", "return_weights": True}
+    out, weights = holdfast.retention(q, k[:, :, :2], p.v[:, :, :2], p.log_decay[:, :, :2], **options)
+    assert_close(weights, expected)
+    assert_close(out, np.einsum("bhij,bjhe->bihe", expected, p.v[:, :, :2].astype("d").repeat(2, axis=2)))
+
+
+def test_parallel_form_returns_weights_last(problem):
+    p = problem(1, 20, 2, 16, 8)
+    options = {"normalize": True, "form": "parallel", "return_state": True, "return_weights": True}
+    out, state, sum_of_keys, weights = holdfast.retention(p.q, p.k, p.v, p.log_decay, **options)
+    _, expected = reference.retention(p.q, p.k, p.v, p.log_decay)
+    assert_close(state, expected)
+    _, expected = reference.retention(p.q, p.k, np.ones((1, 20, 2, 1)), p.log_decay)
+    assert_close(sum_of_keys, expected[..., 0])
+    assert out.shape == p.v.shape and weights.shape == (1, 2, 20, 20)
 
 
 @pytest.mark.parametrize("degree, normalize", [(1, True), (2, None), (2, False), (3, False), (4, True)])

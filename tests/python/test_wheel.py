@@ -50,8 +50,12 @@ def run(*command: str | Path, cwd: Path) -> str:
 def test_wheel(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     # In the build tree, so that a second run has next to nothing to compile.
-    settings = [f"build-dir={SOURCE / 'build' / 'wheel'}", "cmake.define.HOLDFAST_SIZES=64x64;any"]
-    options = [f"--config-settings={setting}" for setting in settings]
+    settings = {
+        "build-dir": SOURCE / "build" / "wheel",
+        "cmake.define.HOLDFAST_TARGETS": "generic",
+        "cmake.define.HOLDFAST_SIZES": "any",
+    }
+    options = [f"--config-settings={name}={value}" for name, value in settings.items()]
     run(*pip, "wheel", SOURCE, "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, *options, cwd=tmp_path)
     [wheel] = tmp_path.glob("holdfast-*.whl")
 

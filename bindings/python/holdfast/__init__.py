@@ -140,7 +140,8 @@ def retention(
             degree 2 and K a multiple of 16 (holdfast.h: HOLDFAST_EXPANSION_TILED).
         out: written in place and returned itself, [B, T, H, V].
 
-    Not computed so far, NotImplementedError: form "parallel"; on a GPU, degree > 1 and normalization.
+    Not computed so far, NotImplementedError: states of degree > 1 in form "parallel"; on a GPU, degree > 1,
+    normalization and forms "parallel" and "recurrent".
 
     Returns:
         out [B, T, H, V]; or (out, state), (out, state, sum_of_keys), with the weights [B, H, T, T] last when asked for.

@@ -128,7 +128,8 @@ typedef void *(*holdfast_allocate)(void *user, size_t bytes, size_t alignment);
 typedef void (*holdfast_deallocate)(void *user, void *memory, size_t bytes);
 
 /** Take workspace from the caller's allocator; both NULL go back to the library's own. Workspace held so far is freed first.
- *  Workspace is kept for reuse until the context is destroyed or this function is called. Its size does not depend on T.
+ *  Workspace is kept for reuse until the context is destroyed or this function is called. Its size does not depend on T,
+ *  except in the parallel form: there T (K + V) floats for each thread, a copy of one head's keys and values, and as few more.
  *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, or when just one of the two is NULL. */
 HOLDFAST_API holdfast_status holdfast_context_set_allocator(holdfast_context *context, holdfast_allocate allocate,
                                                             holdfast_deallocate deallocate, void *user);
@@ -145,7 +146,7 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
     const char *name;       /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel;     /**< "chunkwise", "recurrent", "power", "power_step", "rotate" or "head_norm_gate" */
+    const char *kernel;     /**< "chunkwise", "parallel", "recurrent", "power", "power_step", "rotate" or "head_norm_gate" */
     const char *dtype;      /**< of q, k, v, x, gate and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
     const char *target;     /**< what holdfast_context_set_target takes */
     int32_t chunk;          /**< tokens in a chunk, at most; 0: the kernel has no chunks */
@@ -291,8 +292,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *      out_t = scale^p phi(q_t) S_t                        phi(q).phi(k) = (q.k)^p; for p = 1 phi(x) = x
  *      out_t = phi(q_t) S_t / phi(q_t) s_t                 where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: the parallel form; on a GPU, degrees above 1, normalization, the recurrent form, and value-major
- *  states that lie there.
+ *  HOLDFAST_UNSUPPORTED so far: the parallel form's states for a degree above 1; on a GPU, degrees above 1, normalization, the
+ *  parallel and the recurrent form, and value-major states that lie there.
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
  *  with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace

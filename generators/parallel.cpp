@@ -1,0 +1,191 @@
+// The stages of parallel.h.
+#include "parallel.h"
+
+#include "decay.h"
+
+using namespace Halide;
+
+namespace holdfast {
+namespace {
+
+static const Var b("b"), h("h"), g("g"), c("c"), n("n"), i("i"), j("j"), d("d"), e("e"), s("s");
+
+/// x^p.
+Expr power(const Expr &x, const Expr &degree) {
+    Expr square = x * x;
+    return select(degree == 1, x, degree == 2, square, degree == 3, square * x, square * square);
+}
+
+/// Log decay of the `distance` blocks before block `at`, as steps and rest, from what it is for one less. Below least_log_decay
+/// it stays there. The rest is kept below a step: thousands of them would lose what they are there for.
+Tuple decay_before(const Tuple &nearer, const Expr &block_steps, const Expr &block_rest) {
+    const int least = (int)(least_log_decay / decay_step);
+    Expr rest = nearer[1] + block_rest;
+    Expr carry = cast<int32_t>(round(rest / decay_step));
+    return {max(nearer[0] + block_steps + carry, least), rest - cast<float>(carry) * decay_step};
+}
+
+ParallelWeights weights(const ParallelFuncs &f, const ParallelCall &call, const ParallelSizes &sizes,
+                        const std::string &suffix) {
+    const int C = sizes.block;
+    const Expr blocks = (call.tokens + C - 1) / C, keys_to_sum = select(call.normalized != 0, C, 0);
+    auto name = [&](const char *stage) { return stage + suffix; };
+    ParallelWeights w;
+
+    w.over_distance = RDom(1, blocks, name("over_distance"));
+    RVar distance = w.over_distance;
+    w.decay_before = Func(name("decay_before"));
+    w.decay_before(s, c, h, b) = Tuple(0, 0.0f);
+    const Expr block = clamp(c - distance, 0, max(blocks - 1, 0));
+    w.decay_before(distance, c, h, b) = decay_before(w.decay_before(distance - 1, c, h, b), f.decay_steps(C - 1, block, h, b),
+                                                     f.decay_rest(C - 1, block, h, b));
+    w.row_decay = Func(name("row_decay"));
+    w.row_decay(i, c, h, b) = exp(log_decay_of(f.decay_steps(i, c, h, b), f.decay_rest(i, c, h, b)));
+    w.initial_decay = Func(name("initial_decay"));
+    Tuple all = w.decay_before(c, c, h, b);
+    w.initial_decay(c, h, b) = exp(log_decay_of(all[0], all[1]));
+    w.key_decay = Func(name("key_decay"));
+    Tuple between = w.decay_before(max(c - n - 1, 0), c, h, b);
+    w.key_decay(j, n, c, h, b) = exp(log_decay_of(between[0] + f.decay_steps(C - 1, n, h, b) - f.decay_steps(j, n, h, b),
+                                                  between[1] + f.decay_rest(C - 1, n, h, b) - f.decay_rest(j, n, h, b)));
+    // Masked before exp, which could overflow above the diagonal, and after.
+    w.mask = Func(name("mask"));
+    Expr from_key = log_decay_of(f.decay_steps(i, c, h, b) - f.decay_steps(j, c, h, b),
+                                 f.decay_rest(i, c, h, b) - f.decay_rest(j, c, h, b));
+    w.mask(i, j, c, h, b) = select(j <= i, exp(select(j <= i, from_key, 0.0f)), 0.0f);
+
+    // 2^-floor(log2 max_d |q|), from the exponent's bits: exact, and divided out again in full. Zeros, infinities and NaN get
+    // what fp32 has at its ends.
+    w.over_size = RDom(0, call.key_extent, "over_size");
+    Func size(name("size"));
+    size(i, c, g, h, b) = 0.0f;
+    size(i, c, g, h, b) = max(size(i, c, g, h, b), abs(f.q(w.over_size, i, c, g, h, b)));
+    w.unit = Func(name("unit"));
+    Expr exponent = (reinterpret<int32_t>(size(i, c, g, h, b)) >> 23) & 255;
+    w.unit(i, c, g, h, b) = reinterpret<float>(clamp(254 - exponent, 1, 254) << 23);
+    w.queries = Func(name("queries"));
+    w.queries(d, i, c, g, h, b) = f.q(d, i, c, g, h, b) * w.unit(i, c, g, h, b);
+
+    w.over_past_key_feature = RDom(0, call.key_extent, name("over_past_key_feature"));
+    RVar feature = w.over_past_key_feature;
+    w.past_scores = Func(name("past_scores"));
+    w.past_scores(i, j, n, c, g, h, b) += w.queries(feature, i, c, g, h, b) * f.k(feature, j, n, h, b);
+    w.past = Func(name("past_weights"));
+    w.past(i, j, n, c, g, h, b) = power(w.past_scores(i, j, n, c, g, h, b), call.degree) * w.key_decay(j, n, c, h, b);
+    w.over_own_key_feature = RDom(0, call.key_extent, name("over_own_key_feature"));
+    feature = w.over_own_key_feature;
+    w.own_scores = Func(name("own_scores"));
+    w.own_scores(i, j, c, g, h, b) += w.queries(feature, i, c, g, h, b) * f.k(feature, j, c, h, b);
+    w.own = Func(name("own_weights"));
+    w.own(i, j, c, g, h, b) = power(w.own_scores(i, j, c, g, h, b), call.degree) * w.mask(i, j, c, h, b);
+
+    w.over_summed_key = RDom(0, keys_to_sum, name("over_summed_key"));
+    w.past_block_sum = Func(name("past_block_sum"));
+    w.past_block_sum(i, n, c, g, h, b) += w.past(i, w.over_summed_key, n, c, g, h, b);
+    w.over_past_block = RDom(0, blocks, name("over_past_block"));
+    w.over_past_block.where(w.over_past_block < c);
+    w.past_sum = Func(name("past_sum"));
+    w.past_sum(i, c, g, h, b) += w.past_block_sum(i, w.over_past_block, c, g, h, b);
+    w.over_summed_own_key = RDom(0, keys_to_sum, name("over_summed_own_key"));
+    w.own_sum = Func(name("own_sum"));
+    w.own_sum(i, c, g, h, b) += w.own(i, w.over_summed_own_key, c, g, h, b);
+    RDom over_keys(0, select(call.normalized != 0, call.key_extent, 0), 0, call.states_in, name("over_keys"));
+    w.initial_sum = Func(name("initial_sum"));
+    w.initial_sum(i, c, g, h, b) += w.queries(over_keys.x, i, c, g, h, b) * f.keys_in(over_keys.x, h, b);
+    Expr before = w.past_sum(i, c, g, h, b) + w.initial_decay(c, h, b) * w.initial_sum(i, c, g, h, b);
+    Expr sum = w.row_decay(i, c, h, b) * before + w.own_sum(i, c, g, h, b);
+    w.factor = Func(name("factor"));
+    w.factor(i, c, g, h, b) = select(call.normalized != 0, 1.0f / sum, power(call.scale / w.unit(i, c, g, h, b), call.degree));
+    return w;
+}
+
+}  // namespace
+
+ParallelFuncs parallel(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Func &state_in,
+                       const Func &keys_in, const ParallelCall &call, const ParallelSizes &sizes) {
+    const int C = sizes.block;
+    const Expr blocks = (call.tokens + C - 1) / C;
+    ParallelFuncs f;
+    f.q = q, f.k = k, f.v = v, f.log_decay = log_decay;
+
+    // Gates inside a block, summed as in chunkwise.cpp.
+    f.over_row = RDom(0, C, "over_row");
+    f.decay_steps = Func("decay_steps");
+    f.decay_steps(i, n, h, b) += select(f.over_row <= i, decay_steps_of(log_decay(f.over_row, n, h, b)), 0);
+    f.decay_rest = Func("decay_rest");
+    f.decay_rest(i, n, h, b) += select(f.over_row <= i, decay_rest_of(log_decay(f.over_row, n, h, b)), 0.0f);
+
+    f.over_initial = RDom(0, call.states_in, "over_initial");
+    f.state_in = Func("state_given");
+    f.state_in(e, d, h, b) += state_in(e, d, f.over_initial, h, b);
+    f.keys_in = Func("keys_given");
+    f.keys_in(d, h, b) += keys_in(d, f.over_initial, h, b);
+
+    f.weights = weights(f, call, sizes, "");
+    const ParallelWeights &w = f.weights;
+    f.over_past_key = RDom(0, C, "over_past_key");
+    f.past_block = Func("past_block");
+    f.past_block(e, i, n, c, g, h, b) += w.past(i, f.over_past_key, n, c, g, h, b) * v(e, f.over_past_key, n, h, b);
+    f.past = Func("past");
+    f.past(e, i, c, g, h, b) += f.past_block(e, i, w.over_past_block, c, g, h, b);
+    f.over_own_key = RDom(0, C, "over_own_key");
+    if (sizes.causal_tile < C) f.over_own_key.where(f.over_own_key < (i / sizes.causal_tile + 1) * sizes.causal_tile);
+    f.own = Func("own");
+    f.own(e, i, c, g, h, b) += w.own(i, f.over_own_key, c, g, h, b) * v(e, f.over_own_key, c, h, b);
+    f.over_state = RDom(0, call.key_extent, 0, call.states_in, "over_state");
+    f.initial = Func("initial");
+    f.initial(e, i, c, g, h, b) += w.queries(f.over_state.x, i, c, g, h, b) * f.state_in(e, f.over_state.x, h, b);
+    f.out = Func("out");
+    Expr before = f.past(e, i, c, g, h, b) + w.initial_decay(c, h, b) * f.initial(e, i, c, g, h, b);
+    f.out(e, i, c, g, h, b) = (w.row_decay(i, c, h, b) * before + f.own(e, i, c, g, h, b)) * w.factor(i, c, g, h, b);
+
+    f.shown = weights(f, call, sizes, "_shown");
+    f.over_shown_key_feature = RDom(0, call.key_extent, "over_shown_key_feature");
+    f.shown_scores = Func("shown_scores");
+    f.shown_scores(i, j, n, c, g, h, b) +=
+        f.shown.queries(f.over_shown_key_feature, i, c, g, h, b) * k(f.over_shown_key_feature, j, n, h, b);
+    f.weights_shown = Func("weights_shown");
+    Expr decay_of_key =
+        select(n < c, f.shown.row_decay(i, c, h, b) * f.shown.key_decay(j, n, c, h, b), f.shown.mask(i, j, c, h, b));
+    f.weights_shown(i, j, n, c, g, h, b) =
+        power(f.shown_scores(i, j, n, c, g, h, b), call.degree) * decay_of_key * f.shown.factor(i, c, g, h, b);
+
+    // The final state: keys as a row after the last one would see them.
+    f.over_end_distance = RDom(1, blocks, "over_end_distance");
+    RVar distance = f.over_end_distance;
+    f.end_decay_before = Func("end_decay_before");
+    f.end_decay_before(s, h, b) = Tuple(0, 0.0f);
+    f.end_decay_before(distance, h, b) =
+        decay_before(f.end_decay_before(distance - 1, h, b), f.decay_steps(C - 1, blocks - distance, h, b),
+                     f.decay_rest(C - 1, blocks - distance, h, b));
+    f.end_decay = Func("end_decay");
+    Tuple all = f.end_decay_before(blocks, h, b);
+    f.end_decay(h, b) = two_part_exp(log_decay_of(all[0], all[1]));
+    f.end_key_decay = Func("end_key_decay");
+    Tuple between = f.end_decay_before(blocks - n - 1, h, b);
+    Expr log_decay_of_key = log_decay_of(between[0] + f.decay_steps(C - 1, n, h, b) - f.decay_steps(j, n, h, b),
+                                         between[1] + f.decay_rest(C - 1, n, h, b) - f.decay_rest(j, n, h, b));
+    f.end_key_decay(j, n, h, b) = select(n * C + j < call.tokens, exp(log_decay_of_key), 0.0f);
+    f.keys_decayed = Func("keys_decayed");
+    f.keys_decayed(d, j, n, h, b) = k(d, j, n, h, b) * f.end_key_decay(j, n, h, b);
+    f.over_token = RDom(0, C, "over_token");
+    f.contribution_block = Func("contribution_block");
+    f.contribution_block(e, d, n, h, b) += f.keys_decayed(d, f.over_token, n, h, b) * v(e, f.over_token, n, h, b);
+    f.over_block = RDom(0, blocks, "over_block");
+    f.contribution = Func("contribution");
+    f.contribution(e, d, h, b) += f.contribution_block(e, d, f.over_block, h, b);
+    Tuple decay = f.end_decay(h, b);
+    f.state = Func("state");
+    f.state(e, d, h, b) = decayed(decay, f.state_in(e, d, h, b), f.contribution(e, d, h, b));
+    f.over_keys_token = RDom(0, C, "over_keys_token");
+    f.keys_block = Func("keys_block");
+    f.keys_block(d, n, h, b) += f.keys_decayed(d, f.over_keys_token, n, h, b);
+    f.over_keys_block = RDom(0, blocks, "over_keys_block");
+    f.keys_contribution = Func("keys_contribution");
+    f.keys_contribution(d, h, b) += f.keys_block(d, f.over_keys_block, h, b);
+    f.keys = Func("keys");
+    f.keys(d, h, b) = decayed(decay, f.keys_in(d, h, b), f.keys_contribution(d, h, b));
+    return f;
+}
+
+}  // namespace holdfast

@@ -1,0 +1,113 @@
+// Retention in the parallel form, the algorithm only: no target, no schedule, no layout.
+//
+//   w_ij = (scale q_i.k_j)^p exp(G_i - G_j) for j <= i, else 0       G: sum of the log decays up to a token, itself included
+//   o_i = sum_j w_ij v_j, or divided by sum_j w_ij
+//
+// a block of C rows at a time against blocks of C keys, so that nothing of T x T is ever stored, unless the weights are asked
+// for. A row takes a key of an earlier block by three factors, none above 1 and none computed from a difference of large sums:
+//
+//   exp(G_i - G_j) = row_decay(i) exp(decay of the blocks between) exp(decay of j's block after j)
+//
+// of which the last two are key_decay, and the first one waits for the end of the sum. Only the row's own block has a mask.
+// Degree, normalisation, the initial state and what is written beside out are arguments of a call, not variants: those that are
+// not wanted are loops of no turns. Left out: layout (parallel_generator.cpp); states for degrees above 1.
+#pragma once
+#include "Halide.h"
+
+namespace holdfast {
+
+struct ParallelSizes {
+    int block;        // C, a compile-time constant
+    int key, value;   // D, E; 0: any, known at run time only
+    int causal_tile;  // in a row's own block the rows i of a tile share the end of their sum over keys, as in chunkwise.h
+};
+
+/// What a call computes. All are known at run time only.
+struct ParallelCall {
+    Halide::Expr tokens;      // T, of k and v
+    Halide::Expr degree;      // p, 1 to 4
+    Halide::Expr normalized;  // 1 or 0
+    Halide::Expr scale;
+    Halide::Expr key_extent;  // D, also where the sizes leave it open
+    Halide::Expr states_in;   // initial states given: 1 or 0
+};
+
+/// Weights of the rows of block c on the keys of block n: of an earlier one (past), and of the rows' own. Without row_decay (past)
+/// and factor (both).
+struct ParallelWeights {
+    Halide::Func decay_before;   // (s,c,h,b): log decay of the s blocks before c, as {steps, rest}
+    Halide::Func row_decay;      // (i,c,h,b): what a row keeps of what was there before its block
+    Halide::Func initial_decay;  // (c,h,b): what is there before the block, of the initial state
+    Halide::Func key_decay;      // (j,n,c,h,b): what is there before block c, of key j of block n
+    Halide::Func mask;           // (i,j,c,h,b): exp(log decay from j to i), causal
+    Halide::Func unit;         // (i,c,g,h,b): a power of two that brings a row of q near 1, so that its p-th power is in range
+    Halide::Func queries;      // (d,i,c,g,h,b): q * unit
+    Halide::Func past_scores;  // (i,j,n,c,g,h,b): queries . k
+    Halide::Func past;         // (i,j,n,c,g,h,b): past_scores^p * key_decay
+    Halide::Func own_scores;   // (i,j,c,g,h,b)
+    Halide::Func own;          // (i,j,c,g,h,b): own_scores^p * mask
+    Halide::Func past_block_sum;  // (i,n,c,g,h,b): of the keys of one block
+    Halide::Func past_sum;        // (i,c,g,h,b)
+    Halide::Func own_sum;         // (i,c,g,h,b)
+    Halide::Func initial_sum;     // (i,c,g,h,b): from the initial sum of keys
+    Halide::Func factor;          // (i,c,g,h,b): 1 / the sum of all, or what stands for (scale / unit)^p
+    Halide::RDom over_size;       // unit:          d
+    Halide::RDom over_distance;   // decay_before:  s, a serial scan
+    Halide::RDom over_past_key_feature, over_own_key_feature;  // past_scores, own_scores: d
+    Halide::RDom over_past_block;                              // past_sum, and past of ParallelFuncs: n < c
+    Halide::RDom over_summed_key, over_summed_own_key;         // past_block_sum, own_sum: j
+};
+
+/// b batch, h head of keys, g head of queries that shares it, c block of rows, i row in it, n block of keys, j key in it,
+/// d key feature, e value feature.
+struct ParallelFuncs {
+    Halide::Func q;             // (d,i,c,g,h,b): input, in coordinates of blocks
+    Halide::Func k, v;          // (d,j,n,h,b) (e,j,n,h,b): inputs
+    Halide::Func log_decay;     // (j,n,h,b): input, 0 past the end
+    Halide::Func decay_steps;   // (i,n,h,b): log decay from the start of the block, row i included: whole steps of decay_step,
+    Halide::Func decay_rest;    // (i,n,h,b): and the rest
+    Halide::Func state_in;      // (e,d,h,b): the initial state, or 0
+    Halide::Func keys_in;       // (d,h,b): the initial sum of keys, or 0
+    Halide::RDom over_row;      // decay_steps, decay_rest
+    Halide::RDom over_initial;  // state_in, keys_in, update 0
+
+    ParallelWeights weights;     // those that out is made of
+    Halide::Func past_block;     // (e,i,n,c,g,h,b): from the keys of one block
+    Halide::Func past, own;      // (e,i,c,g,h,b): from all blocks before; from the row's own
+    Halide::Func initial;        // (e,i,c,g,h,b): from the initial state
+    Halide::Func out;            // (e,i,c,g,h,b)
+    Halide::RDom over_past_key;  // past_block: j
+    Halide::RDom over_own_key;   // own:        j, trimmed to the causal tile
+    Halide::RDom over_state;     // initial:    (d, states_in)
+
+    ParallelWeights shown;                // the same once more, of the weights that are written
+    Halide::Func shown_scores;            // (i,j,n,c,g,h,b)
+    Halide::Func weights_shown;           // (i,j,n,c,g,h,b), n <= c: what the values are multiplied by, in full
+    Halide::RDom over_shown_key_feature;  // shown_scores: d
+
+    Halide::Func end_decay_before;                     // (s,h,b): decay_before of the end
+    Halide::Func end_decay;                            // (h,b): what the final state keeps of the initial one, a sum of two
+    Halide::Func end_key_decay;                        // (j,n,h,b): what it keeps of key j
+    Halide::Func keys_decayed;                         // (d,j,n,h,b)
+    Halide::Func contribution_block;                   // (e,d,n,h,b): what the keys of a block add to the final state
+    Halide::Func contribution;                         // (e,d,h,b)
+    Halide::Func state;                                // (e,d,h,b): the final one
+    Halide::Func keys_block, keys_contribution, keys;  // (d,n,h,b) (d,h,b) (d,h,b): likewise, of the sum of keys
+    Halide::RDom over_end_distance;                    // end_decay_before: s
+    Halide::RDom over_token, over_block;               // contribution_block: j; contribution: n
+    Halide::RDom over_keys_token, over_keys_block;     // the same of keys_block and keys_contribution
+
+    // set by the generator: what leaves the kernel, in the caller's layout and type
+    Halide::Func result;       // (e,t,g,h,b), update 0 over (over_result.x = i, over_result.y = c)
+    Halide::Func state_out;    // (e,d,s,h,b)
+    Halide::Func keys_out;     // (d,s,h,b)
+    Halide::Func weights_out;  // (j,t,s,g,h,b): 0; update 0 over (over_weights.x = j, .y = i, .z = n, .w = c)
+    Halide::RDom over_result, over_weights;
+};
+
+/// Fills all but what the generator sets. state_in and keys_in of the call are (e,d,s,h,b) and (d,s,h,b), s < states_in.
+ParallelFuncs parallel(const Halide::Func &q, const Halide::Func &k, const Halide::Func &v, const Halide::Func &log_decay,
+                       const Halide::Func &state_in, const Halide::Func &keys_in, const ParallelCall &call,
+                       const ParallelSizes &sizes);
+
+}  // namespace holdfast
