@@ -126,10 +126,9 @@ holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     TARGETS avx512 avx2 generic
     PARAMS degree=0)
 
-# Not on Metal: bounds of tiles that Halide cannot prove become assertions in its kernels, which Metal's do not compile with.
-holdfast_kernel(power DTYPES f32 CHUNKS 64
+holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
-    TARGETS opencl vulkan
+    TARGETS cuda metal opencl vulkan
     PARAMS degree=0)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
@@ -142,7 +141,7 @@ holdfast_kernel(power_step DTYPES f32 f16 bf16
     TARGETS avx512 avx2 generic
     PARAMS degree=0)
 
-holdfast_kernel(power_step DTYPES f32
+holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES any
-    TARGETS metal opencl vulkan
+    TARGETS cuda metal opencl vulkan
     PARAMS degree=0)

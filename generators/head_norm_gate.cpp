@@ -23,29 +23,36 @@ Expr exp_of(const Expr &x) {
 }  // namespace
 
 HeadNormGateFuncs head_norm_gate(const Func &x, const Func &gate, const Func &weight, const Expr &value_extent,
-                                 const Expr &layer_norm, const Expr &gated, const Expr &eps) {
-    Var e("e"), h("h"), t("t");
+                                 const Expr &layer_norm, const Expr &gated, const Expr &weighted, const Expr &eps) {
+    Var e("e"), h("h"), t("t"), b("b");
     HeadNormGateFuncs f;
     f.x = x, f.gate = gate, f.weight = weight, f.value_extent = value_extent, f.layer_norm = layer_norm, f.gated = gated;
     f.over_value = RDom(0, value_extent, "over_value");
     const Expr V = cast<float>(value_extent);
 
     f.first = Func("first");
-    f.first(h, t) = x(0, h, t);
+    f.first(h, t, b) = x(0, h, t, b);
     // Through an integer, because compilers would else make one subtraction of this and that of the mean, and round first + mean.
-    auto distance = [&](const Expr &e) { return reinterpret<float>(reinterpret<int32_t>(x(e, h, t) - f.first(h, t)) & ~1); };
+    auto distance = [&](const Expr &e) {
+        return reinterpret<float>(reinterpret<int32_t>(x(e, h, t, b) - f.first(h, t, b)) & ~1);
+    };
     f.sum = Func("sum");
-    f.sum(h, t) += distance(f.over_value);
+    f.sum(h, t, b) += distance(f.over_value);
     f.centered = Func("centered");
-    f.centered(e, h, t) = select(layer_norm, distance(e) - f.sum(h, t) / V, x(e, h, t));
+    f.centered(e, h, t, b) = select(layer_norm, distance(e) - f.sum(h, t, b) / V, x(e, h, t, b));
     f.squares = Func("squares");
-    f.squares(h, t) += f.centered(f.over_value, h, t) * f.centered(f.over_value, h, t);
+    f.squares(h, t, b) += f.centered(f.over_value, h, t, b) * f.centered(f.over_value, h, t, b);
     f.factor = Func("factor");
-    f.factor(h, t) = 1.0f / sqrt(f.squares(h, t) / V + eps);
+    f.factor(h, t, b) = 1.0f / sqrt(f.squares(h, t, b) / V + eps);
+    f.over_weight = RDom(0, 1, "over_weight");
+    f.over_weight.where(weighted);
+    f.weight_or_one = Func("weight_or_one");
+    f.weight_or_one(e, h) = 1.0f;
+    f.weight_or_one(e, h) = weight(e, h + f.over_weight);
 
     f.out = Func("normed");
-    Expr g = gate(e, h, t), normed = f.centered(e, h, t) * f.factor(h, t) * weight(e, h);
-    f.out(e, h, t) = select(gated, normed * (g / (1.0f + exp_of(-g))), normed);
+    Expr g = gate(e, h, t, b), normed = f.centered(e, h, t, b) * f.factor(h, t, b) * f.weight_or_one(e, h);
+    f.out(e, h, t, b) = select(gated, normed * (g / (1.0f + exp_of(-g))), normed);
     return f;
 }
 

@@ -12,26 +12,28 @@ namespace holdfast {
 
 struct HeadNormGateSizes {};
 
-/// e value feature, h head, t token.
+/// e value feature, h head, t token, b batch entry.
 struct HeadNormGateFuncs {
-    Halide::Func x, gate;            // (e,h,t): inputs
-    Halide::Func weight;             // (e,h): input
-    Halide::Func first;              // (h,t): x of the first feature. Read before anything is written: out may lie where x does
-    Halide::Func sum;                // (h,t): of x - first; layer norm
-    Halide::Func centered;           // (e,h,t): x, or what the mean leaves of it
-    Halide::Func squares;            // (h,t): the sum of centered^2
-    Halide::Func factor;             // (h,t): 1 / sqrt(variance + eps)
-    Halide::Func out;                // (e,h,t)
-    Halide::RDom over_value;         // sum, squares: e in [0, V)
-    Halide::Expr value_extent;       // V
+    Halide::Func x, gate;        // (e,h,t,b): inputs
+    Halide::Func weight;         // (e,h): input
+    Halide::Func weight_or_one;  // (e,h). Update 0: the weight, where there is one; else it is not read
+    Halide::Func first;          // (h,t,b): x of the first feature. Read before anything is written: out may lie where x does
+    Halide::Func sum;            // (h,t,b): of x - first; layer norm
+    Halide::Func centered;       // (e,h,t,b): x, or what the mean leaves of it
+    Halide::Func squares;        // (h,t,b): the sum of centered^2
+    Halide::Func factor;         // (h,t,b): 1 / sqrt(variance + eps)
+    Halide::Func out;            // (e,h,t,b)
+    Halide::RDom over_value;     // sum, squares: e in [0, V)
+    Halide::RDom over_weight;    // weight_or_one: once, or not at all
+    Halide::Expr value_extent;   // V
     Halide::Expr layer_norm, gated;  // conditions: what a call is. The gate is not read unless it is gated
 
     // set by the generator
-    Halide::Func result;  // (e,h,t): what leaves the kernel, in the caller's type
+    Halide::Func result;  // (e,h,t,b): what leaves the kernel, in the caller's type
 };
 
 HeadNormGateFuncs head_norm_gate(const Halide::Func &x, const Halide::Func &gate, const Halide::Func &weight,
                                  const Halide::Expr &value_extent, const Halide::Expr &layer_norm, const Halide::Expr &gated,
-                                 const Halide::Expr &eps);
+                                 const Halide::Expr &weighted, const Halide::Expr &eps);
 
 }  // namespace holdfast

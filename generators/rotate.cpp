@@ -55,24 +55,25 @@ Tuple cos_and_sin(const Expr &phase) {
 }  // namespace
 
 RotateFuncs rotate(const Func &x, const Func &theta, const Func &position) {
-    Var j("j"), p("p"), h("h"), t("t");
+    Var j("j"), p("p"), h("h"), t("t"), b("b");
     RotateFuncs f;
     f.x = x, f.theta = theta, f.position = position;
 
     f.turn = Func("turn");
     f.turn(j) = turns(theta(j));
     f.phase = Func("phase");
-    Expr lower_half = position(0, t), upper_half = position(1, t);
-    Expr a = f.turn(j)[0], b = f.turn(j)[1], c = f.turn(j)[2];
-    Expr beyond = about_upper(upper_half, c) - select(upper_half >> 31 != 0, c, u32(0));  // the upper half has a sign
-    f.phase(j, t) = lower_half * a + about_upper(lower_half, b) + upper_half * b + beyond;
+    Expr lower_half = position(t, b)[0], upper_half = position(t, b)[1];
+    Expr first = f.turn(j)[0], second = f.turn(j)[1], third = f.turn(j)[2];
+    Expr beyond = about_upper(upper_half, third) - select(upper_half >> 31 != 0, third, u32(0));  // the upper half has a sign
+    f.phase(j, t, b) = lower_half * first + about_upper(lower_half, second) + upper_half * second + beyond;
 
     f.rotation = Func("rotation");
-    Tuple rotation = cos_and_sin(f.phase(j, t));
-    f.rotation(j, t) = Tuple(rotation[0], select(theta(j) < 0, -rotation[1], rotation[1]));
+    Tuple rotation = cos_and_sin(f.phase(j, t, b));
+    f.rotation(j, t, b) = Tuple(rotation[0], select(theta(j) < 0, -rotation[1], rotation[1]));
     f.out = Func("rotated");
-    Expr cos = f.rotation(j, t)[0], sin = f.rotation(j, t)[1];
-    f.out(j, p, h, t) = select(p == 0, x(j, 0, h, t) * cos - x(j, 1, h, t) * sin, x(j, 1, h, t) * cos + x(j, 0, h, t) * sin);
+    Expr cos = f.rotation(j, t, b)[0], sin = f.rotation(j, t, b)[1];
+    Expr x_0 = x(j, 0, h, t, b), x_1 = x(j, 1, h, t, b);
+    f.out(j, p, h, t, b) = select(p == 0, x_0 * cos - x_1 * sin, x_1 * cos + x_0 * sin);
     return f;
 }
 

@@ -14,18 +14,18 @@ namespace holdfast {
 
 struct RotateSizes {};
 
-/// j pair of features, p which one of the pair, h head, t token.
+/// j pair of features, p which one of the pair, h head, t token, b batch entry.
 struct RotateFuncs {
-    Halide::Func x;         // (j,p,h,t): input
+    Halide::Func x;         // (j,p,h,t,b): input
     Halide::Func theta;     // (j): input, finite
-    Halide::Func position;  // (n,t): input, uint32: the lower (n = 0) and the upper half of a signed integer
+    Halide::Func position;  // (t,b): input, {uint32, uint32}: the lower and the upper half of a signed integer
     Halide::Func turn;      // (j): {uint32, uint32, uint32}: |theta| / 2 pi modulo 1, in 96 bits, the upper ones first
-    Halide::Func phase;     // (j,t): uint32: |theta| position / 2 pi modulo 1, times 2^32
-    Halide::Func rotation;  // (j,t): {cos, sin}
-    Halide::Func out;       // (j,p,h,t)
+    Halide::Func phase;     // (j,t,b): uint32: |theta| position / 2 pi modulo 1, times 2^32
+    Halide::Func rotation;  // (j,t,b): {cos, sin}
+    Halide::Func out;       // (j,p,h,t,b)
 
     // set by the generator
-    Halide::Func result;                   // (j,p,h,t): what leaves the kernel, in the caller's type
+    Halide::Func result;                   // (j,p,h,t,b): what leaves the kernel, in the caller's type
     Halide::Expr half_split, interleaved;  // pairs lie so in memory: neighbours in j side by side; both of a pair side by side
 };
 

@@ -12,11 +12,12 @@ namespace test {
 
 struct NormCase {
     std::string name;
-    int64_t T, H, V;
+    int64_t B, T, H, V;
     Layout layout;
     bool layer_norm, gated;
     enum Out { apart, is_x, is_gate } where = apart;
     double from_zero = 0;  // what is added to x
+    bool weighted = true;
 };
 
 /// `cpu`: also with what Halide's runtime does not copy to a GPU, negative strides and nothing at all. The library never asks it to.
@@ -27,16 +28,19 @@ inline std::vector<NormCase> norm_cases(bool cpu) {
             const std::string kind = std::string(layer_norm ? "layer" : "rms") + (gated ? "_gated_" : "_");
             // One element, less than a vector, vectors, and one more.
             for (int64_t V : {1, 5, 64, 97})
-                cases.push_back({kind + "V" + std::to_string(V), 3, 2, V, Layout::compact, layer_norm, gated});
-            cases.push_back({kind + "padded", 2, 3, 33, Layout::padded, layer_norm, gated});
+                cases.push_back({kind + "V" + std::to_string(V), 2, 3, 2, V, Layout::compact, layer_norm, gated});
+            cases.push_back({kind + "padded", 2, 2, 3, 33, Layout::padded, layer_norm, gated});
         }
-    cases.push_back({"far_from_zero", 3, 2, 80, Layout::compact, true, true, NormCase::apart, 3000});
-    cases.push_back({"out_is_x", 3, 2, 80, Layout::padded, true, true, NormCase::is_x});
-    cases.push_back({"out_is_gate", 3, 2, 80, Layout::padded, false, true, NormCase::is_gate});
+    cases.push_back({"far_from_zero", 1, 3, 2, 80, Layout::compact, true, true, NormCase::apart, 3000});
+    cases.push_back({"out_is_x", 1, 3, 2, 80, Layout::padded, true, true, NormCase::is_x});
+    cases.push_back({"out_is_gate", 1, 3, 2, 80, Layout::padded, false, true, NormCase::is_gate});
+    for (int64_t V : {1, 40})
+        cases.push_back(
+            {"no_weight_V" + std::to_string(V), 2, 3, 2, V, Layout::compact, false, true, NormCase::apart, 0, false});
     if (!cpu) return cases;
-    cases.push_back({"reversed", 3, 2, 33, Layout::reversed, true, true});
-    cases.push_back({"no_heads", 2, 0, 8, Layout::compact, false, false});
-    cases.push_back({"no_tokens", 0, 2, 8, Layout::compact, false, false});
+    cases.push_back({"reversed", 2, 3, 2, 33, Layout::reversed, true, true});
+    cases.push_back({"no_heads", 1, 2, 0, 8, Layout::compact, false, false});
+    cases.push_back({"no_tokens", 2, 0, 2, 8, Layout::compact, false, false});
     return cases;
 }
 
@@ -74,23 +78,25 @@ public:
         : c(c), dtype(dtype), x(array()), gate(array()), out(array()), weight({c.H, c.V}, strides({c.H, c.V}, c.layout)) {
         each(x.shape, [&](const Index &i) { x(i) = (float)(c.from_zero + random(-1, 1)); });
         fill_gates(gate, random), weight.fill(random, -2, 2), out.forget();
+        if (!c.weighted) weight.fill(1);
         for (Array *a : {&x, &gate}) round_to(dtype, *a);
     }
 
-    /// kernel(x, gate, weight, layer_norm, gated, eps, out) returns 0 and does what the reference does.
+    /// kernel(x, gate, weight, layer_norm, gated, weighted, eps, out) returns 0 and does what the reference does.
     template<class Kernel>
     void expect_reference(const Kernel &kernel) {
         SCOPED_TRACE(c.name);
         using Buffer = Halide::Runtime::Buffer<void>;
         const float eps = 1e-3f;
         const reference::NormedRow want = normed(x, gate, weight, c.layer_norm, c.gated, eps);
+        if (!c.weighted) weight.forget();
         const Array inputs[] = {x, gate, weight};
         Stored sx(dtype, x), sg(dtype, gate), so(dtype, out);
-        auto rows = [&](Stored &stored, const Array &a) { return view(stored.data(), dtype, a, {2, 1, 0}); };
+        auto rows = [&](Stored &stored, const Array &a) { return view(stored.data(), dtype, a, {3, 2, 1, 0}); };
         Buffer bx = rows(sx, x), bg = rows(sg, gate), bo = rows(so, out), bw = view(weight.data(), f32, weight, {1, 0});
         for (Buffer *buffer : {&bx, &bg, &bo, &bw}) buffer->set_host_dirty();  // as in kernel_call.h
         Buffer &br = c.where == NormCase::is_x ? bx : c.where == NormCase::is_gate ? bg : bo;
-        ASSERT_EQ(kernel(bx, bg, bw, (int32_t)c.layer_norm, (int32_t)c.gated, eps, br), 0);
+        ASSERT_EQ(kernel(bx, bg, bw, (int32_t)c.layer_norm, (int32_t)c.gated, (int32_t)c.weighted, eps, br), 0);
         ASSERT_EQ(br.copy_to_host(), 0);
         Array &result = c.where == NormCase::is_x ? x : c.where == NormCase::is_gate ? gate : out;
         Stored &stored = c.where == NormCase::is_x ? sx : c.where == NormCase::is_gate ? sg : so;
@@ -108,7 +114,7 @@ private:
     Random random;
     Array x, gate, out, weight;
 
-    Array array() const { return Array({c.T, c.H, c.V}, c.layout); }
+    Array array() const { return Array({c.B, c.T, c.H, c.V}, c.layout); }
 };
 
 }  // namespace test

@@ -22,10 +22,11 @@ struct PowerCase {
     bool normalize;
     enum class Contents { random, positive, ones } contents = Contents::random;
     double size_of_keys = 1;
+    bool in_place = false;  // the state is read and written where it lies
 };
 
-/// Everything that a kernel with chunks of C tokens may meet.
-inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype) {
+/// Everything that a kernel with chunks of C tokens may meet; `gpu`: also what only those of GPUs promise.
+inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype, bool gpu = false) {
     std::vector<PowerCase> cases;
     for (Gates gates : all_gates)
         cases.push_back(
@@ -46,6 +47,9 @@ inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype) {
                          true,
                          PowerCase::Contents::positive,
                          size});
+    if (gpu)
+        cases.push_back(
+            {"in_place", {C, 5, C}, 2, 2, 2, Layout::padded, Gates::weak, true, PowerCase::Contents::random, 1, true});
     return cases;
 }
 
@@ -87,9 +91,10 @@ public:
             Buffer bc = view(keys.data(), f32, keys, {2, 1, 0}), by = view(next_keys.data(), f32, next_keys, {2, 1, 0});
             // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
             for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bc, &bo, &bz, &by}) buffer->set_host_dirty();
-            ASSERT_EQ(kernel(bq, bk, bv, bg, bs, bc, degree, (int)c.normalize, scale, bo, bz, by), 0);
-            for (Buffer *buffer : {&bo, &bz, &by}) ASSERT_EQ(buffer->copy_to_host(), 0);
-            std::swap(state, next_state), std::swap(keys, next_keys);
+            Buffer &to = c.in_place ? bs : bz, &keys_to = c.in_place ? bc : by;
+            ASSERT_EQ(kernel(bq, bk, bv, bg, bs, bc, degree, (int)c.normalize, scale, bo, to, keys_to), 0);
+            for (Buffer *buffer : {&bo, &to, &keys_to}) ASSERT_EQ(buffer->copy_to_host(), 0);
+            if (!c.in_place) std::swap(state, next_state), std::swap(keys, next_keys);
             t += n;
         }
         so.load();

@@ -542,24 +542,25 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
 
 /// Makes `out`, unless it is given, a new array of the shape and type of x, and borrows it. For an x of another rank than 4, which
 /// the library refuses, there is none.
-void borrow_out(Array &array, py::object &out, const DLTensor &x) {
+void borrow_out(Array &array, py::object &out, const DLTensor &x, uint64_t stream) {
     const bool given = !out.is_none();
     auto small = [](int64_t extent) { return extent >= 0 && extent <= std::numeric_limits<int32_t>::max(); };
     if (!given) {
         if (x.ndim != 4 || !x.shape || !std::all_of(x.shape, x.shape + 4, small)) return;
         out = empty_array(x.dtype, x.shape[0], x.shape[1], x.shape[2], x.shape[3]);
     }
-    array.borrow("out", out, 4, true);
+    array.borrow("out", out, 4, true, stream);
     if (!given) array.get()->dtype = x.dtype;
 }
 
-/// out: a NumPy array as from forward(), except for one that is given.
-py::object rotate(py::handle x, py::handle theta, int64_t offset, py::handle positions, bool interleaved, py::object out) {
+/// out: a NumPy array as from forward(), except for one that is given. `stream` as for forward().
+py::object rotate(py::handle x, py::handle theta, int64_t offset, py::handle positions, bool interleaved, py::object out,
+                  uint64_t stream) {
     Array x_array, theta_array, positions_array, out_array;
-    x_array.borrow("x", x, 4);
-    theta_array.borrow("theta", theta, 1);
-    if (!positions.is_none()) positions_array.borrow("positions", positions, 1);
-    borrow_out(out_array, out, *x_array.get());
+    x_array.borrow("x", x, 4, false, stream);
+    theta_array.borrow("theta", theta, 1, false, stream);
+    if (!positions.is_none()) positions_array.borrow("positions", positions, 1, false, stream);
+    borrow_out(out_array, out, *x_array.get(), stream);
 
     holdfast_rotate_args args = {};
     args.struct_size = sizeof args;
@@ -572,6 +573,7 @@ py::object rotate(py::handle x, py::handle theta, int64_t offset, py::handle pos
     args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
 
     holdfast_context *c = context();
+    holdfast_context_set_stream(c, args.x->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
     if (holdfast_status status = without_gil(holdfast_rotate, c, args)) raise_status(status, holdfast_last_error(c));
     return out;
 }
@@ -587,12 +589,13 @@ void convert_state(int64_t key_size, py::handle from, int from_expansion, py::ha
 }
 
 /// out: as from rotate().
-py::object head_norm_gate(py::handle x, py::handle gate, py::handle weight, bool layer_norm, double eps, py::object out) {
+py::object head_norm_gate(py::handle x, py::handle gate, py::handle weight, bool layer_norm, double eps, py::object out,
+                          uint64_t stream) {
     Array x_array, gate_array, weight_array, out_array;
-    x_array.borrow("x", x, 4);
-    if (!gate.is_none()) gate_array.borrow("gate", gate, 4);
-    if (!weight.is_none()) weight_array.borrow("weight", weight, 1);
-    borrow_out(out_array, out, *x_array.get());
+    x_array.borrow("x", x, 4, false, stream);
+    if (!gate.is_none()) gate_array.borrow("gate", gate, 4, false, stream);
+    if (!weight.is_none()) weight_array.borrow("weight", weight, 1, false, stream);
+    borrow_out(out_array, out, *x_array.get(), stream);
 
     holdfast_head_norm_gate_args args = {};
     args.struct_size = sizeof args;
@@ -605,6 +608,7 @@ py::object head_norm_gate(py::handle x, py::handle gate, py::handle weight, bool
     args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
 
     holdfast_context *c = context();
+    holdfast_context_set_stream(c, args.x->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
     if (holdfast_status status = without_gil(holdfast_head_norm_gate, c, args)) raise_status(status, holdfast_last_error(c));
     return out;
 }

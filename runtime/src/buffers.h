@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstring>
 #include <initializer_list>
+#include <string>
 
 namespace holdfast {
 
@@ -90,6 +91,12 @@ private:
     Workspace &workspace;
     void *memory;
 };
+
+/// For the verbose line: the threads that share so many pieces of work, or the GPU.
+inline std::string workers(const holdfast_context &c, const Variant &variant, const Tensor &first, int64_t pieces) {
+    if (variant.target->backend == Backend::cpu) return std::to_string(c.threads_for(pieces)) + " threads";
+    return first.on_host() ? "tensors copied from the CPU and back" : "on " + describe(first.device);
+}
 
 /// Turn what a kernel on the CPU returned into a Failure.
 inline void check_returned(int rc, const Variant &variant, const Workspace &workspace) {

@@ -5,6 +5,7 @@
 #include "forward_gpu.h"
 #include "parallel.h"
 #include "power.h"
+#include "power_gpu.h"
 #include "problem.h"
 #include "recurrent.h"
 #include "recurrent_gpu.h"
@@ -52,8 +53,8 @@ void check_state_layout(const Problem &p) {
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
     if (p.form == HOLDFAST_FORM_PARALLEL) return run_parallel(c, p, choice);
-    if (is_power(p)) return run_power(c, "forward", p, choice);
     check_state_layout(p);
+    if (is_power(p)) return choice.backend == Backend::cpu ? run_power(c, "forward", p, choice) : power_on_gpu(c, p, choice);
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_RECURRENT:
         if (choice.backend != Backend::cpu)
@@ -96,9 +97,13 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Choice choice = choose_backend(c, p.home());
         *bytes = 0;
         if (p.form == HOLDFAST_FORM_PARALLEL) return (void)parallel_variant(p, choice);
-        if (!is_power(p)) check_state_layout(p);
-        const bool chunkwise = !is_power(p) && choose_form(p, choice) == HOLDFAST_FORM_CHUNKWISE;
-        if (choice.backend != Backend::cuda || !chunkwise) return;
+        check_state_layout(p);
+        if (choice.backend == Backend::cpu) return;
+        if (is_power(p)) {
+            *bytes = power_workspace_on_gpu(c, p, choice);
+            return;
+        }
+        if (choice.backend != Backend::cuda || choose_form(p, choice) != HOLDFAST_FORM_CHUNKWISE) return;
         for (const Variant *variant :
              selectable_variants("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced))
             *bytes = std::max(*bytes, workspace_on_gpu(c, p, *variant));
@@ -109,11 +114,12 @@ holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_arg
     return guarded(context, [&](holdfast_context &c) {
         Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
+        check_state_layout(p);
         if (is_power(p)) {
+            if (choice.backend != Backend::cpu) return power_step_on_gpu(c, p, choice);
             p.form = HOLDFAST_FORM_RECURRENT;
             return run_power(c, "step", p, choice);
         }
-        check_state_layout(p);
         if (choice.backend != Backend::cpu) return step_on_gpu(c, p, step_variant(p, choice), choice.why);
         run_recurrent(c, "step", p, choice);
     });
@@ -124,8 +130,10 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        if (!is_power(p)) check_state_layout(p);
-        *bytes = is_power(p) ? 0 : step_workspace_on_gpu(c, p, step_variant(p, choice));
+        check_state_layout(p);
+        *bytes = 0;
+        if (choice.backend == Backend::cpu) return;
+        *bytes = is_power(p) ? power_step_workspace_on_gpu(c, p, choice) : step_workspace_on_gpu(c, p, step_variant(p, choice));
     });
 }
 

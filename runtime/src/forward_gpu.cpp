@@ -12,8 +12,7 @@ namespace holdfast {
 namespace {
 
 /// Launch everything.
-void issue(const Run &run, int64_t chunk) {
-    const Problem &p = run.p;
+void issue(const Run &run, const Problem &p, int64_t chunk) {
     Workspace &workspace = run.workspace;
 
     // What the call adds: the chunk table, and zeros for what is not given. Without tokens there is one of zeros, so that the
@@ -36,7 +35,7 @@ void issue(const Run &run, int64_t chunk) {
     }
     View chunks(added, 0, int32, {{0, ChunkTable::fields, 1}, {0, (int32_t)slots, ChunkTable::fields}});
 
-    Operands x(run);
+    Operands x(run, p);
     const OnDevice &g = x.log_decay;
     const Part part = largest_part(p, x, slots * p.state_bytes());
     if (!part.batch)
@@ -44,12 +43,12 @@ void issue(const Run &run, int64_t chunk) {
              ", need a buffer beyond 2^31 bytes; expected less: cut the sequence and carry the state");
     // A final state that is not wanted, and the row of out that is not there, have to go somewhere.
     std::optional<Memory> unwanted_state, unwanted_row;
-    if (!p.final_state.rank) unwanted_state.emplace(run, part.batch * sequences * part.heads * p.state_bytes());
+    if (!p.final_state.rank) unwanted_state.emplace(run, part.batch * sequences * part.of_each * p.state_bytes());
     if (nothing) unwanted_row.emplace(run, p.V * (int64_t)sizeof(float));
 
     for (int64_t b = 0; b < p.B; b += part.batch)
-        for (int64_t h = 0; h < p.Hk; h += part.heads) {
-            const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.heads, p.Hk - h);
+        for (int64_t h = 0; h < p.Hk; h += part.of_each) {
+            const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
             const int32_t K = (int32_t)p.K, V = (int32_t)p.V, tokens = (int32_t)T, G = (int32_t)p.group();
             const int32_t S = (int32_t)sequences;
             auto rows = [&](const OnDevice &r, Memory *instead, int64_t instead_at) {
@@ -102,13 +101,16 @@ void issue(const Run &run, int64_t chunk) {
                       std::get<ChunkwiseKernel *>(run.variant.run)(&workspace, &q_rows, &k_rows, &v_rows, &log_decay, &state_in,
                                                                    &chunks, (int32_t)count, p.scale, &out_rows, &state_out));
         }
-    x.fetch(run);
+    x.fetch();
+}
+
+int64_t chunk_of(const Problem &p, const Variant &variant) {
+    return p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
 }
 
 GpuCall call_of(const Problem &p, const Variant &variant) {
-    const int64_t chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
-    return {"forward", "chunks of " + std::to_string(chunk), "holdfast_workspace_size",
-            [chunk](const Run &run) { issue(run, chunk); }};
+    return {variant, p.tensors(), [&](const Run &run) { issue(run, p, chunk_of(p, run.variant)); }, p.workspace,
+            "holdfast_workspace_size"};
 }
 
 /// Packed sequences that are all empty are as many batch entries without tokens.
@@ -119,12 +121,15 @@ Problem entries_of_empty(Problem p) {
 
 }  // namespace
 
-size_t workspace_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant) {
-    return call_of(p, variant).workspace(c, entries_of_empty(p), variant);
+size_t workspace_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant) {
+    const Problem p = nearest(entries_of_empty(given));
+    return p.B && p.Hk ? call_of(p, variant).workspace(c) : 0;
 }
 
-void forward_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) {
-    call_of(p, variant).run(c, entries_of_empty(p), variant, why);
+void forward_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant, const char *why) {
+    const Problem p = entries_of_empty(given);
+    announce(c, "forward", variant, why, p, "chunks of " + std::to_string(chunk_of(p, variant)));
+    if (p.B && p.Hk) call_of(p, variant).run(c);
 }
 
 }  // namespace holdfast

@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <sstream>
 
 namespace holdfast {
 namespace {
@@ -37,25 +36,32 @@ void copy(char *packed, const Tensor &host, bool in) {
     }
 }
 
-/// Bytes from the first to the last element of `batch` entries and `heads` heads of a tensor whose axes those are.
-int64_t span(const Tensor &t, int head_axis, int64_t batch, int64_t heads) {
+/// Bytes from the first to the last element of `batch` entries, axis 0 of a tensor that has several, and so many of `axis`.
+int64_t span(const Tensor &t, int axis, int64_t batch, int64_t of_each) {
     if (!t.rank || t.empty()) return 0;
     int64_t elements = 1;
-    for (int axis = 0; axis < t.rank; axis++) {
-        const int64_t extent = t.rank > 1 && axis == 0 ? std::min(batch, t.shape[0])
-                               : axis == head_axis     ? std::min(heads, t.shape[axis])
-                                                       : t.shape[axis];
-        elements += (extent - 1) * std::llabs(t.stride[axis]);
+    for (int n = 0; n < t.rank; n++) {
+        const int64_t extent = t.rank > 1 && n == 0 ? std::min(batch, t.shape[0])
+                               : n == axis          ? std::min(of_each, t.shape[n])
+                                                    : t.shape[n];
+        elements += (extent - 1) * std::llabs(t.stride[n]);
     }
     return elements * t.dtype.bytes();
 }
 
+/// The most that fits, all of it or halves of halves; {0, 0} if one of one does not.
+Part largest_part(Part part, const std::function<bool(int64_t batch, int64_t of_each)> &fits) {
+    while (part.batch > 1 && !fits(part.batch, part.of_each)) part.batch = (part.batch + 1) / 2;
+    while (part.of_each > 1 && !fits(part.batch, part.of_each)) part.of_each = (part.of_each + 1) / 2;
+    return fits(part.batch, part.of_each) ? part : Part{0, 0};
+}
+
 /// The caller's workspace, checked: its address.
-uint64_t checked_workspace(const Problem &p, size_t needed, const char *size_function) {
-    const DLTensor &w = *p.workspace;
+uint64_t checked_workspace(const DLTensor &w, const Tensor &first, size_t needed, const char *size_function) {
     Backend backend;
-    if (!backend_of(w.device.device_type, &backend) || backend != Backend::cuda || w.device.device_id != p.q.device.device_id)
-        fail(HOLDFAST_INVALID_ARGUMENT, "workspace is on ", describe(w.device), "; expected ", describe(p.q.device), ", as q");
+    if (!backend_of(w.device.device_type, &backend) || backend != Backend::cuda || w.device.device_id != first.device.device_id)
+        fail(HOLDFAST_INVALID_ARGUMENT, "workspace is on ", describe(w.device), "; expected ", describe(first.device), ", as ",
+             first.name);
     if (w.ndim != 1 || !w.shape || w.dtype.code != kDLUInt || w.dtype.bits != 8 || w.dtype.lanes != 1 ||
         (w.strides && w.shape[0] > 1 && w.strides[0] != 1))
         fail(HOLDFAST_INVALID_ARGUMENT, "workspace has ", w.ndim,
@@ -70,21 +76,22 @@ uint64_t checked_workspace(const Problem &p, size_t needed, const char *size_fun
 }
 
 /// What each API cannot do with tensors that are already there.
-void check_place(const Problem &p, const Place &place) {
-    if (p.q.on_host() || place.backend == Backend::cuda) return;
+void check_place(const std::vector<const Tensor *> &tensors, const Place &place) {
+    const Tensor &first = *tensors[0];
+    if (first.on_host() || place.backend == Backend::cuda) return;
     if (place.backend == Backend::vulkan)
-        fail(HOLDFAST_UNSUPPORTED, "q is on ", describe(p.q.device),
+        fail(HOLDFAST_UNSUPPORTED, first.name, " is on ", describe(first.device),
              ", and buffers of other Vulkan devices than the library's own cannot be used; "
              "expected tensors on the CPU, with backend vulkan forced");
     if (place.backend == Backend::opencl && !place.stream)
-        fail(HOLDFAST_INVALID_ARGUMENT, "q is on ", describe(p.q.device),
+        fail(HOLDFAST_INVALID_ARGUMENT, first.name, " is on ", describe(first.device),
              " and the context has no stream; expected holdfast_context_set_stream "
              "with a cl_command_queue of the buffers' cl_context");
     int64_t multiple = sizeof(float);
 #if HOLDFAST_HAS_OPENCL
     if (place.backend == Backend::opencl) multiple = opencl::offset_alignment(place.context);
 #endif
-    for (const Tensor *t : {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state}) {
+    for (const Tensor *t : tensors) {
         if (!t->rank || t->empty()) continue;
         if ((int64_t)(intptr_t)t->data % multiple)
             fail(HOLDFAST_UNSUPPORTED, t->name, " is at byte offset ", (int64_t)(intptr_t)t->data,
@@ -178,6 +185,13 @@ View::View(const Memory &memory, int64_t offset, halide_type_t element, std::ini
     if (memory.run.cuda()) {
         device += offset;
     } else if (offset) {
+#if HOLDFAST_HAS_OPENCL
+        if (const Place &place = memory.run.call.place; place.backend == Backend::opencl)
+            if (const int64_t multiple = opencl::offset_alignment(place.context); offset % multiple)
+                fail(HOLDFAST_UNSUPPORTED,
+                     "a part of the problem, such as a chunk or a packed sequence, begins at byte offset ", offset,
+                     " of its buffer; expected a multiple of ", multiple, ", which OpenCL demands");
+#endif
         // Halide counts in elements of the source: here those that the offset is a multiple of, so that 32 bits reach far.
         int32_t step = 128;
         while (offset % step) step /= 2;
@@ -237,18 +251,20 @@ int64_t OnDevice::at(int64_t i0, int64_t i1, int64_t i2) const {
     return bytes;
 }
 
-static bool in_place(const Problem &p) {
-    return p.final_state.rank && p.initial_state.rank && same_elements(p.final_state, p.initial_state);
+static bool in_place(const Tensor &final, const Tensor &initial) {
+    return final.rank && initial.rank && same_elements(final, initial);
 }
 
-Operands::Operands(const Run &run)
-    : q(run, run.p.q, true), k(run, run.p.k, true), v(run, run.p.v, true), log_decay(run, run.p.log_decay, true),
-      initial(run, run.p.initial_state, true), out(run, run.p.out, false),
-      final(in_place(run.p) ? initial : final_of_its_own.emplace(run, run.p.final_state, false)) {}
+Operands::Operands(const Run &run, const Problem &p)
+    : run(run), p(p), q(run, p.q, true), k(run, p.k, true), v(run, p.v, true), log_decay(run, p.log_decay, true),
+      initial(run, p.initial_state, true), initial_sum(run, p.initial_sum, true), out(run, p.out, false),
+      final(in_place(p.final_state, p.initial_state) ? initial : final_of_its_own.emplace(run, p.final_state, false)),
+      final_sum(in_place(p.final_sum, p.initial_sum) ? initial_sum : final_sum_of_its_own.emplace(run, p.final_sum, false)) {}
 
-void Operands::fetch(const Run &run) {
-    out.fetch(run, run.p.out);
-    final.fetch(run, run.p.final_state);
+void Operands::fetch() {
+    out.fetch(run, p.out);
+    final.fetch(run, p.final_state);
+    final_sum.fetch(run, p.final_sum);
 }
 
 Part largest_part(const Problem &p, const Operands &x, int64_t bytes_of_a_head) {
@@ -256,15 +272,26 @@ Part largest_part(const Problem &p, const Operands &x, int64_t bytes_of_a_head) 
         int64_t most = 0;
         for (const OnDevice *rows : {&x.k, &x.v}) most = std::max(most, span(rows->t, 2, batch, heads));
         for (const OnDevice *rows : {&x.q, &x.out}) most = std::max(most, span(rows->t, 2, batch, heads * p.group()));
-        for (const OnDevice *states : {&x.initial, (const OnDevice *)&x.final})
+        for (const OnDevice *states : {&x.initial, (const OnDevice *)&x.final, &x.initial_sum, (const OnDevice *)&x.final_sum})
             most = std::max(most, span(states->t, 1, p.packed() ? p.N : batch, heads));
         most = std::max(most, span(x.log_decay.t, x.log_decay.t.rank - 1, batch, heads));
         return most <= most_bytes && (double)bytes_of_a_head * batch * heads <= (double)most_bytes;
     };
-    int64_t batch = p.B, heads = p.Hk;
-    while (batch > 1 && !fits(batch, heads)) batch = (batch + 1) / 2;
-    while (heads > 1 && !fits(batch, heads)) heads = (heads + 1) / 2;
-    return fits(batch, heads) ? Part{batch, heads} : Part{0, 0};
+    return largest_part({p.B, p.Hk}, fits);
+}
+
+void each_part(const std::vector<const OnDevice *> &tensors,
+               const std::function<void(int64_t b, int64_t t, int64_t entries, int64_t tokens)> &run) {
+    constexpr int64_t most = 1 << 15;  // blocks of threads along an axis: Vulkan promises 2^16 - 1
+    const int64_t B = tensors[0]->t.shape[0], T = tensors[0]->t.shape[1];
+    const Part part = largest_part({std::min(B, most), std::min(T, most)}, [&](int64_t entries, int64_t tokens) {
+        return std::all_of(tensors.begin(), tensors.end(),
+                           [&](const OnDevice *x) { return span(x->t, x->t.rank > 1 ? 1 : 0, entries, tokens) <= most_bytes; });
+    });
+    if (!part.batch)
+        fail(HOLDFAST_UNSUPPORTED, tensors[0]->t.name, " and the other tensors reach beyond 2^31 bytes within one token");
+    for (int64_t b = 0; b < B; b += part.batch)
+        for (int64_t t = 0; t < T; t += part.of_each) run(b, t, std::min(part.batch, B - b), std::min(part.of_each, T - t));
 }
 
 int32_t narrow(const Tensor &t, int axis, int64_t extent) {
@@ -281,73 +308,65 @@ void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64
               run.variant.target->fill_chunk_table(&run.workspace, (int32_t)tokens, (int32_t)chunk, (int32_t)count, &table));
 }
 
-size_t GpuCall::rehearse(Workspace &workspace, const Problem &p, const Variant &variant) const {
+Problem nearest(Problem p) {
+    if (!p.q.on_host())
+        for (Tensor *t :
+             {&p.q, &p.k, &p.v, &p.out, &p.log_decay, &p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum})
+            std::fill_n(t->stride, t == &p.log_decay ? t->rank : std::max(t->rank - 1, 0), 0);
+    return p;
+}
+
+size_t GpuCall::rehearse(Workspace &workspace) const {
     Arena arena(Arena::alignment, std::numeric_limits<size_t>::max() / 2);
     DeviceCall call{Place{Backend::cuda}, &arena, nullptr, true};
-    const Lent lent(workspace, call);
-    issue({p, variant, workspace, call});
+    const Lent while_it_lasts(workspace, call);
+    issue({variant, workspace, call});
     return arena.most();
 }
 
-size_t GpuCall::workspace(holdfast_context &c, const Problem &p, const Variant &variant) const {
+size_t GpuCall::workspace(holdfast_context &c) const {
     size_t bytes = 0;
-    if (variant.target->backend != Backend::cuda || p.B * p.Hk == 0) return 0;
-    // The nearer to one another, the more heads are in one call of the kernel. Rows that all lie in one place are as near as
-    // can be, and start where any variant wants them.
-    Problem near = p;
-    if (!p.q.on_host())
-        for (Tensor *t : {&near.q, &near.k, &near.v, &near.out, &near.log_decay, &near.initial_state, &near.final_state})
-            std::fill_n(t->stride, std::max(t->rank - 1, 0), 0);
-    c.for_each(1, [&](Workspace &workspace, int64_t) { bytes = rehearse(workspace, near, variant); });
+    if (variant.target->backend == Backend::cuda)
+        c.for_each(1, [&](Workspace &workspace, int64_t) { bytes = rehearse(workspace); });
     return bytes;
 }
 
-void GpuCall::run(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) const {
+void GpuCall::run(holdfast_context &c) const {
+    const Tensor &first = *tensors[0];
     Place place{variant.target->backend, nullptr, c.stream};
-    if (c.verbose) {
-        std::ostringstream line;
-        line << function << ": " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H
-             << (p.Hk == p.H ? "" : ", Hk " + std::to_string(p.Hk)) << ", K " << p.K << ", V " << p.V << ", " << how;
-        if (p.q.on_host())
-            line << ", tensors copied from the CPU and back";
-        else
-            line << ", on " << describe(p.q.device);
-        c.verbose(c.verbose_user, line.str().c_str());
-    }
-    if (p.B * p.Hk == 0) return;
     c.for_each(1, [&](Workspace &workspace, int64_t) {
         workspace.error.clear();
         if (place.backend == Backend::cuda) {
-            const size_t needed = rehearse(workspace, p, variant);
+            const size_t needed = rehearse(workspace);
             const CUcontext context =
-                cuda::choose_context((CUcontext)c.device, (CUstream)c.stream, p.q.on_host() ? 0 : p.q.device.device_id);
+                cuda::choose_context((CUcontext)c.device, (CUstream)c.stream, first.on_host() ? 0 : first.device.device_id);
             const cuda::Current current(context);
             place.context = context;
-            uint64_t memory;
-            if (p.workspace) {
-                memory = checked_workspace(p, needed, size_function);
-            } else {
+            uint64_t memory = 0;
+            if (lent) {
+                memory = checked_workspace(*lent, first, needed, size_function);
+            } else if (needed) {
                 workspace.device_memory.move_to(place);
                 memory = workspace.device_memory.block(needed);
             }
             Arena arena(memory, needed);
             DeviceCall call{place, &arena};
-            const Lent lent(workspace, call);
-            issue({p, variant, workspace, call});
+            const Lent while_it_lasts(workspace, call);
+            issue({variant, workspace, call});
             return;
         }
 #if HOLDFAST_HAS_OPENCL
         if (place.backend == Backend::opencl && place.stream) place.context = opencl::context_of(place.stream);
 #endif
         if (place.backend != Backend::opencl) place.stream = nullptr;
-        check_place(p, place);
+        check_place(tensors, place);
         workspace.device_memory.move_to(place);
         DeviceCall call{place, nullptr, &workspace.device_memory};
-        const Lent lent(workspace, call);
+        const Lent while_it_lasts(workspace, call);
         std::lock_guard<std::mutex> lock(call_mutex(place.backend));
-        const Run run{p, variant, workspace, call};
+        const Run run{variant, workspace, call};
         issue(run);
-        if (!p.q.on_host() && place.backend == Backend::metal)
+        if (!first.on_host() && place.backend == Backend::metal)
             run.check("waiting for the device", halide_device_sync_global(&workspace, run.interface()));
     });
 }

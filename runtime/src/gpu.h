@@ -1,5 +1,5 @@
-// Calls of kernels on a GPU, of every kind: what holdfast_forward (forward_gpu.cpp) and holdfast_step (recurrent_gpu.cpp) have in
-// common. Tensors on the device are used where they lie; those on the CPU are copied there and back.
+// Calls of kernels on a GPU, of every kind: what all public functions have in common. Tensors on the device are used where they
+// lie; those on the CPU are copied there and back.
 #pragma once
 #include "buffers.h"
 #include "context.h"
@@ -11,13 +11,12 @@
 #include <initializer_list>
 #include <memory>
 #include <optional>
-#include <string>
+#include <vector>
 
 namespace holdfast {
 
-/// A call, while it is made: shapes, and what Halide's runtime finds through user_context.
+/// A call, while it is made: what Halide's runtime finds through user_context.
 struct Run {
-    const Problem &p;
     const Variant &variant;
     Workspace &workspace;
     DeviceCall &call;
@@ -31,20 +30,27 @@ struct Run {
 
 /// A call of a public function on a GPU.
 struct GpuCall {
-    const char *function;                    // "forward"
-    std::string how;                         // "chunks of 32"
-    const char *size_function;               // what says how large a workspace has to be
+    const Variant &variant;
+    std::vector<const Tensor *> tensors;     // all; those that are not given have rank 0. All are where the first one is
     std::function<void(const Run &)> issue;  // launch everything
 
-    /// On what the context and the tensors say. `why` the variant was chosen is for the verbose line.
-    void run(holdfast_context &context, const Problem &p, const Variant &variant, const char *why) const;
+    // CUDA: memory that the caller lends (null: none), and what says how large that has to be.
+    const DLTensor *lent = nullptr;
+    const char *size_function = "";
 
-    /// CUDA: bytes of device memory that the call needs beside its tensors.
-    size_t workspace(holdfast_context &context, const Problem &p, const Variant &variant) const;
+    /// Make the call, on what the context and the tensors say.
+    void run(holdfast_context &context) const;
+
+    /// CUDA: bytes of device memory that it needs beside its tensors.
+    size_t workspace(holdfast_context &context) const;
 
 private:
-    size_t rehearse(Workspace &workspace, const Problem &p, const Variant &variant) const;
+    size_t rehearse(Workspace &workspace) const;
 };
+
+/// The same problem with the tensors of a device as near to one another as can be: the nearer, the more heads are in one call
+/// of a kernel, and the more memory that needs. Rows that all lie in one place start where any variant wants them.
+Problem nearest(Problem p);
 
 /// Device memory as Halide knows it: the call's own, or a caller's buffer.
 class Memory {
@@ -90,26 +96,33 @@ struct OnDevice {
     int64_t at(int64_t i0, int64_t i1 = 0, int64_t i2 = 0) const;
 };
 
-/// The tensors of a call. Where the final state is the initial one, in place, they are one.
+/// The tensors of a problem. Where the final state is the initial one, in place, they are one; so are sums of keys.
 class Operands {
-    std::optional<OnDevice> final_of_its_own;
+    const Run &run;
+    const Problem &p;
+    std::optional<OnDevice> final_of_its_own, final_sum_of_its_own;
 
 public:
-    OnDevice q, k, v, log_decay, initial, out;
-    OnDevice &final;
+    OnDevice q, k, v, log_decay, initial, initial_sum, out;
+    OnDevice &final, &final_sum;
 
-    explicit Operands(const Run &run);
-    void fetch(const Run &run);
+    Operands(const Run &run, const Problem &p);
+    void fetch();
 };
 
-/// How many batch entries, and heads of keys of each, a call of the kernel has.
+/// How many batch entries, and heads of keys or tokens of each, a call of the kernel has.
 struct Part {
-    int64_t batch, heads;
+    int64_t batch, of_each;
 };
 
 /// The most batch entries, else heads of one, whose buffers stay within what one call can address; beside the tensors those of
 /// `bytes_of_a_head`. {0, 0} if one head is too large.
 Part largest_part(const Problem &p, const Operands &operands, int64_t bytes_of_a_head);
+
+/// Call run(b, t, entries, tokens) for tensors [B, T, ...], of which the first has these extents, as many at a time as one call of a
+/// kernel can address.
+void each_part(const std::vector<const OnDevice *> &tensors,
+               const std::function<void(int64_t b, int64_t t, int64_t entries, int64_t tokens)> &run);
 
 /// The stride of an axis along which a call of the kernel takes `extent`. That of a single one may be anything.
 int32_t narrow(const Tensor &t, int axis, int64_t extent);

@@ -1,6 +1,7 @@
-// holdfast_head_norm_gate: the kernel of norm and gate on some tokens at a time.
+// holdfast_head_norm_gate: the kernel of norm and gate, on the CPU on some tokens at a time, on a GPU on as many as it can address.
 #include "args.h"
 #include "buffers.h"
+#include "gpu.h"
 #include "tokens.h"
 
 #include <cmath>
@@ -14,19 +15,43 @@ struct Call {
     bool layer_norm;
     float eps;
 
-    void run(Workspace &workspace, const Variant &variant, int64_t b, int64_t t, int64_t tokens, const float *ones) const {
+    void run(Workspace &workspace, const Variant &variant, int64_t b, int64_t t, int64_t tokens) const {
         auto rows = [&](const Tensor &r) {
             return Buffer(r.at<uint8_t>(b, t), halide_type(r.dtype),
-                          {{0, (int32_t)r.shape[3], 1}, axis(r.shape[2], r.stride[2]), axis(tokens, r.stride[1])});
+                          {{0, (int32_t)r.shape[3], 1}, axis(r.shape[2], r.stride[2]), axis(tokens, r.stride[1]), {0, 1, 0}});
         };
-        const bool gated = gate.rank;
+        const bool gated = gate.rank, weighted = weight.rank;
         Buffer x_rows = rows(x), gate_rows = rows(gated ? gate : x), out_rows = rows(out);
         const int64_t V = x.shape[3], H = x.shape[2];
-        Buffer weights(weight.rank ? weight.data : (const char *)ones, float32,
+        Buffer weights(weighted ? weight.data : x.data, float32,
                        {{0, (int32_t)V, 1}, axis(H, weight.rank == 2 ? weight.stride[0] : 0)});
         check_returned(std::get<HeadNormGateKernel *>(variant.run)(&workspace, &x_rows, &gate_rows, &weights, layer_norm, gated,
-                                                                   eps, &out_rows),
+                                                                   weighted, eps, &out_rows),
                        variant, workspace);
+    }
+
+    /// On a GPU.
+    void issue(const Run &run) const {
+        const OnDevice xs(run, x, true), gates(run, gate, true), weights(run, weight, true);
+        OnDevice outs(run, out, false);
+        const int64_t V = x.shape[3], H = x.shape[2];
+        const bool gated = gate.rank, weighted = weight.rank;
+        each_part({&xs, &gates, &outs}, [&](int64_t b, int64_t t, int64_t entries, int64_t tokens) {
+            auto rows = [&](const OnDevice &r) {
+                return View(*r.memory, r.at(b, t), halide_type(r.t.dtype),
+                            {{0, (int32_t)V, 1},
+                             {0, (int32_t)H, narrow(r.t, 2, H)},
+                             {0, (int32_t)tokens, narrow(r.t, 1, tokens)},
+                             {0, (int32_t)entries, narrow(r.t, 0, entries)}});
+            };
+            View x_rows = rows(xs), gate_rows = rows(gated ? gates : xs), out_rows = rows(outs);
+            View weight_rows(weighted ? *weights.memory : *xs.memory, weighted ? weights.start : xs.start, float32,
+                             {{0, (int32_t)V, 1}, {0, (int32_t)H, weight.rank == 2 ? narrow(weights.t, 0, H) : 0}});
+            run.check(run.variant.name,
+                      std::get<HeadNormGateKernel *>(run.variant.run)(&run.workspace, &x_rows, &gate_rows, &weight_rows,
+                                                                      layer_norm, gated, weighted, eps, &out_rows));
+        });
+        outs.fetch(run, out);
     }
 };
 
@@ -78,17 +103,22 @@ extern "C" holdfast_status holdfast_head_norm_gate(holdfast_context *context, co
         constexpr size_t first_version = offsetof(holdfast_head_norm_gate_args, eps) + sizeof(float);
         Call call = checked_call(checked_args(args, "holdfast_head_norm_gate_args", first_version));
         const Choice choice = choose_backend(c, home_of(call.x));
-        const Variant &variant = variant_on_cpu("head_norm_gate", call.x, choice);
-        const Rows rows(&call.x, &call.out, call.gate.rank ? &call.gate : nullptr);
+        const Variant &variant = variant_for("head_norm_gate", call.x, choice);
         if (call.weight.rank == 2) Tokens::check_axis(call.weight, 0);
+        if (choice.backend != Backend::cpu) {
+            announce(c, variant, choice.why, call.x);
+            const GpuCall on_gpu{
+                variant, {&call.x, &call.gate, &call.weight, &call.out}, [&](const Run &run) { call.issue(run); }};
+            if (!call.x.empty()) on_gpu.run(c);
+            return;
+        }
+        const Tensor given = call.x;
+        const Rows rows(&call.x, &call.out, call.gate.rank ? &call.gate : nullptr);
         const Tokens tokens(rows);
-        announce(c, variant, choice.why, rows, tokens.pieces());
+        announce(c, variant, choice.why, given, tokens.pieces());
         if (!tokens.pieces()) return;
         const auto work = [&](Workspace &workspace, int64_t n) {
-            const Scratch ones(workspace, call.weight.rank ? 1 : call.x.shape[3]);
-            if (!call.weight.rank) std::fill_n(ones.floats(), call.x.shape[3], 1.0f);
-            tokens.each(n,
-                        [&](int64_t b, int64_t t, int64_t count) { call.run(workspace, variant, b, t, count, ones.floats()); });
+            tokens.each(n, [&](int64_t b, int64_t t, int64_t count) { call.run(workspace, variant, b, t, count); });
         };
         c.for_each(tokens.pieces(), std::cref(work));
     });

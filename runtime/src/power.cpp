@@ -23,10 +23,6 @@ constexpr int64_t least_share = 8;
 // To wake a thread takes as long as to go once through so many bytes of states.
 constexpr int64_t worth_a_thread = 512 * 1024;
 
-const Variant &variant_for(const char *kernel, const Problem &p, const Choice &choice, int64_t value_size) {
-    return select_variant(kernel, p.q.dtype.name, p.K, value_size, p.chunk_size, choice.backend, choice.forced, {}, p.degree);
-}
-
 /// Whether so many steps of `stride` elements are within 32 bits.
 bool fits(int64_t extent, int64_t stride) {
     return std::llabs(stride) <= std::numeric_limits<int32_t>::max() / 2 / std::max<int64_t>(extent, 1);
@@ -131,16 +127,6 @@ void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const P
     carried.finish();
 }
 
-/// The divisor of D that is nearest to the size of a block that loses no digits.
-int64_t block_of(int64_t D) {
-    constexpr int64_t good = 64;
-    for (int64_t n = 0; n < D; n++) {
-        if (n < good && D % (good - n) == 0) return good - n;
-        if (D % (good + n) == 0) return good + n;
-    }
-    return D;
-}
-
 /// Tokens one after the other: of `heads` neighbouring heads of keys where their states are the caller's, else of one.
 class Steps {
 public:
@@ -187,7 +173,7 @@ private:
             carried.emplace(p, part, workspace);
             state = carried->states[0], sum = carried->sums[0];
         }
-        const int64_t D = in_place ? p.D : carried->tight, block = block_of(D), blocks = D / block;
+        const int64_t D = in_place ? p.D : carried->tight, block = feature_block(D), blocks = D / block;
         const Scratch sums_of_blocks(workspace, blocks * p.V * heads + (sum ? 0 : D * heads));
         if (!sum) {  // does not count, but has to hold numbers
             sum = sums_of_blocks.floats() + blocks * p.V * heads, head_of_sum = D;
@@ -236,16 +222,26 @@ private:
 
 }  // namespace
 
+const Variant &power_variant(const char *kernel, const Problem &p, const Choice &choice, int64_t value_size) {
+    return select_variant(kernel, p.q.dtype.name, p.K, value_size, p.chunk_size, choice.backend, choice.forced, {}, p.degree);
+}
+
+int64_t feature_block(int64_t D) {
+    constexpr int64_t good = 64;  // loses no digits; the divisor that is nearest
+    for (int64_t n = 0; n < D; n++) {
+        if (n < good && D % (good - n) == 0) return good - n;
+        if (D % (good + n) == 0) return good + n;
+    }
+    return D;
+}
+
 void run_power(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
-    if (choice.backend != Backend::cpu)
-        fail(HOLDFAST_UNSUPPORTED, "degree is ", p.degree, p.normalized ? ", normalized," : "", " and backend ",
-             name_of(choice.backend), "; expected the CPU, or degree 1 and no normalization");
     for (const Tensor *t : {&p.q, &p.out})
         if (!fits(p.group(), t->stride[2]))
             fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[2],
                  " on axis 2, between heads that share keys; expected ", std::numeric_limits<int32_t>::max() / 2 / p.group(),
                  " at most");
-    const Variant *variant = &variant_for("power", p, choice, p.V);
+    const Variant *variant = &power_variant("power", p, choice, p.V);
     holdfast_form form = p.form;
     if (form == HOLDFAST_FORM_AUTO) {
         const bool few = p.chunk_size == 0 && p.longest() <= variant->chunk / least_share;
@@ -253,7 +249,7 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     }
     if (form == HOLDFAST_FORM_RECURRENT) {
         check_kernel_strides(p, 1);
-        const Variant &step = variant_for("power_step", p, choice, p.V);
+        const Variant &step = power_variant("power_step", p, choice, p.V);
         const Steps steps(p, step);
         announce(c, call, step, choice.why, p, "token by token", steps.pieces);
         if (steps.pieces > 0) c.for_each(steps.pieces, std::cref(steps));
@@ -264,7 +260,7 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     const int64_t heads = p.N * p.Hk;
     const bool in_place = p.final_sum.rank && p.initial_sum.rank && p.final_sum.data == p.initial_sum.data;
     while (!in_place && heads > 0 && p.V % (2 * parts) == 0 && heads * parts < c.threads_for(heads * 2 * parts)) {
-        const Variant &half = variant_for("power", p, choice, p.V / (2 * parts));
+        const Variant &half = power_variant("power", p, choice, p.V / (2 * parts));
         if (half.target != variant->target || (variant->value_size && !half.value_size)) break;
         variant = &half, parts *= 2;
     }

@@ -283,7 +283,7 @@ void announce(const holdfast_context &c, const char *call, const Variant &varian
     std::ostringstream line;
     line << call << ": " << variant.name << " (" << why << "), B " << p.B << ", T " << p.T << ", H " << p.H
          << (p.Hk == p.H ? "" : ", Hk " + std::to_string(p.Hk)) << ", K " << p.K << ", V " << p.V << ", " << how << ", "
-         << c.threads_for(pieces) << " threads";
+         << workers(c, variant, p.q, pieces);
     c.verbose(c.verbose_user, line.str().c_str());
 }
 

@@ -42,6 +42,11 @@ struct Problem {
     int64_t longest() const;  // of the sequences, in tokens
     Backend home() const;     // where all tensors are
 
+    /// All that a kernel has, first q; those not given have rank 0.
+    std::vector<const Tensor *> tensors() const {
+        return {&q, &k, &v, &log_decay, &initial_state, &initial_sum, &out, &final_state, &final_sum};
+    }
+
     /// Of rows as kernels of `backend` get them: of host tensors in packed copies, where that is a GPU.
     RowAlignment row_alignment(Backend backend) const;
 };
@@ -53,8 +58,9 @@ Problem checked_problem(const holdfast_step_args *args);
 /// Check that strides fit kernels' 32 bits: along time for `tokens` in one call of a kernel, and along D of a state.
 void check_kernel_strides(const Problem &p, int64_t tokens);
 
-/// Tell the context's listener, if there is one, what runs for `call` ("forward"), `how` ("chunks of 32") and why.
+/// Tell the context's listener, if there is one, what runs for `call` ("forward"), `how` ("chunks of 32") and why; on a CPU in how
+/// many pieces.
 void announce(const holdfast_context &context, const char *call, const Variant &variant, const char *why, const Problem &p,
-              const std::string &how, int64_t pieces);
+              const std::string &how, int64_t pieces = 0);
 
 }  // namespace holdfast

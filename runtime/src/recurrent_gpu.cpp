@@ -11,9 +11,8 @@ namespace holdfast {
 namespace {
 
 /// Launch everything.
-void issue(const Run &run) {
-    const Problem &p = run.p;
-    Operands x(run);
+void issue(const Run &run, const Problem &p) {
+    Operands x(run, p);
     const OnDevice &g = x.log_decay;
     // Beside the tensors: a row of sums for each head, and a decay where none is given.
     const int64_t sum_bytes = p.V * (int64_t)sizeof(float);
@@ -21,7 +20,7 @@ void issue(const Run &run) {
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "the state of one head, with a stride of ", x.final.t.stride[2],
              " along K, reaches beyond 2^31 bytes; expected less");
-    Memory sums(run, part.batch * part.heads * sum_bytes);
+    Memory sums(run, part.batch * part.of_each * sum_bytes);
     std::optional<Memory> no_decay;
     if (!g.t.rank) {
         no_decay.emplace(run, Arena::alignment);
@@ -29,8 +28,8 @@ void issue(const Run &run) {
     }
 
     for (int64_t b = 0; b < p.B; b += part.batch)
-        for (int64_t h = 0; h < p.Hk; h += part.heads) {
-            const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.heads, p.Hk - h);
+        for (int64_t h = 0; h < p.Hk; h += part.of_each) {
+            const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
             const int32_t K = (int32_t)p.K, V = (int32_t)p.V, G = (int32_t)p.group();
             auto rows = [&](const OnDevice &r) {
                 return View(*r.memory, r.at(b, 0, h), halide_type(r.t.dtype),
@@ -58,19 +57,23 @@ void issue(const Run &run) {
             run.check(run.variant.name, std::get<RecurrentKernel *>(run.variant.run)(&run.workspace, &q, &k, &v, &log_decay,
                                                                                      p.scale, &state, &sum, &out));
         }
-    x.fetch(run);
+    x.fetch();
 }
 
-GpuCall call() { return {"step", "token by token", "holdfast_step_workspace_size", issue}; }
+GpuCall call_of(const Problem &p, const Variant &variant) {
+    return {variant, p.tensors(), [&](const Run &run) { issue(run, p); }, p.workspace, "holdfast_step_workspace_size"};
+}
 
 }  // namespace
 
-size_t step_workspace_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant) {
-    return call().workspace(c, p, variant);
+size_t step_workspace_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant) {
+    const Problem p = nearest(given);
+    return p.B && p.Hk ? call_of(p, variant).workspace(c) : 0;
 }
 
 void step_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) {
-    call().run(c, p, variant, why);
+    announce(c, "step", variant, why, p, "token by token");
+    if (p.B && p.Hk) call_of(p, variant).run(c);
 }
 
 }  // namespace holdfast

@@ -1,6 +1,8 @@
-// holdfast_rotate: the rotation kernel on some tokens at a time, whose positions are written out for it.
+// holdfast_rotate: on the CPU the rotation kernel on some tokens at a time, whose positions are written out for it; on a GPU on as
+// many as it can address.
 #include "args.h"
 #include "buffers.h"
+#include "gpu.h"
 #include "tokens.h"
 
 #include <cmath>
@@ -35,7 +37,8 @@ struct Call {
                 {{0, (int32_t)pairs, interleaved ? 2 : 1},
                  {0, 2, interleaved ? 1 : (int32_t)pairs},
                  axis(t.shape[2], t.stride[2]),
-                 axis(tokens, t.stride[1])}};
+                 axis(tokens, t.stride[1]),
+                 {0, 1, 0}}};
     }
 
     void run(Workspace &workspace, const Variant &variant, int64_t b, int64_t t, int64_t tokens, int64_t *memory) const {
@@ -43,9 +46,45 @@ struct Call {
         Buffer x_rows = rows(x, tokens), out_rows = rows(out, tokens);
         x_rows.host = x.at<uint8_t>(b, t), out_rows.host = out.at<uint8_t>(b, t);
         Buffer angles(theta.data, float32, {{0, (int32_t)theta.shape[0], 1}});
-        Buffer position(memory, uint32, {{0, 2, 1}, {0, (int32_t)tokens, 2}});
-        check_returned(std::get<RotateKernel *>(variant.run)(&workspace, &x_rows, &angles, &position, &out_rows), variant,
-                       workspace);
+        Buffer position(memory, uint32, {{0, 2, 1}, {0, (int32_t)tokens, 2}, {0, 1, 0}});
+        check_returned(std::get<RotateKernel *>(variant.run)(&workspace, &x_rows, &angles, &position, 64, 0, 0, &out_rows),
+                       variant, workspace);
+    }
+
+    /// On a GPU. Positions that are not given are counted by the kernel.
+    void issue(const Run &run) const {
+        const OnDevice xs(run, x, true), angles(run, theta, true), given(run, positions.given, true);
+        OnDevice outs(run, out, false);
+        const int64_t K = x.shape[3], H = x.shape[2];
+        const bool counted = !given.t.rank;
+        const int32_t bits = counted ? 0 : given.t.dtype.dl.bits, words = bits / 32;
+        each_part({&xs, &outs, &given}, [&](int64_t b, int64_t t, int64_t entries, int64_t tokens) {
+            auto rows = [&](const OnDevice &r) {
+                return View(*r.memory, r.at(b, t), halide_type(r.t.dtype),
+                            {{0, (int32_t)(K / 2), interleaved ? 2 : 1},
+                             {0, 2, interleaved ? 1 : (int32_t)(K / 2)},
+                             {0, (int32_t)H, narrow(r.t, 2, H)},
+                             {0, (int32_t)tokens, narrow(r.t, 1, tokens)},
+                             {0, (int32_t)entries, narrow(r.t, 0, entries)}});
+            };
+            View x_rows = rows(xs), out_rows = rows(outs);
+            View theta_row(*angles.memory, angles.start, float32, {{0, (int32_t)(K / 2), 1}});
+            const bool shared = given.t.rank == 1;
+            const int32_t step = counted ? 0 : words * narrow(given.t, shared ? 0 : 1, tokens);
+            View position(counted ? *angles.memory : *given.memory,
+                          counted  ? angles.start
+                          : shared ? given.at(t)
+                                   : given.at(b, t),
+                          uint32,
+                          {{0, 2, words == 2},
+                           {0, (int32_t)tokens, step},
+                           {0, (int32_t)entries, counted || shared ? 0 : words * narrow(given.t, 0, entries)}});
+            const uint64_t start = (uint64_t)positions.offset + (uint64_t)t;
+            run.check(run.variant.name,
+                      std::get<RotateKernel *>(run.variant.run)(&run.workspace, &x_rows, &theta_row, &position, bits,
+                                                                (uint32_t)start, (uint32_t)(start >> 32), &out_rows));
+        });
+        outs.fetch(run, out);
     }
 };
 
@@ -110,11 +149,19 @@ extern "C" holdfast_status holdfast_rotate(holdfast_context *context, const hold
         constexpr size_t first_version = offsetof(holdfast_rotate_args, interleaved) + sizeof(int32_t);
         Call call = checked_call(checked_args(args, "holdfast_rotate_args", first_version));
         const Choice choice = choose_backend(c, home_of(call.x));
-        const Variant &variant = variant_on_cpu("rotate", call.x, choice);
+        const Variant &variant = variant_for("rotate", call.x, choice);
+        if (choice.backend != Backend::cpu) {
+            announce(c, variant, choice.why, call.x);
+            const GpuCall on_gpu{
+                variant, {&call.x, &call.theta, &call.positions.given, &call.out}, [&](const Run &run) { call.issue(run); }};
+            if (!call.x.empty()) on_gpu.run(c);
+            return;
+        }
+        const Tensor given = call.x;
         const Rows rows(&call.x, &call.out);
         if (rows.turned) std::swap(call.positions.stride[0], call.positions.stride[1]);
         const Tokens tokens(rows);
-        announce(c, variant, choice.why, rows, tokens.pieces());
+        announce(c, variant, choice.why, given, tokens.pieces());
         if (!tokens.pieces()) return;
         const auto work = [&](Workspace &workspace, int64_t n) {
             const Scratch positions(workspace, 2 * Tokens::most_at_once);

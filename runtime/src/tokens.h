@@ -1,5 +1,5 @@
-// For kernels that compute each token by itself: how the tokens of a call are shared out among threads, and how many of them
-// one call of a kernel takes.
+// For kernels that compute each token by itself: on the CPU, how the tokens of a call are shared out among threads, and how many of
+// them one call of a kernel takes.
 #pragma once
 #include "buffers.h"
 
@@ -11,7 +11,7 @@
 
 namespace holdfast {
 
-/// Rows [B, T, H, *] of one call. With T = 1 the first two axes change places, so that a call of a kernel has many tokens.
+/// Rows [B, T, H, *] of a call. With T = 1 the first two axes change places, so that a call of a kernel has many tokens.
 struct Rows {
     Tensor *tensors[3];  // null: not there
     bool turned;
@@ -77,21 +77,18 @@ inline halide_dimension_t axis(int64_t extent, int64_t stride) {
     return {0, (int32_t)extent, extent > 1 ? (int32_t)stride : 0};
 }
 
-/// The variant for rows of that type on the CPU. GPUs' kernels are not called yet.
-inline const Variant &variant_on_cpu(const char *kernel, const Tensor &rows, const Choice &choice) {
-    if (choice.backend != Backend::cpu)
-        fail(HOLDFAST_UNSUPPORTED, "holdfast_", kernel, " was to run on backend ", name_of(choice.backend),
-             "; expected the CPU: calls of it on GPUs are not implemented yet");
+/// The variant for rows of that type.
+inline const Variant &variant_for(const char *kernel, const Tensor &rows, const Choice &choice) {
     return select_variant(kernel, rows.dtype.name, 0, 0, 0, choice.backend, choice.forced);
 }
 
-/// Tell the context's listener, if there is one, what runs.
-inline void announce(const holdfast_context &c, const Variant &variant, const char *why, const Rows &rows, int64_t pieces) {
+/// Tell the context's listener, if there is one, what runs on [B, T, H, *]; on a CPU in how many pieces.
+inline void announce(const holdfast_context &c, const Variant &variant, const char *why, const Tensor &rows,
+                     int64_t pieces = 0) {
     if (!c.verbose) return;
     std::ostringstream line;
-    line << variant.kernel << ": " << variant.name << " (" << why << "), B " << (rows.turned ? rows.T : rows.B) << ", T "
-         << (rows.turned ? rows.B : rows.T) << ", H " << rows.H << ", size " << rows.tensors[0]->shape[3] << ", "
-         << c.threads_for(pieces) << " threads";
+    line << variant.kernel << ": " << variant.name << " (" << why << "), B " << rows.shape[0] << ", T " << rows.shape[1]
+         << ", H " << rows.shape[2] << ", size " << rows.shape[3] << ", " << workers(c, variant, rows, pieces);
     c.verbose(c.verbose_user, line.str().c_str());
 }
 

@@ -26,10 +26,10 @@ using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide
                             halide_buffer_t *out);
 
 using RotateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *theta, halide_buffer_t *position,
-                         halide_buffer_t *out);
+                         int32_t position_bits, uint32_t start, uint32_t start_upper, halide_buffer_t *out);
 
 using HeadNormGateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *gate, halide_buffer_t *weight,
-                               int32_t layer_norm, int32_t gated, float eps, halide_buffer_t *out);
+                               int32_t layer_norm, int32_t gated, int32_t weighted, float eps, halide_buffer_t *out);
 
 using PowerKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
                         halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *keys_in, int32_t degree,

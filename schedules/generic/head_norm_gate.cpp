@@ -14,6 +14,7 @@ void apply(HeadNormGateFuncs &f, const HeadNormGateSizes &, const Target &target
     const TailStrategy tail = TailStrategy::GuardWithIf;  // in place, nothing may be done twice
 
     f.result.vectorize(e, vec, tail);
+    f.weight_or_one.compute_root().vectorize(e, vec, tail).update().reorder(e, f.over_weight, h).vectorize(e, vec, tail);
     f.first.compute_at(f.result, h), f.factor.compute_at(f.result, h);
     for (Func sum : {f.sum, f.squares}) {
         sum.compute_at(f.result, h);

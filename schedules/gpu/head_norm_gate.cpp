@@ -10,17 +10,18 @@ using namespace holdfast;
 constexpr int threads = 32;
 
 void apply(HeadNormGateFuncs &f, const HeadNormGateSizes &, const Target &) {
-    Var e("e"), h("h"), t("t"), eo("eo"), ei("ei"), lane("lane");
+    Var e("e"), h("h"), t("t"), b("b"), eo("eo"), ei("ei"), lane("lane");
     RVar ro("ro"), ri("ri");
     const TailStrategy tail = TailStrategy::GuardWithIf;
 
-    f.result.split(e, eo, ei, threads, tail).reorder(eo, ei, h, t).gpu_blocks(h, t).gpu_threads(ei);
+    f.result.split(e, eo, ei, threads, tail).reorder(eo, ei, h, t, b).gpu_blocks(h, t, b).gpu_threads(ei);
     f.first.compute_at(f.result, h), f.sum.compute_at(f.result, h);  // of the block, in shared memory
     for (Func sum : {f.sum, f.squares}) {
         sum.update().split(f.over_value, ro, ri, threads, tail);
         Func lanes = sum.update().rfactor(ri, lane);
         lanes.compute_at(f.result, h).gpu_threads(lane).update().reorder(ro, lane).gpu_threads(lane);
     }
+    f.weight_or_one.compute_at(f.result, eo).store_in(MemoryType::Register);
     f.squares.compute_at(f.result, ei).store_in(MemoryType::Register);
     f.factor.compute_at(f.result, ei).store_in(MemoryType::Register);
 }

@@ -11,6 +11,8 @@ using namespace holdfast;
 
 constexpr int strip = 32;  // rows of a chunk that a block computes
 
+// All stages of a kernel share its threads, as many along each axis as the stage that wants the most: 64 x 4, or 32 x 8.
+
 /// A block's tile of a product, and the piece of it that a thread keeps in registers. As in chunkwise.cpp.
 struct Tile {
     int columns, rows;  // of a block
@@ -80,9 +82,9 @@ void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &) {
     registers(p.num_block, {part, et}, p.over_feature, e, i, tile);
     p.phi_q.compute_at(part, block)
         .store_in(MemoryType::GPUShared)
-        .split(f, fo, fi, 8, guard)
-        .reorder(fo, fi, i)
-        .gpu_threads(fi, i);
+        .split(f, fo, fi, 4, guard)
+        .reorder(fo, i, fi)
+        .gpu_threads(i, fi);
     // The sum of weights: a thread per row.
     p.den_inter.compute_root().bound(i, 0, sizes.chunk).gpu_blocks(g, h, b).gpu_threads(i);
     p.den_inter.update().reorder(p.over_block.x, i, g, h, b).gpu_blocks(g, h, b).gpu_threads(i);
@@ -105,7 +107,7 @@ void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &) {
         .store_in(MemoryType::GPUShared)
         .bound_extent(i, strip)
         .bound_storage(j, sizes.chunk)
-        .tile(j, i, jo, io, ji, ii, 4, 4)
+        .tile(j, i, jo, io, ji, ii, 2, 8)
         .gpu_threads(jo, io)
         .unroll(ji)
         .unroll(ii);

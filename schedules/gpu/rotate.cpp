@@ -10,14 +10,14 @@ using namespace holdfast;
 constexpr int pairs = 32, tokens = 2;  // of a block
 
 void apply(RotateFuncs &f, const RotateSizes &, const Target &) {
-    Var j("j"), p("p"), h("h"), t("t"), jo("jo"), ji("ji"), to("to"), ti("ti");
+    Var j("j"), p("p"), h("h"), t("t"), b("b"), jo("jo"), ji("ji"), to("to"), ti("ti");
     const TailStrategy tail = TailStrategy::GuardWithIf;
 
     f.result.split(j, jo, ji, pairs, tail)
         .split(t, to, ti, tokens, tail)
-        .reorder(p, h, ji, ti, jo, to)
+        .reorder(p, h, ji, ti, jo, to, b)
         .unroll(p)
-        .gpu_blocks(jo, to)
+        .gpu_blocks(jo, to, b)
         .gpu_threads(ji, ti);
     for (Func once : {f.turn, f.rotation}) once.compute_at(f.result, ji).store_in(MemoryType::Register);
     Var x_p = f.x.args()[1];

@@ -208,17 +208,4 @@ TEST(AroundArgs, GoodOnesAreTaken) {
     EXPECT_EQ(holdfast_head_norm_gate(context, &call.norm), HOLDFAST_OK) << context.error();
 }
 
-TEST(AroundArgs, TargetsOfGpusAreRefused) {
-    for (const std::string &target : targets(true)) {
-        if (backend_of(target) == "cpu") continue;
-        SCOPED_TRACE(target);
-        Context context(target);
-        Call call;
-        EXPECT_EQ(holdfast_rotate(context, &call.rotate), HOLDFAST_UNSUPPORTED);
-        EXPECT_NE(context.error().find("holdfast_rotate was to run on backend "), std::string::npos) << context.error();
-        EXPECT_EQ(holdfast_head_norm_gate(context, &call.norm), HOLDFAST_UNSUPPORTED);
-        EXPECT_NE(context.error().find("expected the CPU"), std::string::npos) << context.error();
-    }
-}
-
 }  // namespace

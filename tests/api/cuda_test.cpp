@@ -1,5 +1,6 @@
 // What a call with tensors on CUDA asks of the driver: stubs/cuda.cpp stands in its place, keeps a record and runs no kernel.
 // MissingCuda runs in a process of its own for each way in which there is no CUDA (HOLDFAST_EXPECTED has the words).
+#include "../power.h"
 #include "../step.h"
 
 #include <dlfcn.h>
@@ -751,6 +752,189 @@ TEST(Cuda, StatesFarApartTakeSeveralCalls) {
     EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
     EXPECT_NE(context.error().find("with a stride of 536870912 along K, reaches beyond 2^31 bytes"), std::string::npos)
         << context.error();
+}
+
+/// Calls of power retention, forward and step, with all tensors on a device.
+struct PowerCudaCall {
+    PowerProblem p{B, T, H, 1, K, V};
+    Tensor views[9] = {p.q, p.k, p.v, p.log_decay, p.initial_state, p.initial_keys, p.out, p.state, p.keys};
+    Tensor tokens[5] = {token(p.q, 0), token(p.k, 0), token(p.v, 0), token(p.log_decay, 0), token(p.out, 0)};
+    DLTensor dl[9], token_dl[5], memory = {};
+    holdfast_forward_args forward = forward_args(&dl[0], &dl[1], &dl[2], &dl[3], &dl[4], &dl[6], &dl[7]);
+    holdfast_step_args step = step_args(&token_dl[0], &token_dl[1], &token_dl[2], &token_dl[3], &dl[4], &token_dl[4]);
+    int64_t bytes = 0;
+
+    PowerCudaCall() {
+        uint64_t address = 0;
+        auto put = [&](DLTensor &to, Tensor &view) {
+            to = view.dl();
+            to.device = {kDLCUDA, 0}, to.data = (void *)(address += (uint64_t)1 << 40);
+        };
+        for (int n = 0; n < 9; n++) put(dl[n], views[n]);
+        for (int n = 0; n < 5; n++) put(token_dl[n], tokens[n]), token_dl[n].strides = nullptr;
+        forward.degree = step.degree = 2;
+        forward.initial_sum_of_keys = step.sum_of_keys = &dl[5], forward.final_sum_of_keys = &dl[8];
+    }
+    PowerCudaCall(const PowerCudaCall &) = delete;
+    void give_workspace(size_t size) {
+        bytes = (int64_t)size;
+        memory = {(void *)((uint64_t)1 << 50), {kDLCUDA, 0}, 1, {kDLUInt, 8, 1}, &bytes, nullptr, 0};
+        forward.workspace = step.workspace = &memory;
+    }
+};
+
+TEST(Cuda, PowerRetentionIsLaunchesAloneForEachChunk) {
+    Driver driver;
+    void *stream = driver.stream(driver.context(0));
+    Context context;
+    ASSERT_EQ(holdfast_context_set_stream(context, stream), HOLDFAST_OK);
+    PowerCudaCall call;
+    size_t bytes = 0;
+    ASSERT_EQ(holdfast_workspace_size(context, &call.forward, &bytes), HOLDFAST_OK) << context.error();
+    driver.clear();
+    ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemAlloc"), (std::vector<std::string>{"cuMemAlloc " + std::to_string(bytes)}));
+    std::vector<size_t> launches;
+    for (int64_t tokens : {64, 65, 70, 1, 0}) {
+        for (int n : {0, 1, 2, 3, 6}) call.dl[n].shape[1] = tokens;
+        ASSERT_EQ(holdfast_workspace_size(context, &call.forward, &bytes), HOLDFAST_OK) << context.error();
+        call.give_workspace(bytes);
+        driver.clear();
+        ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
+        const auto record = driver.record();
+        EXPECT_EQ(others(record), std::set<std::string>());
+        launches.push_back(of(record, "cuLaunchKernel").size());
+        for (const std::string &line : of(record, "cuLaunchKernel"))
+            EXPECT_EQ(line.substr(line.find("stream")), "stream " + text(stream));
+    }
+    EXPECT_EQ(launches[1], launches[2]);
+    EXPECT_EQ(launches[3], launches[0]);
+    EXPECT_EQ(launches[4], launches[0]);          // the state goes from one place to the other
+    EXPECT_EQ(launches[1], 2 * launches[0] - 1);  // zeros once
+    EXPECT_EQ(context.messages.back().find("forward: power_f32_c64_k0_v0_cuda (where the tensors are), B 2, T 0"), 0u)
+        << context.messages.back();
+
+    // Packed sequences are calls of their own; they need no more memory than the longest.
+    for (int n : {0, 1, 2, 3, 6}) call.dl[n].shape[0] = 1, call.dl[n].shape[1] = T;
+    call.dl[4].shape[0] = call.dl[5].shape[0] = call.dl[7].shape[0] = call.dl[8].shape[0] = 1;
+    ASSERT_EQ(holdfast_workspace_size(context, &call.forward, &bytes), HOLDFAST_OK) << context.error();
+    call.give_workspace(bytes - 1);
+    EXPECT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_NE(context.error().find("as holdfast_workspace_size says"), std::string::npos) << context.error();
+    call.give_workspace(bytes);
+    call.dl[4].shape[0] = call.dl[5].shape[0] = call.dl[7].shape[0] = call.dl[8].shape[0] = 2;
+    int64_t starts[] = {0, 6, T}, extent = 3;
+    const DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &extent, nullptr, 0};
+    call.forward.cu_seqlens = &cu_seqlens;
+    driver.clear();
+    ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(others(driver.record()), std::set<std::string>());
+    EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 2 * launches[0]);
+}
+
+TEST(Cuda, StepsOfPowerRetentionAreLaunchesAlone) {
+    Driver driver;
+    Context context;
+    PowerCudaCall call;
+    std::vector<size_t> launches;
+    for (bool apart : {false, true}) {  // batch entries
+        if (apart) call.dl[4].strides[0] *= 2;
+        size_t bytes = 0;
+        ASSERT_EQ(holdfast_step_workspace_size(context, &call.step, &bytes), HOLDFAST_OK) << context.error();
+        EXPECT_GT(bytes, (size_t)(B * H * V * 4));
+        call.give_workspace(bytes);
+        ASSERT_EQ(holdfast_step(context, &call.step), HOLDFAST_OK) << context.error();
+        driver.clear();
+        ASSERT_EQ(holdfast_step(context, &call.step), HOLDFAST_OK) << context.error();
+        EXPECT_EQ(others(driver.record()), std::set<std::string>());
+        launches.push_back(of(driver.record(), "cuLaunchKernel").size());
+    }
+    EXPECT_EQ(launches[1], B * launches[0]);
+    EXPECT_EQ(context.messages.back().find("step: power_step_f32_k0_v0_cuda (where the tensors are)"), 0u)
+        << context.messages.back();
+    call.step.state_layout = HOLDFAST_STATE_VALUE_MAJOR;
+    std::swap(call.dl[4].shape[2], call.dl[4].shape[3]), call.dl[4].strides = nullptr;
+    EXPECT_EQ(holdfast_step(context, &call.step), HOLDFAST_UNSUPPORTED);
+    EXPECT_EQ(context.error(), "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major on CUDA device 0");
+}
+
+/// Calls of holdfast_rotate and holdfast_head_norm_gate, of x and gate of the same shape.
+struct AroundCall {
+    Array rows = Array({B, T, H, V}).fill(0.5f), table = Array({H, V}).fill(0.5f);
+    Tensor views[5] = {rows, rows, rows, table, Tensor(table.data(), {V / 2}, {1})};
+    DLTensor x = views[0].dl(), gate = views[1].dl(), out = views[2].dl(), weight = views[3].dl(), theta = views[4].dl();
+    int64_t extents[2] = {B, T};
+    DLTensor positions = {nullptr, {kDLCUDA, 0}, 2, {kDLInt, 64, 1}, extents, nullptr, 0};
+    holdfast_rotate_args rotate = {sizeof rotate, &x, &theta, nullptr, &out, 5, 0};
+    holdfast_head_norm_gate_args norm = {sizeof norm, &x, &gate, &weight, &out, HOLDFAST_NORM_RMS, 1e-6f};
+
+    explicit AroundCall(DLDeviceType type = kDLCUDA) {
+        uint64_t address = 0;
+        for (DLTensor *t : {&x, &gate, &out, &weight, &theta, &positions}) {
+            t->device = {type, 0};
+            if (type != kDLCPU) t->data = (void *)(address += (uint64_t)1 << 40);
+        }
+    }
+    AroundCall(const AroundCall &) = delete;
+};
+
+TEST(Cuda, RotationsAndNormsAreOneLaunchAndNothingElse) {
+    Driver driver;
+    void *stream = driver.stream(driver.context(0));
+    for (const char *kernel : {"rotate", "head_norm_gate"})
+        for (bool less : {false, true}) {  // without positions or weight; tokens of one batch entry
+            SCOPED_TRACE(kernel + std::string(less ? ", less" : ""));
+            const bool rotate = *kernel == 'r';
+            Context context;
+            ASSERT_EQ(holdfast_context_set_stream(context, stream), HOLDFAST_OK);
+            AroundCall call;
+            if (!less)
+                call.rotate.positions = &call.positions, call.rotate.offset = 0;
+            else
+                call.norm.weight = call.norm.gate = nullptr;
+            auto run = [&] {
+                driver.clear();
+                return rotate ? holdfast_rotate(context, &call.rotate) : holdfast_head_norm_gate(context, &call.norm);
+            };
+            ASSERT_EQ(run(), HOLDFAST_OK) << context.error();
+            EXPECT_EQ(others(driver.record()),
+                      less ? std::set<std::string>() : (std::set<std::string>{"cuModuleLoadDataEx", "cuModuleGetFunction"}));
+            ASSERT_EQ(run(), HOLDFAST_OK) << context.error();
+            const auto record = driver.record();
+            EXPECT_EQ(others(record), std::set<std::string>());
+            ASSERT_EQ(of(record, "cuLaunchKernel").size(), 1u);
+            const std::string line = of(record, "cuLaunchKernel")[0];
+            EXPECT_EQ(line.substr(line.find("stream")), "stream " + text(stream));
+            EXPECT_EQ(context.messages.back(), std::string(kernel) + ": " + kernel +
+                                                   "_f32_cuda (where the tensors are), B 2, T 70, H 3, size 24, on CUDA "
+                                                   "device 0");
+            // More tokens than a grid of blocks may have, and tokens too far apart.
+            for (DLTensor *t : {&call.x, &call.gate, &call.out}) t->shape[1] = 70'000, t->strides = nullptr;
+            call.extents[1] = 70'000;
+            ASSERT_EQ(run(), HOLDFAST_OK) << context.error();
+            EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 3u);
+            for (DLTensor *t : {&call.x, &call.gate, &call.out}) t->shape[1] = 0;
+            call.extents[1] = 0;
+            ASSERT_EQ(run(), HOLDFAST_OK) << context.error();
+            EXPECT_TRUE(driver.record().empty());
+        }
+}
+
+TEST(Cuda, RotationsAndNormsOfTheHostAreCopiedWhenAskedFor) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK) << context.error();
+    AroundCall call(kDLCPU);
+    const std::vector<std::string> out = {"cuMemcpyDtoHAsync " + std::to_string(B * T * H * V * 4)};
+    driver.clear();
+    ASSERT_EQ(holdfast_rotate(context, &call.rotate), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemcpyHtoDAsync").size(), 2u);
+    EXPECT_EQ(of(driver.record(), "cuMemcpyDtoHAsync"), out);
+    driver.clear();
+    ASSERT_EQ(holdfast_head_norm_gate(context, &call.norm), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemcpyHtoDAsync").size(), 3u);
+    EXPECT_EQ(of(driver.record(), "cuMemcpyDtoHAsync"), out);
+    EXPECT_GE(of(driver.record(), "cuStreamSynchronize").size(), 1u);
 }
 
 TEST(MissingCuda, IsSaidAndTheRestWorks) {

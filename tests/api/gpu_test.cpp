@@ -1,13 +1,11 @@
-// Backends by their names; and tensors in OpenCL's memory, used where they lie, on whatever OpenCL device this machine has.
+// Backends by their names; and tensors in memory of OpenCL and Metal, used where they lie, on whatever devices this machine has.
 #include "../../runtime/src/arena.h"
-#include "../required.h"
-#include "../step.h"
-
-#include <dlfcn.h>
+#include "../devices.h"
+#include "../power.h"
+#include "../tokens.h"
 
 #include <chrono>
 #include <condition_variable>
-#include <iostream>
 #include <map>
 #include <mutex>
 #include <set>
@@ -15,26 +13,6 @@
 
 namespace {
 using namespace test;
-
-holdfast_backend backend(const std::string &name) {
-    holdfast_backend b = {};
-    b.struct_size = sizeof b;
-    for (int n = 0; n < holdfast_backend_count(); n++) {
-        EXPECT_EQ(holdfast_backend_at(n, &b), HOLDFAST_OK);
-        if (b.name == name) return b;
-    }
-    ADD_FAILURE() << "no backend " << name;
-    return b;
-}
-
-/// Whether it can run here. Says why not; a failure if this build and HOLDFAST_REQUIRED_BACKENDS have it.
-bool runs(const std::string &name) {
-    const holdfast_backend b = backend(name);
-    if (b.available) return true;
-    std::cout << name << " is not run: " << b.missing << "\n";
-    EXPECT_FALSE(b.compiled && required(name)) << "HOLDFAST_REQUIRED_BACKENDS has " << name << ": " << b.missing;
-    return false;
-}
 
 TEST(Backends, AreListed) {
     std::set<std::string> names, targets;
@@ -118,6 +96,158 @@ TEST(Backends, StepsCopyWhatIsOnTheCpu) {
                     Problem none{2, 1, 0, 5, 7, gates, layout, true, dtype};
                     EXPECT_EQ(step(none.forward(), 0).run(context), HOLDFAST_OK) << context.error();
                 }
+    }
+}
+
+/// What a call of holdfast_head_norm_gate computes, of all-ones weights where it has none.
+void expect_normed(const Array &x, const Array &gate, const Array &weight, const Array &out, bool layer_norm, bool gated,
+                   const Dtype &dtype) {
+    const reference::NormedRow want = normed(x, gate, weight, layer_norm, gated, 1e-6f);
+    expect_close("out", out, want.out, want.spread, tolerance::of_norm(x.shape[3]), dtype);
+    EXPECT_TRUE(out.gaps_intact()) << "memory between the elements was written";
+}
+
+TEST(Backends, RotationsAndNormsCopyWhatIsOnTheCpu) {
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
+        if (!runs(name)) continue;
+        for (const Dtype &dtype : all_dtypes)
+            for (Layout layout : {Layout::compact, Layout::reversed}) {
+                SCOPED_TRACE(std::string(name) + ", " + dtype.name + ", " + test::name(layout));
+                Context context;
+                ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+                const bool all = layout == Layout::compact;
+                Random random;
+                const Index shape = {2, 3, 2, 10};
+                Array x = Array(shape, layout).fill(random), gate(shape, layout), out = Array(shape, layout).forget();
+                Array theta = thetas(5, random), weight = Array({2, 10}, layout).fill(random, -2, 2);
+                fill_gates(gate, random);
+                for (Array *a : {&x, &gate}) round_to(dtype, *a);
+                const int64_t offset = ((int64_t)1 << 32) - 1;
+                ASSERT_EQ((Rotation{x, theta, out, offset, all, dtype}).run(context), HOLDFAST_OK) << context.error();
+                expect_rotated(x, theta, out, all, [&](int64_t, int64_t t) { return offset + t; }, dtype);
+                EXPECT_EQ(context.messages.at(0), std::string("rotate: rotate_") + dtype.name + "_" + name +
+                                                      " (backend forced by the context), B 2, T 3, H 2, size 10, tensors "
+                                                      "copied from the CPU and back");
+                Tensor positions(x.data(), {2, 3}, {4, -1});
+                std::vector<int32_t> where = {7, -1, 1'000'000, 0, 3, 2'000'000'000, -2'000'000'000};
+                DLTensor dl = positions.dl();
+                dl.data = where.data() + 2, dl.dtype = {kDLInt, 32, 1};
+                ASSERT_EQ((Rotation{x, theta, out, 0, all, dtype, &dl}).run(context), HOLDFAST_OK) << context.error();
+                expect_rotated(x, theta, out, all, [&](int64_t b, int64_t t) { return where[2 + 4 * b - t]; }, dtype);
+
+                HeadNormGate call{x, {}, {}, out, all ? HOLDFAST_NORM_RMS : HOLDFAST_NORM_LAYER};
+                call.dtype = dtype;
+                if (all) call.gate = gate, call.weight = weight;
+                ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+                if (!all) weight.fill(1);
+                expect_normed(x, gate, weight, out, !all, all, dtype);
+                EXPECT_EQ(context.messages.back().find(std::string("head_norm_gate: head_norm_gate_") + dtype.name + "_" +
+                                                       name + " (backend forced"),
+                          0u)
+                    << context.messages.back();
+                Array none({2, 0, 2, 10});
+                EXPECT_EQ((Rotation{none, theta, {}, 0, all, dtype}).run(context), HOLDFAST_OK) << context.error();
+                EXPECT_EQ((HeadNormGate{none, {}, {}, {}, HOLDFAST_NORM_RMS, 0, dtype}).run(context), HOLDFAST_OK);
+            }
+    }
+}
+
+TEST(Backends, MoreTokensThanOneLaunchTakes) {
+    if (!runs("opencl")) GTEST_SKIP() << backend("opencl").missing;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "opencl"), HOLDFAST_OK);
+    Random random;
+    const int64_t T = ((int64_t)1 << 15) + 3, offset = ((int64_t)1 << 32) - T;
+    Array x = Array({1, T, 1, 2}).fill(random), out = Array(x.shape).forget(), theta = thetas(1, random);
+    ASSERT_EQ((Rotation{x, theta, out, offset}).run(context), HOLDFAST_OK) << context.error();
+    expect_rotated(x, theta, out, false, [&](int64_t, int64_t t) { return offset + t; }, f32);
+    Array weight = Array({1, 2}).fill(random, -2, 2);
+    ASSERT_EQ((HeadNormGate{x, {}, weight, out}).run(context), HOLDFAST_OK) << context.error();
+    expect_normed(x, x, weight, out, false, false, f32);
+}
+
+TEST(Backends, PowerRetentionCopiesWhatIsOnTheCpu) {
+    const struct {
+        int degree;
+        bool normalize, value_major;
+        Dtype dtype;
+        Layout layout;
+    } cases[] = {{2, true, false, f32, Layout::compact},
+                 {3, false, true, f32, Layout::reversed},
+                 {1, true, false, f32, Layout::padded},
+                 {2, true, true, f16, Layout::compact},
+                 {2, false, false, bf16, Layout::swapped}};
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
+        if (!runs(name)) continue;
+        for (const auto &c : cases) {
+            SCOPED_TRACE(std::string(name) + ", degree " + std::to_string(c.degree) + ", " + c.dtype.name);
+            Context context;
+            ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+            PowerProblem p{2,
+                           70,
+                           2,
+                           2,
+                           5,
+                           7,
+                           c.degree,
+                           c.normalize,
+                           Gates::weak,
+                           c.dtype,
+                           HOLDFAST_FORM_AUTO,
+                           HOLDFAST_EXPANSION_TIGHT,
+                           c.value_major,
+                           false,
+                           0,
+                           0,
+                           c.layout};
+            for (const auto &[from, to] : {std::pair{0, 66}, {66, 66}, {66, 68}})
+                ASSERT_EQ(p.run(context, from, to), HOLDFAST_OK) << context.error();
+            EXPECT_NE(context.messages.at(0).find(std::string("forward: power_") + c.dtype.name + "_c64_k0_v0_" + name),
+                      std::string::npos)
+                << context.messages[0];
+            EXPECT_NE(context.messages.at(0).find("chunks of 64, tensors copied from the CPU and back"), std::string::npos)
+                << context.messages[0];
+            if (c.dtype == f32) {
+                for (int64_t t : {68, 69}) ASSERT_EQ(p.step(context, t), HOLDFAST_OK) << context.error();
+                EXPECT_NE(context.messages.back().find(std::string("step: power_step_f32_k0_v0_") + name), std::string::npos)
+                    << context.messages.back();
+            } else {
+                ASSERT_EQ(p.run(context, 68, 70), HOLDFAST_OK) << context.error();
+            }
+            expect_right(p, p.want());
+        }
+        // Packed sequences, one of them empty, from states of their own.
+        Context context, cpu;
+        ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+        PowerProblem p{1, 70, 2, 1, 8, 16};
+        p.starts = {0, 3, 3, 70};
+        p.state = Array(p.states_shape()).fill(0), p.keys = Array(Index{3, 2, p.D}).fill(0);
+        p.initial_state = Array(p.state.shape).fill(p.random), p.initial_keys = Array(p.keys.shape).fill(p.random, 5, 9);
+        PowerProblem want = p;
+        ASSERT_EQ(want.run(cpu), HOLDFAST_OK) << cpu.error();
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        for (auto [got, expected] : {std::pair{&p.out, &want.out}, {&p.state, &want.state}, {&p.keys, &want.keys}})
+            EXPECT_LE(relative_rms(got->values(), expected->values()), 1e-6);
+        for (int64_t f = 0; f < p.D; f++) EXPECT_EQ(p.keys({1, 1, f}), want.keys({1, 1, f}));
+
+        p.form = HOLDFAST_FORM_RECURRENT;
+        EXPECT_EQ(p.run(context), HOLDFAST_UNSUPPORTED);
+        EXPECT_NE(context.error().find("form is HOLDFAST_FORM_RECURRENT and the backend " + std::string(name)),
+                  std::string::npos)
+            << context.error();
+        if (name == std::string("opencl")) {  // 4 bytes a token
+            PowerProblem narrow{1, 9, 1, 1, 1, 1};
+            narrow.chunk_size = 3;
+            EXPECT_EQ(narrow.run(context), HOLDFAST_UNSUPPORTED);
+            EXPECT_NE(context.error().find("begins at byte offset 12 of its buffer; expected a multiple of "),
+                      std::string::npos)
+                << context.error();
+        }
+        PowerProblem tiled{1, 3, 1, 1, 16, 4, 2, true, Gates::weak, f32, HOLDFAST_FORM_AUTO, HOLDFAST_EXPANSION_TILED};
+        EXPECT_EQ(tiled.run(context), HOLDFAST_UNSUPPORTED);
+        EXPECT_NE(context.error().find("expansion is HOLDFAST_EXPANSION_TILED and the backend " + std::string(name)),
+                  std::string::npos)
+            << context.error();
     }
 }
 
@@ -261,195 +391,238 @@ TEST(Arena, PiecesInUseLieApartAndWithin) {
     EXPECT_EQ(arena.most(), highest);
 }
 
-// ---- OpenCL --------------------------------------------------------------------------------------------------------
+// ---- Tensors on devices ----------------------------------------------------------------------------------------------
 
-/// An OpenCL context, queue and buffers of a caller.
-class OpenCL : public testing::Test {
+class Tensors : public testing::TestWithParam<const char *> {
 protected:
-    void *context = nullptr, *queue = nullptr;
-    size_t alignment = 1;
+    std::unique_ptr<Device> device;
+    Context context;
 
     void SetUp() override {
-        if (!runs("opencl")) GTEST_SKIP() << backend("opencl").missing;
-        library = dlopen("libOpenCL.so.1", RTLD_NOW);
-        ASSERT_NE(library, nullptr);
-        void *platform = nullptr, *device = nullptr;
-        int status = 0;
-        unsigned bits = 0;
-        ASSERT_EQ(find<int(unsigned, void **, unsigned *)>("clGetPlatformIDs")(1, &platform, nullptr), 0);
-        ASSERT_EQ(find<int(void *, unsigned long, unsigned, void **, unsigned *)>("clGetDeviceIDs")(platform, 0xffffffff, 1,
-                                                                                                    &device, nullptr),
-                  0);
-        context = find<void *(void *, unsigned, void **, void *, void *, int *)>("clCreateContext")(nullptr, 1, &device,
-                                                                                                    nullptr, nullptr, &status);
-        queue = find<void *(void *, void *, unsigned long, int *)>("clCreateCommandQueue")(context, device, 0, &status);
-        find<int(void *, unsigned, size_t, void *, size_t *)>("clGetDeviceInfo")(device, 0x1019, sizeof bits, &bits, nullptr);
-        ASSERT_NE(queue, nullptr);
-        alignment = bits / 8;
+        if (!runs(GetParam())) GTEST_SKIP() << backend(GetParam()).missing;
+#if HOLDFAST_TEST_METAL
+        if (GetParam() == std::string("metal")) device = std::make_unique<MetalDevice>();
+#endif
+        if (GetParam() == std::string("opencl")) device = std::make_unique<OpenCLDevice>();
+        ASSERT_EQ(holdfast_context_set_stream(context, device->stream), HOLDFAST_OK);
     }
-    template<class Function>
-    Function *find(const char *name) const {
-        return (Function *)dlsym(library, name);
-    }
-    void *buffer(size_t bytes) {
-        int status = 0;
-        void *made =
-            find<void *(void *, unsigned long, size_t, void *, int *)>("clCreateBuffer")(context, 1, bytes, nullptr, &status);
-        EXPECT_EQ(status, 0);
-        return made;
-    }
-    void write(void *to, size_t at, const void *from, size_t bytes) {
-        using Write = int(void *, void *, unsigned, size_t, size_t, const void *, unsigned, const void *, void *);
-        EXPECT_EQ(find<Write>("clEnqueueWriteBuffer")(queue, to, 1, at, bytes, from, 0, nullptr, nullptr), 0);
-    }
-    void read(void *from, size_t at, void *to, size_t bytes) {
-        using Read = int(void *, void *, unsigned, size_t, size_t, void *, unsigned, const void *, void *);
-        EXPECT_EQ(find<Read>("clEnqueueReadBuffer")(queue, from, 1, at, bytes, to, 0, nullptr, nullptr), 0);
-    }
-
-    /// Tensors in one buffer, one after the other.
-    struct OnDevice {
-        std::vector<Stored> stored;
-        std::deque<DLTensor> tensors;
-        std::vector<size_t> offsets, bytes;
-        void *memory = nullptr;
-    };
-    /// Of q, k, v and out in `dtype`, at those places of `list`; else fp32.
-    void place(OnDevice &d, const std::vector<Tensor *> &list, const Dtype &dtype, const std::set<size_t> &rows) {
-        size_t end = 0;
-        for (size_t n = 0; n < list.size(); n++) {
-            const Dtype &type = rows.count(n) ? dtype : f32;
-            d.stored.emplace_back(type, list[n]->data, list[n]->shape, list[n]->stride);
-            d.tensors.push_back(list[n]->dl());
-            d.tensors[n].dtype = dl_type(type), d.tensors[n].device = {kDLOpenCL, 0};
-            size_t count = 1;
-            for (int64_t extent : list[n]->shape) count *= (size_t)extent;
-            d.bytes.push_back(count * (type == f32 ? sizeof(float) : sizeof(uint16_t)));
-            d.offsets.push_back(end);
-            end = (end + d.bytes[n] + alignment - 1) / alignment * alignment;
-        }
-        d.memory = buffer(end);
-        for (size_t n = 0; n < list.size(); n++) {
-            write(d.memory, d.offsets[n], d.stored[n].data(), d.bytes[n]);
-            d.tensors[n].data = d.memory, d.tensors[n].byte_offset = d.offsets[n];
-        }
-    }
-    void fetch(OnDevice &d, const std::vector<size_t> &outputs) {
-        for (size_t n : outputs) read(d.memory, d.offsets[n], d.stored[n].data(), d.bytes[n]), d.stored[n].load();
-    }
-    /// Nobody else refers to a cl_mem, once the work in the queue is done. (PoCL lets go a little later than it says so.)
-    void expect_released(void *memory) {
-        using Info = int(void *, unsigned, size_t, void *, size_t *);
-        unsigned count = 0;
-        EXPECT_EQ(find<int(void *)>("clFinish")(queue), 0);
-        for (int n = 0; n < 200 && count != 1; n++) {
-            if (n) std::this_thread::sleep_for(std::chrono::milliseconds(5));
-            EXPECT_EQ(find<Info>("clGetMemObjectInfo")(memory, 0x1105, sizeof count, &count, nullptr), 0);
-        }
-        EXPECT_EQ(count, 1u) << "the library holds on to the caller's buffer";
+    void expect_message(const std::string &text) {
+        EXPECT_NE(context.messages.back().find(text), std::string::npos) << context.messages.back();
     }
 
     /// A call of holdfast_forward.
     struct ForwardOnDevice : OnDevice {
-        Forward f;
         holdfast_forward_args args = {};
-        ForwardOnDevice(OpenCL &test, Problem &p) : f(p.forward()) {
-            test.place(*this, {&f.q, &f.k, &f.v, &f.log_decay, &f.initial_state, &f.out, &f.final_state}, p.dtype,
-                       {0, 1, 2, 5});
+        ForwardOnDevice(Device &device, Problem &p) : ForwardOnDevice(device, p.forward()) {}
+
+    private:
+        ForwardOnDevice(Device &device, const Forward &f)
+            : OnDevice(device, {f.q, f.k, f.v, f.log_decay, f.initial_state, f.out, f.final_state}, f.dtype, {0, 1, 2, 5}) {
             auto &t = tensors;
             args = forward_args(&t[0], &t[1], &t[2], &t[3], &t[4], &t[5], &t[6]);
         }
     };
-
-private:
-    void *library = nullptr;
 };
 
-TEST_F(OpenCL, TensorsAreUsedWhereTheyLie) {
-    Context c;
-    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+TEST_P(Tensors, AreUsedWhereTheyLie) {
     for (const Dtype &dtype : all_dtypes)
         for (int64_t T : {1, 32, 100}) {
             SCOPED_TRACE(std::string(dtype.name) + ", T " + std::to_string(T));
-            Problem p{2, T, 3, 16, 24, Gates::weak, Layout::compact, true, dtype};
-            ForwardOnDevice d(*this, p);
+            Problem p{2, T, 3, 16, 24, Gates::weak, T == 100 ? Layout::padded : Layout::compact, true, dtype};
+            ForwardOnDevice d(*device, p);
             for (int n = 0; n < 2; n++) {
-                ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
-                fetch(d, {5, 6});
+                ASSERT_EQ(holdfast_forward(context, &d.args), HOLDFAST_OK) << context.error();
+                d.fetch({5, 6});
                 p.expect_reference(32, 4);
             }
-            expect_released(d.memory);
-            EXPECT_NE(c.messages.back().find("on OpenCL device 0"), std::string::npos) << c.messages.back();
+            d.expect_released();
+            expect_message(std::string("on ") + device->name);
         }
 }
 
-TEST_F(OpenCL, StateIsAdvancedInPlace) {
-    Context c;
-    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+TEST_P(Tensors, StateIsAdvancedInPlace) {
     Problem p{2, 70, 3, 16, 24};
-    ForwardOnDevice d(*this, p);
+    ForwardOnDevice d(*device, p);
     d.tensors[6].byte_offset = d.offsets[6] = d.offsets[4];
-    ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
-    fetch(d, {5, 6});
+    ASSERT_EQ(holdfast_forward(context, &d.args), HOLDFAST_OK) << context.error();
+    d.fetch({5, 6});
     p.expect_reference(32, 4);
 }
 
-TEST_F(OpenCL, StepsAreTakenWhereTheStateLies) {
-    Context c;
-    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+TEST_P(Tensors, StepsAreTakenWhereTheStateLies) {
     for (const Dtype &dtype : all_dtypes)
         for (Gates gates : {Gates::none, Gates::per_head, Gates::weak}) {
             SCOPED_TRACE(std::string(dtype.name) + ", gates " + name(gates));
             Problem p{2, 1, 3, 16, 24, gates, Layout::compact, true, dtype};
             p.final_state = p.initial_state;
             Step s = step(p.forward(), 0);
-            std::vector<Tensor *> list = {&s.q, &s.k, &s.v, &s.state, &s.out};
-            if (s.log_decay.data) list.push_back(&s.log_decay);
-            OnDevice d;
-            place(d, list, dtype, {0, 1, 2, 4});
+            std::vector<Tensor> list = {s.q, s.k, s.v, s.state, s.out};
+            if (s.log_decay.data) list.push_back(s.log_decay);
+            OnDevice d(*device, list, dtype, {0, 1, 2, 4});
             auto &t = d.tensors;
             DLTensor *log_decay = s.log_decay.data ? &t[5] : nullptr;
             const holdfast_step_args args = step_args(&t[0], &t[1], &t[2], log_decay, &t[3], &t[4]);
-            ASSERT_EQ(holdfast_step(c, &args), HOLDFAST_OK) << c.error();
-            expect_released(d.memory);
-            fetch(d, {3, 4});
+            ASSERT_EQ(holdfast_step(context, &args), HOLDFAST_OK) << context.error();
+            d.expect_released();
+            d.fetch({3, 4});
             p.expect_reference(1, 1);
-            EXPECT_NE(c.messages.back().find("token by token, on OpenCL device 0"), std::string::npos) << c.messages.back();
+            expect_message(std::string("token by token, on ") + device->name);
             size_t bytes = 1;
-            EXPECT_EQ(holdfast_step_workspace_size(c, &args, &bytes), HOLDFAST_OK) << c.error();
+            EXPECT_EQ(holdfast_step_workspace_size(context, &args, &bytes), HOLDFAST_OK) << context.error();
             EXPECT_EQ(bytes, 0u);
         }
 }
 
-TEST_F(OpenCL, ErrorsNameTheTensor) {
-    Context c;
-    Problem p{1, 8, 2, 8, 8};
-    ForwardOnDevice d(*this, p);
-    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_INVALID_ARGUMENT);
-    EXPECT_NE(c.error().find("q is on OpenCL device 0 and the context has no stream"), std::string::npos) << c.error();
-    ASSERT_EQ(holdfast_context_set_stream(c, queue), HOLDFAST_OK);
+TEST_P(Tensors, AreRotatedWhereTheyLie) {
+    for (const Dtype &dtype : all_dtypes)
+        for (int bits : {0, 32, 64}) {  // of positions, where they are given
+            SCOPED_TRACE(std::string(dtype.name) + ", positions of " + std::to_string(bits) + " bits");
+            Random random;
+            const Layout layout = bits ? Layout::padded : Layout::compact;
+            Array x = Array({2, 3, 2, 10}, layout).fill(random), out = Array(x.shape, layout).forget();
+            Array theta = thetas(5, random);
+            round_to(dtype, x);
+            // Positions by the bits of floats: [T] of 32 bits, [B, T] of 64.
+            std::vector<int64_t> where = {3, ((int64_t)1 << 40) + 1, -2, 999'999, 0, -((int64_t)1 << 33)};
+            std::vector<int32_t> small = {-5, 0, 2'000'000'000};
+            Tensor positions((float *)where.data(), {12}, {1});
+            if (bits == 32) positions = Tensor((float *)small.data(), {3}, {1});
+            OnDevice d(*device, {x, theta, out, positions}, dtype, {0, 2});
+            int64_t extents[] = {2, 3};
+            DLTensor given = d.tensors[3];
+            given.dtype = {kDLInt, (uint8_t)bits, 1}, given.strides = nullptr;
+            if (bits == 64) given.ndim = 2, given.shape = extents;
+            const int64_t offset = bits ? 0 : ((int64_t)1 << 32) - 2;
+            auto position = [&](int64_t b, int64_t t) {
+                return bits == 0 ? offset + t : bits == 32 ? small[t] : where[3 * b + t];
+            };
+            holdfast_rotate_args args = {};
+            args.struct_size = sizeof args, args.x = &d.tensors[0], args.theta = &d.tensors[1], args.out = &d.tensors[2];
+            args.positions = bits ? &given : nullptr, args.offset = offset, args.interleaved = bits == 64;
+            ASSERT_EQ(holdfast_rotate(context, &args), HOLDFAST_OK) << context.error();
+            d.fetch({2});
+            expect_rotated(x, theta, out, args.interleaved, position, dtype);
+            expect_message(std::string(", on ") + device->name);
+            const Array before = x;
+            args.out = &d.tensors[0];
+            ASSERT_EQ(holdfast_rotate(context, &args), HOLDFAST_OK) << context.error();
+            d.fetch({0});
+            expect_rotated(before, theta, x, args.interleaved, position, dtype);
+            d.expect_released();
+        }
+}
 
-    d.tensors[2].byte_offset += 4;
-    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_UNSUPPORTED);
-    EXPECT_NE(c.error().find("v is at byte offset " + std::to_string(d.offsets[2] + 4) +
-                             " of its buffer; expected a multiple of " + std::to_string(alignment)),
-              std::string::npos)
-        << c.error();
-    d.tensors[2].byte_offset -= 4;
+TEST_P(Tensors, AreNormedWhereTheyLie) {
+    for (const Dtype &dtype : all_dtypes)
+        for (int heads : {0, 1, 2})  // that have weights: none, all the same, each its own
+            for (bool in_place : {false, true}) {
+                SCOPED_TRACE(std::string(dtype.name) + ", weights " + std::to_string(heads));
+                Random random;
+                const Layout layout = heads ? Layout::padded : Layout::compact;
+                Array x = Array({2, 3, 2, 33}, layout).fill(random), gate(x.shape, layout),
+                      out = Array(x.shape, layout).forget();
+                Array weight = Array({2, 33}).fill(random, -2, 2);
+                each(weight.shape, [&](const Index &i) {
+                    if (heads < 2) weight(i) = heads ? weight({0, i[1]}) : 1;
+                });
+                fill_gates(gate, random);
+                for (Array *a : {&x, &gate}) round_to(dtype, *a);
+                OnDevice d(*device, {x, gate, weight, out}, dtype, {0, 1, 3});
+                DLTensor weights = d.tensors[2];
+                if (heads == 1) weights.ndim = 1, weights.shape++, weights.strides++;
+                holdfast_head_norm_gate_args args = {};
+                args.struct_size = sizeof args, args.x = &d.tensors[0], args.gate = heads ? &d.tensors[1] : nullptr;
+                args.weight = heads ? &weights : nullptr, args.out = &d.tensors[in_place ? 0 : 3];
+                args.norm = in_place ? HOLDFAST_NORM_LAYER : HOLDFAST_NORM_RMS, args.eps = 1e-6f;
+                const Array before = x;
+                ASSERT_EQ(holdfast_head_norm_gate(context, &args), HOLDFAST_OK) << context.error();
+                d.fetch({in_place ? (size_t)0 : 3});
+                expect_normed(before, gate, weight, in_place ? x : out, in_place, heads, dtype);
+                expect_message(std::string(", on ") + device->name);
+                d.expect_released();
+            }
+}
+
+TEST_P(Tensors, OfPowerRetentionAreUsedWhereTheyLie) {
+    for (const Dtype &dtype : all_dtypes)
+        for (bool in_place : {false, true}) {
+            SCOPED_TRACE(std::string(dtype.name) + (in_place ? ", in place" : ""));
+            PowerProblem p{2, 136, 2, 2, 6, 5};
+            p.dtype = dtype, p.initial = false;
+            Context cpu;
+            ASSERT_EQ(p.run(cpu, 0, 5), HOLDFAST_OK) << cpu.error();
+            {
+                auto tokens = [](Array &a) { return Tensor(a).part(1, 5, 135); };
+                OnDevice d(*device,
+                           {tokens(p.q), tokens(p.k), tokens(p.v), tokens(p.log_decay), p.initial_state, p.initial_keys,
+                            tokens(p.out), p.state, p.keys},
+                           dtype, {0, 1, 2, 6});
+                for (size_t n : {7, 8})
+                    if (in_place) d.tensors[n].byte_offset = d.offsets[n] = d.offsets[n - 3];
+                auto &t = d.tensors;
+                holdfast_forward_args args = forward_args(&t[0], &t[1], &t[2], &t[3], &t[4], &t[6], &t[7]);
+                args.degree = 2, args.initial_sum_of_keys = &t[5], args.final_sum_of_keys = &t[8];
+                ASSERT_EQ(holdfast_forward(context, &args), HOLDFAST_OK) << context.error();
+                d.fetch({6, 7, 8});
+                d.expect_released();
+                expect_message(std::string("chunks of 64, on ") + device->name);
+            }
+            {
+                Array q = slice(p.q, 1, 135, 1), k = slice(p.k, 1, 135, 1), v = slice(p.v, 1, 135, 1);
+                Array log_decay = slice(p.log_decay, 1, 135, 1), out = slice(p.out, 1, 135, 1);
+                auto token = [](Array &a) { return Tensor(a).without(1); };
+                OnDevice d(*device, {token(q), token(k), token(v), token(log_decay), p.state, p.keys, token(out)}, dtype,
+                           {0, 1, 2, 6});
+                auto &t = d.tensors;
+                holdfast_step_args args = step_args(&t[0], &t[1], &t[2], &t[3], &t[4], &t[6]);
+                args.degree = 2, args.sum_of_keys = &t[5];
+                ASSERT_EQ(holdfast_step(context, &args), HOLDFAST_OK) << context.error();
+                d.fetch({4, 5, 6});
+                each(out.shape, [&](const Index &i) { p.out({i[0], 135, i[2], i[3]}) = out(i); });
+                expect_message(std::string("token by token, on ") + device->name);
+            }
+            expect_right(p, p.want());
+        }
+}
+
+TEST_P(Tensors, ErrorsNameThem) {
+    Problem p{1, 8, 2, 8, 8};
+    ForwardOnDevice d(*device, p);
+    const std::string where = device->name;
+    if (device->stream) {
+        ASSERT_EQ(holdfast_context_set_stream(context, nullptr), HOLDFAST_OK);
+        EXPECT_EQ(holdfast_forward(context, &d.args), HOLDFAST_INVALID_ARGUMENT);
+        EXPECT_NE(context.error().find("q is on " + where + " and the context has no stream"), std::string::npos)
+            << context.error();
+        ASSERT_EQ(holdfast_context_set_stream(context, device->stream), HOLDFAST_OK);
+    }
+
+    if (device->alignment > sizeof(float)) {
+        d.tensors[2].byte_offset += 4;
+        EXPECT_EQ(holdfast_forward(context, &d.args), HOLDFAST_UNSUPPORTED);
+        EXPECT_NE(context.error().find("v is at byte offset " + std::to_string(d.offsets[2] + 4) +
+                                       " of its buffer; expected a multiple of " + std::to_string(device->alignment)),
+                  std::string::npos)
+            << context.error();
+        d.tensors[2].byte_offset -= 4;
+    }
 
     d.tensors[1].device = {kDLCPU, 0}, d.tensors[1].byte_offset = 0, d.tensors[1].data = p.k.data();
-    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_INVALID_ARGUMENT);
-    EXPECT_EQ(c.error(), "k is on the CPU and q on OpenCL device 0; expected all tensors on one device");
+    EXPECT_EQ(holdfast_forward(context, &d.args), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_EQ(context.error(), "k is on the CPU and q on " + where + "; expected all tensors on one device");
     d.tensors[1] = d.tensors[0], d.tensors[1].byte_offset = d.offsets[1];
 
     d.tensors[5].byte_offset = d.offsets[0];
-    EXPECT_EQ(holdfast_forward(c, &d.args), HOLDFAST_INVALID_ARGUMENT);
-    EXPECT_EQ(c.error(), "out overlaps q in memory; expected separate memory");
+    EXPECT_EQ(holdfast_forward(context, &d.args), HOLDFAST_INVALID_ARGUMENT);
+    EXPECT_EQ(context.error(), "out overlaps q in memory; expected separate memory");
     d.tensors[5].byte_offset = d.offsets[5];
 
-    ASSERT_EQ(holdfast_forward(c, &d.args), HOLDFAST_OK) << c.error();
-    fetch(d, {5, 6});
+    ASSERT_EQ(holdfast_forward(context, &d.args), HOLDFAST_OK) << context.error();
+    d.fetch({5, 6});
     p.expect_reference(32, 1);
 }
+
+INSTANTIATE_TEST_SUITE_P(, Tensors, testing::Values("metal", "opencl"),
+                         [](const auto &info) { return std::string(info.param); });
 
 }  // namespace

@@ -327,6 +327,7 @@ Object *alloc(Class *c, Selector) {
 }
 Object *itself(Object *object, Selector) { return object; }
 Object *retain_(Object *object, Selector) { return retain(object); }
+unsigned long retain_count(Object *object, Selector) { return (unsigned long)object->references; }
 void release_(Object *object, Selector) { release(object); }
 bool responds(Object *object, Selector, Selector s) { return find(object, s) != nullptr; }
 void drain(Object *pool, Selector) {
@@ -424,6 +425,7 @@ void *find(Object *object, Selector selector) {
     static const auto &methods = *new std::map<std::pair<Kind, std::string>, void *>{
         {{Kind::any, "retain"}, (void *)retain_},
         {{Kind::any, "release"}, (void *)release_},
+        {{Kind::any, "retainCount"}, (void *)retain_count},
         {{Kind::any, "respondsToSelector:"}, (void *)responds},
         {{Kind::class_, "alloc"}, (void *)alloc},
         {{Kind::pool, "init"}, (void *)itself},

@@ -9,7 +9,7 @@ endif()
 
 # Threads and groups in another order, anew between barriers: a right kernel does not notice. Barriers are the same in all types.
 add_test(NAME variants_test.metal.shuffled
-  COMMAND variants_test --gtest_filter=*_f32_*_metal_*layout_*:*_f32_*_metal_*packed*:*/recurrent_f32_*_metal*)
+  COMMAND variants_test --gtest_filter=*_f32_*_metal_*layout_*:*_f32_*_metal_*packed*:*/recurrent_f32_*_metal*:*/power*_f32_*_metal)
 set_tests_properties(variants_test.metal.shuffled PROPERTIES LABELS gpu TIMEOUT 1500
   ENVIRONMENT FAKEMETAL_ORDER=shuffle ENVIRONMENT_MODIFICATION "${metal_modifications}")
 # A kernel that lacks one of its barriers is noticed.

@@ -29,18 +29,7 @@ protected:
     /// `out` is x turned by theta position(b, t).
     template<class Position>
     void expect_rotated(const Array &x, const Array &theta, const Array &out, bool interleaved, const Position &position) {
-        std::vector<double> want, spread;
-        const int64_t pairs = x.shape[3] / 2;
-        each(x.shape, [&](const Index &i) {
-            const int64_t j = interleaved ? i[3] / 2 : i[3] % pairs, second = interleaved ? i[3] % 2 : i[3] / pairs;
-            auto feature = [&](int64_t n) { return (double)x({i[0], i[1], i[2], interleaved ? 2 * j + n : j + n * pairs}); };
-            const std::complex<double> turned =
-                std::complex<double>(feature(0), feature(1)) * reference::rotation(theta({j}), position(i[0], i[1]));
-            want.push_back(second ? turned.imag() : turned.real());
-            spread.push_back(std::abs(turned));
-        });
-        expect_close("out", out, want, spread, tolerance::of_rotation, dtype);
-        EXPECT_TRUE(out.gaps_intact());
+        test::expect_rotated(x, theta, out, interleaved, position, dtype);
     }
 };
 

@@ -38,9 +38,29 @@ def test_a_backend_can_be_forced(name, problem):
         for t in range(5):
             out = holdfast.retention_step(p.q[:, t], p.k[:, t], p.v[:, t], None, state)
             np.testing.assert_allclose(out, want[:, t], rtol=1e-5, atol=1e-6)
+        power, power_state, power_sum = holdfast.retention(p.q, p.k, p.v, degree=2, return_state=True)
+        q, k, v = (x[:, 0] for x in (p.q, p.k, p.v))
+        token = holdfast.retention_step(q, k, v, None, power_state, power_sum, degree=2)
+        x, theta = p.q[..., :4], holdfast.theta(4)
+        turned, normed = holdfast.rotate(x, theta, 3), holdfast.head_norm_gate(x, p.q)
         holdfast.set_backend(None)
+        np.testing.assert_allclose(turned, holdfast.rotate(x, theta, 3), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(normed, holdfast.head_norm_gate(x, p.q), rtol=1e-5, atol=1e-6)
+        want, want_state, want_sum = holdfast.retention(p.q, p.k, p.v, degree=2, return_state=True)
+        np.testing.assert_allclose(power, want, rtol=1e-4, atol=1e-5)
+        want = holdfast.retention_step(q, k, v, None, want_state, want_sum, degree=2)
+        np.testing.assert_allclose(token, want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(power_state, want_state, rtol=1e-4, atol=1e-5)
+        del lines[-4:]
         assert all("tensors copied from the CPU and back" in line for line in lines[1:])
-        assert [line.split(":")[0] for line in lines] == ["forward"] * 2 + ["step"] * 5
+        assert [line.split(":")[0] for line in lines] == [
+            *["forward"] * 2,
+            *["step"] * 5,
+            "forward",
+            "step",
+            "rotate",
+            "head_norm_gate",
+        ]
     else:
         with pytest.raises(holdfast.TargetUnavailable, match="which cannot run here") as error:
             holdfast.set_backend(name)
@@ -62,6 +82,10 @@ def test_new_arrays_need_a_library():
         holdfast.retention(x, x, x)
     with pytest.raises(NotImplementedError, match="q is on a GPU and of type Exporter"):
         holdfast.retention_step(x, x, x, None, x)
+    with pytest.raises(NotImplementedError, match="x is on a GPU and of type Exporter"):
+        holdfast.rotate(x, x)
+    with pytest.raises(NotImplementedError, match="x is on a GPU and of type Exporter"):
+        holdfast.head_norm_gate(x)
 
 
 SCRIPT = """
@@ -108,6 +132,19 @@ for _ in range(2):
 record = stub.stub_record().decode().splitlines()
 assert len([line for line in record if line.startswith("cuLaunchKernel")]) == 2 * 3, record
 assert not [line for line in record if "Memcpy" in line or "Synchronize" in line], record
+new, state, keys = holdfast.retention(q, q, q, degree=2, return_state=True)
+assert state.shape == (1, 2, 36, 8) and keys.shape == (1, 2, 36) and type(keys) is Library
+assert type(holdfast.retention_step(token, token, token, None, state, keys, degree=2)) is Library
+stub.stub_clear()
+theta, positions = on_gpu(4), Array(np.zeros(40, np.int64), device=CUDA, dtype=(0, 64))
+for _ in range(2):
+    for x in (holdfast.rotate(q, theta, positions=positions), holdfast.head_norm_gate(q, q, on_gpu(2, 8))):
+        assert type(x) is Library and x.shape == (1, 40, 2, 8) and x.array[0, 0, 0, 0] == 7
+out = on_gpu(1, 40, 2, 8)
+assert holdfast.rotate(q, theta, out=out) is out and holdfast.head_norm_gate(out, out=out) is out
+record = stub.stub_record().decode().splitlines()
+assert len([line for line in record if line.startswith("cuLaunchKernel")]) == 6, record
+assert not [line for line in record if "Memcpy" in line or "Synchronize" in line or "Alloc" in line], record
 try:
     holdfast.retention_step(q, q, q, None, state)
 except ValueError as error:

@@ -13,7 +13,7 @@ struct Variant {
     Dtype dtype;
     const char *backend;
     int (*run)(const void *user_context, halide_buffer_t *x, halide_buffer_t *gate, halide_buffer_t *weight, int32_t layer_norm,
-               int32_t gated, float eps, halide_buffer_t *out);
+               int32_t gated, int32_t weighted, float eps, halide_buffer_t *out);
 };
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, ...) \
     {#name, dtype, backend_of(#target), name},

@@ -140,8 +140,8 @@ def retention(
             degree 2 and K a multiple of 16 (holdfast.h: HOLDFAST_EXPANSION_TILED).
         out: written in place and returned itself, [B, T, H, V].
 
-    Not computed so far, NotImplementedError: states of degree > 1 in form "parallel"; on a GPU, degree > 1,
-    normalization and forms "parallel" and "recurrent".
+    Not computed so far, NotImplementedError: states of degree > 1 in form "parallel"; on a GPU, forms "parallel" and
+    "recurrent", state_layout "vk" for states that lie there, and for degree > 1 expansion "tiled".
 
     Returns:
         out [B, T, H, V]; or (out, state), (out, state, sum_of_keys), with the weights [B, H, T, T] last when asked for.
@@ -221,8 +221,6 @@ def retention_step(
         degree: p, the power of q.k: 1 to 4.
         normalize: divide by the sum of weights. None: degree > 1.
         out: written in place and returned itself, [B, H, V].
-
-    Not computed so far, NotImplementedError: on a GPU, degree > 1 and normalization.
 
     Returns:
         out [B, H, V]: a new array of q's kind, as from `retention`, unless `out` is given.
@@ -322,18 +320,17 @@ def rotate(
     Returns:
         out [B, T, H, K]: a new array of x's kind, as from `retention`, unless `out` is given.
 
-    x and out have one dtype: float32, float16 or bfloat16. Arrays are on the CPU, of any strides but with a contiguous
-    last axis (positions: any strides). `out` may be exactly x, and shares no memory with anything else.
+    x and out have one dtype: float32, float16 or bfloat16. All arrays are on one device, of any strides but with a
+    contiguous last axis (positions: any strides). `out` may be exactly x, and shares no memory with anything else.
 
     Raises: see the module; TypeError for an offset that is not an int, ValueError for one beyond 64 bits.
     """
     first = index(offset)
     if not -(2**63) <= first < 2**63:
         raise ValueError(f"offset is {first}; expected an int of 64 bits")
-    if out is None and _gpu(x) is not None:
-        raise NotImplementedError("x is on a GPU; expected arrays on the CPU: rotate is not implemented on GPUs yet")
-    result = _holdfast.rotate(x, theta, first, positions, bool(interleaved), out)
-    return _like(x, result) if out is None else result
+    given, stream = _out_on_gpu(x, out)
+    result = _holdfast.rotate(x, theta, first, positions, bool(interleaved), given, stream)
+    return _like(x, result) if given is None else result
 
 
 def head_norm_gate(
@@ -363,8 +360,8 @@ def head_norm_gate(
         out [B, T, H, V]: a new array of x's kind, as from `retention`, unless `out` is given.
 
     x, gate and out have one dtype: float32, float16 or bfloat16. All is computed in float32 and rounded once; rows far
-    from 0 lose nothing. Arrays are on the CPU, of any strides but with a contiguous last axis. `out` may be exactly x
-    or gate, and shares no memory with anything else.
+    from 0 lose nothing. All arrays are on one device, of any strides but with a contiguous last axis. `out` may be
+    exactly x or gate, and shares no memory with anything else.
 
     Raises: see the module.
     """
@@ -372,12 +369,9 @@ def head_norm_gate(
         raise ValueError(f"norm is {norm!r}; expected 'rms' or 'layer'")
     if isinstance(eps, bool) or not isinstance(eps, (int, float, np.integer, np.floating)):
         raise TypeError(f"eps is of type {type(eps).__name__}; expected a number")
-    if out is None and _gpu(x) is not None:
-        raise NotImplementedError(
-            "x is on a GPU; expected arrays on the CPU: head_norm_gate is not implemented on GPUs yet"
-        )
-    result = _holdfast.head_norm_gate(x, gate, weight, norm == "layer", float(eps), out)
-    return _like(x, result) if out is None else result
+    given, stream = _out_on_gpu(x, out)
+    result = _holdfast.head_norm_gate(x, gate, weight, norm == "layer", float(eps), given, stream)
+    return _like(x, result) if given is None else result
 
 
 def theta(key_size: int, convention: Literal["retnet", "rope"] = "retnet") -> np.ndarray:
@@ -557,21 +551,35 @@ def _cuda_stream(q: Any) -> int:
     return 1
 
 
+def _library(name: str, x: Any, needed: bool) -> Any:
+    """What makes new arrays where x is, a GPU; None where nothing does."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return torch
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    if needed:
+        raise NotImplementedError(
+            f"{name} is on a GPU and of type {type(x).__name__}, of which no new array can be made; "
+            "expected an array of the array API"
+        )
+    return None
+
+
+def _out_on_gpu(x: Any, out: Any) -> tuple[Any, int]:
+    """(out, stream) of a call whose out has the shape of x: on a GPU made by x's library, if it is not given."""
+    if (device := _gpu(x)) is None:
+        return out, 1
+    if out is None:
+        out = _library("x", x, True).empty(tuple(x.shape), dtype=x.dtype, device=x.device)
+    return out, _cuda_stream(x) if device in _CUDA else 0
+
+
 def _on_gpu(
     q: Any, k: Any, v: Any, return_state: bool, out: Any, options: tuple | None, cu_seqlens: Any, axes: str
 ) -> tuple[Any, Any, Any, Any]:
     """(out, state, sum of keys, weights), made where q is by q's own library if they are wanted and not given."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(q, torch.Tensor):
-        library = torch
-    elif hasattr(q, "__array_namespace__"):
-        library = q.__array_namespace__()
-    elif out is None or return_state:
-        raise NotImplementedError(
-            f"q is on a GPU and of type {type(q).__name__}, of which no new array can be made; "
-            "expected an array of the array API"
-        )
-    else:
+    if (library := _library("q", q, out is None or return_state)) is None:
         return out, None, None, None
     before = ", ".join(axes)
     for name, x, last in (("q", q, "H, K"), ("k", k, "Hk, K"), ("v", v, "Hk, V")):

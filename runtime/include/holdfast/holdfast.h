@@ -292,8 +292,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *      out_t = scale^p phi(q_t) S_t                        phi(q).phi(k) = (q.k)^p; for p = 1 phi(x) = x
  *      out_t = phi(q_t) S_t / phi(q_t) s_t                 where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: the parallel form's states for a degree above 1; on a GPU, degrees above 1, normalization, the
- *  parallel and the recurrent form, and value-major states that lie there.
+ *  HOLDFAST_UNSUPPORTED so far: the parallel form's states for a degree above 1; on a GPU, the parallel and the recurrent form,
+ *  value-major states that lie there, and the tiled expansion.
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
  *  with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
@@ -322,9 +322,12 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  advanced in place.
  *
  *  On a GPU: one launch sequence for the whole problem. log_decay is not looked at, so positive ones are computed with.
- *  Workspace grows with T: the states between all chunks. On CUDA, given a workspace and after the first call in a CUcontext
+ *  Workspace grows with T: the states between all chunks. For a degree above 1 or normalization, one launch sequence for each chunk
+ *  of all batch entries or of a packed sequence, and workspace for one of them; OpenCL wants the places where chunks and packed
+ *  sequences begin in the tensors as it wants byte_offset, and HOLDFAST_UNSUPPORTED says where they do not.
+ *  On CUDA, given a workspace and after the first call in a CUcontext
  *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph;
- *  except that one with cu_seqlens copies a table of chunks to the device, and may not. Calls on Metal, OpenCL and Vulkan are
+ *  except that one with cu_seqlens, of degree 1 without normalization, copies a table of chunks to the device, and may not. Calls on Metal, OpenCL and Vulkan are
  *  made one after the other in a process, whatever their contexts; those on CUDA run side by side. A process that has used a GPU and forks must not use it in the child.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
@@ -371,7 +374,7 @@ typedef struct holdfast_step_args {
 } holdfast_step_args;
 
 /** Bytes of workspace that holdfast_step needs for these arguments, as holdfast_workspace_size says it of holdfast_forward: some
- *  V floats for each batch entry and head. */
+ *  V floats for each batch entry and head; for a degree above 1 or normalization about D V / 64. */
 HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *context, const holdfast_step_args *args,
                                                           size_t *bytes);
 
@@ -383,7 +386,7 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *      out = scale^p phi(q) S                      of the new state
  *      out = phi(q) S / phi(q) s                   where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: on a GPU degrees above 1, normalization, and a value-major state that lies there.
+ *  HOLDFAST_UNSUPPORTED so far: on a GPU a value-major state that lies there, and the tiled expansion.
  *
  *  The same as holdfast_forward with T = 1 and `state` as both states, on the CPU to the bit; as holdfast_forward of many tokens
  *  at once to rounding. Each state is read and written once; of heads of queries that share it, all but the first read it
@@ -392,7 +395,9 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *  machine and target gives the same bits, for any number of threads.
  *
  *  On a GPU: what holdfast_forward says of log_decay, of CUDA's calls given a workspace and of those of other backends goes for
- *  steps too. A step is two launches for the whole problem, without a log_decay three.
+ *  steps too. A step is two launches for the whole problem, without a log_decay three; for a degree above 1 or normalization some more,
+ *  once for all batch entries where their heads lie in a row and log_decay is of each, else once for each entry, which OpenCL then wants
+ *  to begin as it wants byte_offset.
  *
  *  Aliasing: q, k, v and log_decay may share memory with one another. state, sum_of_keys and out overlap no other tensor.
  *
@@ -408,9 +413,8 @@ HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const hold
 /** Arguments of holdfast_rotate. Set struct_size to sizeof(holdfast_rotate_args) and everything not used to zero; the struct
  *  grows at its end.
  *
- *  B batch, T time, H heads, K features. B, T and H may be 0; K is even and at least 2. All tensors are on the CPU. x and out have
- *  one type, float32, float16 or bfloat16. Every axis may have any stride, also 0 (inputs) or negative, except that the last axis
- *  of x, theta and out is contiguous. */
+ *  B batch, T time, H heads, K features. B, T and H may be 0; K is even and at least 2. x and out have one type, float32, float16
+ *  or bfloat16. Devices, offsets and strides are as for holdfast_forward_args; the last axis of x, theta and out is contiguous. */
 typedef struct holdfast_rotate_args {
     size_t struct_size;        /**< sizeof(holdfast_rotate_args) */
     const DLTensor *x;         /**< queries or keys [B, T, H, K] */
@@ -435,11 +439,13 @@ typedef struct holdfast_rotate_args {
  *
  *  Aliasing: out may be exactly x (the same elements in the same places); else it overlaps no other tensor.
  *
- *  One thread works on up to half a megabyte of x and out. After the first call a context allocates nothing more.
+ *  On the CPU one thread works on up to half a megabyte of x and out. After the first call a context allocates nothing more.
+ *  On a GPU: one launch for up to 2^15 batch entries and tokens of each, in 2^31 bytes; what holdfast_forward says of CUDA's calls
+ *  goes for this one without any workspace. theta is not looked at there: what is not finite is computed with.
  *
- *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU, a GPU's
- *  target or backend that is forced, an extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements);
- *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of this build, an
+ *  extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements); HOLDFAST_TARGET_UNAVAILABLE;
+ *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_rotate(holdfast_context *context, const holdfast_rotate_args *args);
 
@@ -452,9 +458,8 @@ typedef enum holdfast_norm {
 /** Arguments of holdfast_head_norm_gate. Set struct_size to sizeof(holdfast_head_norm_gate_args) and everything not used to zero;
  *  the struct grows at its end.
  *
- *  B batch, T time, H heads, V features. B, T and H may be 0; V is at least 1. All tensors are on the CPU. x, gate and out have one
- *  type, float32, float16 or bfloat16. Every axis may have any stride, also 0 (inputs) or negative, except that the last one is
- *  contiguous. */
+ *  B batch, T time, H heads, V features. B, T and H may be 0; V is at least 1. x, gate and out have one type, float32, float16 or
+ *  bfloat16. Devices, offsets and strides are as for holdfast_forward_args; the last axis of all is contiguous. */
 typedef struct holdfast_head_norm_gate_args {
     size_t struct_size;     /**< sizeof(holdfast_head_norm_gate_args) */
     const DLTensor *x;      /**< outputs of retention [B, T, H, V] */
@@ -478,11 +483,11 @@ typedef struct holdfast_head_norm_gate_args {
  *
  *  Aliasing: out may be exactly x or exactly gate (the same elements in the same places); else it overlaps no other tensor.
  *
- *  One thread works on up to half a megabyte of x, gate and out. After the first call a context allocates nothing more.
+ *  Threads, memory and launches are as for holdfast_rotate.
  *
- *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device other than the CPU, a GPU's
- *  target or backend that is forced, an extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements);
- *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
+ *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of this build, an
+ *  extent of 2^31 or more, a stride that carries the heads of a token beyond 2^29 elements); HOLDFAST_TARGET_UNAVAILABLE;
+ *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_head_norm_gate(holdfast_context *context, const holdfast_head_norm_gate_args *args);
 

@@ -1,0 +1,99 @@
+// Assertions in kernels. A tile of constant size, `bound_extent`, at the end of an axis whose size is known at run time only, is
+// asserted to hold what is needed of it: min(8 o + 8, D) - 8 <= 8 o. Halide 21 does not see that this is always so, because a
+// let stands between, and then drops the assertion with a warning (OpenCL, Vulkan), or does not compile the kernel (Metal).
+// Here those that follow from the lets around them are taken out; others would stay, and fail the build on Metal. One thread
+// asserts for all, between barriers: those that order nothing go too.
+#include "../schedule.h"
+
+#include <utility>
+#include <vector>
+
+namespace {
+using namespace Halide;
+using namespace Halide::Internal;
+
+/// In one kernel.
+class ProvenAssertions : public IRMutator {
+    using IRMutator::visit;
+    std::vector<std::pair<std::string, Expr>> lets;  // around the statement, outermost first
+
+    Stmt visit(const LetStmt *op) override {
+        lets.emplace_back(op->name, op->value);
+        Stmt body = mutate(op->body);
+        lets.pop_back();
+        return LetStmt::make(op->name, op->value, body);
+    }
+    Stmt visit(const AssertStmt *op) override {
+        Expr condition = op->condition;
+        for (auto let = lets.rbegin(); let != lets.rend(); ++let) condition = substitute(let->first, let->second, condition);
+        if (!can_prove(condition)) return op;
+        found = true;
+        return Evaluate::make(0);
+    }
+
+public:
+    explicit ProvenAssertions(std::vector<std::pair<std::string, Expr>> lets) : lets(std::move(lets)) {}
+    bool found = false;
+};
+
+/// Takes out barriers before which nothing has touched memory, since the last one or the kernel's beginning.
+class IdleBarriers : public IRMutator {
+    using IRMutator::visit;
+    bool touched = false;
+    int64_t ordered = ~0;  // kinds of memory, by the last one
+
+    Expr visit(const Load *op) override {
+        touched = true;
+        return IRMutator::visit(op);
+    }
+    Stmt visit(const Store *op) override {
+        touched = true;
+        return IRMutator::visit(op);
+    }
+    Stmt visit(const For *op) override {
+        touched |= op->for_type == ForType::Serial;  // by the iteration before
+        Stmt stmt = IRMutator::visit(op);
+        touched |= op->for_type == ForType::Serial;
+        return stmt;
+    }
+    Stmt visit(const IfThenElse *op) override {
+        Stmt stmt = IRMutator::visit(op);
+        const IfThenElse *choice = stmt.as<IfThenElse>();
+        if (choice && is_no_op(choice->then_case) && !choice->else_case.defined()) return Evaluate::make(0);
+        touched = true;
+        return stmt;
+    }
+    Stmt visit(const Evaluate *op) override {
+        const Call *call = op->value.as<Call>();
+        if (!call || !call->is_intrinsic(Call::gpu_thread_barrier)) return IRMutator::visit(op);
+        const auto *mask = call->args[0].as<IntImm>();
+        if (mask && !touched && !(mask->value & ~ordered)) return Evaluate::make(0);
+        touched = false, ordered = mask ? mask->value : 0;
+        return op;
+    }
+};
+
+class Kernels : public IRMutator {
+    using IRMutator::visit;
+    std::vector<std::pair<std::string, Expr>> lets;
+
+    Stmt visit(const LetStmt *op) override {
+        lets.emplace_back(op->name, op->value);
+        Stmt body = mutate(op->body);
+        lets.pop_back();
+        return LetStmt::make(op->name, op->value, body);
+    }
+    Stmt visit(const For *op) override {
+        if (op->for_type != ForType::GPUBlock) return IRMutator::visit(op);
+        ProvenAssertions assertions(lets);
+        Stmt kernel = assertions.mutate(op);
+        return assertions.found ? IdleBarriers().mutate(kernel) : kernel;
+    }
+};
+
+bool matches(const Target &t) { return t.has_gpu_feature(); }
+
+void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(new Kernels); }
+
+const bool added = holdfast::Lowering::add({matches, add_passes});
+}  // namespace
