@@ -1,7 +1,7 @@
 // Times every compiled variant that this machine runs, through the public API: one benchmark per row of variants.inc, length
-// (all but recurrent; parallel: up to 4096) or batch size (recurrent: one, and as many as make states of a quarter gigabyte) and number of threads. Before
-// the clock starts, the variant that really ran and its result are checked; either one wrong fails the benchmark and the
-// program.
+// (all but steps; parallel: up to 4096) or batch size (steps: one, and as many as make states of a quarter gigabyte) and number of
+// threads. Before the clock starts, the variant that really ran and its result are checked; either one wrong fails the benchmark
+// and the program.
 //
 //     retention_bench [--heads=8] [--threads=1,<cores>] [Google Benchmark's options]
 //
@@ -15,8 +15,8 @@
 //     peak_share      GFLOP/s over the fp32 peak that was measured at the start, on as many threads
 //     bf16_peak_share of bf16, where this CPU has products of it: the same over their peak
 //     bytes_moved     q, k, v, log_decay and the initial state read once, out and the final state written once
-//     copy_share      of kernels bound by memory, all but chunkwise: bytes_moved per second over what copying reads and writes,
-//                     measured at the start in as much memory on as many threads
+//     copy_share      of kernels bound by memory, all but chunkwise and power: bytes_moved per second over what copying reads
+//                     and writes, measured at the start in as much memory on as many threads
 #include "../tests/reference/head_norm_gate.h"
 #include "../tests/reference/power.h"
 #include "../tests/reference/retention.h"
@@ -471,16 +471,52 @@ void power(benchmark::State &state, const Variant &variant, const Shape &s, int 
     state.counters["peak_share"] = operations * rate / peaks.at((int)std::min<int64_t>(threads, s.H)).flops;
 }
 
+/// Counters of a kernel that moves so many bytes a call, over memory of `size`.
+void bandwidth(benchmark::State &state, double bytes, size_t size, double rate, int threads) {
+    const std::pair<size_t, int> memory(size, threads);
+    if (!copies.count(memory)) copies[memory] = holdfast_bench::measure_copy(size, threads);
+    state.counters["bytes_moved"] = bytes_counter(bytes);
+    state.counters["GB/s"] = bytes * rate * 1e-9;
+    state.counters["copy_share"] = bytes * rate / copies.at(memory);
+}
+
 void step(benchmark::State &state, const Variant &variant, int64_t B, int64_t H, int64_t K, int64_t V, int threads) {
     StepProblem p(B, H, K, V, variant.dtype);
     holdfast_step_args args = p.args();
     const double rate = calls_per_second(
         state, variant, threads, [&](holdfast_context *c) { return holdfast_step(c, &args); }, [&] { return p.errors(); });
-    const std::pair<size_t, int> memory((size_t)p.state_bytes() / 2, threads);
-    if (!copies.count(memory)) copies[memory] = holdfast_bench::measure_copy(memory.first, threads);
-    state.counters["bytes_moved"] = bytes_counter(p.bytes());
-    state.counters["GB/s"] = p.bytes() * rate * 1e-9;
-    state.counters["copy_share"] = p.bytes() * rate / copies.at(memory);
+    bandwidth(state, p.bytes(), (size_t)p.state_bytes() / 2, rate, threads);
+}
+
+/// One token of power retention, normalized, checked for the first head.
+void power_step(benchmark::State &state, const Variant &variant, int64_t B, int64_t H, int64_t K, int64_t V, int degree,
+                int threads) {
+    const int64_t D = holdfast_state_size(K, degree, HOLDFAST_EXPANSION_TIGHT);
+    Tensor q({B, H, K}), k({B, H, K}), v({B, H, V}), out({B, H, V}), log_decay({B, H}), states({B, H, D, V}), keys({B, H, D});
+    std::mt19937 random(1);
+    for (Tensor *x : {&q, &k, &v}) x->fill(random, 0.2f, 1.7f);  // the sum of weights stays away from 0
+    Stored stored(variant.dtype, q, k, v, out);
+    log_decay.fill(random, -0.05f, 0);
+    for (Tensor *x : {&states, &keys})
+        for (int64_t n = 0; n < x->size; n++) x->data()[n] = (float)(n % 17) / 17;
+    reference::PowerInputs in{1, 1, 1, 1, K, V, degree, true};
+    in.q = {q.data(), {0, 0, 0, 1}}, in.k = {k.data(), {0, 0, 0, 1}}, in.v = {v.data(), {0, 0, 0, 1}};
+    in.log_decay = {log_decay.data(), {}}, in.initial_state = {states.data(), {0, 0, V, 1}};
+    in.initial_keys = {keys.data(), {0, 0, 1}};
+    const reference::PowerResult expected = reference::power(in);
+    holdfast_step_args args{};
+    args.struct_size = sizeof args, args.q = stored.q(), args.k = stored.k(), args.v = stored.v(), args.out = stored.out();
+    args.log_decay = &log_decay.view, args.state = &states.view, args.sum_of_keys = &keys.view, args.degree = degree;
+    args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS;
+    const double rate = calls_per_second(
+        state, variant, threads, [&](holdfast_context *c) { return holdfast_step(c, &args); },
+        [&] {
+            stored.load();
+            return std::pair(Problem::relative_rms(out.data(), V, expected.out, V),
+                             Problem::relative_rms(states.data(), V, expected.state, V));
+        });
+    bandwidth(state, 2.0 * sizeof(float) * (double)(states.size + keys.size), (size_t)states.size * sizeof(float), rate,
+              threads);
 }
 
 void rows(benchmark::State &state, const Variant &variant, RowsProblem::Call call, int64_t T, int64_t H, int64_t size,
@@ -488,11 +524,7 @@ void rows(benchmark::State &state, const Variant &variant, RowsProblem::Call cal
     RowsProblem p(call, T, H, size, variant.dtype);
     const double rate =
         calls_per_second(state, variant, threads, [&](holdfast_context *c) { return p.run(c); }, [&] { return p.errors(); });
-    const std::pair<size_t, int> memory((size_t)p.bytes(), threads);
-    if (!copies.count(memory)) copies[memory] = holdfast_bench::measure_copy(memory.first, threads);
-    state.counters["bytes_moved"] = bytes_counter(p.bytes());
-    state.counters["GB/s"] = p.bytes() * rate * 1e-9;
-    state.counters["copy_share"] = p.bytes() * rate / copies.at(memory);
+    bandwidth(state, p.bytes(), (size_t)p.bytes(), rate, threads);
 }
 
 using Size = std::pair<int, int>;             // K, V
@@ -622,6 +654,19 @@ int main(int argc, char **argv) {
                          << "/threads:" << at_most;
                     add(name, [=, &row](benchmark::State &state) { power(state, row, shape, degree, at_most); });
                 });
+        for (const Dtype &dtype : test::all_dtypes)
+            each_row("power_step", dtype, [&](const Variant &row, int at_most) {
+                if (!on_cpu(row)) return;
+                const int degree = row.degree ? row.degree : 2;
+                const double states =
+                    sizeof(float) * (double)heads * V * (double)holdfast_state_size(K, degree, HOLDFAST_EXPANSION_TIGHT);
+                for (int64_t B : {(int64_t)1, (int64_t)std::ceil(states_in_memory / states)}) {
+                    std::ostringstream name;
+                    name << row.name << "/B:" << B << "/H:" << heads << "/K:" << K << "/V:" << V << "/degree:" << degree
+                         << "/threads:" << at_most;
+                    add(name, [=, &row](benchmark::State &state) { power_step(state, row, B, heads, K, V, degree, at_most); });
+                }
+            });
         for (int64_t B : {(int64_t)1, (int64_t)std::ceil(states_in_memory / (sizeof(float) * (double)heads * K * V))})
             for (const Dtype &dtype : test::all_dtypes)
                 each_row("recurrent", dtype, [&](const Variant &row, int at_most) {

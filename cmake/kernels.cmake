@@ -101,25 +101,26 @@ holdfast_kernel(rotate DTYPES f32 f16 bf16
 holdfast_kernel(head_norm_gate DTYPES f32 f16 bf16
     TARGETS avx512 avx2 cuda metal opencl vulkan generic)
 
-# Power retention. The state is large: longer chunks read and write it less often, and their own work grows. Measured: 64 for K =
-# 32, 128 for K = 64 and degrees above 2, 256 for K = 128. Half of the values, for two threads to share a head.
+# Power retention. The state is large: longer chunks read and write it less often, and their own work grows, and with it what a
+# block of features wants to have in L1. Measured: 64 for all of these; 128 takes 4 to 6% longer. Half of the values, for two
+# threads to share a head.
 holdfast_kernel(power DTYPES f32 CHUNKS 64
     SIZES 32x32
     TARGETS avx512 avx2
     PARAMS degree=2)
 
-holdfast_kernel(power DTYPES f32 CHUNKS 128
+holdfast_kernel(power DTYPES f32 CHUNKS 64
     SIZES 64x64 64x32
     TARGETS avx512 avx2
     PARAMS degree=2)
 
-holdfast_kernel(power DTYPES f16 bf16 CHUNKS 128
+holdfast_kernel(power DTYPES f16 bf16 CHUNKS 64
     SIZES 64x64
     TARGETS avx512 avx2
     PARAMS degree=2)
 
 foreach(degree 3 4)
-  holdfast_kernel(power DTYPES f32 CHUNKS 128
+  holdfast_kernel(power DTYPES f32 CHUNKS 64
       SIZES 16x64
       TARGETS avx512 avx2
       PARAMS degree=${degree})

@@ -26,6 +26,15 @@ Expr monomials_below(const Expr &a, int p) {
     return cast<int32_t>(count);
 }
 
+/// The same list with its first `size` entries evaluated now.
+template<class T>
+Func compiled_in(const Func &list, int size) {
+    const Buffer<T> entries = Func(list).realize({size});
+    Func same(list.name() + "_compiled_in");
+    same(list.args()) = entries(list.args()[0]);
+    return same;
+}
+
 }  // namespace
 
 int expanded_size(int key_elements, int degree) {
@@ -65,6 +74,14 @@ Expansion expansion(const Expr &key_extent, const Expr &features, int degree, co
     }
     e.weight = Func("weight");
     e.weight(f) = select(f < features, sqrt(orders), 0.0f);
+    if (e.open || !Internal::is_const(key_extent)) {
+        e.searched = e.factors;
+        return e;
+    }
+    constexpr int most_behind = 256;  // of features that the last block of a schedule holds past the last one
+    const int size = expanded_size((int)*as_const_int(key_extent), degree) + most_behind;
+    for (Func &factor : e.factors) factor = compiled_in<int32_t>(factor, size);
+    e.weight = compiled_in<float>(e.weight, size);
     return e;
 }
 

@@ -1,8 +1,9 @@
 // phi(x) of degree p, the features of an expanded key: phi(x) . phi(y) = (x . y)^p. The algorithm only, as in chunkwise.h.
 //
 // Feature f is a product of p elements of x, a monomial, times the root of how often it stands in the p-th power. Which ones is
-// data, a table made in the kernel, in a few operations a feature, where the feature is then met by whole matrix products. The
-// loops that use it are the same for every degree and order of features, dense along time, without padding.
+// data, a table, part of the compiled kernel where K and p are known, else made in it, in a few operations a feature, where the
+// feature is then met by whole matrix products. The loops that use it are the same for every degree and order of features, dense
+// along time, without padding.
 #pragma once
 #include "Halide.h"
 #include <vector>
@@ -17,14 +18,15 @@ constexpr int most_factors = 4;  // the highest degree
 struct Expansion {
     std::vector<Halide::Func> factors;  // (f): the elements a_1, a_2, ..; where the degree is known at run time only,
     bool open;                          // most_factors of them, K in those that are left over
-    Halide::RDom over_bit;              // factors, update 0
     Halide::Func weight;                // (f): sqrt(p! / (how often each element is there)!); 0 past the last feature
     Halide::Expr key_extent, features;  // K, D
 
-    /// What is made once, for schedules.
+    // For schedules, of a table that the kernel makes, once; nothing where that is compiled in.
+    std::vector<Halide::Func> searched;  // the factors
+    Halide::RDom over_bit;               // searched, update 0
     std::vector<Halide::Func> table() const {
-        std::vector<Halide::Func> all = factors;
-        all.push_back(weight);
+        std::vector<Halide::Func> all = searched;
+        if (!all.empty()) all.push_back(weight);
         return all;
     }
 

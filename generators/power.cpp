@@ -92,13 +92,12 @@ PowerFuncs power(const Func &q, const Func &k, const Func &v, const Func &log_de
     p.over_block = RDom(0, blocks, "over_block");
     p.num_inter = Func("num_inter");
     p.num_inter(e, i, g, h, b) += p.num_block(e, p.over_block, i, g, h, b);
-    p.over_feature_weight = RDom(0, block, "over_feature_weight");
+    p.over_feature_weight = RDom(0, block * options.normalize, "over_feature_weight");
     p.den_block = Func("den_block");
     feature = u * block + p.over_feature_weight;
     p.den_block(u, i, g, h, b) += p.phi_q(feature, i, g, h, b) * keys_in(row_of(feature), h, b);
-    p.over_block_weight = RDom(0, blocks * options.normalize, "over_block_weight");
     p.den_inter = Func("den_inter");
-    p.den_inter(i, g, h, b) += p.den_block(p.over_block_weight, i, g, h, b);
+    p.den_inter(i, g, h, b) += p.den_block(p.over_block, i, g, h, b);
     p.row = Func("row");
     p.row(i, g, h, b) = select(options.normalize != 0, 1.0f / (p.den_inter(i, g, h, b) + p.den_intra(i, g, h, b)),
                                raised(options.scale / p.unit(i, g, h, b)));

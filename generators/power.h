@@ -58,7 +58,7 @@ struct PowerFuncs {
     Halide::RDom over_key_element;                   // scores: d in [0, K)
     Halide::RDom over_key, over_key_weight;          // num_intra, den_intra: j in [0, C), trimmed to the causal tile
     Halide::RDom over_feature, over_feature_weight;  // num_block, den_block: f in the block
-    Halide::RDom over_block, over_block_weight;      // num_inter, den_inter: u
+    Halide::RDom over_block;                         // num_inter, den_inter: u
     Halide::RDom over_token, over_token_weight;      // contribution, keys_contribution: j in [0, C)
 
     // set by the generator: what leaves the kernel, in the caller's type and layout

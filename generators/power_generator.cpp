@@ -22,7 +22,7 @@ public:
     Input<Buffer<void, 5>> q{"q"};                    // (d, t, g, h, b)
     Input<Buffer<void, 4>> k{"k"}, v{"v"};            // (d, t, h, b) (e, t, h, b)
     Input<Buffer<float, 3>> log_decay{"log_decay"};   // (t, h, b), any strides
-    Input<Buffer<float, 4>> state_in{"state_in"};     // (e, f, h, b)
+    Input<Buffer<float, 4>> state_in{"state_in"};     // (e, f, h, b); where V is known, without gaps between rows, as state_out
     Input<Buffer<float, 3>> keys_in{"keys_in"};       // (f, h, b): the sum of keys, not looked at where it does not count
     Input<int> run_time_degree{"run_time_degree"};    // where the parameter leaves it open
     Input<int> normalize{"normalize"};                // 1, or 0
@@ -71,6 +71,7 @@ public:
         bounds(log_decay, {T, H, B}), log_decay.dim(0).set_stride(Expr());
         bounds(state_in, {V, D, H, B}), bounds(state_out, {V, D, H, B});
         bounds(keys_in, {D, H, B}), bounds(keys_out, {D, H, B});
+        if (size.value) state_in.dim(1).set_stride(V), state_out.dim(1).set_stride(V);
     }
     void schedule() {
         if (!using_autoscheduler()) apply_schedule(p, sizes(), get_pipeline(), get_target(), forced_schedule.value());

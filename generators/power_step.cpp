@@ -13,7 +13,8 @@ PowerStepFuncs power_step(const Func &q, const Func &k, const Func &v, const Fun
     const Expr W = options.block, U = options.blocks;
     PowerStepFuncs p;
     p.q = q, p.k = k, p.v = v, p.log_decay = log_decay;
-    p.phi = expansion(key_extent, W * U, sizes.degree, options.degree);
+    const bool known = sizes.degree && sizes.key;
+    p.phi = expansion(key_extent, known ? Expr(expanded_size(sizes.key, sizes.degree)) : W * U, sizes.degree, options.degree);
     p.decay = Func("decay");
     p.decay(h) = two_part_exp(max(log_decay(h), least_log_decay));
     p.over_element = RDom(0, key_extent, "over_element");

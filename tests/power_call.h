@@ -55,12 +55,13 @@ inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype, bool gpu = 
 
 class PowerCall {
 public:
-    PowerCall(const PowerCase &c, Size size, int degree, const Dtype &dtype = f32)
+    /// Kernels for a known V want states without gaps between rows.
+    PowerCall(const PowerCase &c, Size size, int degree, const Dtype &dtype = f32, bool dense_states = false)
         : c(c), degree(degree), dtype(dtype), K(size.K), V(size.V),
           D((int64_t)reference::phi(std::vector<double>(K), degree).size()), T(total(c.calls)),
           q(array({c.B, T, c.H * c.G, K}, c.size_of_keys)), k(array({c.B, T, c.H, K}, c.size_of_keys)),
           v(array({c.B, T, c.H, V}, 1)), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
-          state(array({c.B, c.H, D, V}, std::pow(c.size_of_keys, degree))), keys(sums_of_keys()),
+          state(array({c.B, c.H, D, V}, std::pow(c.size_of_keys, degree), dense_states)), keys(sums_of_keys()),
           out(array({c.B, T, c.H * c.G, V}, 1).forget()) {
         for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
     }
@@ -125,10 +126,11 @@ private:
         for (int64_t n : lengths) sum += n;
         return sum;
     }
-    Array array(const Index &shape, double size) {
+    Array array(const Index &shape, double size, bool dense = false) {
         const double low = c.contents == PowerCase::Contents::random ? -1 : 0.5;
-        if (c.contents == PowerCase::Contents::ones) return Array(shape, c.layout).fill(1);
-        return Array(shape, c.layout).fill(random, low * size, size);
+        const Layout layout = dense ? Layout::compact : c.layout;
+        if (c.contents == PowerCase::Contents::ones) return Array(shape, layout).fill(1);
+        return Array(shape, layout).fill(random, low * size, size);
     }
     /// Of many keys: far from 0 on every side that queries look from, so that quotients are not wrong by cancellation alone.
     Array sums_of_keys() {

@@ -38,6 +38,17 @@ struct Buffer : halide_buffer_t {
     Buffer(const Buffer &) = delete;
 };
 
+/// Let rows of (d, t[, g], ..), `tokens` of them from `host` on, come from memory to L2 while others are worked on: a kernel
+/// reads them once, and rows of a head lie far apart, where no processor looks ahead by itself.
+inline void fetch(const Buffer &rows, const uint8_t *host, int64_t tokens) {
+    constexpr int64_t line = 64;
+    const int64_t bytes = rows.type.bytes(), groups = rows.dimensions == 5 ? rows.axes[2].extent : 1;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t at = 0; at < rows.axes[0].extent * bytes; at += line)
+                __builtin_prefetch(host + (t * rows.axes[1].stride + g * rows.axes[2].stride) * bytes + at, 0, 2);
+}
+
 /// One state: (e, d, 1, 1, 1).
 struct State : Buffer {
     State(const float *data, int64_t D, int64_t V, int64_t stride)

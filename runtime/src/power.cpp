@@ -88,6 +88,9 @@ struct Rows : Buffer {
         host = first + t * axes[1].stride * (int64_t)type.bytes();
         axes[1].extent = (int32_t)tokens;
     }
+    void fetch(int64_t t, int64_t tokens) const {
+        holdfast::fetch(*this, first + t * axes[1].stride * (int64_t)type.bytes(), tokens);
+    }
 
 private:
     uint8_t *first;
@@ -116,6 +119,7 @@ void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const P
     for (int64_t t = 0; t < T; t += chunk) {
         const int64_t tokens = std::min(chunk, T - t);
         for (Rows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
+        for (const Rows *rows : {&q, &k, &v}) rows->fetch(t + tokens, std::min(chunk, T - t - tokens));
         log_decay.host = (uint8_t *)log_decay_of(p, part, t), log_decay.axes[0].extent = (int32_t)tokens;
         Buffer state_in = state(carried.states[0]), state_out = state(carried.states[1]);
         Buffer sum_in = sum(carried.sums[0]), sum_out = sum(carried.sums[1]);

@@ -28,7 +28,7 @@ void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &target) {
     product(p.num_block, {p.num_inter, io}, p.over_feature, e, i);
     p.phi_q.clone_in(p.den_block);
     p.phi_q.compute_at(p.num_inter, io);
-    p.den_inter.compute_at(p.result, g).update().reorder(i, p.over_block_weight.x);
+    p.den_inter.compute_at(p.result, g).update().reorder(i, p.over_block.x);
     p.den_block.compute_at(p.den_inter, i);
     product(p.num_intra, {p.out, io}, p.over_key, e, i);
     p.weights.compute_at(p.out, io);
@@ -43,7 +43,7 @@ void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &target) {
     p.keys_contribution.compute_at(p.keys_out, f);
 
     for (Func list : p.phi.table()) list.compute_root().vectorize(f, vec, tail);
-    for (Func factor : p.phi.factors) factor.update().reorder(f, p.phi.over_bit).vectorize(f, vec, tail);
+    for (Func factor : p.phi.searched) factor.update().reorder(f, p.phi.over_bit).vectorize(f, vec, tail);
     for (Func decay : {p.decay_steps, p.decay_rest})
         decay.compute_root().update().reorder(i, p.over_row, h, b).vectorize(i, vec, tail);
     for (Func once : {p.chunk_decay, p.row_decay, p.key_decay, p.unit}) once.compute_root();

@@ -24,7 +24,7 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &, const Target &target) {
     p.den_block.compute_at(p.den, p.over_block_weight);
 
     for (Func list : p.phi.table()) list.compute_root().vectorize(f, vec, tail);
-    for (Func factor : p.phi.factors) factor.update().reorder(f, p.phi.over_bit).vectorize(f, vec, tail);
+    for (Func factor : p.phi.searched) factor.update().reorder(f, p.phi.over_bit).vectorize(f, vec, tail);
     for (Func once : {p.phi_q, p.phi_k, p.unit}) once.compute_root();
     for (Func features : {p.phi_q, p.phi_k}) features.vectorize(f, vec, tail);
     p.largest.compute_at(p.unit, g);

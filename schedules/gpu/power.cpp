@@ -37,7 +37,7 @@ void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &) {
 
     // The table: a thread per feature. A factor is known when its last bit is, so that each is a kernel.
     for (Func list : p.phi.table()) list.compute_root().gpu_tile(f, fo, fi, 64, guard);
-    for (Func factor : p.phi.factors)
+    for (Func factor : p.phi.searched)
         factor.update().split(f, fo, fi, 64, guard).reorder(p.phi.over_bit, fi, fo).gpu_blocks(fo).gpu_threads(fi);
 
     // Operands, rows innermost: a thread per row.
@@ -87,8 +87,8 @@ void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &) {
         .gpu_threads(i, fi);
     // The sum of weights: a thread per row.
     p.den_inter.compute_root().bound(i, 0, sizes.chunk).gpu_blocks(g, h, b).gpu_threads(i);
-    p.den_inter.update().reorder(p.over_block_weight.x, i, g, h, b).gpu_blocks(g, h, b).gpu_threads(i);
-    p.den_block.compute_at(p.den_inter, p.over_block_weight.x).store_in(MemoryType::Register);
+    p.den_inter.update().reorder(p.over_block.x, i, g, h, b).gpu_blocks(g, h, b).gpu_threads(i);
+    p.den_block.compute_at(p.den_inter, p.over_block.x).store_in(MemoryType::Register);
 
     // Output: a block per strip of rows, its weights in shared memory.
     p.result.split(e, eo, et, tile.columns, guard).split(i, io, it, strip, guard).split(it, it, ii, tile.high);

@@ -15,7 +15,7 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &, const Target &) {
 
     // The table: a thread per feature. A factor is known when its last bit is, so that each is a kernel.
     for (Func list : p.phi.table()) list.compute_root().gpu_tile(f, fo, ft, 64, guard);
-    for (Func factor : p.phi.factors)
+    for (Func factor : p.phi.searched)
         factor.update().split(f, fo, ft, 64, guard).reorder(p.phi.over_bit, ft, fo).gpu_blocks(fo).gpu_threads(ft);
 
     p.unit.compute_root().gpu_single_thread();

@@ -43,6 +43,7 @@ void PrintTo(const Variant<Kernel> &v, std::ostream *stream) {
 /// All cases of a variant, of sizes and degrees that it takes, by `call(PowerCall)`.
 template<class Kernel, class Call>
 void expect_reference(const Variant<Kernel> &variant, int chunk, const Call &call) {
+    constexpr bool of_chunks = std::is_same_v<Kernel, ChunkKernel>;
     const std::string missing = reason_to_skip(variant), backend = variant.backend;
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
@@ -60,7 +61,7 @@ void expect_reference(const Variant<Kernel> &variant, int chunk, const Call &cal
             if (!variant.size.K && size.K > 8 && degree > 2) continue;
             for (const PowerCase &c : power_cases(chunk, variant.dtype, backend != "cpu"))
                 if ((all || enough.find(c.name) != std::string::npos) && not_on(backend, c.layout, false).empty())
-                    call(PowerCall(c, size, degree, variant.dtype));
+                    call(PowerCall(c, size, degree, variant.dtype, of_chunks && variant.size.V));
         }
 }
 
