@@ -158,7 +158,7 @@ TEST(Backends, MoreTokensThanOneLaunchTakes) {
     ASSERT_EQ(holdfast_context_set_backend(context, "opencl"), HOLDFAST_OK);
     Random random;
     const int64_t T = ((int64_t)1 << 15) + 3, offset = ((int64_t)1 << 32) - T;
-    Array x = Array({1, T, 1, 2}).fill(random), out = Array(x.shape).forget(), theta = thetas(1, random);
+    Array x = Array({1, T, 1, 2}).fill(random), out = Array(x.shape).forget(), theta = Array({1}).fill(1.0f);
     ASSERT_EQ((Rotation{x, theta, out, offset}).run(context), HOLDFAST_OK) << context.error();
     expect_rotated(x, theta, out, false, [&](int64_t, int64_t t) { return offset + t; }, f32);
     Array weight = Array({1, 2}).fill(random, -2, 2);
