@@ -881,6 +881,7 @@ struct AroundCall {
 TEST(Cuda, RotationsAndNormsAreOneLaunchAndNothingElse) {
     Driver driver;
     void *stream = driver.stream(driver.context(0));
+    variants(nullptr);  // once in a process the driver is asked for its devices
     for (const char *kernel : {"rotate", "head_norm_gate"})
         for (bool less : {false, true}) {  // without positions or weight; tokens of one batch entry
             SCOPED_TRACE(kernel + std::string(less ? ", less" : ""));
