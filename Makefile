@@ -38,7 +38,7 @@ test-tsan: environment-test ## The tests of threads under the thread sanitizer
 
 test-python: environment-test ## The Python tests
 	@$(call build,ci)
-	PYTHONPATH=$(CURDIR)/build/ci/python python -m pytest
+	PYTHONPATH=$(CURDIR)/build/ci/python python -m pytest --numprocesses=$(CTEST_PARALLEL_LEVEL)
 
 bench: environment-bench ## Time Holdfast beside ONNX Runtime and PyTorch; ARGS="--quick" and others are passed on
 	@$(call build,release,holdfast _holdfast,-DHOLDFAST_BENCH=OFF)

@@ -36,7 +36,7 @@ std::vector<Instance> instances() {
             for (const auto &[fixed, size] : sizes)
                 for (const Dtype &dtype : all_dtypes) {
                     const bool types = fixed.key == (schedule.rank == 0 ? 0 : 64) && shows_types(schedule.rank, named);
-                    if ((dtype == f32 || types) && schedule.matches(named.target, fixed))
+                    if ((dtype == f32 || types) && compiled_for(schedule.rank, named) && schedule.matches(named.target, fixed))
                         list.push_back({schedule.name, named, fixed, size, dtype});
                 }
     return list;

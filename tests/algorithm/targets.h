@@ -31,13 +31,21 @@ inline std::string missing(const Halide::Target &target) {
     return list;
 }
 
-/// Types differ where rows are read and written: one target of a schedule shows that. The plainest for the generic schedule of rank
-/// 0, else the best that this machine runs.
-inline bool shows_types(int rank, const NamedTarget &named) {
-    if (rank == 0) return named.name == targets().back().name;
+/// Whether it is the best target that this machine runs.
+inline bool best_here(const NamedTarget &named) {
     for (const NamedTarget &best : targets())
         if (missing(best.target).empty()) return named.name == best.name;
     return false;
+}
+
+/// The generic schedule, of rank 0, is compiled for the plainest target and the best one; others wherever they match.
+inline bool compiled_for(int rank, const NamedTarget &named) {
+    return rank > 0 || named.name == targets().back().name || best_here(named);
+}
+
+/// Types differ where rows are read and written: one target of a schedule shows that.
+inline bool shows_types(int rank, const NamedTarget &named) {
+    return rank == 0 ? named.name == targets().back().name : best_here(named);
 }
 
 }  // namespace test
