@@ -211,7 +211,8 @@ def failing_and_working_calls(p):
     """Calls that return, and calls that fail at every stage."""
     good = {"initial_state": p.initial_state, "return_state": True}
     (B, H, K, V) = p.initial_state.shape
-    squares = np.zeros((B, H, holdfast.state_size(K, 2), V), np.float32)
+    state = np.zeros((B, H, holdfast.state_size(K, 2), V), np.float32)
+    squares = {"degree": 2, "normalize": False, "initial_state": state}
     return [
         (None, lambda: holdfast.retention(p.q, p.k, p.v, p.log_decay, **good)),
         (None, lambda: holdfast.retention(p.q, p.k, p.v, p.log_decay, out=p.out, **good)),
@@ -220,10 +221,7 @@ def failing_and_working_calls(p):
         (ValueError, lambda: holdfast.retention(p.q, p.k, p.v, p.log_decay, out=p.q, **good)),
         (ValueError, lambda: holdfast.retention(p.q, p.k, p.v, -p.log_decay, **good)),
         (TypeError, lambda: holdfast.retention(p.q, p.k, p.v, p.log_decay, scale="x", **good)),
-        (
-            NotImplementedError,
-            lambda: holdfast.retention(p.q, p.k, p.v, degree=2, form="parallel", initial_state=squares),
-        ),
+        (NotImplementedError, lambda: holdfast.retention(p.q, p.k, p.v, form="parallel", **squares)),
         (NotImplementedError, lambda: holdfast.retention(p.q, p.k, p.v.astype("d"), p.log_decay, **good)),
     ]
 
