@@ -12,30 +12,6 @@ namespace {
 using namespace Halide;
 using namespace Halide::Internal;
 
-/// In one kernel.
-class ProvenAssertions : public IRMutator {
-    using IRMutator::visit;
-    std::vector<std::pair<std::string, Expr>> lets;  // around the statement, outermost first
-
-    Stmt visit(const LetStmt *op) override {
-        lets.emplace_back(op->name, op->value);
-        Stmt body = mutate(op->body);
-        lets.pop_back();
-        return LetStmt::make(op->name, op->value, body);
-    }
-    Stmt visit(const AssertStmt *op) override {
-        Expr condition = op->condition;
-        for (auto let = lets.rbegin(); let != lets.rend(); ++let) condition = substitute(let->first, let->second, condition);
-        if (!can_prove(condition)) return op;
-        found = true;
-        return Evaluate::make(0);
-    }
-
-public:
-    explicit ProvenAssertions(std::vector<std::pair<std::string, Expr>> lets) : lets(std::move(lets)) {}
-    bool found = false;
-};
-
 /// Takes out barriers before which nothing has touched memory, since the last one or the kernel's beginning.
 class IdleBarriers : public IRMutator {
     using IRMutator::visit;
@@ -73,9 +49,10 @@ class IdleBarriers : public IRMutator {
     }
 };
 
-class Kernels : public IRMutator {
+class ProvenAssertions : public IRMutator {
     using IRMutator::visit;
-    std::vector<std::pair<std::string, Expr>> lets;
+    std::vector<std::pair<std::string, Expr>> lets;  // around the statement, outermost first
+    bool in_kernel = false, found = false;
 
     Stmt visit(const LetStmt *op) override {
         lets.emplace_back(op->name, op->value);
@@ -83,17 +60,26 @@ class Kernels : public IRMutator {
         lets.pop_back();
         return LetStmt::make(op->name, op->value, body);
     }
+    Stmt visit(const AssertStmt *op) override {
+        if (!in_kernel) return op;
+        Expr condition = op->condition;
+        for (auto let = lets.rbegin(); let != lets.rend(); ++let) condition = substitute(let->first, let->second, condition);
+        if (!can_prove(condition)) return op;
+        found = true;
+        return Evaluate::make(0);
+    }
     Stmt visit(const For *op) override {
-        if (op->for_type != ForType::GPUBlock) return IRMutator::visit(op);
-        ProvenAssertions assertions(lets);
-        Stmt kernel = assertions.mutate(op);
-        return assertions.found ? IdleBarriers().mutate(kernel) : kernel;
+        if (in_kernel || op->for_type != ForType::GPUBlock) return IRMutator::visit(op);
+        in_kernel = true, found = false;
+        Stmt kernel = IRMutator::visit(op);
+        in_kernel = false;
+        return found ? IdleBarriers().mutate(kernel) : kernel;
     }
 };
 
 bool matches(const Target &t) { return t.has_gpu_feature(); }
 
-void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(new Kernels); }
+void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(new ProvenAssertions); }
 
 const bool added = holdfast::Lowering::add({matches, add_passes});
 }  // namespace

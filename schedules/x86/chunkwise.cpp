@@ -7,19 +7,13 @@
 // at 95% of the peak; a fifth of the time is rows coming from memory, one miss per line, 10 to 20 GB/s a core.
 #include "../../generators/chunkwise.h"
 #include "../schedule.h"
+#include "tile.h"
 
 namespace {
 using namespace Halide;
 using namespace holdfast;
 
-struct Tile {
-    int rows, columns;  // accumulators: rows * columns registers of a vector each; two more hold operands
-};
-constexpr Tile avx512_tile = {8, 2};  // of 32 registers
-constexpr Tile avx2_tile = {4, 2};    // of 16
-constexpr int score_columns = 16;     // narrower than other products: half of the scores are masked
-
-Tile tile_of(const Target &t) { return t.has_feature(Target::AVX512_Skylake) ? avx512_tile : avx2_tile; }
+constexpr int score_columns = 16;  // narrower than other products: half of the scores are masked
 
 void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target) {
     Var b("b"), h("h"), g("g"), c("c"), i("i"), j("j"), d("d"), e("e");

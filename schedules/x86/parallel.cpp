@@ -7,18 +7,11 @@
 // are nine tenths of the time.
 #include "../../generators/parallel.h"
 #include "../schedule.h"
+#include "tile.h"
 
 namespace {
 using namespace Halide;
 using namespace holdfast;
-
-struct Tile {
-    int rows, columns;  // accumulators: rows * columns registers of a vector each; two more hold operands
-};
-constexpr Tile avx512_tile = {8, 2};  // of 32 registers
-constexpr Tile avx2_tile = {4, 2};    // of 16
-
-Tile tile_of(const Target &t) { return t.has_feature(Target::AVX512_Skylake) ? avx512_tile : avx2_tile; }
 
 void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &target) {
     Var b("b"), h("h"), g("g"), c("c"), n("n"), i("i"), j("j"), d("d"), e("e"), s("s");

@@ -13,23 +13,17 @@
 // less.
 #include "../../generators/power.h"
 #include "../schedule.h"
+#include "tile.h"
 
 namespace {
 using namespace Halide;
 using namespace holdfast;
 
-struct Tile {
-    int rows, columns;  // accumulators: rows * columns registers of a vector each
-};
-constexpr Tile avx512_tile = {8, 2};  // of 32 registers
-constexpr Tile avx2_tile = {4, 2};    // of 16
 constexpr int phi_rows = 32;      // of phi of the queries that are in L1, with a block of features; so many rows of the state
 constexpr int phi_features = 16;  // of phi of the keys, with all rows: two tiles or more, or it takes twice the time
 constexpr int den_lanes = 4;      // of a block's sum of weights: one would wait for itself
 constexpr int strip = 32;         // rows whose weights are at hand
 constexpr int score_keys = 8;     // of a tile of scores; two vectors of rows
-
-Tile tile_of(const Target &t) { return t.has_feature(Target::AVX512_Skylake) ? avx512_tile : avx2_tile; }
 
 void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &target) {
     Var b("b"), h("h"), g("g"), i("i"), j("j"), d("d"), f("f"), e("e"), u("u");
