@@ -29,11 +29,13 @@ test-ci: environment-test ## C and C++ tests of variants of each kind
 	ctest --preset ci
 
 test-asan: environment-test ## The tests under the address and undefined-behaviour sanitizers
-	@$(call build,asan)
+	@$(call build,ci,holdfast_generators)
+	@$(call build,asan,,$(generators))
 	ctest --preset asan
 
 test-tsan: environment-test ## The tests of threads under the thread sanitizer
-	@$(call build,tsan,context_test)
+	@$(call build,ci,holdfast_generators)
+	@$(call build,tsan,context_test,$(generators))
 	ctest --preset tsan --label-regex threads
 
 test-python: environment-test ## The Python tests
@@ -59,6 +61,8 @@ environment-%:
 
 # $(call build,PRESET[,TARGETS[,OPTIONS]]): configure once (Ninja configures again when it must), then build.
 build = { test -e build/$1/build.ninja || cmake --preset $1 $3; } && cmake --build --preset $1 $(if $2,--target $2)
+
+generators = -Dholdfast-halide_generators_ROOT=$(CURDIR)/build/ci/cmake
 
 .PHONY: help demo test test-all test-variants test-ci test-asan test-tsan test-python bench lint tidy clean
 .NOTPARALLEL:

@@ -17,9 +17,9 @@ function(holdfast_apple_objects name kernel)
       add_dependencies(holdfast_apple_objects holdfast_apple_objects_${system})
     endif()
     add_custom_command(OUTPUT ${folder}/${name}.o ${folder}/${name}.h ${folder}/${name}.device_code
-      COMMAND holdfast_generators -g ${kernel} -f ${name} -n ${name} -o ${folder} -e object,c_header,device_code
+      COMMAND ${holdfast_generators} -g ${kernel} -f ${name} -n ${name} -o ${folder} -e object,c_header,device_code
         target=${system}-metal-user_context-no_runtime ${ARGN}
-      DEPENDS holdfast_generators VERBATIM)
+      DEPENDS ${holdfast_generators} VERBATIM)
     add_custom_target(holdfast_apple_objects_${system}_${name} DEPENDS ${folder}/${name}.o)
     add_dependencies(holdfast_apple_objects holdfast_apple_objects_${system}_${name})
   endforeach()

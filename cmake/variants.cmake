@@ -151,7 +151,7 @@ foreach(target IN LISTS holdfast_targets)
   set(chunk_table nullptr)
   if(NOT backend STREQUAL "cpu")
     set(chunk_table chunk_table_${target})
-    add_halide_library(${chunk_table} FROM holdfast_generators GENERATOR chunk_table
+    add_halide_library(${chunk_table} FROM ${holdfast_generators} GENERATOR chunk_table
       TARGETS ${holdfast_halide_target_${target}} USE_RUNTIME holdfast_halide_runtime)
     target_link_libraries(holdfast_kernels INTERFACE ${chunk_table})
     string(APPEND kernels_h "#include \"${chunk_table}.h\"\n")
@@ -194,7 +194,7 @@ foreach(target IN LISTS holdfast_targets)
       set(metal_text DEVICE_CODE metal_text_file)  # for the test that Apple's objects have the same
       holdfast_apple_objects(${name} ${kernel} ${params})
     endif()
-    add_halide_library(${name} FROM holdfast_generators GENERATOR ${kernel}
+    add_halide_library(${name} FROM ${holdfast_generators} GENERATOR ${kernel}
       TARGETS ${holdfast_halide_target_${target}} USE_RUNTIME holdfast_halide_runtime
       PARAMS ${params} ${metal_text})
     target_link_libraries(holdfast_kernels INTERFACE ${name})

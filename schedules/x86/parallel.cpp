@@ -44,7 +44,8 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &target) {
             .split(d, doo, di, 4, TailStrategy::RoundUp)
             .reorder(di, i, doo)
             .vectorize(di)
-            .unroll(i, vec);
+            .unroll(i, vec)
+            .never_partition_all();
         w.factor.compute_at(at).vectorize(i, vec);
         for (Func x : {w.own_sum, w.initial_sum}) x.compute_at(at).vectorize(i, vec).update().vectorize(i, vec);
     };

@@ -10,9 +10,11 @@ import venv
 import zipfile
 from pathlib import Path
 
+import holdfast
 import numpy as np
 
 SOURCE = Path(__file__).resolve().parents[2]
+BUILD = Path(holdfast.__file__).parents[2]  # of the package under test: <build>/python/holdfast
 
 SCRIPT = """
 import importlib.util, sys
@@ -49,11 +51,12 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 def test_wheel(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    # In the build tree, so that a second run has next to nothing to compile.
+    # In the build tree, so that a second run has next to nothing to compile; with the generators that the build has.
     settings = {
         "build-dir": SOURCE / "build" / "wheel",
         "cmake.define.HOLDFAST_TARGETS": "generic",
         "cmake.define.HOLDFAST_SIZES": "any",
+        "cmake.define.holdfast-halide_generators_ROOT": BUILD / "cmake",
     }
     options = [f"--config-settings={name}={value}" for name, value in settings.items()]
     run(*pip, "wheel", SOURCE, "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, *options, cwd=tmp_path)
