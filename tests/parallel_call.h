@@ -82,7 +82,9 @@ public:
         // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
         for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bz, &bo, &bS, &bZ, &bw}) buffer->set_host_dirty();
         std::vector<halide_buffer_t *> empty;
-        if (gpu) ASSERT_EQ(bq.device_malloc(gpu), 0);
+        if (gpu) {
+            ASSERT_EQ(bq.device_malloc(gpu), 0);
+        }
         for (Buffer *buffer : {&bs, &bz, &bS, &bZ, &bw}) {
             if (!gpu || buffer->number_of_elements()) continue;
             empty.push_back(buffer->raw_buffer());

@@ -8,7 +8,8 @@ import pytest
 from holdfast import bench, peers
 from holdfast.peers import Absent, Inputs, Peer
 
-SHAPES = [(1, 1, 1, 4, 4), (2, 70, 3, 16, 8), (1, 256, 2, 32, 32)]  # one token; a partial last chunk; only full ones
+# One token; a partial last chunk; only full ones; and both of degree 2.
+SHAPES = [(1, 1, 1, 4, 4), (2, 70, 3, 16, 8), (1, 256, 2, 32, 32), (2, 70, 3, 32, 8, 2), (1, 256, 2, 16, 16, 2)]
 
 
 def run_bench(*arguments: str) -> int:
@@ -24,7 +25,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "QUICK", [(1, 40, 2, 8, 8), (1, 7, 1, 4, 12)])
+    monkeypatch.setattr(bench, "QUICK", [(1, 40, 2, 8, 8, 1), (1, 7, 1, 4, 12, 2)])
     monkeypatch.setattr(bench, "SECONDS_PER_TURN", 0.001)
 
 
@@ -36,30 +37,31 @@ def test_quick_without_peers(brief, nothing_installed, tmp_path, capsys):
     assert report["versions"]["holdfast"] and report["date"]
     assert [tuple(result["shape"].values()) for result in report["results"]] == bench.QUICK
     for result in report["results"]:
-        (ours,) = result["times"]
-        assert (
-            ours["name"] == "Holdfast"
-            and ours["how"].startswith(("chunkwise_f32_", "recurrent_f32_"))
-            and "1 threads" in ours["how"]
-        )
+        ours, steps = result["times"]
+        assert ours["name"] == "Holdfast" and steps["name"] == peers.STEPS and steps["correct"]
+        assert ours["how"].startswith(("chunkwise_f32_", "recurrent_f32_", "power_f32_", "power_step_f32_"))
+        assert "1 threads" in ours["how"]
         assert ours["correct"] and ours["relative_error"] < bench.TOLERANCE and ours["ratio"] == 1
         assert 0 < ours["best_ms"] == min(ours["all_ms"]) <= ours["median_ms"] and len(ours["all_ms"]) >= 2
         absent = {peer["name"]: peer["reason"] for peer in result["absent"]}
-        assert set(absent) == {peers.ORT, peers.EAGER, peers.COMPILED, peers.ATTENTION}
-        assert all("pip install" in reason for reason in absent.values())
+        assert set(absent) == {peers.ORT, peers.EAGER, peers.COMPILED, peers.ATTENTION, peers.SGEMM}
+        of_no_degree_2 = {"has no degrees", "of degree 1, and of degree 2 for K a multiple of 16"}
+        assert all("pip install" in reason or reason in of_no_degree_2 for reason in absent.values())
     table = capsys.readouterr().out
-    assert "Holdfast" in table and table.count("not installed; pip install torch") == 2 * 3
+    assert "Holdfast" in table and table.count("not installed; pip install torch") == 4 + 2
 
 
 def test_a_wrong_result_fails(brief, nothing_installed, monkeypatch, capsys):
     right = peers.retention
-    monkeypatch.setattr(peers, "retention", lambda *a, out: np.multiply(right(*a, out=out), 1.001, out=out))
+    monkeypatch.setattr(peers, "retention", lambda *a, out, **b: np.multiply(right(*a, out=out, **b), 1.001, out=out))
     assert run_bench("--shapes", "1,40,2,8,8", "--repeats", "1") == 1
     captured = capsys.readouterr()
     assert "WRONG RESULT" in captured.out and "Holdfast" in captured.err
 
 
-@pytest.mark.parametrize("text", ["1,2,3,4", "1,2,3,4,x", "0,1,1,1,1", "1,1,1,1,-1", ""])
+@pytest.mark.parametrize(
+    "text", ["1,2,3,4", "1,2,3,4,x", "0,1,1,1,1", "1,1,1,1,-1", "1,1,1,1,1,5", "1,1,1,1,1,1,1", ""]
+)
 def test_bad_shapes(text, capsys):
     with pytest.raises(SystemExit):
         run_bench("--shapes", text)
@@ -75,21 +77,26 @@ def test_bad_numbers(option, capsys):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference(shape):
-    """The double reference against the parallel form: every score written out."""
+    """The double references against the parallel form: every score written out."""
     x = Inputs.random(*shape)
     total = np.cumsum(x.log_decay[0, :, -1], dtype=np.float64)
-    gates = np.exp(total[:, None] - total)
     scores = x.q[0, :, -1].astype(np.float64) @ x.k[0, :, -1].T * x.scale
-    expected = np.tril(scores * gates) @ x.v[0, :, -1]
-    np.testing.assert_allclose(peers.reference(x, [(0, shape[2] - 1)])[0], expected, rtol=1e-9, atol=1e-12)
+    weights = np.tril(scores**x.degree * np.exp(total[:, None] - total))
+    expected, head = weights @ x.v[0, :, -1], [(0, shape[2] - 1)]
+    if x.degree > 1:
+        expected = (expected / weights.sum(1, keepdims=True))[-peers.LAST_ROWS :]
+    found = peers.reference(x, head) if x.degree == 1 else peers.power_reference(x, head)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-9, atol=1e-12)
 
 
 PREPARE = {
     "holdfast": lambda x: peers.holdfast(x, 1),
+    "steps": lambda x: peers.holdfast_steps(x, 1),
     "onnxruntime": lambda x: peers.onnx_runtime(x, 1),
     "eager": lambda x: peers.torch_chunkwise(x, 1),
     "compiled": lambda x: peers.torch_chunkwise(x, 1, compiled=True),
     "attention": lambda x: peers.torch_attention(x, 1),
+    "sgemm": lambda x: peers.torch_product(x, 1, peers.holdfast(x, 1)),
 }
 
 
@@ -103,21 +110,22 @@ def test_peers_agree_with_the_reference(name, shape):
     assert isinstance(peer, Peer)
     for _ in range(2):  # a run leaves nothing behind that changes the next
         peer.run()
-        assert peer.result().shape == x.v.shape
+        assert name == "sgemm" or peer.result().shape == x.v.shape
         assert bench.check(x, [peer] if name == "holdfast" else [peers.holdfast(x, 1), peer])[peer.name] < 2e-6
 
 
 @pytest.mark.skipif(peers.missing("torch") is not None, reason="PyTorch is not installed")
-@pytest.mark.parametrize("segment", [peers.eager_segment, peers.functional_segment])
+@pytest.mark.parametrize("segment", [peers.eager_segment, peers.functional_segment, peers.power_segment])
 def test_torch_state_is_carried(segment):
-    whole = Inputs.random(2, 192, 2, 16, 24)
+    degree = 2 if segment == peers.power_segment else 1
+    whole = Inputs.random(2, 192, 2, 16, 24, degree)
     parts = [
-        Inputs(*(a[:, part] for a in (whole.q, whole.k, whole.v, whole.log_decay)))
+        Inputs(*(a[:, part] for a in (whole.q, whole.k, whole.v, whole.log_decay)), degree)
         for part in (slice(64), slice(64, None))
     ]
     first, second = (peers.TorchChunkwise(part, 32, 2, segment) for part in parts)
     second.state = first.run()
     second.run()
-    expected = peers.reference(whole, [(1, 1)])[0]
+    expected = (peers.reference if degree == 1 else peers.power_reference)(whole, [(1, 1)])[0]
     result = np.concatenate([first.result(), second.result()], axis=1)[1, :, 1]
-    assert peers.relative_rms(result, expected) < 2e-6
+    assert peers.relative_rms(result[-len(expected) :], expected) < 2e-6

@@ -25,19 +25,31 @@ import numpy as np
 from . import get_num_threads, info, peers, set_num_threads
 from .peers import Absent, Inputs, Peer
 
-Shape = tuple[int, int, int, int, int]  # B, T, H, K, V
+Shape = tuple[int, int, int, int, int, int]  # B, T, H, K, V, degree
 
-QUICK: list[Shape] = [(1, 4096, 8, 64, 64), (1, 4096, 8, 128, 128)]
+QUICK: list[Shape] = [(1, 4096, 8, 64, 64, 1), (1, 4096, 8, 128, 128, 1)]
 DEFAULT: list[Shape] = [
     *QUICK,
-    (1, 4096, 8, 32, 32),
-    (1, 4096, 8, 128, 256),
-    (1, 4096, 8, 256, 256),
-    (1, 4096, 8, 80, 80),
-    (4, 1024, 8, 64, 64),
-    (1, 1, 8, 64, 64),
-    (1, 256, 8, 64, 64),
-    (1, 65536, 8, 64, 64),
+    (1, 4096, 8, 32, 32, 1),
+    (1, 4096, 8, 128, 256, 1),
+    (1, 4096, 8, 256, 256, 1),
+    (1, 4096, 8, 80, 80, 1),
+    (4, 1024, 8, 64, 64, 1),
+    (1, 1, 8, 64, 64, 1),
+    (1, 1, 8, 128, 128, 1),
+    (1, 16, 8, 64, 64, 1),
+    (1, 256, 8, 64, 64, 1),
+    (1, 2048, 8, 64, 64, 1),
+    (1, 16384, 8, 64, 64, 1),
+    (1, 65536, 8, 64, 64, 1),
+    # The heads of RetNet 1.3B, 2.7B and 6.7B.
+    (1, 2048, 8, 256, 512, 1),
+    (1, 2048, 10, 256, 512, 1),
+    (1, 2048, 16, 256, 512, 1),
+    # Power retention.
+    (1, 4096, 4, 64, 64, 2),
+    (1, 16384, 4, 64, 64, 2),
+    (1, 1, 4, 64, 64, 2),
 ]
 
 # Agreement of two fp32 implementations of the same sums in different order, relative RMS; measured: below 1e-6.
@@ -49,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `holdfast bench` to `parser`."""
     parser.add_argument("--quick", action="store_true", help="only B1 T4096 H8, K = V = 64 and 128")
     parser.add_argument(
-        "--shapes", nargs="+", type=parse_shape, metavar="B,T,H,K,V", help="these shapes, e.g. 1,4096,8,64,64"
+        "--shapes",
+        nargs="+",
+        type=parse_shape,
+        metavar="B,T,H,K,V[,DEGREE]",
+        help="these shapes, e.g. 1,4096,8,64,64, or 1,4096,8,64,64,2 for power retention",
     )
     parser.add_argument("--threads", type=positive, help="at work in every implementation (default: one per core)")
     parser.add_argument(
@@ -67,14 +83,15 @@ def positive(text: str) -> int:
 
 
 def parse_shape(text: str) -> Shape:
-    """The numbers of "B,T,H,K,V"."""
+    """The numbers of "B,T,H,K,V" or "B,T,H,K,V,DEGREE"."""
     try:
-        B, T, H, K, V = (int(part) for part in text.split(","))
+        B, T, H, K, V, *rest = (int(part) for part in text.split(","))
+        (degree,) = rest or (1,)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}'; expected B,T,H,K,V such as 1,4096,8,64,64") from None
-    if min(B, T, H, K, V) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}'; expected numbers of at least 1")
-    return B, T, H, K, V
+    if min(B, T, H, K, V, degree) < 1 or degree > 4:
+        raise argparse.ArgumentTypeError(f"'{text}'; expected numbers of at least 1, and a degree of at most 4")
+    return B, T, H, K, V, degree
 
 
 def run(args: argparse.Namespace) -> int:
@@ -144,10 +161,12 @@ def compare(x: Inputs, threads: int, turns: int) -> dict[str, Any]:
     absent: list[Absent] = []
     for name, prepare in {
         peers.OURS: lambda: peers.holdfast(x, threads),
+        peers.STEPS: lambda: peers.holdfast_steps(x, threads),
         peers.ORT: lambda: peers.onnx_runtime(x, threads),
         peers.EAGER: lambda: peers.torch_chunkwise(x, threads),
         peers.COMPILED: lambda: peers.torch_chunkwise(x, threads, compiled=True),
         peers.ATTENTION: lambda: peers.torch_attention(x, threads),
+        peers.SGEMM: lambda: peers.torch_product(x, threads, ready[0]),
     }.items():
         progress(f"preparing {name}")
         peer = prepare()
@@ -177,7 +196,7 @@ def compare(x: Inputs, threads: int, turns: int) -> dict[str, Any]:
         )
     B, T, H, K, V = x.shape
     return {
-        "shape": {"B": B, "T": T, "H": H, "K": K, "V": V},
+        "shape": {"B": B, "T": T, "H": H, "K": K, "V": V, "degree": x.degree},
         "threads": threads,
         "times": rows,
         "absent": [{"name": peer.name, "reason": peer.reason} for peer in absent],
@@ -187,23 +206,21 @@ def compare(x: Inputs, threads: int, turns: int) -> dict[str, Any]:
 def check(x: Inputs, ready: list[Peer]) -> dict[str, float]:
     """Relative RMS error of everyone against the definition in double, on the heads that forget fastest and slowest; of
     the peers also the difference from Holdfast on all heads, whichever is larger."""
-    B, _, H, _, _ = x.shape
-    heads = sorted({(0, 0), (B - 1, H - 1)})
-    expected, attention = peers.reference(x, heads), None
+    heads = peers.sample(x)
+    expected = peers.reference(x, heads) if x.degree == 1 else peers.power_reference(x, heads)
     errors: dict[str, float] = {}
     ours = np.empty(0)
     for peer in ready:
         progress(f"checking {peer.name}")
         peer.run()
         result = peer.result()
-        sample = np.stack([result[b, :, h] for b, h in heads])
-        if not peer.is_retention:
-            attention = peers.attention_reference(x, heads) if attention is None else attention
-            errors[peer.name] = peers.relative_rms(sample[:, -attention.shape[1] :], attention)
+        if peer.error:
+            errors[peer.name] = peer.error(result)
             continue
         if peer.name == peers.OURS:
-            ours = result
-        errors[peer.name] = max(peers.relative_rms(sample, expected), peers.relative_rms(result, ours))
+            ours = result.copy()
+        rows = peers.of_heads(result, heads)[:, -expected.shape[1] :]
+        errors[peer.name] = max(peers.relative_rms(rows, expected), peers.relative_rms(result, ours))
     return errors
 
 

@@ -16,17 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from . import decay, retention, set_num_threads, set_verbose
+from . import decay, info, retention, retention_step, set_num_threads, set_verbose, state_size
 
 CHUNKS = (32, 64, 128)  # tried for every chunkwise peer
+POWER_CHUNKS = (64, 128, 256, 512, 1024)  # and for those of degree 2, whose states are large
 TOKENS_AT_A_TIME = (256, 512)  # tried for PyTorch, besides all at once: fewer stay in cache, more are fewer calls
 OURS = "Holdfast"
+STEPS = "Holdfast, a call for each token"
 ORT = "ONNX Runtime LinearAttention"
 EAGER = "PyTorch chunkwise, eager"
 COMPILED = "PyTorch chunkwise, torch.compile"
 ATTENTION = "PyTorch attention"
+SGEMM = "PyTorch matrix product of as many operations"
 
 LONGEST_ATTENTION = 16384  # its time grows with T^2
+MOST_STEPS = 4096
 
 
 def aligned(shape: tuple[int, ...]) -> np.ndarray:
@@ -39,15 +43,17 @@ def aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k `[B, T, H, K]`, v `[B, T, H, V]`, log_decay `[B, T, H]`, fp32 and contiguous."""
+    """q, k `[B, T, H, K]`, v `[B, T, H, V]`, log_decay `[B, T, H]`, fp32 and contiguous; of degree 2, out is divided by
+    the sum of weights."""
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     log_decay: np.ndarray
+    degree: int = 1
 
     @classmethod
-    def random(cls, B: int, T: int, H: int, K: int, V: int, seed: int = 0) -> Inputs:
+    def random(cls, B: int, T: int, H: int, K: int, V: int, degree: int = 1, seed: int = 0) -> Inputs:
         """Normal q, k, v; RetNet's decay of each head times a number from 0.5 to 1.5 per token. Decays near 1 hide no
         error between chunks."""
         rng = np.random.default_rng(seed)
@@ -56,7 +62,7 @@ class Inputs:
             rng.standard_normal(dtype=np.float32, out=x)
         log_decay = aligned((B, T, H))
         log_decay[...] = decay(H) * rng.uniform(0.5, 1.5, log_decay.shape)
-        return cls(q, k, v, log_decay)
+        return cls(q, k, v, log_decay, degree)
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -77,7 +83,7 @@ class Peer:
     result: Callable[[], np.ndarray]
     how: str = ""
     layout_seconds: float = 0.0  # to convert from and to [B, T, H, size], which `run` leaves out
-    is_retention: bool = True
+    error: Callable[[np.ndarray], float] | None = None  # of a result, where that is not to be retention's
     tried: dict[str, float] = field(default_factory=dict)  # best seconds of each setting that was tried
 
 
@@ -119,7 +125,7 @@ def holdfast(x: Inputs, threads: int) -> Peer:
     out = aligned(x.v.shape)
 
     def run() -> None:
-        retention(x.q, x.k, x.v, x.log_decay, out=out)
+        retention(x.q, x.k, x.v, x.log_decay, degree=x.degree, out=out)
 
     lines: list[str] = []
     set_verbose(lines.append)
@@ -128,12 +134,35 @@ def holdfast(x: Inputs, threads: int) -> Peer:
     return Peer(OURS, run, lambda: out, how=lines[0].removeprefix("forward: "))
 
 
+def holdfast_steps(x: Inputs, threads: int) -> Peer | Absent:
+    """What a model does that generates: a call for each token, the state in place."""
+    B, T, H, K, V = x.shape
+    if T > MOST_STEPS:
+        return Absent(STEPS, f"left out above T = {MOST_STEPS}")
+    set_num_threads(threads)
+    out = aligned(x.v.shape)
+    tokens = [tuple(a[:, t] for a in (x.q, x.k, x.v, x.log_decay, out)) for t in range(T)]
+    D = state_size(K, x.degree)
+    state, sum_of_keys = aligned((B, H, D, V)), aligned((B, H, D)) if x.degree > 1 else None
+
+    def run() -> None:
+        state[...] = 0
+        if sum_of_keys is not None:
+            sum_of_keys[...] = 0
+        for q, k, v, log_decay, y in tokens:
+            retention_step(q, k, v, log_decay, state, sum_of_keys, degree=x.degree, out=y)
+
+    return Peer(STEPS, run, lambda: out, how=f"{T} calls of retention_step")
+
+
 # ---- ONNX Runtime ------------------------------------------------------------------------------------------
 
 
 def onnx_runtime(x: Inputs, threads: int) -> Peer | Absent:
     """The contrib operator com.microsoft.LinearAttention, rule "gated". It takes [B, T, H * size] as it is; inputs and
     outputs are bound beforehand, so that a run copies nothing."""
+    if x.degree > 1:
+        return Absent(ORT, "has no degrees")
     if reason := missing("onnx", "onnxruntime"):
         return Absent(ORT, reason)
     import onnxruntime
@@ -228,6 +257,37 @@ def functional_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, sta
     return state
 
 
+def power_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any, out: Any) -> Any:
+    """N chunks of power retention of degree 2, divided by the sum of weights, as Buckman, Gelada and Zhang publish it
+    (arXiv:2507.04239): keys and queries expanded in blocks of 16, the states of all chunks, and the weights inside a
+    chunk. Shapes as for `eager_segment`; state [heads, D, V + 1], the sum of keys in its last column."""
+    import torch
+
+    N, heads, C, K = q.shape
+    V = v.shape[-1]
+    first, second = torch.triu_indices(K // 16, K // 16)
+    factor = torch.where(first == second, 1.0, 2.0**0.5)[:, None]
+
+    def expanded(x: Any) -> Any:
+        blocks = x.unflatten(-1, (-1, 16))
+        return ((blocks[..., first, :] * factor).unsqueeze(-1) * blocks[..., second, :].unsqueeze(-2)).flatten(-3)
+
+    total = log_decay.cumsum(-1)  # log decay from the start of the chunk
+    values = torch.nn.functional.pad(v, (0, 1), value=1.0)  # 1: what sums the weights
+    q = q * scale
+    weights = (total.unsqueeze(-1) - total.unsqueeze(-2)).exp().tril() * (q @ k.mT).square()
+    contribution = (expanded(k) * (total[..., -1:] - total).exp().unsqueeze(-1)).mT @ values
+    chunk_decay = total[..., -1].exp()[..., None, None]
+    states = []
+    for c in range(N):
+        states.append(state)
+        state = chunk_decay[c] * state + contribution[c]
+    inter = (expanded(q) * total.exp().unsqueeze(-1)) @ torch.stack(states)
+    both = inter + weights @ values
+    out.copy_(both[..., :V] / both[..., V:])
+    return state
+
+
 class TorchChunkwise:
     """Retention by PyTorch in chunks of `chunk`, `at_a_time` chunks to a call of `segment`, with the state carried."""
 
@@ -243,7 +303,8 @@ class TorchChunkwise:
         )
         self.given = tuple(torch.from_numpy(a) for a in (x.q, x.k, x.v, x.log_decay))
         self.returned = torch.empty(B, T, H, V)
-        self.state = torch.zeros(B * H, K, V)  # what the next run starts from
+        state = (K, V) if x.degree == 1 else (state_size(K, 2, "tiled"), V + 1)
+        self.state = torch.zeros(B * H, *state)  # what the next run starts from
         self.load()
 
     def parts(self, chunked: Any, plain: Any) -> Iterable[tuple[Any, Any]]:
@@ -285,13 +346,16 @@ class TorchChunkwise:
 
 
 def fastest_chunkwise(
-    x: Inputs, tokens_at_a_time: Iterable[int], segment: Callable[..., Any] = eager_segment
+    x: Inputs,
+    tokens_at_a_time: Iterable[int],
+    segment: Callable[..., Any] = eager_segment,
+    chunks: Iterable[int] = CHUNKS,
 ) -> tuple[TorchChunkwise, dict[str, float]]:
     """The chunk size, and number of chunks at a time, that take least time on `x`; and the seconds of all that were
     tried, by "chunk x number"."""
     T = x.shape[1]
     best, tried = None, {}
-    for chunk in sorted({min(chunk, T) for chunk in CHUNKS}):
+    for chunk in sorted({min(chunk, T) for chunk in chunks}):
         for at_a_time in sorted({max(1, min(tokens, T) // chunk) for tokens in tokens_at_a_time}):
             candidate = TorchChunkwise(x, chunk, at_a_time, segment)
             seconds = tried[f"{chunk}x{at_a_time}"] = best_seconds(candidate.run)
@@ -305,22 +369,29 @@ def torch_chunkwise(x: Inputs, threads: int, compiled: bool = False) -> Peer | A
     """The chunkwise form by PyTorch, in the layout and with the chunks that suit it best; `compiled`: through
     torch.compile."""
     name = COMPILED if compiled else EAGER
+    if x.degree > 2 or (x.degree == 2 and x.shape[3] % 16):
+        return Absent(name, "of degree 1, and of degree 2 for K a multiple of 16")
     if reason := missing("torch"):
         return Absent(name, reason)
     import torch
 
     torch.set_num_threads(threads)
+    eager, functional, chunks = eager_segment, functional_segment, CHUNKS
+    if x.degree == 2:
+        eager, functional, chunks = power_segment, power_segment, POWER_CHUNKS
     if compiled:
         # One compilation per setting and size, each for fixed shapes; past the limit PyTorch would quietly run eager.
         torch._dynamo.config.recompile_limit = 256
-        segment = torch.compile(functional_segment, dynamic=False, fullgraph=True)
+        segment = torch.compile(functional, dynamic=False, fullgraph=True)
         try:
             # Longer segments unroll the scan over more chunks: slow to compile, and slower.
-            best, tried = fastest_chunkwise(x, TOKENS_AT_A_TIME[:1], segment)
+            best, tried = fastest_chunkwise(x, TOKENS_AT_A_TIME[:1], segment, chunks)
         except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for one
             return Absent(name, "failed: " + str(error).strip().splitlines()[0])
     else:
-        best, tried = fastest_chunkwise(x, (*TOKENS_AT_A_TIME, x.shape[1]))
+        # Expanded keys of all tokens would fill the memory.
+        tokens_at_a_time = (*TOKENS_AT_A_TIME, x.shape[1]) if x.degree == 1 else TOKENS_AT_A_TIME
+        best, tried = fastest_chunkwise(x, tokens_at_a_time, eager, chunks)
 
     def convert() -> None:
         best.load()
@@ -346,11 +417,60 @@ def torch_attention(x: Inputs, threads: int) -> Peer | Absent:
         with torch.inference_mode():
             last[:] = [torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=x.scale)]
 
+    def error(result: np.ndarray) -> float:
+        return relative_rms(of_heads(result, sample(x))[:, -LAST_ROWS:], attention_reference(x, sample(x)))
+
     how = "another function: softmax, no decay, T^2; laid out [B, H, T, size]"
-    return Peer(ATTENTION, run, lambda: last[0].transpose(1, 2).numpy(), how, is_retention=False)
+    return Peer(ATTENTION, run, lambda: last[0].transpose(1, 2).numpy(), how, error=error)
+
+
+def operations(x: Inputs, chunk: int) -> float:
+    """Of `x` in chunks, a multiplication and an addition two: those with the state, and the causal half of what is
+    inside a chunk."""
+    B, T, H, K, V = x.shape
+    sums = x.degree > 1  # of weights: a column of values more
+    return B * H * T * (4.0 * state_size(K, x.degree) * (V + sums) + (min(chunk, T) + 1) * (K + V + sums))
+
+
+def torch_product(x: Inputs, threads: int, ours: Peer) -> Peer | Absent:
+    """A matrix product with as many operations as `ours` has: how fast the machine is when nothing else is to be done.
+    2048 terms for each of 2048 columns, as many rows as it takes."""
+    size = 2048
+    (chunk,) = (v["chunk"] or 1 for v in info()["variants"] if v["name"] == ours.how.split()[0])
+    rows = round(operations(x, chunk) / (2 * size**2))
+    if reason := missing("torch"):
+        return Absent(SGEMM, reason)
+    if rows < 64:
+        return Absent(SGEMM, "left out for so few operations")
+    import torch
+
+    torch.set_num_threads(threads)
+    left, right = (
+        torch.from_numpy(np.random.default_rng(0).standard_normal((n, size), np.float32)) for n in (rows, size)
+    )
+    out = torch.empty(rows, size)
+
+    def error(result: np.ndarray) -> float:
+        return relative_rms(result[:8], left[:8].double().numpy() @ right.double().numpy())
+
+    how = f"[{rows}, {size}] x [{size}, {size}]"
+    return Peer(SGEMM, lambda: torch.mm(left, right, out=out), out.numpy, how, error=error)
 
 
 # ---- What is right -----------------------------------------------------------------------------------------
+
+
+LAST_ROWS = 64  # those of which definitions with T^2 terms are summed
+
+
+def sample(x: Inputs) -> list[tuple[int, int]]:
+    """The (batch entry, head) that forgets fastest and the one that forgets slowest."""
+    return sorted({(0, 0), (x.shape[0] - 1, x.shape[2] - 1)})
+
+
+def of_heads(result: np.ndarray, heads: Iterable[tuple[int, int]]) -> np.ndarray:
+    """`[heads, T, V]` of `[B, T, H, V]`."""
+    return np.stack([result[b, :, h] for b, h in heads])
 
 
 def reference(x: Inputs, heads: Iterable[tuple[int, int]]) -> np.ndarray:
@@ -367,17 +487,28 @@ def reference(x: Inputs, heads: Iterable[tuple[int, int]]) -> np.ndarray:
     return out
 
 
-def attention_reference(x: Inputs, heads: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Causal softmax attention of the last (at most 64) tokens in double: `[heads, tokens, V]`."""
+def last_rows(x: Inputs, heads: Iterable[tuple[int, int]], weigh: Callable[..., np.ndarray]) -> np.ndarray:
+    """The last (at most LAST_ROWS) tokens in double, `[heads, tokens, V]`: the mean of values up to each, weighed by
+    `weigh(scores, log_decay)`, log_decay that from the key to the query."""
     result = []
     for b, h in heads:
-        q, k, v = (a[b, :, h].astype(np.float64) for a in (x.q, x.k, x.v))
-        T = len(q)
-        scores = q[-64:] @ k.T * x.scale
-        scores[np.arange(T) > np.arange(T)[-64:, None]] = -np.inf
-        weights = np.exp(scores - scores.max(1, keepdims=True))
+        q, k, v, log_decay = (a[b, :, h].astype(np.float64) for a in (x.q, x.k, x.v, x.log_decay))
+        scores, T = q[-LAST_ROWS:] @ k.T * x.scale, np.arange(len(q))
+        total = log_decay.cumsum()
+        weights = weigh(scores, total[-LAST_ROWS:, None] - total)
+        weights[T > T[-LAST_ROWS:, None]] = 0
         result.append(weights @ v / weights.sum(1, keepdims=True))
     return np.stack(result)
+
+
+def power_reference(x: Inputs, heads: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Retention of x's degree, divided by the sum of weights: `last_rows`."""
+    return last_rows(x, heads, lambda scores, log_decay: scores**x.degree * np.exp(np.minimum(log_decay, 0)))
+
+
+def attention_reference(x: Inputs, heads: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Causal softmax attention: `last_rows`."""
+    return last_rows(x, heads, lambda scores, _: np.exp(scores - scores.max(1, keepdims=True)))
 
 
 def relative_rms(result: np.ndarray, expected: np.ndarray) -> float:
