@@ -107,7 +107,7 @@ holdfast_kernel(power DTYPES f32 CHUNKS 64
     PARAMS degree=2)
 
 holdfast_kernel(power DTYPES f32 CHUNKS 64
-    SIZES 64x64 64x32
+    SIZES 64x64 64x32 128x128
     TARGETS avx512 avx2
     PARAMS degree=2)
 
