@@ -2,15 +2,16 @@
 // the keys. Rows, time, stand innermost on the left of every product; its right side is read as it lies. phi is formed a tile
 // at a time, in L1. Not parallel: the runtime spreads heads and columns of values over threads.
 //
-// One core of an Intel Xeon (Emerald Rapids), AVX-512, degree 2, 4096 tokens of 4 heads, chunks of 64, the kernel alone in turn with
-// PyTorch's sgemm of 2048^3 at 160 GFLOP/s, counting D (V + 1) and the causal half of chunks. The sum over chunks of the least time
-// that each took: K = V = 64 normalized in 62.3 ms, 144 GFLOP/s, 90% of sgemm; without normalization 147, 92%. Best whole runs on
-// this machine, which others share: 85%, rows coming from memory late. K = V = 32: 10.4 ms, 116 GFLOP/s; K = 16, V = 64, degree 3:
-// 26.7 ms, 134. K = V = 128, 2048 tokens: 333 ms, 105, 80% of sgemm in the same run. AVX2: 70. The products take 75% of the time, at 98% of the fp32 peak: ten loads for sixteen fused multiply-adds.
-// The rest: phi 5%, the state's decay and sum 4%, the chunk's own keys 3%, rows in and out 6%, sums of weights and of keys 3%.
-// Tried: chunks of 96 and 128, 4% slower, as L1 then does not hold a block's phi, values and rows of keys; phi of 16 or of 64 rows
-// at a time, 2%; blocks of 40, 52, 104, 160 features, two tiles of features before the next columns, transposing in registers: the same or
-// less.
+// One core of an Intel Xeon (Emerald Rapids), AVX-512, degree 2, 4096 tokens of 4 heads, chunks of 64, the kernel alone in
+// turn with PyTorch's sgemm of 2048^3 at 160 GFLOP/s, counting D (V + 1) and the causal half of chunks. The sum over chunks
+// of the least time that each took: K = V = 64 normalized in 62.3 ms, 144 GFLOP/s, 90% of sgemm; without normalization 147,
+// 92%. Best whole runs on this machine, which others share: 85%, rows coming from memory late. K = V = 32: 10.4 ms, 116
+// GFLOP/s; K = 16, V = 64, degree 3: 26.7 ms, 134. K = V = 128, 2048 tokens: 333 ms, 105, 80% of sgemm in the same run.
+// AVX2: 70. The products take 75% of the time, at 98% of the fp32 peak: ten loads for sixteen fused multiply-adds. The
+// rest: phi 5%, the state's decay and sum 4%, the chunk's own keys 3%, rows in and out 6%, sums of weights and of keys 3%.
+// Tried: chunks of 96 and 128, 4% slower, as L1 then does not hold a block's phi, values and rows of keys; phi of 16 or of
+// 64 rows at a time, 2%; blocks of 40, 52, 104, 160 features, two tiles of features before the next columns, transposing in
+// registers: the same or less.
 #include "../../generators/power.h"
 #include "../schedule.h"
 #include "tile.h"

@@ -111,7 +111,9 @@ def test_peers_agree_with_the_reference(name, shape):
     for _ in range(2):  # a run leaves nothing behind that changes the next
         peer.run()
         assert name == "sgemm" or peer.result().shape == x.v.shape
-        assert bench.check(x, [peer] if name == "holdfast" else [peers.holdfast(x, 1), peer])[peer.name] < 2e-6
+        # Of degree 2: products of expanded keys cancel where q.k is small beside |q| |k|.
+        limit = 2e-6 if x.degree == 1 else bench.TOLERANCE
+        assert bench.check(x, [peer] if name == "holdfast" else [peers.holdfast(x, 1), peer])[peer.name] < limit
 
 
 @pytest.mark.skipif(peers.missing("torch") is not None, reason="PyTorch is not installed")
