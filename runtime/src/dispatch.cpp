@@ -4,6 +4,7 @@
 #include "forward.h"
 #include "forward_gpu.h"
 #include "parallel.h"
+#include "parallel_gpu.h"
 #include "power.h"
 #include "power_gpu.h"
 #include "problem.h"
@@ -52,8 +53,9 @@ void check_state_layout(const Problem &p) {
 }
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
-    if (p.form == HOLDFAST_FORM_PARALLEL) return run_parallel(c, p, choice);
     check_state_layout(p);
+    if (p.form == HOLDFAST_FORM_PARALLEL)
+        return choice.backend == Backend::cpu ? run_parallel(c, p, choice) : parallel_on_gpu(c, p, choice);
     if (is_power(p)) return choice.backend == Backend::cpu ? run_power(c, "forward", p, choice) : power_on_gpu(c, p, choice);
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_RECURRENT:
@@ -96,9 +98,12 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
         *bytes = 0;
-        if (p.form == HOLDFAST_FORM_PARALLEL) return (void)parallel_variant(p, choice);
         check_state_layout(p);
         if (choice.backend == Backend::cpu) return;
+        if (p.form == HOLDFAST_FORM_PARALLEL) {
+            *bytes = parallel_workspace_on_gpu(c, p, choice);
+            return;
+        }
         if (is_power(p)) {
             *bytes = power_workspace_on_gpu(c, p, choice);
             return;

@@ -258,6 +258,7 @@ static bool in_place(const Tensor &final, const Tensor &initial) {
 Operands::Operands(const Run &run, const Problem &p)
     : run(run), p(p), q(run, p.q, true), k(run, p.k, true), v(run, p.v, true), log_decay(run, p.log_decay, true),
       initial(run, p.initial_state, true), initial_sum(run, p.initial_sum, true), out(run, p.out, false),
+      weights(run, p.weights, false),
       final(in_place(p.final_state, p.initial_state) ? initial : final_of_its_own.emplace(run, p.final_state, false)),
       final_sum(in_place(p.final_sum, p.initial_sum) ? initial_sum : final_sum_of_its_own.emplace(run, p.final_sum, false)) {}
 
@@ -265,6 +266,24 @@ void Operands::fetch() {
     out.fetch(run, p.out);
     final.fetch(run, p.final_state);
     final_sum.fetch(run, p.final_sum);
+    weights.fetch(run, p.weights);
+}
+
+/// Only `extent` elements of an axis, from `from` on.
+static void cut(Tensor &t, int axis, int64_t from, int64_t extent) {
+    if (!t.rank || t.empty()) return;
+    t.data += from * t.stride[axis] * t.dtype.bytes();
+    t.shape[axis] = extent;
+    if (extent == 0) t.low = t.high = 0;
+}
+
+Problem sequence_of(Problem p, int64_t s) {
+    const int64_t start = p.start(s), length = p.length(s);
+    for (Tensor *rows : {&p.q, &p.k, &p.v, &p.out}) cut(*rows, 1, start, length);
+    if (p.log_decay.rank == 3) cut(p.log_decay, 1, start, length);
+    for (Tensor *states : {&p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum}) cut(*states, 0, s, 1);
+    p.T = length, p.N = 1, p.starts.clear();
+    return p;
 }
 
 Part largest_part(const Problem &p, const Operands &x, int64_t bytes_of_a_head) {
@@ -274,6 +293,7 @@ Part largest_part(const Problem &p, const Operands &x, int64_t bytes_of_a_head) 
         for (const OnDevice *rows : {&x.q, &x.out}) most = std::max(most, span(rows->t, 2, batch, heads * p.group()));
         for (const OnDevice *states : {&x.initial, (const OnDevice *)&x.final, &x.initial_sum, (const OnDevice *)&x.final_sum})
             most = std::max(most, span(states->t, 1, p.packed() ? p.N : batch, heads));
+        most = std::max(most, span(x.weights.t, 1, batch, heads * p.group()));
         most = std::max(most, span(x.log_decay.t, x.log_decay.t.rank - 1, batch, heads));
         return most <= most_bytes && (double)bytes_of_a_head * batch * heads <= (double)most_bytes;
     };
@@ -310,8 +330,8 @@ void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64
 
 Problem nearest(Problem p) {
     if (!p.q.on_host())
-        for (Tensor *t :
-             {&p.q, &p.k, &p.v, &p.out, &p.log_decay, &p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum})
+        for (Tensor *t : {&p.q, &p.k, &p.v, &p.out, &p.log_decay, &p.initial_state, &p.final_state, &p.initial_sum,
+                          &p.final_sum, &p.weights})
             std::fill_n(t->stride, t == &p.log_decay ? t->rank : std::max(t->rank - 1, 0), 0);
     return p;
 }

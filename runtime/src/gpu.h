@@ -103,12 +103,15 @@ class Operands {
     std::optional<OnDevice> final_of_its_own, final_sum_of_its_own;
 
 public:
-    OnDevice q, k, v, log_decay, initial, initial_sum, out;
+    OnDevice q, k, v, log_decay, initial, initial_sum, out, weights;
     OnDevice &final, &final_sum;
 
     Operands(const Run &run, const Problem &p);
     void fetch();
 };
+
+/// Sequence s of packed ones, as a problem of its own.
+Problem sequence_of(Problem p, int64_t s);
 
 /// How many batch entries, and heads of keys or tokens of each, a call of the kernel has.
 struct Part {

@@ -19,24 +19,6 @@ int64_t chunk_of(const Problem &p, const Variant &variant) {
     return p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
 }
 
-/// Only `extent` elements of an axis, from `from` on.
-void cut(Tensor &t, int axis, int64_t from, int64_t extent) {
-    if (!t.rank || t.empty()) return;
-    t.data += from * t.stride[axis] * t.dtype.bytes();
-    t.shape[axis] = extent;
-    if (extent == 0) t.low = t.high = 0;
-}
-
-/// Sequence s of packed ones.
-Problem sequence_of(Problem p, int64_t s) {
-    const int64_t start = p.start(s), length = p.length(s);
-    for (Tensor *rows : {&p.q, &p.k, &p.v, &p.out}) cut(*rows, 1, start, length);
-    if (p.log_decay.rank == 3) cut(p.log_decay, 1, start, length);
-    for (Tensor *states : {&p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum}) cut(*states, 0, s, 1);
-    p.T = length, p.N = 1, p.starts.clear();
-    return p;
-}
-
 /// Launch everything for sequences of one length.
 void issue_chunks(const Run &run, const Problem &p, int64_t chunk) {
     // Without tokens there is one of zeros, which the state goes by.
@@ -59,7 +41,7 @@ void issue_chunks(const Run &run, const Problem &p, int64_t chunk) {
     std::optional<Memory> own_state, own_sum, unwanted_row;
     if (!p.final_state.rank) own_state.emplace(run, part.batch * part.of_each * D * V * (int64_t)sizeof(float));
     if (!p.final_sum.rank) own_sum.emplace(run, part.batch * part.of_each * D * (int64_t)sizeof(float));
-    if (nothing) unwanted_row.emplace(run, V * (int64_t)sizeof(float));
+    if (nothing || !p.out.rank) unwanted_row.emplace(run, V * (int64_t)sizeof(float));
 
     for (int64_t b = 0; b < p.B; b += part.batch)
         for (int64_t h = 0; h < p.Hk; h += part.of_each) {
@@ -78,10 +60,11 @@ void issue_chunks(const Run &run, const Problem &p, int64_t chunk) {
                                  {0, B, narrow(r.t, 0, B)}});
                 };
                 auto groups = [&](const OnDevice &r, const Memory *instead) {
-                    const halide_type_t type = halide_type(r.t.dtype);
-                    const int32_t size = (int32_t)r.t.shape[3];
-                    if (nothing)
-                        return View(*instead, 0, type, {{0, size, 1}, {0, 1, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
+                    const halide_type_t type = halide_type(p.q.dtype);
+                    const int32_t size = (int32_t)(&r == &x.out ? V : K);
+                    if (nothing || !r.t.rank)
+                        return View(*instead, 0, type,
+                                    {{0, size, 1}, {0, tokens, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
                     const int32_t head = narrow(r.t, 2, H * G);
                     return View(*r.memory, r.at(b, t, h * G), type,
                                 {{0, size, 1},
@@ -235,13 +218,7 @@ const Variant &checked_step_variant(const Problem &p, const Choice &choice) {
 }
 
 GpuCall call_of(const Problem &p, const Variant &variant) {
-    return {variant, p.tensors(),
-            [&](const Run &run) {
-                const int64_t chunk = chunk_of(p, run.variant);
-                if (!p.packed()) return issue_chunks(run, p, chunk);
-                for (int64_t s = 0; s < p.N; s++) issue_chunks(run, sequence_of(p, s), chunk);
-            },
-            p.workspace, "holdfast_workspace_size"};
+    return {variant, p.tensors(), [&](const Run &run) { issue_power(run, p); }, p.workspace, "holdfast_workspace_size"};
 }
 
 GpuCall step_call_of(const Problem &p, const Variant &variant) {
@@ -249,6 +226,12 @@ GpuCall step_call_of(const Problem &p, const Variant &variant) {
 }
 
 }  // namespace
+
+void issue_power(const Run &run, const Problem &p) {
+    const int64_t chunk = chunk_of(p, run.variant);
+    if (!p.packed()) return issue_chunks(run, p, chunk);
+    for (int64_t s = 0; s < p.N; s++) issue_chunks(run, sequence_of(p, s), chunk);
+}
 
 void power_on_gpu(holdfast_context &c, const Problem &p, const Choice &choice) {
     const Variant &variant = checked_variant(p, choice);
