@@ -53,9 +53,9 @@ void check_state_layout(const Problem &p) {
 }
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
-    check_state_layout(p);
     if (p.form == HOLDFAST_FORM_PARALLEL)
         return choice.backend == Backend::cpu ? run_parallel(c, p, choice) : parallel_on_gpu(c, p, choice);
+    check_state_layout(p);
     if (is_power(p)) return choice.backend == Backend::cpu ? run_power(c, "forward", p, choice) : power_on_gpu(c, p, choice);
     switch (choose_form(p, choice)) {
     case HOLDFAST_FORM_RECURRENT:
@@ -98,12 +98,12 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
         *bytes = 0;
-        check_state_layout(p);
-        if (choice.backend == Backend::cpu) return;
         if (p.form == HOLDFAST_FORM_PARALLEL) {
-            *bytes = parallel_workspace_on_gpu(c, p, choice);
+            if (choice.backend != Backend::cpu) *bytes = parallel_workspace_on_gpu(c, p, choice);
             return;
         }
+        check_state_layout(p);
+        if (choice.backend == Backend::cpu) return;
         if (is_power(p)) {
             *bytes = power_workspace_on_gpu(c, p, choice);
             return;

@@ -117,6 +117,11 @@ void check(const Problem &p, const Choice &choice) {
     if (p.packed() && p.weights.rank)
         fail(HOLDFAST_UNSUPPORTED, "weights and cu_seqlens are given and the backend is ", name_of(choice.backend),
              "; expected one of them, or the CPU");
+    for (const Tensor *state : {&p.initial_state, &p.final_state})
+        if (state->rank && !state->on_host() && state->shape[3] > 1 && state->stride[3] != 1)
+            fail(HOLDFAST_UNSUPPORTED,
+                 "form is HOLDFAST_FORM_PARALLEL and state_layout HOLDFAST_STATE_VALUE_MAJOR; expected key-major on ",
+                 describe(state->device));
     if (p.expansion == HOLDFAST_EXPANSION_TILED)
         fail(HOLDFAST_UNSUPPORTED, "expansion is HOLDFAST_EXPANSION_TILED and the backend ", name_of(choice.backend),
              "; expected HOLDFAST_EXPANSION_TIGHT, or the CPU");

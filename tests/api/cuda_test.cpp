@@ -203,6 +203,11 @@ TEST(Cuda, ValueMajorStatesOfTheDeviceAreRefused) {
     for (DLTensor *x : {&call.initial_state, &call.final_state}) std::swap(x->shape[2], x->shape[3]), x->strides = nullptr;
     EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
     EXPECT_EQ(context.error(), "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major on CUDA device 0");
+    call.args.form = HOLDFAST_FORM_PARALLEL;
+    EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
+    EXPECT_EQ(context.error(),
+              "form is HOLDFAST_FORM_PARALLEL and state_layout HOLDFAST_STATE_VALUE_MAJOR; expected key-major on "
+              "CUDA device 0");
 }
 
 TEST(Cuda, LaunchesDoNotDependOnTheSizes) {
