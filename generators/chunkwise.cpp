@@ -16,13 +16,14 @@ ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func
     f.q = q, f.k = k, f.v = v, f.log_decay = log_decay, f.state_in = state_in;
 
     // Gates. A masked sum, not a running one: C^2 cheap terms, no serial dependence, and autodiff is exact through it.
-    auto steps = [&](const Expr &row) { return decay_steps_of(log_decay(row, c, h, b)); };
-    auto rest = [&](const Expr &row) { return decay_rest_of(log_decay(row, c, h, b)); };
+    f.row_steps = Func("row_steps"), f.row_rest = Func("row_rest");
+    f.row_steps(i, c, h, b) = decay_steps_of(log_decay(i, c, h, b));
+    f.row_rest(i, c, h, b) = decay_rest_of(log_decay(i, c, h, b));
     f.over_row = RDom(0, C, "over_row");
     f.decay_steps = Func("decay_steps");
-    f.decay_steps(i, c, h, b) += select(f.over_row <= i, steps(f.over_row), 0);
+    f.decay_steps(i, c, h, b) += select(f.over_row <= i, f.row_steps(f.over_row, c, h, b), 0);
     f.decay_rest = Func("decay_rest");
-    f.decay_rest(i, c, h, b) += select(f.over_row <= i, rest(f.over_row), 0.0f);
+    f.decay_rest(i, c, h, b) += select(f.over_row <= i, f.row_rest(f.over_row, c, h, b), 0.0f);
     auto log_decay_between = [&](const Expr &from, const Expr &to) {  // tokens from + 1 .. to
         return log_decay_of(f.decay_steps(to, c, h, b) - f.decay_steps(from, c, h, b),
                             f.decay_rest(to, c, h, b) - f.decay_rest(from, c, h, b));

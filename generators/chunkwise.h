@@ -24,9 +24,11 @@ struct ChunkwiseSizes {
 /// b batch, h head of keys, g head of queries in the group that shares it, c chunk or slot, i query and j key in the chunk, d key
 /// feature, e value feature.
 struct ChunkwiseFuncs {
-    Halide::Func q, k, v;           // (d,i,c,g,h,b) (d,j,c,h,b) (e,j,c,h,b): inputs, in chunk coordinates
-    Halide::Func log_decay;         // (i,c,h,b): input, 0 past the end of the chunk
-    Halide::Func state_in;          // (e,d,s,h,b): input, one per sequence s
+    Halide::Func q, k, v;    // (d,i,c,g,h,b) (d,j,c,h,b) (e,j,c,h,b): inputs, in chunk coordinates
+    Halide::Func log_decay;  // (i,c,h,b): input, 0 past the end of the chunk
+    Halide::Func state_in;   // (e,d,s,h,b): input, one per sequence s
+    Halide::Func row_steps;  // (i,c,h,b): log decay of a row: its whole part; and the rest
+    Halide::Func row_rest;
     Halide::Func decay_steps;       // (i,c,h,b): log decay from the start of the chunk, row i included: its whole part, in
     Halide::Func decay_rest;        // (i,c,h,b): steps of decay_step, an integer; and the rest
     Halide::Func row_decay;         // (i,c,h,b): scale * exp(log decay): what a row keeps of the chunk's initial state

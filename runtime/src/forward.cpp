@@ -22,11 +22,12 @@ namespace holdfast {
 namespace {
 
 // The states of one call of a kernel, K V floats a chunk, should stay in L2 (1 to 2 MB in today's x86) with the rows of its
-// chunks. Past 16 chunks nothing more is gained: bench/retention_bench.cpp.
-constexpr int64_t states_in_cache = 512 * 1024, most_chunks_per_call = 8;
+// chunks, which far apart have but a part of its sets. Past 8 chunks little is gained: bench/retention_bench.cpp.
+constexpr int64_t states_in_cache = 320 * 1024, least_chunks_per_call = 2, most_chunks_per_call = 8;
 
-// The states of heads that a thread works on in turn, likewise.
-constexpr int64_t heads_in_cache = 256 * 1024;
+// The states of heads that a thread works on in turn, likewise: as many as fit, since they share the pages of their rows, and
+// a page that must be looked up for each row holds up the products (K = V = 128 of 8 heads: 6%).
+constexpr int64_t heads_in_cache = 640 * 1024;
 
 /// Rows of one sequence and head, (d, t, 1, 1), or group of heads of queries, (d, t, g, 1, 1), of which a segment at a time is
 /// looked at.
@@ -92,7 +93,8 @@ struct Plan {
 
     Plan(const Problem &p, const Variant &variant, const holdfast_context &context) : variant(variant) {
         chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
-        segment = chunk * std::clamp<int64_t>(states_in_cache / p.state_bytes() - 1, 1, most_chunks_per_call);
+        segment =
+            chunk * std::clamp<int64_t>(states_in_cache / p.state_bytes() - 1, least_chunks_per_call, most_chunks_per_call);
         // As few groups as give all threads the same number of pieces, or several each; enough for the cache.
         const int64_t threads = context.threads_for(p.N * p.Hk), most = std::max<int64_t>(p.Hk, 1);
         groups = std::min(most, p.Hk * p.state_bytes() / heads_in_cache + 1);

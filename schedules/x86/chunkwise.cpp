@@ -2,11 +2,19 @@
 // tiles of `rows` x `columns` vectors. Not parallel: the runtime spreads batch entries and heads over threads, and calls for a
 // few chunks at a time so that their rows and states stay in L2.
 //
-// Intel Xeon (Emerald Rapids), 2 cores, T 4096, 8 heads, AVX-512: K = V = 64 in 4.1 ms, 128 in 12.6 ms: 47% and 57% of the
-// fp32 peak by useful operations, 57% and 69% from cache (bench/record/intel-xeon-emerald-rapids-2-cores). The products run
-// at 95% of the peak; a fifth of the time is rows coming from memory, one miss per line, 10 to 20 GB/s a core.
+// Intel Xeon (Emerald Rapids), one core, AVX-512, in turn with a loop of nothing but fused multiply-adds, useful operations:
+// from cache (T 1024 of one head) 61% of that peak at K = V = 64, 70% at 128; from memory (T 4096 of 8 heads) 51 to 54% and 53
+// to 56%, 57 to 58% with huge pages. Before rows were asked for ahead and strips had 16 rows: 57, 65, 43 to 45, 52%.
+//
+// From cache, K = V = 64: 46% of the time in products with states, at the peak, ten loads for sixteen fused multiply-adds; scores
+// 12%, 17 loads for 16; intra 8%; copies 9%, two or three cycles a line of L2; the mask's exp 6%, transposing keys 4%, adding to
+// states 4%, decays 3%. From memory, looking up a page for each row of 4 KiB or more: it holds up the loop that asks.
+// Tried: asking in bursts of 16 lines before each tile, for L1 instead of L2, or copying with nothing asked for: 3, 1 and 15%
+// slower from memory at 64; one head after the other: 7%. Transposing 8 or 16 features at a time: 3%. Longer loops of scores: the
+// same.
 #include "../../generators/chunkwise.h"
 #include "../schedule.h"
+#include "prefetch.h"
 #include "tile.h"
 
 namespace {
@@ -29,35 +37,68 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
         p.compute_at(at).bound_extent(x, x_extent).bound_extent(y, y_extent).vectorize(x, vec).unroll(x).unroll(y);
         p.update().reorder(x, y, over.x).vectorize(x, vec).unroll(x).unroll(y);
     };
+    // Rows of the next chunk are asked for every few steps of the products with states, a line of each tensor at a time.
+    const int steps = std::min(sizes.value * (64 / 4) / (rows * wide), 16);
+    auto ask_ahead = [&](Func p, const RDom &over, int extent) {
+        RVar outer(x86::ask_ahead), step("step");
+        if (steps > 0 && extent > 0 && extent % steps == 0) p.update().split(over.x, outer, step, steps).unroll(step);
+    };
 
+    RVar strip(x86::rows_ahead);                                   // of which the weights are at hand
+    const int strip_rows = score_columns > vec ? rows : 2 * rows;  // as many sums of scores as other products have
     f.result.update(0)
-        .split(row, ro, ri, rows)
+        .split(row, strip, ri, strip_rows)
+        .split(ri, ro, ri, rows)
         .split(e, eo, ei, wide, TailStrategy::GuardWithIf)
-        .reorder(ei, ri, eo, ro, g, in, h, b)
+        .reorder(ei, ri, eo, ro, strip, g, in, h, b)
         .vectorize(ei, vec)
         .unroll(ei)
         .unroll(ri);
-    tile(f.inter, {f.result, eo}, f.over_state, e, wide, i, rows);
+    Func inter = f.inter.in();  // stored: registers for two products at a time there are none
+    inter.compute_at(f.result, ro)
+        .bound_extent(i, rows)
+        .split(e, eo, ei, wide)
+        .reorder(ei, i, eo)
+        .vectorize(ei, vec)
+        .unroll(ei)
+        .unroll(i);
+    tile(f.inter, {inter, eo}, f.over_state, e, wide, i, rows);
+    ask_ahead(f.inter, f.over_state, sizes.key);
     tile(f.intra, {f.result, eo}, f.over_key, e, wide, i, rows);
     f.row_decay.compute_at(f.result, in).vectorize(i, vec);
 
     // Scores one strip of rows at a time, only up to the end of its causal tile. Columns start at 0: rounded down instead, the
     // tile would run over keys before the chunk, whatever their memory holds; denormals there are slow on Intel.
-    f.weights.compute_at(f.result, ro)
+    f.weights.compute_at(f.result, strip)
         .bound_storage(j, sizes.chunk)
         .split(j, jo, ji, score_columns, TailStrategy::RoundUp)
         .reorder(ji, i, jo)
         .vectorize(ji, vec)
         .unroll(ji)
         .unroll(i);
-    tile(f.scores, {f.weights, jo}, f.over_key_feature, j, score_columns, i, rows);
+    tile(f.scores, {f.weights, jo}, f.over_key_feature, j, score_columns, i, strip_rows);
 
     // Rows of the caller's tensors are H * D apart, often a power of two: copied, they do not fight for one cache set, and
-    // the clamp of the row and the widening of 16 bits are paid once. All rows of a call at once: many lines are then on their
-    // way from memory together.
-    Func queries = f.q.in({f.scores, f.inter}), values = f.v.in({f.intra, f.contribution});
-    Func keys_transposed = f.k.in(f.scores), keys = f.k.in({keys_transposed, f.keys_decayed});
-    for (Func rows : {queries, keys, values}) rows.compute_root().vectorize(rows.args()[0], vec);
+    // the clamp of the row and the widening of 16 bits are paid once. By the chunk, keys and values once for states and once for
+    // outputs: while products compute the next ones come from memory. Sizes known at run time only, which are not asked for
+    // ahead: all rows of a call at once, many lines are then on their way together.
+    const bool sized = sizes.key > 0 && sizes.value > 0;
+    using Readers = std::vector<Func>;
+    Func keys_transposed = f.k.in(f.scores), queries = f.q.in({f.scores, f.inter});
+    Func keys = f.k.in(sized ? Readers{keys_transposed} : Readers{keys_transposed, f.keys_decayed});
+    Func values = f.v.in(sized ? Readers{f.intra} : Readers{f.intra, f.contribution});
+    f.keys_decayed.compute_at(f.state, chunk);
+    for (Func rows : {queries, keys, values, f.keys_decayed}) rows.vectorize(rows.args()[0], vec);
+    if (sized) {
+        Func added = f.v.in(f.contribution);
+        queries.compute_at(f.result, g), keys.compute_at(f.result, in), values.compute_at(f.result, in);
+        added.compute_at(f.state, chunk).vectorize(added.args()[0], vec);
+        for (Func rows : {queries, keys, values, added, f.keys_decayed}) rows.unroll(rows.args()[0]);
+        for (Func rows : {queries, added, f.keys_decayed})  // the other two find theirs in L2
+            rows.rename(rows.args()[1], Var(x86::rows_ahead));
+    } else {
+        for (Func rows : {queries, keys, values}) rows.compute_root();
+    }
     // Scores read keys along j: transposed once per chunk, four features of all keys at a time: as many stores as a row is long
     // become shuffles in registers.
     const Var key_feature = keys_transposed.args()[0], key = keys_transposed.args()[1];
@@ -80,12 +121,15 @@ void apply(ChunkwiseFuncs &f, const ChunkwiseSizes &sizes, const Target &target)
         .unroll(ei)
         .unroll(di);
     tile(f.contribution, {f.state, eo}, f.over_token, e, wide, d, rows);
-    f.keys_decayed.compute_at(f.state, chunk).vectorize(d, vec);
+    ask_ahead(f.contribution, f.over_token, sizes.chunk);
     f.key_decay.compute_at(f.state, chunk).vectorize(j, vec);
     f.chunk_decay.compute_at(f.state, chunk);
+    for (Func row : {f.row_steps, f.row_rest}) row.compute_root().vectorize(i, vec);
     for (Func decay : {f.decay_steps, f.decay_rest}) {
-        decay.compute_root().vectorize(i, vec);
-        decay.update().reorder(i, f.over_row, c, h, b).vectorize(i, vec);
+        Func rows = decay.in();
+        rows.compute_root().bound(i, 0, sizes.chunk).vectorize(i, vec).unroll(i);
+        decay.compute_at(rows, c).vectorize(i, vec).unroll(i);
+        decay.update().reorder(i, f.over_row.x).vectorize(i, vec).unroll(i);
     }
 }
 

@@ -1,0 +1,158 @@
+// Prefetches rows of the caller's tensors for the next iteration of a loop, spread evenly over what computes in this one: the
+// loops that prefetch.h names, in the final IR. Rows of a head lie far apart, so that no hardware prefetcher follows them, and a
+// burst of requests waits for the 16 or so lines that a core can have on their way. Past the last iteration it asks for the rows
+// after it, which a later call reads, or nobody: a prefetch of any address is harmless.
+//
+// Halide's own prefetch() does not serve: it asks for a whole region at once, where that is read, and only for L1 past L2
+// (prefetchnta). Left out: sizes known at run time only.
+#include "prefetch.h"
+#include "../schedule.h"
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+using namespace Halide;
+using namespace Halide::Internal;
+using namespace holdfast;
+
+constexpr int line_bytes = 64;
+constexpr int into_l2 = 2;  // locality of llvm.prefetch: prefetcht1. Rows far apart meet in a few sets of L1
+
+using Values = std::vector<std::pair<std::string, Expr>>;
+
+bool is_named(const For *loop, const char *tag) { return loop->name.find(std::string(".") + tag) != std::string::npos; }
+
+/// Puts in the values of variables from number `from` on, innermost last.
+Expr substituted(Expr e, const Values &values, size_t from) {
+    for (size_t n = values.size(); n-- > from;) e = substitute(values[n].first, values[n].second, e);
+    return e;
+}
+
+/// What a loop reads or writes of a tensor [.., rows, elements]: the index of its first element, and how many there are.
+class FindRows : public IRVisitor {
+    using IRVisitor::visit;
+    Expr times = 1;
+
+    void visit(const LetStmt *op) override {
+        inside.emplace_back(op->name, op->value);
+        IRVisitor::visit(op);
+    }
+    void visit(const For *op) override {
+        const Expr around = times;
+        times = times * op->extent;
+        inside.emplace_back(op->name, op->min);
+        IRVisitor::visit(op);
+        times = around;
+    }
+    void found(const Parameter &p, const Expr &index) {
+        if (!p.defined() || p.dimensions() < 4) return;  // decays, chunk table
+        if (!tensor.defined()) tensor = p, first = index;
+        if (p.name() == tensor.name()) elements += times * index.type().lanes();
+    }
+    void visit(const Load *op) override { found(op->param, op->index); }
+    void visit(const Store *op) override {
+        op->value.accept(this);
+        found(op->param, op->index);
+    }
+
+public:
+    Parameter tensor;
+    Expr first, elements = 0;
+    Values inside;  // variables defined inside, at their first iteration
+};
+
+class PrefetchRows : public IRMutator {
+    using IRMutator::visit;
+
+    struct Rows {
+        Parameter tensor;
+        int64_t lines, lines_in_row;
+        std::string next;  // name of the index of the next iteration's first row
+        Expr next_index;
+        size_t depth;  // loops around
+    };
+    struct Loop {
+        const For *loop;
+        size_t lets;  // around it
+    };
+    std::vector<Loop> loops;  // around what is visited, outermost first
+    Values lets;
+    std::vector<Rows> found;  // by the loops around, so far
+
+    static Expr stride(const Parameter &tensor) { return Variable::make(Int(32), tensor.name() + ".stride.1"); }
+
+    void find(const For *op) {
+        FindRows rows;
+        op->accept(&rows);
+        if (!rows.tensor.defined() || loops.empty()) return;
+        const auto all = as_const_int(simplify(rows.elements)),
+                   in_row = as_const_int(simplify(rows.tensor.extent_constraint(0)));
+        if (!all || !in_row) return;
+        Expr first = rows.first;
+        if (const Ramp *ramp = first.as<Ramp>()) first = ramp->base;
+        first = substituted(substituted(first, rows.inside, 0), lets, loops.back().lets);
+        const int64_t count = *all / *in_row, in_line = line_bytes / rows.tensor.type().bytes();
+        const int64_t lines_in_row = (*in_row + in_line - 1) / in_line;
+        found.push_back({rows.tensor, count * lines_in_row, lines_in_row, unique_name(rows.tensor.name() + ".next"),
+                         first + (int)count * stride(rows.tensor), loops.size()});
+    }
+
+    /// The part of this iteration of the loops between the rows and here.
+    void ask(const Rows &rows, std::vector<Stmt> &statements) {
+        Expr iteration = 0;
+        int64_t iterations = 1;
+        for (size_t n = rows.depth; n < loops.size(); n++) {
+            const For *loop = loops[n].loop;
+            const auto extent = as_const_int(loop->extent);
+            if (!extent) continue;
+            iteration = iteration * loop->extent + Variable::make(Int(32), loop->name) - loop->min;
+            iterations *= *extent;
+        }
+        const int each = (int)((rows.lines + iterations - 1) / iterations),
+                  fewer = (int)std::max<int64_t>(iterations / rows.lines, 1);
+        const int bytes = rows.tensor.type().bytes(), in_row = (int)rows.lines_in_row;
+        for (int n = 0; n < each; n++) {
+            const Expr line = iteration / fewer * each + n;
+            const Expr index =
+                Variable::make(Int(32), rows.next) + line / in_row * stride(rows.tensor) + line % in_row * (line_bytes / bytes);
+            const Expr address = reinterpret(UInt(64), Variable::make(type_of<void *>(), rows.tensor.name())) +
+                                 cast(UInt(64), cast(Int(64), simplify(index)) * bytes);
+            // LLVM's intrinsic by name: Halide's runtime, which is linked first, has declared it.
+            const Expr read = 0, data = 1;
+            statements.push_back(Evaluate::make(Call::make(
+                Int(32), "llvm.prefetch.p0", {reinterpret(type_of<void *>(), address), read, into_l2, data}, Call::Extern)));
+        }
+    }
+
+    Stmt visit(const LetStmt *op) override {
+        lets.emplace_back(op->name, op->value);
+        Stmt stmt = IRMutator::visit(op);
+        lets.pop_back();
+        return stmt;
+    }
+    Stmt visit(const For *op) override {
+        if (is_named(op, x86::rows_ahead)) find(op);
+        const size_t found_around = found.size();
+        loops.push_back({op, lets.size()});
+        Stmt body = mutate(op->body);
+        if (is_named(op, x86::ask_ahead)) {
+            std::vector<Stmt> statements;
+            for (const Rows &rows : found) ask(rows, statements);
+            statements.push_back(body);
+            body = Block::make(statements);
+        }
+        loops.pop_back();
+        for (; found.size() > found_around; found.pop_back())
+            body = LetStmt::make(found.back().next, found.back().next_index, body);
+        return For::make(op->name, op->min, op->extent, op->for_type, op->partition_policy, op->device_api, body);
+    }
+};
+
+bool matches(const Target &t) { return t.arch == Target::X86 && t.bits == 64 && !t.has_gpu_feature(); }
+
+void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(new PrefetchRows); }
+
+const bool added = holdfast::Lowering::add({matches, add_passes});
+}  // namespace

@@ -1,0 +1,62 @@
+// Rows asked for ahead (schedules/x86/prefetch.cpp), in a pipeline made up here: a chunk of rows is copied, then read by a loop
+// that asks. Prefetches change no value, so that the test has them call a function instead.
+#include "../../schedules/schedule.h"
+#include "../../schedules/x86/prefetch.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+
+namespace {
+using namespace Halide;
+using namespace Halide::Internal;
+
+std::multiset<const char *> asked;
+extern "C" int holdfast_test_asked(void *address) {
+    asked.insert((const char *)address);
+    return 0;
+}
+
+struct CallInstead : IRMutator {
+    using IRMutator::visit;
+    Expr visit(const Call *op) override {
+        if (op->name != "llvm.prefetch.p0") return IRMutator::visit(op);
+        return Call::make(Int(32), "holdfast_test_asked", {op->args[0]}, Call::Extern);
+    }
+};
+
+TEST(Prefetch, AsksForEachLineOfTheNextRowsOnce) {
+    constexpr int elements = 48, rows = 8, chunks = 3, stride = 100;
+    const Target target("x86-64-linux-sse41");
+    if (get_host_target().arch != Target::X86) GTEST_SKIP() << "this CPU is no x86";
+    ImageParam in(Float(32), 4);  // (d, t, h, b)
+    in.dim(0).set_bounds(0, elements);
+    Var d, i, c;
+    Func copied, sums, out;
+    copied(d, i, c) = in(d, c * rows + i, 0, 0);
+    RDom over(0, rows);
+    sums(d, c) += copied(d, over, c);
+    out(d, c) = sums(d, c);
+    out.bound(d, 0, elements);
+    copied.compute_at(out, c).rename(i, Var(holdfast::x86::rows_ahead));
+    RVar outer(holdfast::x86::ask_ahead), step;
+    sums.compute_at(out, c).update().reorder(d, over).split(over, outer, step, 2);
+
+    Pipeline pipeline(out);
+    for (const holdfast::Lowering &l : holdfast::Lowering::all())
+        if (l.matches(target)) l.add_passes(pipeline, target);
+    pipeline.add_custom_lowering_pass(new CallInstead);
+    pipeline.set_jit_externs({{"holdfast_test_asked", JITExtern(holdfast_test_asked)}});
+    std::vector<float> memory((rows * chunks + 1) * stride, 1.0f);
+    const halide_dimension_t shape[] = {{0, elements, 1}, {0, rows * chunks, stride}, {0, 1, 0}, {0, 1, 0}};
+    in.set(Buffer<float>(memory.data(), 4, shape));
+    asked.clear();
+    pipeline.realize({elements, chunks}, target);
+
+    std::multiset<const char *> expected;
+    for (int row = rows; row < rows * (chunks + 1); row++)
+        for (int d = 0; d < elements; d += 16) expected.insert((const char *)(memory.data() + row * stride + d));
+    EXPECT_EQ(asked, expected);
+}
+
+}  // namespace
