@@ -328,6 +328,9 @@ class Launch:
     def op_rcp(self, operation, operands):
         self.arithmetic(operation, operands, lambda a: np.float32(1) / a)
 
+    def op_sqrt(self, operation, operands):
+        self.arithmetic(operation, operands, np.sqrt)
+
     def op_and(self, operation, operands):
         self.arithmetic(operation, operands, lambda a, b: a & b)
 
