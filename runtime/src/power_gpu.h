@@ -7,12 +7,9 @@
 
 namespace holdfast {
 
-/// Compute `p` in chunks; and the bytes of workspace that this takes. Throw UNSUPPORTED for another form.
-void power_on_gpu(holdfast_context &context, const Problem &p, const Choice &choice);
+/// Compute `p` for the public function `call` ("forward"), token by token where p.form is recurrent, else in chunks; and the bytes of
+/// workspace that this takes.
+void power_on_gpu(holdfast_context &context, const char *call, const Problem &p, const Choice &choice);
 size_t power_workspace_on_gpu(holdfast_context &context, const Problem &p, const Choice &choice);
-
-/// A step, likewise.
-void power_step_on_gpu(holdfast_context &context, const Problem &p, const Choice &choice);
-size_t power_step_workspace_on_gpu(holdfast_context &context, const Problem &p, const Choice &choice);
 
 }  // namespace holdfast
