@@ -637,7 +637,7 @@ int main(int argc, char **argv) {
                 if (shape.bytes() > most_bytes) continue;
                 for (const char *kernel : {"chunkwise", "parallel"})
                     each_row(kernel, dtype, [&](const Variant &row, int at_most) {
-                        if (row.is("parallel") && (T > longest_parallel || !on_cpu(row))) return;
+                        if (row.is("parallel") && T > longest_parallel) return;
                         std::ostringstream name;
                         name << row.name << "/T:" << T << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
                         add(name, [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });

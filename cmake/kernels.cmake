@@ -57,11 +57,10 @@ holdfast_kernel(parallel DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic)
 
-# On GPUs a block of threads has all of a block of rows, with its weights in shared memory. Not on Metal yet: two thirds of its
-# barriers there can be left out unnoticed, and tests/fakemetal/barriers.py wants each to be needed.
+# On GPUs a block of threads has all of a block of rows, with its weights in shared memory.
 holdfast_kernel(parallel DTYPES f32 CHUNKS 32
     SIZES any
-    TARGETS opencl vulkan)
+    TARGETS cuda metal opencl vulkan)
 
 # GPUs: half the traffic of states that chunks of 32 have, and the weights of 32 rows are 8 KiB of shared memory. All of a GPU's
 # kernels take value-major states where they lie, any_state_strides: a CPU's would lose their vectors to it, and the library

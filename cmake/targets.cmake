@@ -43,7 +43,7 @@ holdfast_target(cuda
     BACKEND cuda
     SYSTEMS linux
     FEATURES cuda cuda_capability_80
-    TESTED_ON "a PTX interpreter" TESTED chunkwise recurrent)
+    TESTED_ON "a PTX interpreter" TESTED chunkwise recurrent parallel)
 
 holdfast_target(metal
     BACKEND metal

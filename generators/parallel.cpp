@@ -8,7 +8,7 @@ using namespace Halide;
 namespace holdfast {
 namespace {
 
-static const Var b("b"), h("h"), g("g"), c("c"), n("n"), i("i"), j("j"), d("d"), e("e"), s("s");
+static const Var b("b"), h("h"), g("g"), c("c"), n("n"), i("i"), j("j"), d("d"), e("e"), s("s"), u("u");
 
 /// x^p.
 Expr power(const Expr &x, const Expr &degree) {
@@ -28,7 +28,7 @@ Tuple decay_before(const Tuple &nearer, const Expr &block_steps, const Expr &blo
 ParallelWeights weights(const ParallelFuncs &f, const ParallelCall &call, const ParallelSizes &sizes,
                         const std::string &suffix) {
     const int C = sizes.block;
-    const Expr blocks = (call.tokens + C - 1) / C, keys_to_sum = select(call.normalized != 0, C, 0);
+    const Expr blocks = (call.tokens + C - 1) / C, sums = select(call.normalized != 0, 1, 0);
     auto name = [&](const char *stage) { return stage + suffix; };
     ParallelWeights w;
 
@@ -65,6 +65,11 @@ ParallelWeights weights(const ParallelFuncs &f, const ParallelCall &call, const 
     w.unit(i, c, g, h, b) = reinterpret<float>(clamp(254 - exponent, 1, 254) << 23);
     w.queries = Func(name("queries"));
     w.queries(d, i, c, g, h, b) = f.q(d, i, c, g, h, b) * w.unit(i, c, g, h, b);
+    w.phi = Func(name("phi"));
+    w.phi(i, j, u, c, g, h, b) = f.phi.product(u * C + j, [&](int factor, const Expr &element) {
+        const Expr x = w.queries(min(element, call.key_extent - 1), i, c, g, h, b);
+        return factor ? select(factor < call.degree, x, 1.0f) : x;
+    });
 
     w.over_past_key_feature = RDom(0, call.key_extent, name("over_past_key_feature"));
     RVar feature = w.over_past_key_feature;
@@ -79,21 +84,23 @@ ParallelWeights weights(const ParallelFuncs &f, const ParallelCall &call, const 
     w.own = Func(name("own_weights"));
     w.own(i, j, c, g, h, b) = power(w.own_scores(i, j, c, g, h, b), call.degree) * w.mask(i, j, c, h, b);
 
-    w.over_summed_key = RDom(0, keys_to_sum, name("over_summed_key"));
+    w.over_summed_feature = RDom(0, C, 0, sums, name("over_summed_feature"));
+    w.initial_block_sum = Func(name("initial_block_sum"));
+    w.initial_block_sum(i, u, c, g, h, b) +=
+        w.phi(i, w.over_summed_feature.x, u, c, g, h, b) * f.keys_in(u * C + w.over_summed_feature.x, h, b);
+    w.over_summed_key = RDom(0, C, 0, sums, name("over_summed_key"));
     w.past_block_sum = Func(name("past_block_sum"));
-    w.past_block_sum(i, n, c, g, h, b) += w.past(i, w.over_summed_key, n, c, g, h, b);
+    w.past_block_sum(i, n, c, g, h, b) += w.past(i, w.over_summed_key.x, n, c, g, h, b);
     w.over_past_block = RDom(0, blocks, name("over_past_block"));
     w.over_past_block.where(w.over_past_block < opaque(c));
+    w.over_initial_block = RDom(0, (call.features + C - 1) / C, 0, call.states_in, name("over_initial_block"));
     w.past_sum = Func(name("past_sum"));
+    w.past_sum(i, c, g, h, b) += w.initial_decay(c, h, b) * w.initial_block_sum(i, w.over_initial_block.x, c, g, h, b);
     w.past_sum(i, c, g, h, b) += w.past_block_sum(i, w.over_past_block, c, g, h, b);
-    w.over_summed_own_key = RDom(0, keys_to_sum, name("over_summed_own_key"));
+    w.over_summed_own_key = RDom(0, C, 0, sums, name("over_summed_own_key"));
     w.own_sum = Func(name("own_sum"));
-    w.own_sum(i, c, g, h, b) += w.own(i, w.over_summed_own_key, c, g, h, b);
-    RDom over_keys(0, select(call.normalized != 0, call.key_extent, 0), 0, call.states_in, name("over_keys"));
-    w.initial_sum = Func(name("initial_sum"));
-    w.initial_sum(i, c, g, h, b) += w.queries(over_keys.x, i, c, g, h, b) * f.keys_in(over_keys.x, h, b);
-    Expr before = w.past_sum(i, c, g, h, b) + w.initial_decay(c, h, b) * w.initial_sum(i, c, g, h, b);
-    Expr sum = w.row_decay(i, c, h, b) * before + w.own_sum(i, c, g, h, b);
+    w.own_sum(i, c, g, h, b) += w.own(i, w.over_summed_own_key.x, c, g, h, b);
+    Expr sum = w.row_decay(i, c, h, b) * w.past_sum(i, c, g, h, b) + w.own_sum(i, c, g, h, b);
     w.factor = Func(name("factor"));
     w.factor(i, c, g, h, b) = select(call.normalized != 0, 1.0f / sum, power(call.scale / w.unit(i, c, g, h, b), call.degree));
     return w;
@@ -120,24 +127,27 @@ ParallelFuncs parallel(const Func &q, const Func &k, const Func &v, const Func &
     f.state_in(e, d, h, b) += state_in(e, d, f.over_initial, h, b);
     f.keys_in = Func("keys_given");
     f.keys_in(d, h, b) += keys_in(d, f.over_initial, h, b);
+    f.phi = expansion(call.key_extent, call.features, 0, call.degree);
 
     f.weights = weights(f, call, sizes, "");
     const ParallelWeights &w = f.weights;
     f.over_past_key = RDom(0, C, "over_past_key");
+    f.over_feature = RDom(0, C, "over_feature");
+    f.initial_block = Func("initial_block");
+    f.initial_block(e, i, u, c, g, h, b) +=
+        w.phi(i, f.over_feature, u, c, g, h, b) * f.state_in(e, u * C + f.over_feature, h, b);
     f.past_block = Func("past_block");
     f.past_block(e, i, n, c, g, h, b) += w.past(i, f.over_past_key, n, c, g, h, b) * v(e, f.over_past_key, n, h, b);
     f.past = Func("past");
+    f.past(e, i, c, g, h, b) += w.initial_decay(c, h, b) * f.initial_block(e, i, w.over_initial_block.x, c, g, h, b);
     f.past(e, i, c, g, h, b) += f.past_block(e, i, w.over_past_block, c, g, h, b);
     f.over_own_key = RDom(0, C, "over_own_key");
     if (sizes.causal_tile < C) f.over_own_key.where(f.over_own_key < (i / sizes.causal_tile + 1) * sizes.causal_tile);
     f.own = Func("own");
     f.own(e, i, c, g, h, b) += w.own(i, f.over_own_key, c, g, h, b) * v(e, f.over_own_key, c, h, b);
-    f.over_state = RDom(0, call.key_extent, 0, call.states_in, "over_state");
-    f.initial = Func("initial");
-    f.initial(e, i, c, g, h, b) += w.queries(f.over_state.x, i, c, g, h, b) * f.state_in(e, f.over_state.x, h, b);
     f.out = Func("out");
-    Expr before = f.past(e, i, c, g, h, b) + w.initial_decay(c, h, b) * f.initial(e, i, c, g, h, b);
-    f.out(e, i, c, g, h, b) = (w.row_decay(i, c, h, b) * before + f.own(e, i, c, g, h, b)) * w.factor(i, c, g, h, b);
+    Expr before = w.row_decay(i, c, h, b) * f.past(e, i, c, g, h, b);
+    f.out(e, i, c, g, h, b) = (before + f.own(e, i, c, g, h, b)) * w.factor(i, c, g, h, b);
 
     f.shown = weights(f, call, sizes, "_shown");
     f.over_shown_key_feature = RDom(0, call.key_extent, "over_shown_key_feature");

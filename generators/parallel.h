@@ -10,9 +10,14 @@
 //
 // of which the last two are key_decay, and the first one waits for the end of the sum. Only the row's own block has a mask.
 // Degree, normalisation, the initial state and what is written beside out are arguments of a call, not variants: those that are
-// not wanted are loops of no turns. Left out: layout (parallel_generator.cpp); states for degrees above 1.
+// not wanted are loops of no turns.
+//
+// An initial state is met as the keys of a block are, block of features after block of features: phi (expansion.h) of the row in the
+// place of weights, rows of the state in that of values. So it is one algorithm for all degrees; that of 1 is a table like any.
+// Left out: layout (parallel_generator.cpp); the final state of degrees above 1, which is that of power retention (power.h).
 #pragma once
 #include "Halide.h"
+#include "expansion.h"
 
 namespace holdfast {
 
@@ -33,6 +38,7 @@ struct ParallelCall {
     Halide::Expr normalized;  // 1 or 0
     Halide::Expr scale;
     Halide::Expr key_extent;  // D, also where the sizes leave it open
+    Halide::Expr features;    // of an expanded key, of the initial state
     Halide::Expr states_in;   // initial states given: 1 or 0
 };
 
@@ -46,43 +52,48 @@ struct ParallelWeights {
     Halide::Func mask;           // (i,j,c,h,b): exp(log decay from j to i), causal
     Halide::Func unit;         // (i,c,g,h,b): a power of two that brings a row of q near 1, so that its p-th power is in range
     Halide::Func queries;      // (d,i,c,g,h,b): q * unit
+    Halide::Func phi;          // (i,j,u,c,g,h,b): of queries, feature j of block u
     Halide::Func past_scores;  // (i,j,n,c,g,h,b): queries . k
     Halide::Func past;         // (i,j,n,c,g,h,b): past_scores^p * key_decay
     Halide::Func own_scores;   // (i,j,c,g,h,b)
     Halide::Func own;          // (i,j,c,g,h,b): own_scores^p * mask
-    Halide::Func past_block_sum;  // (i,n,c,g,h,b): of the keys of one block
-    Halide::Func past_sum;        // (i,c,g,h,b)
-    Halide::Func own_sum;         // (i,c,g,h,b)
-    Halide::Func initial_sum;     // (i,c,g,h,b): from the initial sum of keys
-    Halide::Func factor;          // (i,c,g,h,b): 1 / the sum of all, or what stands for (scale / unit)^p
-    Halide::RDom over_size;       // unit:          d
-    Halide::RDom over_distance;   // decay_before:  s, a serial scan
+    Halide::Func initial_block_sum;  // (i,u,c,g,h,b): from the initial sum of keys, of one block of features
+    Halide::Func past_block_sum;     // (i,n,c,g,h,b): of the keys of one block
+    Halide::Func past_sum;           // (i,c,g,h,b): update 0 of the initial sum, update 1 of the blocks before
+    Halide::Func own_sum;            // (i,c,g,h,b)
+    Halide::Func factor;             // (i,c,g,h,b): 1 / the sum of all, or what stands for (scale / unit)^p
+    Halide::RDom over_size;          // unit:          d
+    Halide::RDom over_distance;      // decay_before:  s, a serial scan
     Halide::RDom over_past_key_feature, over_own_key_feature;  // past_scores, own_scores: d
-    Halide::RDom over_past_block;                              // past_sum, and past of ParallelFuncs: n < c
-    Halide::RDom over_summed_key, over_summed_own_key;         // past_block_sum, own_sum: j
+    Halide::RDom over_initial_block;                           // past_sum, and past of ParallelFuncs, update 0: (u, states_in)
+    Halide::RDom over_past_block;                              // and update 1: n < c
+    Halide::RDom over_summed_key, over_summed_own_key;         // past_block_sum, own_sum: (j, once, or never where sums do
+    Halide::RDom over_summed_feature;                          // not count); initial_block_sum, likewise
 };
 
 /// b batch, h head of keys, g head of queries that shares it, c block of rows, i row in it, n block of keys, j key in it,
-/// d key feature, e value feature.
+/// u block of C features of the state and j one of them, d key feature or row of a state, e value feature.
 struct ParallelFuncs {
     Halide::Func q;             // (d,i,c,g,h,b): input, in coordinates of blocks
     Halide::Func k, v;          // (d,j,n,h,b) (e,j,n,h,b): inputs
     Halide::Func log_decay;     // (j,n,h,b): input, 0 past the end
     Halide::Func decay_steps;   // (i,n,h,b): log decay from the start of the block, row i included: whole steps of decay_step,
     Halide::Func decay_rest;    // (i,n,h,b): and the rest
-    Halide::Func state_in;      // (e,d,h,b): the initial state, or 0
-    Halide::Func keys_in;       // (d,h,b): the initial sum of keys, or 0
+    Halide::Func state_in;      // (e,d,h,b): the initial state, or 0; 0 past the last feature
+    Halide::Func keys_in;       // (d,h,b): the initial sum of keys, likewise
+    Expansion phi;              // the table
     Halide::RDom over_row;      // decay_steps, decay_rest
     Halide::RDom over_initial;  // state_in, keys_in, update 0
 
     ParallelWeights weights;     // those that out is made of
+    Halide::Func initial_block;  // (e,i,u,c,g,h,b): from one block of features of the initial state
     Halide::Func past_block;     // (e,i,n,c,g,h,b): from the keys of one block
-    Halide::Func past, own;      // (e,i,c,g,h,b): from all blocks before; from the row's own
-    Halide::Func initial;        // (e,i,c,g,h,b): from the initial state
+    Halide::Func past;           // (e,i,c,g,h,b): update 0 from the initial state, update 1 from all blocks before
+    Halide::Func own;            // (e,i,c,g,h,b): from the row's own block
     Halide::Func out;            // (e,i,c,g,h,b)
-    Halide::RDom over_past_key;  // past_block: j
-    Halide::RDom over_own_key;   // own:        j, trimmed to the causal tile
-    Halide::RDom over_state;     // initial:    (d, states_in)
+    Halide::RDom over_feature;   // initial_block: j
+    Halide::RDom over_past_key;  // past_block:    j
+    Halide::RDom over_own_key;   // own:           j, trimmed to the causal tile
 
     ParallelWeights shown;                // the same once more, of the weights that are written
     Halide::Func shown_scores;            // (i,j,n,c,g,h,b)
@@ -95,7 +106,7 @@ struct ParallelFuncs {
     Halide::Func keys_decayed;                         // (d,j,n,h,b)
     Halide::Func contribution_block;                   // (e,d,n,h,b): what the keys of a block add to the final state
     Halide::Func contribution;                         // (e,d,h,b)
-    Halide::Func state;                                // (e,d,h,b): the final one
+    Halide::Func state;                                // (e,d,h,b): the final one, of degree 1
     Halide::Func keys_block, keys_contribution, keys;  // (d,n,h,b) (d,h,b) (d,h,b): likewise, of the sum of keys
     Halide::RDom over_end_distance;                    // end_decay_before: s
     Halide::RDom over_token, over_block;               // contribution_block: j; contribution: n

@@ -20,15 +20,15 @@ public:
     Input<Buffer<void, 5>> q{"q"};                   // (d, t, g, h, b): g queries share a key
     Input<Buffer<void, 4>> k{"k"}, v{"v"};           // (d, j, h, b), (e, j, h, b)
     Input<Buffer<float, 3>> log_decay{"log_decay"};  // (j, h, b), any strides
-    Input<Buffer<float, 5>> state_in{"state_in"};    // (e, d, s, h, b): s of extent 1, or 0: none
-    Input<Buffer<float, 4>> keys_in{"keys_in"};      // (d, s, h, b), the sum of keys: as state_in, where normalized
+    Input<Buffer<float, 5>> state_in{"state_in"};    // (e, f, s, h, b): s of extent 1, or 0: none
+    Input<Buffer<float, 4>> keys_in{"keys_in"};      // (f, s, h, b), the sum of keys: as state_in, where normalized
     Input<int> first_block{"first_block"};
-    Input<int> degree{"degree"};          // 1 to 4; 1 where there is an initial or a final state
+    Input<int> degree{"degree"};          // 1 to 4; 1 where there is a final state
     Input<int> normalized{"normalized"};  // 1 or 0
     Input<float> scale{"scale"};
     Output<Buffer<void, 5>> out{"out"};  // (e, t, g, h, b)
-    Output<Buffer<float, 5>> state_out{
-        "state_out"};                               // (e, d, s, h, b): s of extent 1, or 0: not wanted. May not alias state_in
+    // (e, d, s, h, b): s of extent 1, or 0: not wanted. On GPUs it may be state_in, and keys_out keys_in.
+    Output<Buffer<float, 5>> state_out{"state_out"};
     Output<Buffer<float, 4>> keys_out{"keys_out"};  // (d, s, h, b), likewise
     // (j, t, s, g, h, b), s likewise. It has at least as many columns as there are keys.
     Output<Buffer<void, 6>> weights{"weights"};
@@ -43,6 +43,7 @@ public:
         const Expr D = key_size ? Expr(key_size.value()) : q.dim(0).extent();
         const Expr E = value_size ? Expr(value_size.value()) : v.dim(0).extent();
         const Expr rows = out.dim(1).extent(), tokens = k.dim(1).extent(), N = state_in.dim(2).extent();
+        const Expr features = state_in.dim(1).extent();
         const Expr row_blocks = (rows + C - 1) / C, blocks = (tokens + C - 1) / C;
 
         // Tokens past the end repeat the last one, so that they hold numbers of the same sequence; what they give is
@@ -59,9 +60,10 @@ public:
         bk(d, j, n, h, b) = widen(dtype, padded(k, D)(d, token(j, n), h, b));
         bv(e, j, n, h, b) = widen(dtype, padded(v, E)(e, token(j, n), h, b));
         bg(j, n, h, b) = select(n * C + j < tokens, log_decay(token(j, n), h, b), 0.0f);
-        bs(e, d, s, h, b) = BoundaryConditions::constant_exterior(state_in, 0.0f, {{0, E}, {0, D}, {}, {}, {}})(e, d, s, h, b);
-        bz(d, s, h, b) = BoundaryConditions::constant_exterior(keys_in, 0.0f, {{0, D}, {}, {}, {}})(d, s, h, b);
-        f = parallel(bq, bk, bv, bg, bs, bz, {tokens, degree, normalized, scale, D, N}, sizes());
+        bs(e, d, s, h, b) =
+            BoundaryConditions::constant_exterior(state_in, 0.0f, {{0, E}, {0, features}, {}, {}, {}})(e, d, s, h, b);
+        bz(d, s, h, b) = BoundaryConditions::constant_exterior(keys_in, 0.0f, {{0, features}, {}, {}, {}})(d, s, h, b);
+        f = parallel(bq, bk, bv, bg, bs, bz, {tokens, degree, normalized, scale, D, features, N}, sizes());
 
         f.over_result = RDom(0, C, first_block, row_blocks, "over_result");
         RVar i_out = f.over_result.x, c_out = f.over_result.y;
@@ -87,7 +89,7 @@ public:
         bounds(q, {D, rows, R, H, B}), bounds(out, {E, rows, R, H, B});
         bounds(k, {D, tokens, H, B}), bounds(v, {E, tokens, H, B});
         bounds(log_decay, {tokens, H, B}), log_decay.dim(0).set_stride(Expr());
-        bounds(state_in, {E, D, N, H, B}), bounds(keys_in, {D, N, H, B});
+        bounds(state_in, {E, features, N, H, B}), bounds(keys_in, {features, N, H, B});
         bounds(state_out, {E, D, state_out.dim(2).extent(), H, B});
         bounds(keys_out, {D, keys_out.dim(1).extent(), H, B});
         bounds(weights, {weights.dim(0).extent(), rows, weights.dim(2).extent(), R, H, B});

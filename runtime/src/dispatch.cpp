@@ -4,6 +4,7 @@
 #include "forward.h"
 #include "forward_gpu.h"
 #include "parallel.h"
+#include "parallel_gpu.h"
 #include "power.h"
 #include "power_gpu.h"
 #include "problem.h"
@@ -50,7 +51,8 @@ void recurrent(holdfast_context &c, const char *call, const Problem &p, const Ch
 }
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
-    if (p.form == HOLDFAST_FORM_PARALLEL) return run_parallel(c, p, choice);
+    if (p.form == HOLDFAST_FORM_PARALLEL)
+        return choice.backend == Backend::cpu ? run_parallel(c, p, choice) : parallel_on_gpu(c, p, choice);
     if (is_power(p))
         return choice.backend == Backend::cpu ? run_power(c, "forward", p, choice) : power_on_gpu(c, "forward", p, choice);
     switch (choose_form(p, choice)) {
@@ -90,7 +92,10 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
         *bytes = 0;
-        if (p.form == HOLDFAST_FORM_PARALLEL) return (void)parallel_variant(p, choice);
+        if (p.form == HOLDFAST_FORM_PARALLEL) {
+            if (choice.backend != Backend::cpu) *bytes = parallel_workspace_on_gpu(c, p, choice);
+            return;
+        }
         if (choice.backend == Backend::cpu) return;
         if (is_power(p)) {
             *bytes = power_workspace_on_gpu(c, p, choice);

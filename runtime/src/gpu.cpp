@@ -269,6 +269,7 @@ static bool in_place(const Tensor &final, const Tensor &initial) {
 Operands::Operands(const Run &run, const Problem &p)
     : run(run), p(p), q(run, p.q, true), k(run, p.k, true), v(run, p.v, true), log_decay(run, p.log_decay, true),
       initial(run, p.initial_state, true), initial_sum(run, p.initial_sum, true), out(run, p.out, false),
+      weights(run, p.weights, false),
       final(in_place(p.final_state, p.initial_state) ? initial : final_of_its_own.emplace(run, p.final_state, false)),
       final_sum(in_place(p.final_sum, p.initial_sum) ? initial_sum : final_sum_of_its_own.emplace(run, p.final_sum, false)) {}
 
@@ -276,6 +277,7 @@ void Operands::fetch() {
     out.fetch(run, p.out);
     final.fetch(run, p.final_state);
     final_sum.fetch(run, p.final_sum);
+    weights.fetch(run, p.weights);
 }
 
 void Operands::pass_state(int64_t s, int64_t h, int64_t sequences, int64_t heads) const {
@@ -324,6 +326,7 @@ Part largest_part(const Problem &p, const Operands &x, int64_t tokens, int64_t b
         for (const OnDevice *rows : {&x.q, &x.out}) most = std::max(most, span(rows->t, {batch, tokens, heads * p.group()}));
         for (const OnDevice *states : {&x.initial, (const OnDevice *)&x.final, &x.initial_sum, (const OnDevice *)&x.final_sum})
             most = std::max(most, span(states->t, {std::max(batch, sequences), heads}));
+        most = std::max(most, span(x.weights.t, {batch, heads * p.group()}));
         const Tensor &g = x.log_decay.t;
         most = std::max(most, g.rank == 3 ? span(g, {batch, tokens, heads}) : span(g, {heads}));
         return most <= most_bytes && (double)bytes_of_a_head * batch * heads <= (double)most_bytes;
@@ -395,7 +398,8 @@ void clear(const Run &run, View &&to) {
 
 Problem nearest(Problem p) {
     if (p.q.on_host()) return p;
-    for (Tensor *t : {&p.q, &p.k, &p.v, &p.out, &p.log_decay, &p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum}) {
+    for (Tensor *t :
+         {&p.q, &p.k, &p.v, &p.out, &p.log_decay, &p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum, &p.weights}) {
         std::fill_n(t->stride, t->rank, 0);
         if (t->rank && t != &p.log_decay) t->stride[t->rank - 1] = 1;
     }

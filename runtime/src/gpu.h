@@ -117,7 +117,7 @@ class Operands {
     std::optional<OnDevice> final_of_its_own, final_sum_of_its_own;
 
 public:
-    OnDevice q, k, v, log_decay, initial, initial_sum, out;
+    OnDevice q, k, v, log_decay, initial, initial_sum, out, weights;
     OnDevice &final, &final_sum;
 
     Operands(const Run &run, const Problem &p);

@@ -4,6 +4,7 @@
 #include "parallel.h"
 
 #include "buffers.h"
+#include "expansion.h"
 #include "failure.h"
 #include "power.h"
 
@@ -84,15 +85,22 @@ private:
     const Problem &p;
     const Variant &variant;
 
-    /// The initial state of a head, key-major and compact.
+    /// The initial state of a head, key-major and compact, its features in the kernel's order.
     struct Initial {
-        Scratch state, sum;
         const bool given;
+        const int64_t features;
+        Scratch state, sum;
         Initial(const Problem &p, Workspace &workspace, int64_t s, int64_t h)
-            : state(workspace, p.K * p.V), sum(workspace, p.K), given(p.initial_state.rank) {
-            const Tensor &z = p.initial_sum;
-            if (given) copy_state(State(p.initial_state, s, h), State(state.floats(), p.K, p.V, p.V));
-            for (int64_t d = 0; given && d < p.K; d++) sum.floats()[d] = z.rank ? z.at(s, h)[d] : 0;
+            : given(p.initial_state.rank), features(given ? tight_size(p) : p.K), state(workspace, features * p.V),
+              sum(workspace, features) {
+            constexpr auto order = HOLDFAST_EXPANSION_TIGHT;
+            auto of_caller = [&](const Tensor &t) { return Features{t.at(s, h), t.stride[2], t.rank == 4 ? t.stride[3] : 1}; };
+            if (given) convert(of_caller(p.initial_state), p.expansion, {state.floats(), p.V, 1}, order, p.D, p.K, p.V);
+            std::fill_n(sum.floats(), features, 0.0f);
+            if (p.initial_sum.rank) convert(of_caller(p.initial_sum), p.expansion, {sum.floats(), 1, 1}, order, p.D, p.K, 1);
+        }
+        static int64_t tight_size(const Problem &p) {
+            return expanded_size(p.K, p.degree, HOLDFAST_EXPANSION_TIGHT, std::numeric_limits<int32_t>::max());
         }
     };
 
@@ -145,12 +153,12 @@ private:
             return Buffer(x.at<uint8_t>(b, t, h), halide_type(x.dtype),
                           {{0, (int32_t)x.shape[3], 1}, {0, (int32_t)tokens, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}});
         };
-        auto states = [&](const float *data, bool given) {
+        auto states = [&](const float *data, int64_t features, bool given) {
             return Buffer(given ? data : &nothing, float32,
-                          {{0, (int32_t)p.V, 1}, {0, (int32_t)p.K, (int32_t)p.V}, {0, given, 0}, {0, 1, 0}, {0, 1, 0}});
+                          {{0, (int32_t)p.V, 1}, {0, (int32_t)features, (int32_t)p.V}, {0, given, 0}, {0, 1, 0}, {0, 1, 0}});
         };
-        auto sums = [&](const float *data, bool given) {
-            return Buffer(given ? data : &nothing, float32, {{0, (int32_t)p.K, 1}, {0, given, 0}, {0, 1, 0}, {0, 1, 0}});
+        auto sums = [&](const float *data, int64_t features, bool given) {
+            return Buffer(given ? data : &nothing, float32, {{0, (int32_t)features, 1}, {0, given, 0}, {0, 1, 0}, {0, 1, 0}});
         };
         const Tensor &g = p.log_decay;
         Buffer log_decay(g.rank == 3   ? g.at(b, t, h)
@@ -158,9 +166,10 @@ private:
                                        : &no_decay,
                          float32, {{0, (int32_t)tokens, g.rank == 3 ? (int32_t)g.stride[1] : 0}, {0, 1, 0}, {0, 1, 0}});
         Buffer q = queries(p.q), out = queries(p.out), k = keys(p.k), v = keys(p.v);
-        Buffer state_in = states(r.initial.state.floats(), r.initial.given),
-               sum_in = sums(r.initial.sum.floats(), r.initial.given);
-        Buffer state_out = states(state, state), sum_out = sums(sum, sum && p.final_sum.rank);
+        const Initial &initial = r.initial;
+        Buffer state_in = states(initial.state.floats(), initial.features, initial.given),
+               sum_in = sums(initial.sum.floats(), initial.features, initial.given);
+        Buffer state_out = states(state, p.K, state), sum_out = sums(sum, p.K, sum && p.final_sum.rank);
         check_returned(std::get<ParallelKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, &state_in, &sum_in,
                                                                (int32_t)(r.from / variant.chunk), p.degree, p.normalized,
                                                                p.scale, &out, &state_out, &sum_out, &r.weights),
@@ -171,12 +180,6 @@ private:
 }  // namespace
 
 const Variant &parallel_variant(const Problem &p, const Choice &choice) {
-    if (choice.backend != Backend::cpu)
-        fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL and the backend ", name_of(choice.backend),
-             "; expected the CPU, or another form");
-    if (p.initial_state.rank && p.degree > 1)
-        fail(HOLDFAST_UNSUPPORTED, "initial_state is given, form is HOLDFAST_FORM_PARALLEL and degree ", p.degree,
-             "; expected NULL: no kernel of it with initial states for degrees above 1 yet");
     return select_variant("parallel", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
 }
 

@@ -5,7 +5,7 @@
 
 namespace holdfast {
 
-/// The variant of the form for `problem`. Throws UNSUPPORTED for what no kernel of it computes.
+/// The variant of the form for `problem`, also on a GPU. Throws UNSUPPORTED where there is none.
 const Variant &parallel_variant(const Problem &problem, const Choice &choice);
 
 /// Run it on the whole problem.

@@ -98,6 +98,8 @@ void issue_chunks(const Run &run, const Problem &p) {
         fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, its state of D V = ", D * V,
              " or its sums need a buffer beyond 2^31 bytes; expected less");
     Carried carried(run, p, x, D, part);
+    std::optional<Memory> unwanted_row;  // of out
+    if (!p.out.rank) unwanted_row.emplace(run, V * (int64_t)sizeof(float));
 
     for (int64_t b = 0; b < p.B; b += part.batch)
         for (int64_t h = 0; h < p.Hk; h += part.of_each) {
@@ -115,6 +117,9 @@ void issue_chunks(const Run &run, const Problem &p) {
                                  {0, B, narrow(r.t, 0, B)}});
                 };
                 auto groups = [&](const OnDevice &r) {
+                    if (!r.t.rank)
+                        return View(*unwanted_row, 0, halide_type(p.q.dtype),
+                                    {{0, (int32_t)V, 1}, {0, tokens, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
                     const int32_t head = narrow(r.t, 2, H * G);
                     return View(*r.memory, r.at(b, t, h * G), halide_type(r.t.dtype),
                                 {{0, (int32_t)r.t.shape[3], 1},
@@ -257,18 +262,16 @@ const Variant &variant_of(const Problem &p, const Choice &choice) {
 }
 
 GpuCall call_of(const Problem &p, const Variant &variant, const char *size_function = "") {
-    return {variant, p.tensors(),
-            [&](const Run &run) {
-                auto issue = [&](const Problem &sequence) {
-                    by_token(p) ? issue_tokens(run, sequence) : issue_chunks(run, sequence);
-                };
-                if (!p.packed()) return issue(p);
-                for (int64_t s = 0; s < p.N; s++) issue(sequence_of(p, s));
-            },
-            p.workspace, size_function};
+    return {variant, p.tensors(), [&](const Run &run) { issue_power(run, p); }, p.workspace, size_function};
 }
 
 }  // namespace
+
+void issue_power(const Run &run, const Problem &p) {
+    auto issue = [&](const Problem &sequence) { by_token(p) ? issue_tokens(run, sequence) : issue_chunks(run, sequence); };
+    if (!p.packed()) return issue(p);
+    for (int64_t s = 0; s < p.N; s++) issue(sequence_of(p, s));
+}
 
 void power_on_gpu(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
     const Variant &variant = variant_of(p, choice);

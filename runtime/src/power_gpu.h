@@ -1,6 +1,7 @@
 // Power retention, and any degree whose outputs are normalised, on a GPU: power_gpu.cpp.
 #pragma once
 #include "context.h"
+#include "gpu.h"
 #include "problem.h"
 
 #include <cstddef>
@@ -11,5 +12,9 @@ namespace holdfast {
 /// workspace that this takes.
 void power_on_gpu(holdfast_context &context, const char *call, const Problem &p, const Choice &choice);
 size_t power_workspace_on_gpu(holdfast_context &context, const Problem &p, const Choice &choice);
+
+/// Launch what power_on_gpu does, within another call: run.variant is one of the kernel that this takes. Without an out where that has
+/// rank 0.
+void issue_power(const Run &run, const Problem &p);
 
 }  // namespace holdfast

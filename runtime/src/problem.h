@@ -44,7 +44,7 @@ struct Problem {
 
     /// All that a kernel has, first q; those not given have rank 0.
     std::vector<const Tensor *> tensors() const {
-        return {&q, &k, &v, &log_decay, &initial_state, &initial_sum, &out, &final_state, &final_sum};
+        return {&q, &k, &v, &log_decay, &initial_state, &initial_sum, &out, &final_state, &final_sum, &weights};
     }
 
     /// Of rows as kernels of `backend` get them: of host tensors in packed copies, where that is a GPU.

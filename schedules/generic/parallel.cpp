@@ -19,38 +19,48 @@ void apply(ParallelFuncs &f, const ParallelSizes &, const Target &target) {
     };
     // All of a block of rows, whose loop is at `rows`, but for what is past; that is summed in the loop over blocks of keys.
     auto weights = [&](ParallelWeights &w, const LoopLevel &rows) {
-        for (Func once : {w.row_decay, w.initial_decay, w.decay_before, w.unit, w.factor, w.past_sum, w.own_sum, w.initial_sum})
+        for (Func once : {w.row_decay, w.initial_decay, w.decay_before, w.unit, w.factor, w.past_sum, w.own_sum})
             once.compute_at(rows);
         for (Func by_row : {w.mask, w.own}) by_row.compute_at(rows).vectorize(i, vec, tail);
         w.queries.compute_at(rows).reorder_storage(i, d);
         product(w.own_scores, rows, w.over_own_key_feature, i, j);
+        w.past_sum.update(0).reorder(i, w.over_initial_block.x);
+        w.past_sum.update(1).reorder(i, w.over_past_block);
+        w.initial_block_sum.compute_at(w.past_sum, w.over_initial_block.x).update().reorder(i, w.over_summed_feature.x);
+        w.initial_block_sum.update().vectorize(i, vec, tail);
     };
     auto past = [&](ParallelWeights &w, const LoopLevel &keys) {
         w.key_decay.compute_at(keys).vectorize(j, vec, tail);
         w.past.compute_at(keys).vectorize(i, vec, tail);
         product(w.past_scores, keys, w.over_past_key_feature, i, j);
-        w.past_block_sum.compute_at(keys).update().reorder(i, w.over_summed_key).vectorize(i, vec, tail);
+        w.past_block_sum.compute_at(keys).update().reorder(i, w.over_summed_key.x).vectorize(i, vec, tail);
     };
 
     for (Func decay : {f.decay_steps, f.decay_rest})
         decay.compute_root().update().reorder(i, f.over_row, n, h, b).vectorize(i, vec, tail);
     f.state_in.compute_root().vectorize(e, vec, tail).update().vectorize(e, vec, tail);
     f.keys_in.compute_root();
+    for (Func list : f.phi.table()) list.compute_root();
 
     RVar row = f.over_result.x, block = f.over_result.y;
     f.result.update(0)
         .reorder(e, row, block, g, h, b)
         .vectorize(e, vec, tail)
         .never_partition_all();  // there are enough copies inside
-    const LoopLevel rows(f.result, block), keys(f.past, f.weights.over_past_block);
+    const LoopLevel rows(f.result, block), keys(f.past, f.weights.over_past_block),
+        features(f.past, f.weights.over_initial_block.x);
+    Func phi = f.weights.phi;
+    phi.clone_in(f.weights.initial_block_sum);  // is not stored there
     weights(f.weights, rows);
     f.past.compute_at(rows).vectorize(e, vec, tail);
-    f.past.update().reorder(e, i, f.weights.over_past_block).vectorize(e, vec, tail);
-    f.weights.past_sum.update().reorder(i, f.weights.over_past_block).compute_with(f.past.update(), f.weights.over_past_block);
+    f.past.update(0).reorder(e, i, f.weights.over_initial_block.x).vectorize(e, vec, tail);
+    f.past.update(1).reorder(e, i, f.weights.over_past_block).vectorize(e, vec, tail);
+    f.weights.past_sum.update(1).compute_with(f.past.update(1), f.weights.over_past_block);
+    phi.compute_at(features).vectorize(i, vec, tail);
+    product(f.initial_block, features, f.over_feature, e, i);
     past(f.weights, keys);
     product(f.past_block, keys, f.over_past_key, e, i);
     product(f.own, rows, f.over_own_key, e, i);
-    f.initial.compute_at(rows).update().reorder(e, i, f.over_state.x, f.over_state.y).vectorize(e, vec, tail);
 
     RVar j_out = f.over_weights.x, i_out = f.over_weights.y, n_out = f.over_weights.z, c_out = f.over_weights.w;
     f.weights_out.vectorize(f.weights_out.args()[0], vec, tail);

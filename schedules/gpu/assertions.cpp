@@ -1,8 +1,7 @@
 // Assertions in kernels. A tile of constant size, `bound_extent`, at the end of an axis whose size is known at run time only, is
 // asserted to hold what is needed of it: min(8 o + 8, D) - 8 <= 8 o. Halide 21 does not see that this is always so, because a
 // let stands between, and then drops the assertion with a warning (OpenCL, Vulkan), or does not compile the kernel (Metal).
-// Here those that follow from the lets around them are taken out; others would stay, and fail the build on Metal. One thread
-// asserts for all, between barriers: those that order nothing go too.
+// Here those that follow from the lets around them are taken out; others would stay, and fail the build on Metal.
 #include "../schedule.h"
 
 #include <utility>
@@ -12,47 +11,10 @@ namespace {
 using namespace Halide;
 using namespace Halide::Internal;
 
-/// Takes out barriers before which nothing has touched memory, since the last one or the kernel's beginning.
-class IdleBarriers : public IRMutator {
-    using IRMutator::visit;
-    bool touched = false;
-    int64_t ordered = ~0;  // kinds of memory, by the last one
-
-    Expr visit(const Load *op) override {
-        touched = true;
-        return IRMutator::visit(op);
-    }
-    Stmt visit(const Store *op) override {
-        touched = true;
-        return IRMutator::visit(op);
-    }
-    Stmt visit(const For *op) override {
-        touched |= op->for_type == ForType::Serial;  // by the iteration before
-        Stmt stmt = IRMutator::visit(op);
-        touched |= op->for_type == ForType::Serial;
-        return stmt;
-    }
-    Stmt visit(const IfThenElse *op) override {
-        Stmt stmt = IRMutator::visit(op);
-        const IfThenElse *choice = stmt.as<IfThenElse>();
-        if (choice && is_no_op(choice->then_case) && !choice->else_case.defined()) return Evaluate::make(0);
-        touched = true;
-        return stmt;
-    }
-    Stmt visit(const Evaluate *op) override {
-        const Call *call = op->value.as<Call>();
-        if (!call || !call->is_intrinsic(Call::gpu_thread_barrier)) return IRMutator::visit(op);
-        const auto *mask = call->args[0].as<IntImm>();
-        if (mask && !touched && !(mask->value & ~ordered)) return Evaluate::make(0);
-        touched = false, ordered = mask ? mask->value : 0;
-        return op;
-    }
-};
-
 class ProvenAssertions : public IRMutator {
     using IRMutator::visit;
     std::vector<std::pair<std::string, Expr>> lets;  // around the statement, outermost first
-    bool in_kernel = false, found = false;
+    bool in_kernel = false;
 
     Stmt visit(const LetStmt *op) override {
         lets.emplace_back(op->name, op->value);
@@ -65,15 +27,19 @@ class ProvenAssertions : public IRMutator {
         Expr condition = op->condition;
         for (auto let = lets.rbegin(); let != lets.rend(); ++let) condition = substitute(let->first, let->second, condition);
         if (!can_prove(condition)) return op;
-        found = true;
         return Evaluate::make(0);
+    }
+    Stmt visit(const IfThenElse *op) override {  // one thread asserts for all
+        Stmt stmt = IRMutator::visit(op);
+        const IfThenElse *choice = stmt.as<IfThenElse>();
+        return in_kernel && choice && is_no_op(choice->then_case) && !choice->else_case.defined() ? Evaluate::make(0) : stmt;
     }
     Stmt visit(const For *op) override {
         if (in_kernel || op->for_type != ForType::GPUBlock) return IRMutator::visit(op);
-        in_kernel = true, found = false;
+        in_kernel = true;
         Stmt kernel = IRMutator::visit(op);
         in_kernel = false;
-        return found ? IdleBarriers().mutate(kernel) : kernel;
+        return kernel;
     }
 };
 

@@ -1,8 +1,8 @@
 // Every GPU API that Halide has, under the limits of chunkwise.cpp. A block of threads has a strip of rows: it goes over the
-// blocks of keys before them, with the weights of the strip on one of those, and the sums so far, in shared memory. Sums of
-// weights are a kernel of their own, which has the scores once more. Loops over what may be absent, and over the queries that
-// share a key, are on the host: what is not there is not launched. A block of rows is one strip. Splits round up, and never move
-// the last piece inwards: it would begin before the block.
+// features of the initial state, and over the blocks of keys before them, with phi or the weights of the strip on one of those, and
+// what they have added so far, in shared memory. Sums of weights are a kernel of their own, a thread for each row, which has the
+// scores once more. Loops over what may be absent, and over the queries that share a key, are on the host: what is not there is not
+// launched. A block of rows is one strip. Splits round up, and never move the last piece inwards: it would begin before the block.
 #include "../../generators/parallel.h"
 #include "../schedule.h"
 
@@ -18,21 +18,21 @@ struct Tile {
     int columns;     // of a block
     int wide, high;  // of a thread; columns in one vector
 };
-// As in chunkwise.cpp. The sums of 128 columns are 16 KiB of shared memory, the weights on 32 keys 4 KiB.
+// As in chunkwise.cpp. 128 columns of what has been added are 16 KiB of shared memory, the weights on 32 keys 4 KiB.
 Tile out_tile(int value) { return value == 0 ? Tile{64, 1, 8} : Tile{std::min(value, 128), 4, 4}; }
 
 void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &) {
     Var b("b"), h("h"), g("g"), c("c"), n("n"), i("i"), j("j"), d("d"), e("e"), s("s"), t("t");
     Var eo("eo"), ei("ei"), et("et"), doo("do"), di("di"), jo("jo"), ji("ji"), io("io"), ii("ii"), to("to"), ti("ti"),
         block("block");
-    Var co("co"), ci("ci");
+    Var co("co"), ci("ci"), fo("fo"), fi("fi"), feature = f.phi.weight.args()[0];
     const int C = sizes.block;
 
     /// A tile of weights that all threads of a block make together.
     auto weights = [&](Func w, Func scores, const RDom &over, const LoopLevel &at) {
         w.compute_at(at)
             .store_in(MemoryType::GPUShared)
-            .bound_storage(j, C)
+            .bound_extent(j, C)
             .bound_extent(i, strip)
             .tile(j, i, jo, io, ji, ii, 4, 4, round)
             .gpu_threads(jo, io)
@@ -41,6 +41,11 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &) {
         scores.compute_at(w, jo).store_in(MemoryType::Register).unroll(j).unroll(i);
         scores.update().reorder(j, i, over.x).unroll(j).unroll(i);
     };
+
+    // The table of phi, as in power.cpp.
+    for (Func list : f.phi.table()) list.compute_root().gpu_tile(feature, fo, fi, 64, guard);
+    for (Func factor : f.phi.searched)
+        factor.update().split(feature, fo, fi, 64, guard).reorder(f.phi.over_bit, fi, fo).gpu_blocks(fo).gpu_threads(fi);
 
     // Gates: a thread per row; then one per block of rows, which goes back over the blocks before.
     for (Func decay : {f.decay_steps, f.decay_rest}) {
@@ -56,7 +61,7 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &) {
             .gpu_blocks(co, h, b)
             .gpu_threads(ci);
         w.unit.compute_root().bound(i, 0, C).reorder(i, c, h, b, g).gpu_blocks(c, h, b).gpu_threads(i);
-        // The sums of a row, of all of its weights, by its thread.
+        // The sums of a row, of all of its weights, by its thread, which has four of them at a time.
         w.factor.compute_root()
             .bound(i, 0, C)
             .split(i, io, ii, strip)
@@ -64,28 +69,26 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &) {
             .reorder(ii, block, h, b, g)
             .gpu_blocks(block, h, b)
             .gpu_threads(ii);
-        const LoopLevel at(w.factor, block);
-        w.past_sum.compute_at(at)
-            .store_in(MemoryType::GPUShared)
-            .gpu_threads(i)
-            .update()
-            .reorder(i, w.over_past_block)
-            .gpu_threads(i);
-        w.past_block_sum.compute_at(w.past_sum, i).store_in(MemoryType::Register);
-        for (Func sum : {w.own_sum, w.initial_sum}) sum.compute_at(w.factor, ii).store_in(MemoryType::Register);
+        w.past_sum.compute_at(w.factor, ii).store_in(MemoryType::Register);
+        w.initial_block_sum.compute_at(w.past_sum, w.over_initial_block.x).store_in(MemoryType::Register);
+        auto sum_of_keys = [&](Func sum, const LoopLevel &at, const RDom &over, Func scores, const RDom &over_feature) {
+            RVar four("four"), key("key");
+            sum.compute_at(at).store_in(MemoryType::Register).update().split(over.x, four, key, 4).unroll(key);
+            scores.compute_at(sum, four).store_in(MemoryType::Register).unroll(j);
+            scores.update().reorder(j, over_feature.x).unroll(j);
+        };
+        sum_of_keys(w.past_block_sum, {w.past_sum, w.over_past_block}, w.over_summed_key, w.past_scores,
+                    w.over_past_key_feature);
+        sum_of_keys(w.own_sum, {w.factor, ii}, w.over_summed_own_key, w.own_scores, w.over_own_key_feature);
     };
 
     // Out. Its own copies of the weights: those of the sums are in another kernel.
-    for (ParallelWeights *w : {&f.weights, &f.shown}) of_rows(*w);
+    Func phi = f.weights.phi;
+    phi.clone_in(f.weights.initial_block_sum);  // is not stored there
     Func past_weights = f.weights.past.clone_in(f.past_block), past_scores = f.weights.past_scores.clone_in(past_weights);
     Func own_weights = f.weights.own.clone_in(f.own), own_scores = f.weights.own_scores.clone_in(own_weights);
-    Func key_decay = f.weights.key_decay.clone_in(past_weights), key_decay_shown = f.shown.key_decay.clone_in(f.weights_shown);
-    for (ParallelWeights *w : {&f.weights, &f.shown}) {
-        const LoopLevel keys(w->past_sum, w->over_past_block);
-        weights(w->past, w->past_scores, w->over_past_key_feature, keys);
-        weights(w->own, w->own_scores, w->over_own_key_feature, {w->factor, block});
-        w->key_decay.compute_at(keys).store_in(MemoryType::GPUShared).split(j, jo, ji, 8, round).gpu_threads(jo, ji);
-    }
+    Func key_decay = f.weights.key_decay.clone_in(past_weights);
+    for (ParallelWeights *w : {&f.weights, &f.shown}) of_rows(*w);
     const Tile tile = out_tile(sizes.value);
     RVar row = f.over_result.x, in = f.over_result.y, ro("ro"), ri("ri"), rt("rt"), rows("rows");
     f.result.gpu_single_thread();  // undefined at first, so that nothing is run; but Halide would want it in host memory too
@@ -113,9 +116,11 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &) {
         p.unroll(i), p.update().unroll(i);
     };
     registers(f.own, {f.result, et}, {f.over_own_key.x});
-    registers(f.initial, {f.result, et}, {f.over_state.x, f.over_state.y});
     weights(own_weights, own_scores, f.weights.over_own_key_feature, {f.result, rows});
-    f.past.compute_at(f.result, rows).store_in(MemoryType::GPUShared).bound_extent(i, strip);
+    f.past.compute_at(f.result, rows)
+        .store_in(MemoryType::GPUShared)
+        .bound_extent(i, strip)
+        .bound_storage(e, tile.columns);  // so that each has one place in shared memory (barriers.cpp)
     auto threads = [&](Stage x) {
         x.split(i, io, ii, tile.high, round).unroll(ii);
         if (tile.wide > 1)
@@ -125,11 +130,26 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &) {
         x.gpu_threads(et, io);
     };
     threads(f.past);
-    threads(f.past.update().reorder(e, i, f.weights.over_past_block));
+    threads(f.past.update(0).reorder(e, i, f.weights.over_initial_block.x, f.weights.over_initial_block.y));
+    threads(f.past.update(1).reorder(e, i, f.weights.over_past_block));
+    phi.compute_at(f.past, f.weights.over_initial_block.x)
+        .store_in(MemoryType::GPUShared)
+        .bound_storage(j, C)
+        .bound_extent(i, strip)
+        .split(j, jo, ji, 4, round)
+        .reorder(ji, i, jo)
+        .gpu_threads(i, jo);
+    registers(f.initial_block, {f.past, et}, {f.over_feature.x});
     registers(f.past_block, {f.past, et}, {f.over_past_key.x});
     const LoopLevel keys(f.past, f.weights.over_past_block);
+    past_weights.bound_storage(n, 1);
     weights(past_weights, past_scores, f.weights.over_past_key_feature, keys);
-    key_decay.compute_at(keys).store_in(MemoryType::GPUShared).split(j, jo, ji, 8, round).gpu_threads(jo, ji);
+    key_decay.compute_at(keys)
+        .store_in(MemoryType::GPUShared)
+        .bound_storage(n, 1)
+        .bound_storage(j, C)
+        .split(j, jo, ji, 8, round)
+        .gpu_threads(jo, ji);
 
     // Weights that are written: a block of rows against a block of keys.
     Var column = f.weights_out.args()[0];
@@ -146,10 +166,6 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &) {
         .reorder(f.over_weights.x, row_in, pieces, f.over_weights.w, h, s, g, b)
         .gpu_blocks(pieces, f.over_weights.w, h)
         .gpu_threads(f.over_weights.x, row_in);
-    key_decay_shown.compute_at(f.weights_out, pieces)
-        .store_in(MemoryType::GPUShared)
-        .split(j, jo, ji, 8, round)
-        .gpu_threads(jo, ji);
     f.shown_scores.compute_at(f.weights_out, f.over_weights.x).store_in(MemoryType::Register);
 
     // The final state: a thread per element.

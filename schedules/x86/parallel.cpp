@@ -15,7 +15,7 @@ using namespace holdfast;
 
 void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &target) {
     Var b("b"), h("h"), g("g"), c("c"), n("n"), i("i"), j("j"), d("d"), e("e"), s("s");
-    Var eo("eo"), ei("ei"), doo("do"), di("di"), jo("jo"), ji("ji"), io("io"), ii("ii"), it("it");
+    Var eo("eo"), ei("ei"), doo("do"), di("di"), jo("jo"), ji("ji"), io("io"), ii("ii"), it("it"), fo("fo"), fi("fi"), ft("ft");
     RVar row = f.over_result.x, block = f.over_result.y, ro("ro"), ri("ri"), rt("rt");
     RVar j_out = f.over_weights.x, i_out = f.over_weights.y, n_out = f.over_weights.z, c_out = f.over_weights.w;
     const int vec = target.natural_vector_size<float>();
@@ -47,16 +47,14 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &target) {
             .unroll(i, vec)
             .never_partition_all();
         w.factor.compute_at(at).vectorize(i, vec);
-        for (Func x : {w.own_sum, w.initial_sum}) x.compute_at(at).vectorize(i, vec).update().vectorize(i, vec);
+        w.own_sum.compute_at(at).vectorize(i, vec).update().vectorize(i, vec);
     };
     // The sum over blocks of keys that `past` goes over too: the same weights serve both.
     auto past_sum = [&](ParallelWeights &w, const LoopLevel &rows) {
-        w.past_sum.compute_at(rows)
-            .vectorize(i, vec)
-            .update()
-            .split(i, io, ii, strip)
-            .vectorize(ii, vec)
-            .reorder(ii, io, w.over_past_block);
+        w.past_sum.compute_at(rows).vectorize(i, vec);
+        w.past_sum.update(0).reorder(i, w.over_initial_block.x).vectorize(i, vec);
+        w.initial_block_sum.compute_at(w.past_sum, w.over_initial_block.x).vectorize(i, vec).update().vectorize(i, vec);
+        w.past_sum.update(1).split(i, io, ii, strip).vectorize(ii, vec).reorder(ii, io, w.over_past_block);
     };
 
     for (Func decay : {f.decay_steps, f.decay_rest}) {
@@ -65,6 +63,11 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &target) {
     }
     f.state_in.compute_root().vectorize(e, vec, TailStrategy::RoundUp).update().vectorize(e, vec, TailStrategy::RoundUp);
     f.keys_in.compute_root();
+    for (Func list : f.phi.table()) list.compute_root().vectorize(f.phi.weight.args()[0], vec);
+    for (Func factor : f.phi.searched) {
+        Var feature = factor.args()[0];
+        factor.update().reorder(feature, f.phi.over_bit).vectorize(feature, vec);
+    }
 
     // Rows of the caller's tensors are H * D apart, often a power of two: copied, they do not fight for one cache set, and
     // the widening of 16 bits is paid once.
@@ -85,13 +88,25 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &target) {
     const LoopLevel rows(f.result, block), strip_of_rows(f.result, ro);
     once(f.weights, rows, strip_of_rows);
     registers(f.own, {f.result, eo}, f.over_own_key, e, i);
-    registers(f.initial, {f.result, eo}, f.over_state, e, i);
     weights_of(f.weights.own, strip_of_rows, f.weights.own_scores, f.weights.over_own_key_feature);
     f.weights.mask.compute_at(f.weights.own, io).vectorize(i, vec).unroll(i).unroll(j);
 
     RVar past = f.weights.over_past_block;
     f.past.compute_at(rows).bound_extent(i, sizes.block).align_bounds(e, wide).vectorize(e, vec);
-    f.past.update()
+    f.past.update(0)
+        .split(i, fo, fi, strip)
+        .split(fi, ft, fi, tile)
+        .split(e, eo, ei, wide)
+        .reorder(ei, fi, ft, eo, fo, f.weights.over_initial_block.x)
+        .vectorize(ei, vec)
+        .unroll(ei)
+        .unroll(fi)
+        .never_partition_all();
+    registers(f.initial_block, {f.past, ft}, f.over_feature, e, i);
+    Func phi = f.weights.phi;
+    phi.clone_in(f.weights.initial_block_sum);  // inlined there: one in so many values of the work
+    phi.compute_at(f.past, fo).bound_storage(j, sizes.block).vectorize(i, vec).unroll(i);
+    f.past.update(1)
         .split(i, io, ii, strip)
         .split(ii, it, ii, tile)
         .split(e, eo, ei, wide)
@@ -104,11 +119,11 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &target) {
     weights_of(f.weights.past, {f.past, io}, f.weights.past_scores, f.weights.over_past_key_feature);
     f.weights.key_decay.compute_at(f.past, past).vectorize(j, vec);
     past_sum(f.weights, rows);
-    f.weights.past_sum.update().compute_with(f.past.update(), io);
+    f.weights.past_sum.update(1).compute_with(f.past.update(1), io);
     f.weights.past_block_sum.compute_at(f.past, io)
         .vectorize(i, vec)
         .update()
-        .reorder(i, f.weights.over_summed_key)
+        .reorder(i, f.weights.over_summed_key.x)
         .vectorize(i, vec)
         .unroll(i);
 
@@ -124,7 +139,7 @@ void apply(ParallelFuncs &f, const ParallelSizes &sizes, const Target &target) {
     f.shown.past_block_sum.compute_at(f.shown.past_sum, io)
         .vectorize(i, vec)
         .update()
-        .reorder(i, f.shown.over_summed_key)
+        .reorder(i, f.shown.over_summed_key.x)
         .vectorize(i, vec);
     weights_of(f.shown.past, {f.shown.past_sum, io}, f.shown.past_scores, f.shown.over_past_key_feature);
     f.shown.key_decay.compute_at(f.shown.past_sum, f.shown.over_past_block).vectorize(j, vec);

@@ -56,7 +56,7 @@ TEST_P(Parallel, MatchesReference) {
                                                                 {"value_size", std::to_string(sizes.value)},
                                                                 {"causal_tile", std::to_string(sizes.causal_tile)},
                                                                 {"forced_schedule", instance.schedule}});
-        for (const ParallelCase &c : parallel_cases(sizes.block))
+        for (const ParallelCase &c : parallel_cases(sizes.block, instance.size.K))
             ParallelCall(c, sizes.block, instance.size, instance.dtype).expect_reference(kernel);
     } catch (const Halide::Error &e) {
         FAIL() << e.what();

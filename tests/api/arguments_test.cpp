@@ -251,17 +251,6 @@ std::vector<Case> cases() {
     add("weights_overlap_out", invalid, "overlaps",
         [](Call &c) { c.want_weights(), c.place(c.out, 1024), c.place(c.weights, 1025); });
 
-    // ---- What no kernel computes yet.
-    add("parallel_of_degree_2_with_an_initial_state", unsupported,
-        "initial_state is given, form is HOLDFAST_FORM_PARALLEL and degree 2; expected NULL: no kernel of it with initial "
-        "states "
-        "for degrees above 1 yet",
-        [](Call &c) {
-            c.args.degree = 2, c.args.normalize = HOLDFAST_NORMALIZE_NONE, c.args.form = HOLDFAST_FORM_PARALLEL;
-            c.args.final_state = nullptr;
-            c.initial_state.shape[2] = 10, c.place(c.initial_state, 1024);
-        });
-
     // ---- Missing tensors.
     add("q_null", invalid, "q is NULL; expected a tensor [B, T, H, K]", [](Call &c) { c.args.q = nullptr; });
     add("k_null", invalid, "k is NULL; expected a tensor [B, T, Hk, K]", [](Call &c) { c.args.k = nullptr; });

@@ -276,6 +276,17 @@ TEST(Cuda, SequencesThatAreTooLongForOneCallOfTheKernelTakeSeveral) {
         }
 }
 
+TEST(Cuda, ValueMajorStatesOfTheParallelFormAreRefused) {
+    Context context;
+    Call call;
+    call.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR, call.args.form = HOLDFAST_FORM_PARALLEL;
+    for (DLTensor *x : {&call.initial_state, &call.final_state}) std::swap(x->shape[2], x->shape[3]), x->strides = nullptr;
+    EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
+    EXPECT_EQ(context.error(),
+              "form is HOLDFAST_FORM_PARALLEL and state_layout HOLDFAST_STATE_VALUE_MAJOR; expected key-major on "
+              "CUDA device 0");
+}
+
 TEST(Cuda, LaunchesDoNotDependOnTheSizes) {
     Driver driver;
     Context context;
@@ -903,6 +914,41 @@ TEST(Cuda, PowerRetentionIsLaunchesAloneForEachChunk) {
     ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
     EXPECT_EQ(others(driver.record()), std::set<std::string>());
     EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 2 * launches[0]);
+}
+
+TEST(Cuda, TheParallelFormIsLaunchesAlone) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_stream(context, driver.stream(driver.context(0))), HOLDFAST_OK);
+    PowerCudaCall call;
+    call.forward.form = HOLDFAST_FORM_PARALLEL;
+    std::vector<size_t> launches;
+    for (int64_t tokens : {70, 70, 33}) {
+        for (int n : {0, 1, 2, 3, 6}) call.dl[n].shape[1] = tokens;
+        size_t bytes = 0;
+        ASSERT_EQ(holdfast_workspace_size(context, &call.forward, &bytes), HOLDFAST_OK) << context.error();
+        call.give_workspace(bytes - 1);
+        driver.clear();
+        EXPECT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_INVALID_ARGUMENT);
+        EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 0u) << "something ran";
+        call.give_workspace(bytes);
+        driver.clear();
+        ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
+        launches.push_back(of(driver.record(), "cuLaunchKernel").size());
+        if (launches.size() > 1) {
+            EXPECT_EQ(others(driver.record()), std::set<std::string>());
+        }
+    }
+    EXPECT_GT(launches[1], launches[2]) << "power retention's chunks, of the final state, are one less";
+    EXPECT_EQ(context.messages.back().find("forward: parallel_f32_c32_k0_v0_cuda (where the tensors are), B 2, T 33"), 0u)
+        << context.messages.back();
+
+    // Without states there is the one call of the kernel.
+    call.forward.initial_state = call.forward.initial_sum_of_keys = nullptr;
+    call.forward.final_state = call.forward.final_sum_of_keys = nullptr;
+    driver.clear();
+    ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
+    EXPECT_LT(of(driver.record(), "cuLaunchKernel").size(), launches[2]);
 }
 
 TEST(Cuda, StepsOfPowerRetentionAreLaunchesAlone) {

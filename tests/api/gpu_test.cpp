@@ -236,6 +236,12 @@ TEST(Backends, PowerRetentionCopiesWhatIsOnTheCpu) {
         narrow.form = HOLDFAST_FORM_RECURRENT;
         ASSERT_EQ(narrow.run(context, 7, 9), HOLDFAST_OK) << context.error();
         expect_right(narrow, narrow.want());
+
+        PowerProblem tiled{1, 3, 1, 1, 16, 4, 2, true, Gates::weak, f32, HOLDFAST_FORM_PARALLEL, HOLDFAST_EXPANSION_TILED};
+        EXPECT_EQ(tiled.run(context), HOLDFAST_UNSUPPORTED);
+        EXPECT_NE(context.error().find("expansion is HOLDFAST_EXPANSION_TILED and the backend " + std::string(name)),
+                  std::string::npos)
+            << context.error();
     }
 }
 
@@ -712,6 +718,47 @@ TEST_P(Tensors, PowerStatesInEveryOrderAreUsedWhereTheyLie) {
             EXPECT_LE(relative_rms(got->values(), expected->values()), 1e-6);
         d.expect_released();
     }
+}
+
+TEST_P(Tensors, OfTheParallelFormAreUsedWhereTheyLie) {
+    for (int degree : {1, 2})
+        for (bool in_place : {false, true}) {
+            SCOPED_TRACE("degree " + std::to_string(degree) + (in_place ? ", in place" : ""));
+            PowerProblem p{2, 40, 2, 2, 6, 5, degree, degree > 1};
+            p.initial = false;
+            Context cpu;
+            ASSERT_EQ(p.run(cpu, 0, 5), HOLDFAST_OK) << cpu.error();
+            auto tokens = [](Array &a) { return Tensor(a).part(1, 5, 40); };
+            Array weights(Index{2, 4, 35, 35}), want(weights.shape), out = p.out;
+            std::vector<Tensor> list = {tokens(p.q),     tokens(p.k),    tokens(p.v),   tokens(p.log_decay),
+                                        p.initial_state, p.initial_keys, tokens(p.out), p.state,
+                                        p.keys,          weights};
+            auto call = [&](std::vector<DLTensor> &t) {
+                holdfast_forward_args args = forward_args(&t[0], &t[1], &t[2], &t[3], &t[4], &t[6], &t[7]);
+                args.degree = degree, args.weights = &t[9], args.form = HOLDFAST_FORM_PARALLEL;
+                if (degree > 1) args.initial_sum_of_keys = &t[5], args.final_sum_of_keys = &t[8];
+                return args;
+            };
+            {
+                OnDevice d(*device, list, f32, {});
+                for (size_t n : {7, 8})
+                    if (in_place) d.tensors[n].byte_offset = d.offsets[n] = d.offsets[n - 3];
+                const holdfast_forward_args args = call(d.tensors);
+                ASSERT_EQ(holdfast_forward(context, &args), HOLDFAST_OK) << context.error();
+                d.fetch({6, 7, 8, 9});
+                d.expect_released();
+                expect_message(std::string("parallel form, on ") + device->name);
+            }
+            expect_right(p, p.want());
+            list[6] = Tensor(out).part(1, 5, 40), list[9] = want;
+            Array state = p.state, keys = p.keys;
+            list[7] = state, list[8] = keys;
+            std::vector<DLTensor> host;
+            for (Tensor &x : list) host.push_back(x.dl());
+            const holdfast_forward_args args = call(host);
+            ASSERT_EQ(holdfast_forward(cpu, &args), HOLDFAST_OK) << cpu.error();
+            EXPECT_LE(relative_rms(weights.values(), want.values()), tolerance::relative_rms_between_forms);
+        }
 }
 
 TEST_P(Tensors, ErrorsNameThem) {

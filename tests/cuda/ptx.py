@@ -2,7 +2,8 @@
 passes of schedules/cuda: it knows only the PTX manual.
 
 All blocks of a launch run in step, a thread being an element of NumPy arrays. Where threads part, those furthest
-behind go on first. Beside computing, it stops at what a GPU would let pass or leave to chance:
+behind go on first, or wait at a barrier for the others. Registers hold a NaN, which is no address, until they are set:
+LLVM reads such where nothing comes of it. Beside computing, it stops at what a GPU would let pass or leave to chance:
 
 * addresses outside of allocations, not aligned, or read before anything was written there;
 * shared memory that two warps touch, one of them writing, without a barrier between; barriers that not all threads
@@ -171,16 +172,21 @@ class Launch:
         code, labels = self.kernel.code, self.kernel.labels
         end = len(code)
         at, together = np.zeros(n, np.int64), 0  # where threads are; where all are, else None
+        waits = np.zeros(n, bool)  # at a barrier
         with np.errstate(all="ignore"):
             while True:
                 if together is None:
-                    here = int(at.min())
-                    active = at == here
+                    if waits.all():
+                        self.fault("some threads of a block only")
+                    here = int(at[~waits].min())
+                    active = (at == here) & ~waits
                     if active.all():
                         together = here
                 if together is not None:
                     here, active = together, np.ones(n, bool)
                 if here >= end:
+                    if waits.any():
+                        self.fault("some threads of a block only")
                     return
                 guard, operation, operands, self.line = code[here]
                 mask = active
@@ -188,6 +194,18 @@ class Launch:
                     value = self.value(guard.lstrip("!"), 1)
                     mask = active & (~value if guard[0] == "!" else value)
                 self.active, self.mask, self.full = active, mask, bool(mask.all())
+                if (
+                    operation[0] in ("bar", "barrier") and together is None
+                ):  # the others may stand further on, and come back
+                    at[active & ~mask] = here + 1
+                    waits |= mask
+                    there = waits & (at == here)
+                    whole = np.bincount(self.block_of[there], minlength=len(blocks)) == threads
+                    self.mask = there & whole[self.block_of]
+                    if self.mask.any():
+                        self.op_bar(operation, operands)
+                        at[self.mask], waits = here + 1, waits & ~self.mask
+                    continue
                 if operation[0] == "ret":
                     after, where = mask, end
                 elif operation[0] == "bra":
@@ -219,10 +237,12 @@ class Launch:
 
     def value(self, name, bits):
         if name[0] == "%":
-            try:
+            if name in self.registers:
                 return self.registers[name]
-            except KeyError:
+            dtype = REGISTERS[re.match(r"%([a-z]+)", name).group(1)]
+            if dtype is np.bool_:
                 self.fault(f"{name} is read before it is set")
+            return np.full(self.n, np.iinfo(dtype).max, dtype)
         if bits == 1:
             return np.full(self.n, int(name) != 0)
         number = int(name[2:], 16) if name[:2] in ("0f", "0F") else int(name.rstrip("U"), 0)

@@ -39,6 +39,7 @@ def _rows():
 
 CHUNKWISE = [row for row in _rows() if row.target == "cuda" and row.kernel == "chunkwise"]
 RECURRENT = [row for row in _rows() if row.target == "cuda" and row.kernel == "recurrent"]
+PARALLEL = [row for row in _rows() if row.target == "cuda" and row.kernel == "parallel"]
 TUNED = [row for row in CHUNKWISE if row.key_size]
 
 

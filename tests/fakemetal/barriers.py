@@ -17,6 +17,7 @@ ORDERS = ("forward", "reverse", "shuffle")
 def run(test, variant, **settings):
     environment = dict(os.environ, HOLDFAST_REQUIRED_BACKENDS="metal", **settings)
     cases = [f"*/{variant}_*{CASE}", f"*/{variant}", f"*/{variant}_K5_V7", f"*/{variant}_cases"]  # with chunks; without
+    cases.append(f"*/{variant}_*out_alone")  # of the parallel form, where an initial state hides one
     command = [test, f"--gtest_filter={':'.join(cases)}"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
 

@@ -1,5 +1,6 @@
-// The parallel form through the public API: it agrees with the other forms and with the reference, for every target of the CPU
-// in this build, for any number of threads, and its weights are what the values are multiplied by.
+// The parallel form through the public API: it agrees with the other forms and with the reference, for every target in this
+// build, for any number of threads, and its weights are what the values are multiplied by. On GPUs with tensors copied from the
+// CPU: api/gpu_test.cpp has those that lie there.
 #include "../forward.h"
 #include "../reference/parallel.h"
 
@@ -21,8 +22,9 @@ struct Call {
     const double least = normalized ? 0.25 : -1;
     Array q = array({B, T, H * group, K}, least), k = array({B, T, H, K}, least), v = array({B, T, H, V});
     Array log_decay = log_decays(gates, B, T, H, Layout::compact, random);
-    Array state = array({N, H, K, V}), sum = array({N, H, K}, least);
-    Array out{{B, T, H * group, V}}, final_state{{N, H, K, V}}, final_sum{{N, H, K}}, weights_out{{B, H * group, T, T}};
+    int64_t D = states ? holdfast_state_size(K, degree, HOLDFAST_EXPANSION_TIGHT) : 1;
+    Array state = array({N, H, D, V}), sum = array({N, H, D}, least);
+    Array out{{B, T, H * group, V}}, final_state{{N, H, D, V}}, final_sum{{N, H, D}}, weights_out{{B, H * group, T, T}};
     holdfast_state_layout state_layout = HOLDFAST_STATE_KEY_MAJOR;
     float scale = 0.25f;
 
@@ -69,7 +71,7 @@ struct Call {
     }
     void expect_reference() const {
         const reference::ParallelResult want = reference();
-        const double share = tolerance::of_spread(K, T, 0);
+        const double share = tolerance::of_power_spread(K, D, T, 0);
         expect_close("out", out, want.out, want.out_spread, share, dtype);
         if (weights) expect_close("weights", weights_out, want.weights, want.weights_spread, share, dtype);
     }
@@ -85,7 +87,7 @@ private:
 
 class Parallel : public testing::TestWithParam<Instance> {
 protected:
-    Context context{GetParam().target};
+    Context context{GetParam().missing.empty() ? GetParam().target : ""};
     Size size = GetParam().size;
     int64_t C = variant_for(GetParam().target, size, f32, "parallel")->chunk;
     void SetUp() override {
@@ -116,7 +118,7 @@ TEST_P(Parallel, DegreesAndTypes) {
             for (bool normalized : {false, true}) {
                 SCOPED_TRACE(std::string(dtype.name) + ", degree " + std::to_string(degree) +
                              (normalized ? ", normalized" : ""));
-                Call call{1, C + 3, 1, size.K, size.V, 2, degree, normalized, degree == 1, true};
+                Call call{1, C + 3, 1, size.K, size.V, 2, degree, normalized, degree <= 2, true};
                 call.dtype = dtype;
                 call.run(context);
                 call.expect_reference();
@@ -190,25 +192,50 @@ TEST_P(Parallel, StateInPlace) {
     EXPECT_TRUE(same_bits(apart.final_state, in_place.state));
 }
 
-TEST_P(Parallel, InitialStatesOfHigherDegreesAreUnsupported) {
-    Call call{1, 3, 1, 2, 2, 1, 2, true, false};
-    call.state = call.final_state = Array({1, 1, 3, 2});
-    call.sum = call.final_sum = Array({1, 1, 3});
-    call.states = true;
-    EXPECT_EQ(call.run(context, HOLDFAST_FORM_PARALLEL), HOLDFAST_UNSUPPORTED);
-    EXPECT_EQ(
-        context.error(),
-        "initial_state is given, form is HOLDFAST_FORM_PARALLEL and degree 2; expected NULL: no kernel of it with initial "
-        "states for degrees above 1 yet");
-}
-
-std::vector<Instance> parallel_instances(const std::vector<Size> &sizes) {
+/// Those of processors, or of GPUs.
+std::vector<Instance> parallel_instances(const std::vector<Size> &sizes, bool gpu = false) {
     std::vector<Instance> list;
-    for (const Instance &i : on_cpu(instances(sizes)))
-        if (variant_for(i.target, i.size, f32, "parallel")) list.push_back(i);
+    for (const Instance &i : instances(sizes))
+        if (variant_for(i.target, i.size, f32, "parallel") && (backend_of(i.target) != "cpu") == gpu) list.push_back(i);
     return list;
 }
 INSTANTIATE_TEST_SUITE_P(, Parallel, testing::ValuesIn(parallel_instances({{33, 17}})),
+                         [](const auto &info) { return name(info.param); });
+
+class ParallelOnGpu : public Parallel {};
+TEST_P(ParallelOnGpu, MatchesReferenceAndTheCpu) {
+    Context cpu;
+    auto expect_close_to_cpu = [&](const char *what, const Array &got, const Array &want) {
+        if (!got.values().empty()) {
+            EXPECT_LE(relative_rms(got.values(), want.values()), tolerance::relative_rms_between_forms) << what;
+        }
+    };
+    const auto [K, V] = size;
+    for (Call call : {Call{2, C + 3, 2, K, V, 2, 1, false, true, true}, Call{1, C + 3, 1, K, V, 2, 2, true, true, true},
+                      Call{1, 5, 1, K, V, 1, 1, true}, Call{1, 5, 2, K, V, 1, 3, false, false}, Call{1, 0, 1, K, V},
+                      Call{1, 0, 1, K, V, 1, 2, true}, Call{1, C + 9, 1, K, V, 1, 1, false, true, false, {0, 5, 5, C + 9}},
+                      Call{1, C + 9, 1, K, V, 1, 2, true, true, false, {0, 5, 5, C + 9}}}) {
+        SCOPED_TRACE(testing::Message() << "T " << call.T << ", degree " << call.degree << ", sequences " << call.N);
+        Call want = call;
+        want.weights = false;
+        ASSERT_EQ(want.run(cpu, HOLDFAST_FORM_AUTO), HOLDFAST_OK) << cpu.error();
+        call.run(context);
+        EXPECT_NE(context.messages.at(0).find("parallel_f32_c"), std::string::npos) << context.messages[0];
+        if (call.starts.empty()) call.expect_reference();
+        expect_close_to_cpu("out", call.out, want.out);
+        if (call.states) expect_close_to_cpu("state", call.final_state, want.final_state);
+        if (call.states && call.normalized) expect_close_to_cpu("sum of keys", call.final_sum, want.final_sum);
+    }
+    Call packed{1, 7, 1, K, V, 1, 1, false, false, true, {0, 4, 7}};
+    EXPECT_EQ(packed.run(context, HOLDFAST_FORM_PARALLEL), HOLDFAST_UNSUPPORTED);
+    EXPECT_EQ(context.error(), "weights and cu_seqlens are given and the backend is " + backend_of(GetParam().target) +
+                                   "; expected one of them, or the CPU");
+    Call half{1, 7, 1, K, V};
+    half.dtype = f16;
+    EXPECT_EQ(half.run(context, HOLDFAST_FORM_PARALLEL), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(context.error().find("no variant of parallel for f16"), std::string::npos) << context.error();
+}
+INSTANTIATE_TEST_SUITE_P(, ParallelOnGpu, testing::ValuesIn(parallel_instances({{5, 7}}, true)),
                          [](const auto &info) { return name(info.param); });
 
 // What the project holds, with RetNet's decays: tolerance.h.

@@ -39,6 +39,9 @@ def test_a_backend_can_be_forced(name, problem):
             out = holdfast.retention_step(p.q[:, t], p.k[:, t], p.v[:, t], None, state)
             np.testing.assert_allclose(out, want[:, t], rtol=1e-5, atol=1e-6)
         power, power_state, power_sum = holdfast.retention(p.q, p.k, p.v, degree=2, return_state=True)
+        parallel, weights = holdfast.retention(p.q, p.k, p.v, form="parallel", return_weights=True)
+        np.testing.assert_allclose(parallel, want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.einsum("bhij,bjhe->bihe", weights, p.v), want, rtol=1e-5, atol=1e-6)
         q, k, v = (x[:, 0] for x in (p.q, p.k, p.v))
         token = holdfast.retention_step(q, k, v, None, power_state, power_sum, degree=2)
         x, theta = p.q[..., :4], holdfast.theta(4)
@@ -56,7 +59,7 @@ def test_a_backend_can_be_forced(name, problem):
         assert [line.split(":")[0] for line in lines] == [
             *["forward"] * 2,
             *["step"] * 5,
-            "forward",
+            *["forward"] * 2,
             "step",
             "rotate",
             "head_norm_gate",

@@ -76,10 +76,6 @@ def test_the_selected_variants_are_those_that_run(problem):
             holdfast.retention(*rows, degree=degree, normalize=True, form=form)
         elif variant["kernel"] == "recurrent":
             holdfast.retention_step(*(of_dtype(x[:, 0]) for x in (p.q, p.k, p.v)), None, p.initial_state)
-        elif variant["kernel"] == "parallel" and backend != "cpu":
-            with pytest.raises(NotImplementedError, match=f"backend {backend}; expected the CPU"):
-                holdfast.retention(*(of_dtype(x) for x in (p.q, p.k, p.v)), form="parallel")
-            continue
         else:
             holdfast.retention(of_dtype(p.q), of_dtype(p.k), of_dtype(p.v), form=variant["kernel"])
         assert f" {variant['name']} " in lines.pop()

@@ -95,13 +95,6 @@ def test_value_major_states(problem):
     assert vk.flags.c_contiguous
 
 
-def test_what_no_kernel_computes_yet(problem):
-    p = problem(1, 20, 2, 16, 8)
-    with pytest.raises(NotImplementedError, match="no kernel"):
-        state = np.zeros((1, 2, holdfast.state_size(16, 2), 8), np.float32)
-        holdfast.retention(p.q, p.k, p.v, p.log_decay, initial_state=state, degree=2, normalize=False, form="parallel")
-
-
 @pytest.mark.parametrize("normalize", [None, False, True])
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])
 def test_parallel_form_with_its_weights(problem, degree, normalize):
@@ -131,7 +124,7 @@ def test_parallel_form_returns_weights_last(problem):
 
 
 @pytest.mark.parametrize("expansion", ["tight", "tiled"])
-def test_parallel_form_hands_its_state_of_degree_2_to_the_others(problem, expansion):
+def test_parallel_form_takes_and_hands_over_states_of_degree_2(problem, expansion):
     p = problem(1, 300, 4, 16, 8)
     few, options = slice(0, 2), {"degree": 2, "expansion": expansion}
     rows = [p.q, p.k[:, :, few], p.v[:, :, few], p.log_decay[:, :, few]]
@@ -139,8 +132,9 @@ def test_parallel_form_hands_its_state_of_degree_2_to_the_others(problem, expans
     first, rest = [x[:, :200] for x in rows], [x[:, 200:] for x in rows]
     out, state, sums = holdfast.retention(*first, form="parallel", return_state=True, **options)
     assert_close(out, expected[:, :200])
-    out = holdfast.retention(*rest, initial_state=state, initial_sum_of_keys=sums, **options)
-    assert_close(out, expected[:, 200:])
+    for form in ("auto", "parallel"):
+        out = holdfast.retention(*rest, form=form, initial_state=state, initial_sum_of_keys=sums, **options)
+        assert_close(out, expected[:, 200:])
 
 
 @pytest.mark.parametrize("degree, normalize", [(1, True), (2, None), (2, False), (3, False), (4, True)])

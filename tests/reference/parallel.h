@@ -1,5 +1,6 @@
-// The parallel form in double, in plain loops, weight by weight: what kernels of it are compared with. Depends on nothing else.
+// The parallel form in double, in plain loops, weight by weight: what kernels of it are compared with.
 #pragma once
+#include "power.h"
 #include "retention.h"
 
 #include <algorithm>
@@ -9,8 +10,8 @@ namespace reference {
 struct ParallelInputs : Inputs {
     int degree = 1;
     bool normalized = false;
-    bool initial = true;        // states are given; for degree 1
-    Strided initial_keys = {};  // [B, Hk, K]
+    bool initial = true;        // states are given, of expanded keys
+    Strided initial_keys = {};  // [B, Hk, D]
 };
 
 struct ParallelResult {
@@ -18,9 +19,9 @@ struct ParallelResult {
     std::vector<double> out, out_spread, weights, weights_spread;
 };
 
-///   w_ij = (scale q_i.k_j)^p exp(g_{j+1} + ... + g_i), j <= i     out_i = sum_j w_ij v_j + scale q_i exp(g_1 + ... + g_i) S
+///   w_ij = (scale q_i.k_j)^p exp(g_{j+1} + ... + g_i), j <= i     out_i = sum_j w_ij v_j + phi(scale q_i) exp(g_1 + ... + g_i) S
 ///
-/// or, normalized, out_i and w_i divided by sum_j w_ij + scale q_i exp(g_1 + ... + g_i) s.
+/// or, normalized, out_i and w_i divided by sum_j w_ij + phi(scale q_i) exp(g_1 + ... + g_i) s.
 ///
 /// Spread: of q.k the root of the sum of the squares of its terms, as in retention.h, or q.k itself where they are of one sign and
 /// partial sums as large as the whole; of a power p x^(p-1) times that of x; of a quotient the two relative ones. A weight by
@@ -58,11 +59,14 @@ inline ParallelResult parallel(const ParallelInputs &in) {
                         out[e] += weights[j] * v, out_spread[e] += square(spreads[j] * v);
                     }
                 }
-                for (int64_t d = 0; in.initial && d < K; d++) {
-                    const double q = in.scale * in.q(b, i, h, d) * std::exp(log_decay), s = in.initial_keys(b, key, d);
+                std::vector<double> query(K);
+                for (int64_t d = 0; d < K; d++) query[d] = in.scale * in.q(b, i, h, d);
+                const std::vector<double> features = in.initial ? phi(query, in.degree) : std::vector<double>();
+                for (int64_t f = 0; f < (int64_t)features.size(); f++) {
+                    const double q = features[f] * std::exp(log_decay), s = in.initial_keys(b, key, f);
                     sum += q * s, sum_spread += square(q * s);
                     for (int64_t e = 0; e < V; e++) {
-                        const double S = in.initial_state(b, key, d, e);
+                        const double S = in.initial_state(b, key, f, e);
                         out[e] += q * S, out_spread[e] += square(q * S);
                     }
                 }

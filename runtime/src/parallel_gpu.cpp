@@ -1,0 +1,166 @@
+// The parallel form on a GPU: one call of the kernel for all batch entries and heads, or as few as 32-bit buffers allow. Packed
+// sequences are calls of their own, one after the other. The final state of degrees above 1 is made by a kernel of power retention.
+#include "parallel_gpu.h"
+
+#include "failure.h"
+#include "gpu.h"
+#include "parallel.h"
+#include "power.h"
+#include "power_gpu.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+namespace holdfast {
+namespace {
+
+/// Launch everything for sequences of one length.
+void issue(const Run &run, const Problem &p) {
+    // Without tokens there is one of zeros, which the state goes by.
+    const bool nothing = p.T == 0, state = p.degree == 1 && p.final_state.rank, sum = p.degree == 1 && p.final_sum.rank;
+    if (nothing && !state && !sum) return;
+    const int64_t K = p.K, V = p.V, G = p.group(), T = nothing ? 1 : p.T;
+    const int32_t given = p.initial_state.rank ? 1 : 0, features = (int32_t)(given ? p.D : K);
+    constexpr int64_t bytes = sizeof(float);
+    const int64_t zeros_bytes = std::max({K, V, (int64_t)features}) * bytes;
+    Memory zeros(run, zeros_bytes);
+    fill_chunk_table(run, zeros, zeros_bytes, 0, 1, 0);  // of no chunks: zeros
+
+    Operands x(run, p);
+    // The largest buffers that the kernel has: decays of a block of rows after each before it, numbers of a row, the state.
+    const int64_t C = run.variant.chunk, blocks = (T + C - 1) / C;
+    const Part part = largest_part(p, x, T, std::max({blocks * (blocks + 1), blocks * C * G, (features + C) * V}) * bytes);
+    if (!part.batch)
+        fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head", p.weights.rank ? ", and their weights," : "",
+             " need a buffer beyond 2^31 bytes; expected less");
+    std::optional<Memory> unwanted_row;
+    if (nothing) unwanted_row.emplace(run, V * bytes);
+
+    for (int64_t b = 0; b < p.B; b += part.batch)
+        for (int64_t h = 0; h < p.Hk; h += part.of_each) {
+            const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
+            const int32_t tokens = (int32_t)T, group = (int32_t)G;
+            auto rows = [&](const OnDevice &r) {
+                const halide_type_t type = halide_type(r.t.dtype);
+                const int32_t size = (int32_t)r.t.shape[3];
+                if (nothing) return View(zeros, 0, type, {{0, size, 1}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
+                return View(
+                    *r.memory, r.at(b, 0, h), type,
+                    {{0, size, 1}, {0, tokens, narrow(r.t, 1, T)}, {0, H, narrow(r.t, 2, H)}, {0, B, narrow(r.t, 0, B)}});
+            };
+            auto groups = [&](const OnDevice &r, const Memory *instead) {
+                const halide_type_t type = halide_type(r.t.dtype);
+                const int32_t size = (int32_t)r.t.shape[3];
+                if (nothing) return View(*instead, 0, type, {{0, size, 1}, {0, 1, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
+                const int32_t head = narrow(r.t, 2, H * G);
+                return View(*r.memory, r.at(b, 0, h * G), type,
+                            {{0, size, 1},
+                             {0, tokens, narrow(r.t, 1, T)},
+                             {0, group, head},
+                             {0, H, H > 1 ? head * group : 0},
+                             {0, B, narrow(r.t, 0, B)}});
+            };
+            View q = groups(x.q, &zeros), out = groups(x.out, unwanted_row ? &*unwanted_row : nullptr);
+            View k = rows(x.k), v = rows(x.v);
+            const OnDevice &g = x.log_decay;
+            const bool decays = g.t.rank && !nothing, per_token = g.t.rank == 3;
+            View log_decay(decays ? *g.memory : zeros,
+                           !decays     ? 0
+                           : per_token ? g.at(b, 0, h)
+                                       : g.at(h),
+                           float32,
+                           {{0, tokens, decays && per_token ? narrow(g.t, 1, T) : 0},
+                            {0, H, decays ? narrow(g.t, g.t.rank - 1, H) : 0},
+                            {0, B, decays && per_token ? narrow(g.t, 0, B) : 0}});
+            // What is absent has no elements, but is in memory that is there: Halide's runtime allocates none for it.
+            auto states = [&](const OnDevice &s, bool there, int32_t rows) {
+                if (!there) return View(zeros, 0, float32, {{0, (int32_t)V, 1}, {0, rows, 0}, {0, 0, 0}, {0, H, 0}, {0, B, 0}});
+                return View(*s.memory, s.at(b, h), float32,
+                            {{0, (int32_t)V, 1},
+                             {0, rows, narrow(s.t, 2, rows)},
+                             {0, 1, 0},
+                             {0, H, narrow(s.t, 1, H)},
+                             {0, B, narrow(s.t, 0, B)}});
+            };
+            auto sums = [&](const OnDevice &s, bool there, int32_t number, int32_t size) {
+                if (!there) return View(zeros, 0, float32, {{0, size, 1}, {0, number, 0}, {0, H, 0}, {0, B, 0}});
+                return View(*s.memory, s.at(b, h), float32,
+                            {{0, size, 1}, {0, 1, 0}, {0, H, narrow(s.t, 1, H)}, {0, B, narrow(s.t, 0, B)}});
+            };
+            auto weights_of = [&](const OnDevice &w) {
+                const halide_type_t type = halide_type(p.q.dtype);
+                if (!w.t.rank || nothing)
+                    return View(zeros, 0, type,
+                                {{0, tokens, 1}, {0, tokens, 0}, {0, 0, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
+                const int32_t head = narrow(w.t, 1, H * G);
+                return View(*w.memory, w.at(b, h * G), type,
+                            {{0, tokens, 1},
+                             {0, tokens, narrow(w.t, 2, T)},
+                             {0, 1, 0},
+                             {0, group, head},
+                             {0, H, H > 1 ? head * group : 0},
+                             {0, B, narrow(w.t, 0, B)}});
+            };
+            View state_in = states(x.initial, given, features), state_out = states(x.final, state, (int32_t)K);
+            View sum_in = sums(x.initial_sum, p.initial_sum.rank, given, features),
+                 sum_out = sums(x.final_sum, sum, 0, (int32_t)K);
+            View weights = weights_of(x.weights);
+            run.check(run.variant.name, std::get<ParallelKernel *>(run.variant.run)(
+                                            &run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, 0, p.degree,
+                                            p.normalized, p.scale, &out, &state_out, &sum_out, &weights));
+        }
+    x.fetch();
+}
+
+void check(const Problem &p, const Choice &choice) {
+    if (p.packed() && p.weights.rank)
+        fail(HOLDFAST_UNSUPPORTED, "weights and cu_seqlens are given and the backend is ", name_of(choice.backend),
+             "; expected one of them, or the CPU");
+    for (const Tensor *state : {&p.initial_state, &p.final_state})
+        if (state->rank && !state->on_host() && state->shape[3] > 1 && state->stride[3] != 1)
+            fail(HOLDFAST_UNSUPPORTED,
+                 "form is HOLDFAST_FORM_PARALLEL and state_layout HOLDFAST_STATE_VALUE_MAJOR; expected key-major on ",
+                 describe(state->device));
+    if (p.expansion == HOLDFAST_EXPANSION_TILED)
+        fail(HOLDFAST_UNSUPPORTED, "expansion is HOLDFAST_EXPANSION_TILED and the backend ", name_of(choice.backend),
+             "; expected HOLDFAST_EXPANSION_TIGHT, or the CPU");
+}
+
+/// The kernel of power retention that the final state of degrees above 1 is made by; null where there is none to make.
+const Variant *variant_of_rest(const Problem &p, const Choice &choice) {
+    return p.degree > 1 && (p.final_state.rank || p.final_sum.rank) ? &power_variant("power", p, choice, p.V) : nullptr;
+}
+
+GpuCall call_of(const Problem &p, const Variant &variant, const Variant *of_rest) {
+    return {variant, p.tensors(),
+            [&p, of_rest](const Run &run) {
+                Problem out = p;
+                if (p.degree > 1) out.final_state = out.final_sum = {};
+                for (int64_t s = 0; p.packed() && s < p.N; s++) issue(run, sequence_of(out, s));
+                if (!p.packed()) issue(run, out);
+                if (!of_rest) return;
+                Problem rest = p;  // keys in the place of queries, which are more and do not matter
+                rest.form = HOLDFAST_FORM_CHUNKWISE, rest.q = p.k, rest.H = p.Hk, rest.out = rest.weights = {};
+                issue_power({*of_rest, run.workspace, run.call}, rest);
+            },
+            p.workspace, "holdfast_workspace_size"};
+}
+
+}  // namespace
+
+void parallel_on_gpu(holdfast_context &c, const Problem &p, const Choice &choice) {
+    check(p, choice);
+    const Variant &variant = parallel_variant(p, choice);
+    announce(c, "forward", variant, choice.why, p, "parallel form");
+    if (p.B && p.Hk) call_of(p, variant, variant_of_rest(p, choice)).run(c);
+}
+
+size_t parallel_workspace_on_gpu(holdfast_context &c, const Problem &given, const Choice &choice) {
+    check(given, choice);
+    const Problem p = nearest(given);
+    const Variant &variant = parallel_variant(p, choice);
+    return p.B && p.Hk ? call_of(p, variant, variant_of_rest(p, choice)).workspace(c) : 0;
+}
+
+}  // namespace holdfast
