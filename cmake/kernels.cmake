@@ -62,33 +62,39 @@ holdfast_kernel(parallel DTYPES f32 CHUNKS 32
     SIZES any
     TARGETS cuda metal opencl vulkan)
 
-# GPUs: half the traffic of states that chunks of 32 have, and the weights of 32 rows are 8 KiB of shared memory.
+# GPUs: half the traffic of states that chunks of 32 have, and the weights of 32 rows are 8 KiB of shared memory. All of a GPU's
+# kernels take value-major states where they lie, any_state_strides: a CPU's would lose their vectors to it, and the library
+# turns states over for them.
 holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
     SIZES 64x64 128x128
-    TARGETS metal opencl vulkan)
+    TARGETS metal opencl vulkan
+    PARAMS any_state_strides=true)
 
 holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 64
     SIZES 64x64
-    TARGETS metal opencl vulkan)
+    TARGETS metal opencl vulkan
+    PARAMS any_state_strides=true)
 
 # CUDA: tensor cores, and fp32 without them. Blocks copy 16 bytes at a time; a block's products see the whole chunk.
 holdfast_kernel(chunkwise DTYPES f16 bf16 CHUNKS 64
     SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256
     TARGETS cuda
-    PARAMS round_operands=true row_alignment=8 causal_tile=0)
+    PARAMS round_operands=true row_alignment=8 causal_tile=0 any_state_strides=true)
 
 holdfast_kernel(chunkwise DTYPES f32 CHUNKS 64
     SIZES 32x32 64x64 128x128 256x256
     TARGETS cuda
-    PARAMS row_alignment=4 causal_tile=0)
+    PARAMS row_alignment=4 causal_tile=0 any_state_strides=true)
 
 holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
-    TARGETS cuda metal opencl vulkan)
+    TARGETS cuda metal opencl vulkan
+    PARAMS any_state_strides=true)
 
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES 64x64 128x128 any
-    TARGETS cuda metal opencl vulkan)
+    TARGETS cuda metal opencl vulkan
+    PARAMS any_state_strides=true)
 
 # Bound by memory, for every size.
 holdfast_kernel(rotate DTYPES f32 f16 bf16
@@ -130,7 +136,7 @@ holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
 holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS cuda metal opencl vulkan
-    PARAMS degree=0)
+    PARAMS degree=0 any_state_strides=true)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES 64x64
@@ -145,4 +151,4 @@ holdfast_kernel(power_step DTYPES f32 f16 bf16
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES any
     TARGETS cuda metal opencl vulkan
-    PARAMS degree=0)
+    PARAMS degree=0 any_state_strides=true)

@@ -15,6 +15,7 @@ public:
     GeneratorParam<int> causal_tile{"causal_tile", 8};  // measured best of 8, 16, 32 on AVX-512 and AVX2; 0: the chunk
     GeneratorParam<bool> round_operands{"round_operands", false};  // matrix products read dtype: operands.h
     GeneratorParam<int> row_alignment{"row_alignment", 1};  // rows of q, k, v and out start at multiples of so many elements
+    GeneratorParam<bool> any_state_strides{"any_state_strides", false};  // also along e: states may be value-major
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};  // schedule.h
 
     // [B, T, heads, D] with a contiguous last axis and any other strides; a stride may be 0 (one decay per head). The heads of q
@@ -84,6 +85,7 @@ public:
         bounds(v, {E, T, H, B}), bounds(out, {E, T, G, H, B});
         bounds(log_decay, {T, H, B}), log_decay.dim(0).set_stride(Expr());
         bounds(state_in, {E, D, N, H, B}), bounds(state_out, {E, D, N, H, B});
+        if (any_state_strides) state_in.dim(0).set_stride(Expr()), state_out.dim(0).set_stride(Expr());
         auto align = [&](auto &buffer) {
             if (row_alignment == 1) return;
             buffer.set_host_alignment(row_alignment * stored_type(dtype).bytes());

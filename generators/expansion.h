@@ -64,4 +64,13 @@ int expanded_size(int key_elements, int degree);
 Expansion expansion(const Halide::Expr &key_extent, const Halide::Expr &features, int degree,
                     const Halide::Expr &degree_at_run_time);
 
+/// Between orders of the features of degree 2: as they are, to the tiled order of holdfast.h, or back.
+enum FeatureOrder { keep_order = 0, to_tiled_order = 1, to_tight_order = 2 };
+
+/// States, or sums of keys with one value feature, in another order. phi(q) . state stays the same.
+struct ConvertStateFuncs {
+    Halide::Func converted;  // (e,f,h,b)
+};
+struct ConvertStateSizes {};
+
 }  // namespace holdfast

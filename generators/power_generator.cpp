@@ -15,14 +15,16 @@ public:
     GeneratorParam<int> key_size{"key_size", 64}, value_size{"value_size", 64};  // 0: any
     GeneratorParam<int> block{"block", 0};               // features in a block; 0: as many as divide D, where that is known
     GeneratorParam<int> causal_tile{"causal_tile", 32};  // 0: the chunk
+    GeneratorParam<bool> any_state_strides{"any_state_strides", false};  // as in chunkwise_generator.cpp
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};  // schedule.h
 
     // [B, T, H, D] with a contiguous last axis and any other strides; a stride may be 0 (one decay per head). T is that of the
     // chunk, 1 .. C. Query head h G + g shares the keys and values of head h.
-    Input<Buffer<void, 5>> q{"q"};                    // (d, t, g, h, b)
-    Input<Buffer<void, 4>> k{"k"}, v{"v"};            // (d, t, h, b) (e, t, h, b)
-    Input<Buffer<float, 3>> log_decay{"log_decay"};   // (t, h, b), any strides
-    Input<Buffer<float, 4>> state_in{"state_in"};     // (e, f, h, b); where V is known, without gaps between rows, as state_out
+    Input<Buffer<void, 5>> q{"q"};                   // (d, t, g, h, b)
+    Input<Buffer<void, 4>> k{"k"}, v{"v"};           // (d, t, h, b) (e, t, h, b)
+    Input<Buffer<float, 3>> log_decay{"log_decay"};  // (t, h, b), any strides
+    // (e, f, h, b); where V is known, without gaps between rows, as state_out, unless they have any strides
+    Input<Buffer<float, 4>> state_in{"state_in"};
     Input<Buffer<float, 3>> keys_in{"keys_in"};       // (f, h, b): the sum of keys, not looked at where it does not count
     Input<int> run_time_degree{"run_time_degree"};    // where the parameter leaves it open
     Input<int> normalize{"normalize"};                // 1, or 0
@@ -71,7 +73,10 @@ public:
         bounds(log_decay, {T, H, B}), log_decay.dim(0).set_stride(Expr());
         bounds(state_in, {V, D, H, B}), bounds(state_out, {V, D, H, B});
         bounds(keys_in, {D, H, B}), bounds(keys_out, {D, H, B});
-        if (size.value) state_in.dim(1).set_stride(V), state_out.dim(1).set_stride(V);
+        if (any_state_strides)
+            state_in.dim(0).set_stride(Expr()), state_out.dim(0).set_stride(Expr());
+        else if (size.value)
+            state_in.dim(1).set_stride(V), state_out.dim(1).set_stride(V);
     }
     void schedule() {
         if (!using_autoscheduler()) apply_schedule(p, sizes(), get_pipeline(), get_target(), forced_schedule.value());

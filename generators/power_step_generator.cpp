@@ -13,6 +13,7 @@ public:
     GeneratorParam<Dtype> dtype{"dtype", Dtype::f32, dtype_names()};             // of q, k, v and out
     GeneratorParam<int> degree{"degree", 2};                                     // 0: any
     GeneratorParam<int> key_size{"key_size", 64}, value_size{"value_size", 64};  // 0: any
+    GeneratorParam<bool> any_state_strides{"any_state_strides", false};          // as in chunkwise_generator.cpp
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};          // schedule.h
 
     // [H, D] with a contiguous last axis and any other strides; a stride may be 0.
@@ -58,6 +59,7 @@ public:
         bounds(q, {K, G, H}), bounds(k, {K, H});
         bounds(v, {V, H}), bounds(out, {V, G, H});
         bounds(state, {V, block, blocks, H});  // and those of sum, with it
+        if (any_state_strides) state.dim(0).set_stride(Expr());
         OutputImageParam sums = p.keys.output_buffer();
         bounds(sums, {block * blocks, H});
         bounds(log_decay, {H}), log_decay.dim(0).set_stride(Expr());

@@ -11,6 +11,7 @@ class RecurrentGenerator : public Generator<RecurrentGenerator> {
 public:
     GeneratorParam<Dtype> dtype{"dtype", Dtype::f32, dtype_names()};             // of q, k, v and out
     GeneratorParam<int> key_size{"key_size", 64}, value_size{"value_size", 64};  // 0: any
+    GeneratorParam<bool> any_state_strides{"any_state_strides", false};          // as in chunkwise_generator.cpp
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};          // schedule.h
 
     // [B, heads, D] with a contiguous last axis and any other strides; a stride may be 0 (one decay per head). The heads of q and
@@ -51,6 +52,7 @@ public:
         bounds(q, {D, G, H, B}), bounds(k, {D, H, B});
         bounds(v, {E, H, B}), bounds(out, {E, G, H, B});
         bounds(state, {E, D, H, B});  // and those of sum, with it
+        if (any_state_strides) state.dim(0).set_stride(Expr());
         bounds(log_decay, {H, B}), log_decay.dim(0).set_stride(Expr());
         sum.dim(1).set_stride(0);
     }

@@ -52,7 +52,6 @@ public:
     virtual unsigned references(void *buffer) = 0;
     DLDeviceType type;
     const char *name;        // as in messages of the library
-    size_t alignment;        // of tensors within a buffer, in bytes
     void *stream = nullptr;  // what holdfast_context_set_stream takes
 };
 
@@ -62,7 +61,6 @@ public:
         type = kDLOpenCL, name = "OpenCL device 0";
         void *platform = nullptr, *device = nullptr;
         int status = 0;
-        unsigned bits = 0;
         EXPECT_EQ(find<int(unsigned, void **, unsigned *)>("clGetPlatformIDs")(1, &platform, nullptr), 0);
         EXPECT_EQ(find<int(void *, unsigned long, unsigned, void **, unsigned *)>("clGetDeviceIDs")(platform, 0xffffffff, 1,
                                                                                                     &device, nullptr),
@@ -70,9 +68,7 @@ public:
         context = find<void *(void *, unsigned, void **, void *, void *, int *)>("clCreateContext")(nullptr, 1, &device,
                                                                                                     nullptr, nullptr, &status);
         stream = find<void *(void *, void *, unsigned long, int *)>("clCreateCommandQueue")(context, device, 0, &status);
-        find<int(void *, unsigned, size_t, void *, size_t *)>("clGetDeviceInfo")(device, 0x1019, sizeof bits, &bits, nullptr);
         EXPECT_NE(stream, nullptr);
-        alignment = bits / 8;
     }
     void *buffer(size_t bytes) override {
         int status = 0;
@@ -80,6 +76,13 @@ public:
             find<void *(void *, unsigned long, size_t, void *, int *)>("clCreateBuffer")(context, 1, bytes, nullptr, &status);
         EXPECT_EQ(status, 0);
         return made;
+    }
+    /// One that takes memory where it is used alone; null where the device does not let it be so large.
+    void *sparse_buffer(size_t bytes) {
+        void *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        int status = 0;
+        return find<void *(void *, unsigned long, size_t, void *, int *)>("clCreateBuffer")(context, 1 | 8, bytes, memory,
+                                                                                            &status);
     }
     void release(void *buffer) override { find<int(void *)>("clReleaseMemObject")(buffer); }
     void write(void *to, size_t at, const void *from, size_t bytes) override {
@@ -111,7 +114,7 @@ private:
 class MetalDevice : public Device {
 public:
     MetalDevice() {
-        type = kDLMetal, name = "Metal device 0", alignment = sizeof(float);
+        type = kDLMetal, name = "Metal device 0";
         EXPECT_NE(device, nullptr);
     }
     void *buffer(size_t bytes) override {
@@ -139,7 +142,7 @@ private:
 };
 #endif
 
-/// Tensors in one buffer of a device, one after the other.
+/// Tensors in one buffer of a device, one after the other, where no API would let a buffer begin.
 class OnDevice {
 public:
     std::vector<DLTensor> tensors;
@@ -150,7 +153,7 @@ public:
     OnDevice(Device &device, const std::vector<Tensor> &list, const Dtype &dtype, const std::set<size_t> &rows)
         : device(device), views(list) {
         size_t end = 0;
-        const size_t alignment = std::max(device.alignment, sizeof(int64_t));
+        constexpr size_t alignment = sizeof(int64_t);  // positions may be of such
         for (size_t n = 0; n < list.size(); n++) {
             const Dtype &type = rows.count(n) ? dtype : f32;
             Tensor &x = views[n];
@@ -159,7 +162,9 @@ public:
             tensors[n].dtype = dl_type(type), tensors[n].device = {device.type, 0};
             size_t elements = 1;
             for (size_t axis = 0; axis < x.shape.size(); axis++) elements += (size_t)((x.shape[axis] - 1) * x.stride[axis]);
-            bytes.push_back(elements * (type == f32 ? sizeof(float) : sizeof(uint16_t)));
+            const size_t element = type == f32 ? sizeof(float) : sizeof(uint16_t);
+            bytes.push_back(elements * element);
+            if (rows.count(n)) end += element;
             offsets.push_back(end);
             end = (end + bytes[n] + alignment - 1) / alignment * alignment;
         }

@@ -44,25 +44,19 @@ holdfast_form choose_form(const Problem &p, const Choice &choice) {
 /// Whether the kernels of power retention compute it.
 bool is_power(const Problem &p) { return p.degree > 1 || p.normalized; }
 
-/// Throws UNSUPPORTED for states that the other kernels cannot take where they lie.
-void check_state_layout(const Problem &p) {
-    for (const Tensor *state : {&p.initial_state, &p.final_state})
-        if (state->rank && !state->on_host() && state->shape[3] > 1 && state->stride[3] != 1)
-            fail(HOLDFAST_UNSUPPORTED, "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major on ",
-                 describe(state->device));
+/// Token by token, for the public function `call`.
+void recurrent(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
+    if (choice.backend == Backend::cpu) return run_recurrent(c, call, p, choice);
+    recurrent_on_gpu(c, call, p, step_variant(p, choice), choice.why);
 }
 
 void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
     if (p.form == HOLDFAST_FORM_PARALLEL)
         return choice.backend == Backend::cpu ? run_parallel(c, p, choice) : parallel_on_gpu(c, p, choice);
-    check_state_layout(p);
-    if (is_power(p)) return choice.backend == Backend::cpu ? run_power(c, "forward", p, choice) : power_on_gpu(c, p, choice);
+    if (is_power(p))
+        return choice.backend == Backend::cpu ? run_power(c, "forward", p, choice) : power_on_gpu(c, "forward", p, choice);
     switch (choose_form(p, choice)) {
-    case HOLDFAST_FORM_RECURRENT:
-        if (choice.backend != Backend::cpu)
-            fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_RECURRENT and the backend ", name_of(choice.backend),
-                 "; expected another form, or the CPU");
-        return run_recurrent(c, "forward", p, choice);
+    case HOLDFAST_FORM_RECURRENT: return recurrent(c, "forward", p, choice);
     default:
         const RowAlignment rows = p.row_alignment(choice.backend);
         const Variant &variant = chunkwise_variant(p, choice, rows);
@@ -102,13 +96,16 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
             if (choice.backend != Backend::cpu) *bytes = parallel_workspace_on_gpu(c, p, choice);
             return;
         }
-        check_state_layout(p);
         if (choice.backend == Backend::cpu) return;
         if (is_power(p)) {
             *bytes = power_workspace_on_gpu(c, p, choice);
             return;
         }
-        if (choice.backend != Backend::cuda || choose_form(p, choice) != HOLDFAST_FORM_CHUNKWISE) return;
+        if (choose_form(p, choice) == HOLDFAST_FORM_RECURRENT) {
+            *bytes = recurrent_workspace_on_gpu(c, p, step_variant(p, choice));
+            return;
+        }
+        if (choice.backend != Backend::cuda) return;
         for (const Variant *variant :
              selectable_variants("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced))
             *bytes = std::max(*bytes, workspace_on_gpu(c, p, *variant));
@@ -117,16 +114,10 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
 
 holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args) {
     return guarded(context, [&](holdfast_context &c) {
-        Problem p = checked_problem(args);
+        const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        check_state_layout(p);
-        if (is_power(p)) {
-            if (choice.backend != Backend::cpu) return power_step_on_gpu(c, p, choice);
-            p.form = HOLDFAST_FORM_RECURRENT;
-            return run_power(c, "step", p, choice);
-        }
-        if (choice.backend != Backend::cpu) return step_on_gpu(c, p, step_variant(p, choice), choice.why);
-        run_recurrent(c, "step", p, choice);
+        if (!is_power(p)) return recurrent(c, "step", p, choice);
+        choice.backend == Backend::cpu ? run_power(c, "step", p, choice) : power_on_gpu(c, "step", p, choice);
     });
 }
 
@@ -135,10 +126,9 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
-        check_state_layout(p);
         *bytes = 0;
         if (choice.backend == Backend::cpu) return;
-        *bytes = is_power(p) ? power_step_workspace_on_gpu(c, p, choice) : step_workspace_on_gpu(c, p, step_variant(p, choice));
+        *bytes = is_power(p) ? power_workspace_on_gpu(c, p, choice) : recurrent_workspace_on_gpu(c, p, step_variant(p, choice));
     });
 }
 

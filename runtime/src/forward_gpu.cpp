@@ -13,93 +13,105 @@ namespace {
 
 /// Launch everything.
 void issue(const Run &run, const Problem &p, int64_t chunk) {
-    Workspace &workspace = run.workspace;
+    Operands x(run, p);
+    if (p.T == 0) return x.pass_states();
 
-    // What the call adds: the chunk table, and zeros for what is not given. Without tokens there is one of zeros, so that the
-    // state goes from one place to the other.
-    const bool nothing = p.T == 0;
-    const int64_t T = nothing ? 1 : p.T, sequences = p.packed() ? p.N : 1;  // of a batch entry
+    // What the call adds: the chunk table, and zeros for what is not given. A head that is too large for one call of the kernel takes
+    // several, each with some of its tokens; packed sequences are then calls of their own.
     std::optional<ChunkTable> packed;
     if (p.packed()) packed.emplace(p.starts, chunk);
-    const int64_t count = packed ? packed->count : (T + chunk - 1) / chunk, slots = count + sequences;
+    auto part_of = [&](int64_t tokens) {
+        const int64_t slots = packed ? packed->slots : (tokens + chunk - 1) / chunk + 1;
+        return largest_part(p, x, tokens, slots * p.state_bytes(), packed ? p.N : 1);
+    };
+    int64_t at_once = p.T;
+    Part part = part_of(at_once);
+    if (!part.batch) {
+        packed.reset();
+        while (!(part = part_of(at_once)).batch && at_once > chunk) at_once = (at_once / 2 + chunk - 1) / chunk * chunk;
+        if (part.batch) part = {1, 1};  // more would take more memory than tensors that are nearer
+    }
+    if (!part.batch)
+        fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, or its states of K V = ", p.K * p.V,
+             ", reach beyond 2^31 bytes; expected less");
+    const int64_t most_slots = packed ? packed->slots : (at_once + chunk - 1) / chunk + 1;
     constexpr int64_t alignment = Arena::alignment;
     auto aligned = [&](int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
-    const int64_t zeros = aligned(slots * ChunkTable::fields * (int64_t)sizeof(int32_t));
-    const int64_t width = std::max(p.K, p.V), added_bytes = zeros + aligned(width * (int64_t)sizeof(float));
+    const int64_t zeros_at = aligned(most_slots * ChunkTable::fields * (int64_t)sizeof(int32_t));
+    const int64_t added_bytes = zeros_at + aligned(p.V * (int64_t)sizeof(float));
     Memory added(run, added_bytes);
+    const Zeros zeros{added, zeros_at};
+    const int32_t S = packed ? (int32_t)p.N : 1;  // sequences of a batch entry in a call
+    // A final state that is not wanted has to go somewhere.
+    std::optional<Memory> unwanted_state;
+    if (!p.final_state.rank) unwanted_state.emplace(run, part.batch * S * part.of_each * p.state_bytes());
     if (packed) {
         packed->columns.resize(added_bytes / sizeof(int32_t));
         added.copy_in(packed->columns.data(), added_bytes);
-    } else {
-        fill_chunk_table(run, added, added_bytes, T, chunk, count);
     }
-    View chunks(added, 0, int32, {{0, ChunkTable::fields, 1}, {0, (int32_t)slots, ChunkTable::fields}});
+    int64_t tokens_in_table = 0;
 
-    Operands x(run, p);
-    const OnDevice &g = x.log_decay;
-    const Part part = largest_part(p, x, slots * p.state_bytes());
-    if (!part.batch)
-        fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head, with ", slots, " states of K V = ", p.K * p.V,
-             ", need a buffer beyond 2^31 bytes; expected less: cut the sequence and carry the state");
-    // A final state that is not wanted, and the row of out that is not there, have to go somewhere.
-    std::optional<Memory> unwanted_state, unwanted_row;
-    if (!p.final_state.rank) unwanted_state.emplace(run, part.batch * sequences * part.of_each * p.state_bytes());
-    if (nothing) unwanted_row.emplace(run, p.V * (int64_t)sizeof(float));
-
+    // Tokens t .. t + n - 1 of B batch entries, or of sequence s or all that are packed, and H heads.
+    auto launch = [&](int64_t b, int64_t h, int32_t B, int32_t H, int64_t s, int64_t t, int64_t n, bool first) {
+        const int32_t K = (int32_t)p.K, V = (int32_t)p.V, tokens = (int32_t)n, G = (int32_t)p.group();
+        const int32_t count = packed ? packed->count : (int32_t)((n + chunk - 1) / chunk);
+        if (!packed && tokens_in_table != n) {
+            fill_chunk_table(run, added, added_bytes, n, chunk, count);
+            tokens_in_table = n;
+        }
+        View chunks(added, 0, int32, {{0, ChunkTable::fields, 1}, {0, count + S, ChunkTable::fields}});
+        auto rows = [&](const OnDevice &r) {
+            return View(*r.memory, r.at(b, t, h), halide_type(r.t.dtype),
+                        {{0, (int32_t)r.t.shape[3], 1},
+                         {0, tokens, narrow(r.t, 1, n)},
+                         {0, H, narrow(r.t, 2, H)},
+                         {0, B, narrow(r.t, 0, B)}});
+        };
+        auto groups = [&](const OnDevice &r) {
+            return View(*r.memory, r.at(b, t, h * G), halide_type(r.t.dtype),
+                        {{0, (int32_t)r.t.shape[3], 1},
+                         {0, tokens, narrow(r.t, 1, n)},
+                         {0, G, narrow(r.t, 2, G)},
+                         {0, H, narrow(r.t, 2, H) * G},
+                         {0, B, narrow(r.t, 0, B)}});
+        };
+        View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = groups(x.out);
+        View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, t, h, tokens, H, B);
+        auto states = [&](const OnDevice &state) {
+            return View(*state.memory, state.at(b + s, h), float32,
+                        {{0, V, narrow(state.t, 3, V)},
+                         {0, K, narrow(state.t, 2, K)},
+                         {0, S, narrow(state.t, 0, S)},
+                         {0, H, narrow(state.t, 1, H)},
+                         {0, B, narrow(state.t, 0, B)}});
+        };
+        auto state_at_end = [&] {
+            if (!unwanted_state) return states(x.final);
+            return View(*unwanted_state, 0, float32,
+                        {{0, V, 1}, {0, K, V}, {0, S, K * V}, {0, H, S * K * V}, {0, B, H * S * K * V}});
+        };
+        auto state_at_start = [&] {
+            if (!first) return state_at_end();
+            if (p.initial_state.rank) return states(x.initial);
+            return View(added, zeros_at, float32, {{0, V, 1}, {0, K, 0}, {0, S, 0}, {0, H, 0}, {0, B, 0}});
+        };
+        View state_in = state_at_start(), state_out = state_at_end();
+        run.check(run.variant.name,
+                  std::get<ChunkwiseKernel *>(run.variant.run)(&run.workspace, &q, &k, &v, &log_decay, &state_in, &chunks,
+                                                               count, p.scale, &out, &state_out));
+    };
     for (int64_t b = 0; b < p.B; b += part.batch)
         for (int64_t h = 0; h < p.Hk; h += part.of_each) {
             const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
-            const int32_t K = (int32_t)p.K, V = (int32_t)p.V, tokens = (int32_t)T, G = (int32_t)p.group();
-            const int32_t S = (int32_t)sequences;
-            auto rows = [&](const OnDevice &r, Memory *instead, int64_t instead_at) {
-                const int32_t size = (int32_t)r.t.shape[3];
-                const halide_type_t type = halide_type(r.t.dtype);
-                if (nothing) return View(*instead, instead_at, type, {{0, size, 1}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
-                return View(
-                    *r.memory, r.at(b, 0, h), type,
-                    {{0, size, 1}, {0, tokens, narrow(r.t, 1, T)}, {0, H, narrow(r.t, 2, H)}, {0, B, narrow(r.t, 0, B)}});
-            };
-            auto groups = [&](const OnDevice &r, Memory *instead, int64_t instead_at) {
-                const int32_t size = (int32_t)r.t.shape[3];
-                const halide_type_t type = halide_type(r.t.dtype);
-                if (nothing)
-                    return View(*instead, instead_at, type, {{0, size, 1}, {0, 1, 0}, {0, G, 0}, {0, H, 0}, {0, B, 0}});
-                return View(*r.memory, r.at(b, 0, h * G), type,
-                            {{0, size, 1},
-                             {0, tokens, narrow(r.t, 1, T)},
-                             {0, G, narrow(r.t, 2, G)},
-                             {0, H, narrow(r.t, 2, H) * G},
-                             {0, B, narrow(r.t, 0, B)}});
-            };
-            View q_rows = groups(x.q, &added, zeros), k_rows = rows(x.k, &added, zeros), v_rows = rows(x.v, &added, zeros);
-            View out_rows = groups(x.out, unwanted_row ? &*unwanted_row : nullptr, 0);
-            const bool per_token = g.t.rank == 3, decays = g.t.rank && !nothing;
-            View log_decay(decays ? *g.memory : added,
-                           !decays     ? zeros
-                           : per_token ? g.at(b, 0, h)
-                                       : g.at(h),
-                           float32,
-                           {{0, tokens, decays && per_token ? narrow(g.t, 1, T) : 0},
-                            {0, H, decays ? narrow(g.t, g.t.rank - 1, H) : 0},
-                            {0, B, decays && per_token ? narrow(g.t, 0, B) : 0}});
-            auto states = [&](const OnDevice &s) {
-                return View(*s.memory, s.at(b, h), float32,
-                            {{0, V, 1},
-                             {0, K, narrow(s.t, 2, K)},
-                             {0, S, narrow(s.t, 0, S)},
-                             {0, H, narrow(s.t, 1, H)},
-                             {0, B, narrow(s.t, 0, B)}});
-            };
-            View state_in = p.initial_state.rank
-                                ? states(x.initial)
-                                : View(added, zeros, float32, {{0, V, 1}, {0, K, 0}, {0, S, 0}, {0, H, 0}, {0, B, 0}});
-            View state_out = p.final_state.rank
-                                 ? states(x.final)
-                                 : View(*unwanted_state, 0, float32,
-                                        {{0, V, 1}, {0, K, V}, {0, S, K * V}, {0, H, S * K * V}, {0, B, H * S * K * V}});
-            run.check(run.variant.name,
-                      std::get<ChunkwiseKernel *>(run.variant.run)(&workspace, &q_rows, &k_rows, &v_rows, &log_decay, &state_in,
-                                                                   &chunks, (int32_t)count, p.scale, &out_rows, &state_out));
+            if (packed) {
+                launch(b, h, B, H, 0, 0, p.T, true);
+                continue;
+            }
+            for (int64_t s = 0; s < (p.packed() ? p.N : 1); s++) {
+                const int64_t start = p.start(s), end = start + p.length(s);
+                if (start == end) x.pass_state(s, h, 1, H);
+                for (int64_t t = start; t < end; t += at_once) launch(b, h, B, H, s, t, std::min(at_once, end - t), t == start);
+            }
         }
     x.fetch();
 }
@@ -113,21 +125,14 @@ GpuCall call_of(const Problem &p, const Variant &variant) {
             "holdfast_workspace_size"};
 }
 
-/// Packed sequences that are all empty are as many batch entries without tokens.
-Problem entries_of_empty(Problem p) {
-    if (p.packed() && p.T == 0) p.B = p.N, p.starts.clear();
-    return p;
-}
-
 }  // namespace
 
 size_t workspace_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant) {
-    const Problem p = nearest(entries_of_empty(given));
+    const Problem p = nearest(given);
     return p.B && p.Hk ? call_of(p, variant).workspace(c) : 0;
 }
 
-void forward_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant, const char *why) {
-    const Problem p = entries_of_empty(given);
+void forward_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) {
     announce(c, "forward", variant, why, p, "chunks of " + std::to_string(chunk_of(p, variant)));
     if (p.B && p.Hk) call_of(p, variant).run(c);
 }

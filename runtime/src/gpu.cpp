@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 namespace holdfast {
 namespace {
@@ -36,14 +37,12 @@ void copy(char *packed, const Tensor &host, bool in) {
     }
 }
 
-/// Bytes from the first to the last element of `batch` entries, axis 0 of a tensor that has several, and so many of `axis`.
-int64_t span(const Tensor &t, int axis, int64_t batch, int64_t of_each) {
+/// Bytes from the first to the last element of a part with at most these extents, on the first axes.
+int64_t span(const Tensor &t, std::initializer_list<int64_t> most) {
     if (!t.rank || t.empty()) return 0;
     int64_t elements = 1;
     for (int n = 0; n < t.rank; n++) {
-        const int64_t extent = t.rank > 1 && n == 0 ? std::min(batch, t.shape[0])
-                               : n == axis          ? std::min(of_each, t.shape[n])
-                                                    : t.shape[n];
+        const int64_t extent = n < (int)most.size() ? std::min(most.begin()[n], t.shape[n]) : t.shape[n];
         elements += (extent - 1) * std::llabs(t.stride[n]);
     }
     return elements * t.dtype.bytes();
@@ -87,20 +86,11 @@ void check_place(const std::vector<const Tensor *> &tensors, const Place &place)
         fail(HOLDFAST_INVALID_ARGUMENT, first.name, " is on ", describe(first.device),
              " and the context has no stream; expected holdfast_context_set_stream "
              "with a cl_command_queue of the buffers' cl_context");
-    int64_t multiple = sizeof(float);
-#if HOLDFAST_HAS_OPENCL
-    if (place.backend == Backend::opencl) multiple = opencl::offset_alignment(place.context);
-#endif
-    for (const Tensor *t : tensors) {
-        if (!t->rank || t->empty()) continue;
-        if ((int64_t)(intptr_t)t->data % multiple)
-            fail(HOLDFAST_UNSUPPORTED, t->name, " is at byte offset ", (int64_t)(intptr_t)t->data,
-                 " of its buffer; expected a multiple of ", multiple, ", which ", describe(t->device), " demands");
-        for (int axis = 0; axis < t->rank; axis++)
+    for (const Tensor *t : tensors)
+        for (int axis = 0; axis < t->rank && !t->empty(); axis++)
             if (t->shape[axis] > 1 && t->stride[axis] < 0)
                 fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[axis], " on axis ", axis,
                      "; expected none below 0 on ", describe(t->device));
-    }
 }
 
 /// What a workspace's kernels find while a call lasts, also one that fails.
@@ -182,31 +172,41 @@ void Memory::copy_out(void *host, int64_t bytes) {
 View::View(const Memory &memory, int64_t offset, halide_type_t element, std::initializer_list<halide_dimension_t> list)
     : Buffer(nullptr, element, list), memory(memory) {
     device = memory.whole.device, device_interface = memory.whole.device_interface;
-    if (memory.run.cuda()) {
+    if (memory.run.cuda())
         device += offset;
-    } else if (offset) {
-#if HOLDFAST_HAS_OPENCL
-        if (const Place &place = memory.run.call.place; place.backend == Backend::opencl)
-            if (const int64_t multiple = opencl::offset_alignment(place.context); offset % multiple)
-                fail(HOLDFAST_UNSUPPORTED,
-                     "a part of the problem, such as a chunk or a packed sequence, begins at byte offset ", offset,
-                     " of its buffer; expected a multiple of ", multiple, ", which OpenCL demands");
-#endif
-        // Halide counts in elements of the source: here those that the offset is a multiple of, so that 32 bits reach far.
-        int32_t step = 128;
-        while (offset % step) step /= 2;
-        if (offset / step > most_bytes)
-            fail(HOLDFAST_UNSUPPORTED, "byte offset ", offset, " is beyond the reach of backend ",
-                 name_of(memory.run.call.place.backend));
-        halide_dimension_t from(0, 1, step), to((int32_t)(offset / step), 1, step);
-        halide_buffer_t source = memory.whole, target = memory.whole;
-        source.dim = &from, target.dim = &to;
-        target.device = 0, target.device_interface = nullptr;
-        memory.run.check("taking a part of a buffer",
-                         source.device_interface->device_crop(&memory.run.workspace, &source, &target));
-        device = target.device, device_interface = target.device_interface;
-        cropped = true;
+    else if (offset)
+        begin_at(offset);
+}
+
+void View::begin_at(int64_t offset) {
+    // Kernels count from the beginning of the memory, as far as 32 bits reach: runtime/src/buffer_offset.cpp.
+    int64_t last = offset / type.bytes();
+    for (int axis = 0; axis < dimensions; axis++) last += (int64_t)std::max(axes[axis].extent - 1, 0) * axes[axis].stride;
+    if (last <= most_bytes) {
+        padding = (void *)(intptr_t)(offset / type.bytes());
+        return;
     }
+    // Beyond that it is a part of the buffer for the API too, which wants a multiple of something.
+    const Place &place = memory.run.call.place;
+    int64_t multiple = sizeof(float);
+#if HOLDFAST_HAS_OPENCL
+    if (place.backend == Backend::opencl) multiple = opencl::offset_alignment(place.context);
+#endif
+    // Halide counts in elements of the source: here those that the offset is a multiple of, so that 32 bits reach far.
+    int32_t step = 128;
+    while (offset % step) step /= 2;
+    if (offset % multiple || offset / step > most_bytes)
+        fail(HOLDFAST_UNSUPPORTED, "a tensor, or what one call of a kernel has of it, is at byte offset ", offset,
+             " of its buffer, 2^31 elements or more from its beginning; expected a multiple of ", multiple, ", which ",
+             name_of(place.backend), " demands there");
+    halide_dimension_t from(0, 1, step), to((int32_t)(offset / step), 1, step);
+    halide_buffer_t source = memory.whole, target = memory.whole;
+    source.dim = &from, target.dim = &to;
+    target.device = 0, target.device_interface = nullptr;
+    memory.run.check("taking a part of a buffer",
+                     source.device_interface->device_crop(&memory.run.workspace, &source, &target));
+    device = target.device, device_interface = target.device_interface;
+    cropped = true;
 }
 
 View::~View() {
@@ -217,6 +217,7 @@ View::~View() {
 OnDevice::OnDevice(const Run &run, const Tensor &tensor, bool read) : t(tensor) {
     if (!t.rank) return;
     if (!t.on_host()) {
+        if (t.empty()) return;  // nobody asks where it is
         start = t.handle ? (int64_t)(intptr_t)t.data : 0;
         memory = std::make_unique<Memory>(run, t.handle ? t.handle : t.data);
         return;
@@ -251,6 +252,16 @@ int64_t OnDevice::at(int64_t i0, int64_t i1, int64_t i2) const {
     return bytes;
 }
 
+Tensor floats_of(const char *name, std::initializer_list<int64_t> shape) {
+    Tensor t{name, f32, nullptr, {kDLCPU, 0}, nullptr, (int)shape.size(), {}, {}, 0, 0};
+    std::copy(shape.begin(), shape.end(), t.shape);
+    return t;
+}
+
+const char *size_function_of(const char *call) {
+    return std::strcmp(call, "step") ? "holdfast_workspace_size" : "holdfast_step_workspace_size";
+}
+
 static bool in_place(const Tensor &final, const Tensor &initial) {
     return final.rank && initial.rank && same_elements(final, initial);
 }
@@ -267,6 +278,28 @@ void Operands::fetch() {
     final.fetch(run, p.final_state);
     final_sum.fetch(run, p.final_sum);
     weights.fetch(run, p.weights);
+}
+
+void Operands::pass_state(int64_t s, int64_t h, int64_t sequences, int64_t heads) const {
+    const int32_t H = (int32_t)heads, N = (int32_t)sequences;
+    for (auto [from, to] : {std::pair{&initial, &final}, {&initial_sum, &final_sum}}) {
+        if (!to->t.rank || to == from) continue;
+        const holdfast_expansion order = p.expansion;
+        if (from->t.rank)
+            convert(run, features_of(*from, s, h, H, N), order, features_of(*to, s, h, H, N), order);
+        else
+            clear(run, features_of(*to, s, h, H, N));
+    }
+}
+
+void Operands::pass_states() {
+    const Part part = largest_part(p, *this, 0, 0, p.packed() ? p.N : 1);
+    if (!part.batch) fail(HOLDFAST_UNSUPPORTED, "the state of one head reaches beyond 2^31 bytes; expected less");
+    const int64_t N = p.packed() ? p.N : part.batch;
+    for (int64_t s = 0; s < p.N; s += N)
+        for (int64_t h = 0; h < p.Hk; h += part.of_each)
+            pass_state(s, h, std::min(N, p.N - s), std::min(part.of_each, p.Hk - h));
+    fetch();
 }
 
 /// Only `extent` elements of an axis, from `from` on.
@@ -286,15 +319,16 @@ Problem sequence_of(Problem p, int64_t s) {
     return p;
 }
 
-Part largest_part(const Problem &p, const Operands &x, int64_t bytes_of_a_head) {
+Part largest_part(const Problem &p, const Operands &x, int64_t tokens, int64_t bytes_of_a_head, int64_t sequences) {
     auto fits = [&](int64_t batch, int64_t heads) {
         int64_t most = 0;
-        for (const OnDevice *rows : {&x.k, &x.v}) most = std::max(most, span(rows->t, 2, batch, heads));
-        for (const OnDevice *rows : {&x.q, &x.out}) most = std::max(most, span(rows->t, 2, batch, heads * p.group()));
+        for (const OnDevice *rows : {&x.k, &x.v}) most = std::max(most, span(rows->t, {batch, tokens, heads}));
+        for (const OnDevice *rows : {&x.q, &x.out}) most = std::max(most, span(rows->t, {batch, tokens, heads * p.group()}));
         for (const OnDevice *states : {&x.initial, (const OnDevice *)&x.final, &x.initial_sum, (const OnDevice *)&x.final_sum})
-            most = std::max(most, span(states->t, 1, p.packed() ? p.N : batch, heads));
-        most = std::max(most, span(x.weights.t, 1, batch, heads * p.group()));
-        most = std::max(most, span(x.log_decay.t, x.log_decay.t.rank - 1, batch, heads));
+            most = std::max(most, span(states->t, {std::max(batch, sequences), heads}));
+        most = std::max(most, span(x.weights.t, {batch, heads * p.group()}));
+        const Tensor &g = x.log_decay.t;
+        most = std::max(most, g.rank == 3 ? span(g, {batch, tokens, heads}) : span(g, {heads}));
         return most <= most_bytes && (double)bytes_of_a_head * batch * heads <= (double)most_bytes;
     };
     return largest_part({p.B, p.Hk}, fits);
@@ -305,8 +339,9 @@ void each_part(const std::vector<const OnDevice *> &tensors,
     constexpr int64_t most = 1 << 15;  // blocks of threads along an axis: Vulkan promises 2^16 - 1
     const int64_t B = tensors[0]->t.shape[0], T = tensors[0]->t.shape[1];
     const Part part = largest_part({std::min(B, most), std::min(T, most)}, [&](int64_t entries, int64_t tokens) {
-        return std::all_of(tensors.begin(), tensors.end(),
-                           [&](const OnDevice *x) { return span(x->t, x->t.rank > 1 ? 1 : 0, entries, tokens) <= most_bytes; });
+        return std::all_of(tensors.begin(), tensors.end(), [&](const OnDevice *x) {
+            return (x->t.rank > 1 ? span(x->t, {entries, tokens}) : span(x->t, {tokens})) <= most_bytes;
+        });
     });
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, tensors[0]->t.name, " and the other tensors reach beyond 2^31 bytes within one token");
@@ -328,11 +363,46 @@ void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64
               run.variant.target->fill_chunk_table(&run.workspace, (int32_t)tokens, (int32_t)chunk, (int32_t)count, &table));
 }
 
+View decays_of(const OnDevice &g, const Zeros *none, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
+               int32_t entries) {
+    if (none) return View(none->memory, none->offset, float32, {{0, tokens, 0}, {0, heads, 0}, {0, entries, 0}});
+    if (g.t.rank == 1)
+        return View(*g.memory, g.at(h), float32, {{0, tokens, 0}, {0, heads, narrow(g.t, 0, heads)}, {0, entries, 0}});
+    return View(
+        *g.memory, g.at(b, t, h), float32,
+        {{0, tokens, narrow(g.t, 1, tokens)}, {0, heads, narrow(g.t, 2, heads)}, {0, entries, narrow(g.t, 0, entries)}});
+}
+
+View features_of(const OnDevice &s, int64_t b, int64_t h, int32_t heads, int32_t entries) {
+    const bool state = s.t.rank == 4;
+    const int32_t V = state ? (int32_t)s.t.shape[3] : 1;
+    return View(*s.memory, s.at(b, h), float32,
+                {{0, V, state ? narrow(s.t, 3, V) : 0},
+                 {0, (int32_t)s.t.shape[2], narrow(s.t, 2, s.t.shape[2])},
+                 {0, heads, narrow(s.t, 1, heads)},
+                 {0, entries, narrow(s.t, 0, entries)}});
+}
+
+void convert(const Run &run, View &&from, holdfast_expansion order, View &&to, holdfast_expansion wanted) {
+    const int32_t how = order == wanted ? 0 : wanted == HOLDFAST_EXPANSION_TILED ? 1 : 2;  // generators/expansion.h
+    run.check("convert_state", run.variant.target->convert_state(&run.workspace, &from, how, &to));
+}
+
+void clear(const Run &run, View &&to) {
+    Memory zero(run, Arena::alignment);
+    fill_chunk_table(run, zero, Arena::alignment, 0, 1, 0);  // of no chunks: zeros
+    View from(zero, 0, float32,
+              {{0, to.axes[0].extent, 0}, {0, to.axes[1].extent, 0}, {0, to.axes[2].extent, 0}, {0, to.axes[3].extent, 0}});
+    convert(run, std::move(from), HOLDFAST_EXPANSION_TIGHT, std::move(to), HOLDFAST_EXPANSION_TIGHT);
+}
+
 Problem nearest(Problem p) {
-    if (!p.q.on_host())
-        for (Tensor *t : {&p.q, &p.k, &p.v, &p.out, &p.log_decay, &p.initial_state, &p.final_state, &p.initial_sum,
-                          &p.final_sum, &p.weights})
-            std::fill_n(t->stride, t == &p.log_decay ? t->rank : std::max(t->rank - 1, 0), 0);
+    if (p.q.on_host()) return p;
+    for (Tensor *t :
+         {&p.q, &p.k, &p.v, &p.out, &p.log_decay, &p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum, &p.weights}) {
+        std::fill_n(t->stride, t->rank, 0);
+        if (t->rank && t != &p.log_decay) t->stride[t->rank - 1] = 1;
+    }
     return p;
 }
 

@@ -48,6 +48,9 @@ private:
     size_t rehearse(Workspace &workspace) const;
 };
 
+/// The public function that says how large the workspace of `call`, "forward" or "step", has to be.
+const char *size_function_of(const char *call);
+
 /// The same problem with the tensors of a device as near to one another as can be: the nearer, the more heads are in one call
 /// of a kernel, and the more memory that needs. Rows that all lie in one place start where any variant wants them.
 Problem nearest(Problem p);
@@ -70,7 +73,7 @@ private:
     const bool own;
 };
 
-/// What kernels get: a part of a Memory, from `offset` bytes on.
+/// What kernels get: a part of a Memory, from `offset` bytes on, which are a multiple of the element's.
 class View : public Buffer {
 public:
     View(const Memory &memory, int64_t offset, halide_type_t element, std::initializer_list<halide_dimension_t> list);
@@ -79,6 +82,14 @@ public:
 private:
     const Memory &memory;
     bool cropped = false;
+
+    void begin_at(int64_t offset);
+};
+
+/// Zeros, from `offset` bytes of a Memory on.
+struct Zeros {
+    const Memory &memory;
+    int64_t offset = 0;
 };
 
 /// A tensor in device memory, with its strides there.
@@ -96,6 +107,9 @@ struct OnDevice {
     int64_t at(int64_t i0, int64_t i1 = 0, int64_t i2 = 0) const;
 };
 
+/// What OnDevice makes compact memory of the call's own for: floats of that shape.
+Tensor floats_of(const char *name, std::initializer_list<int64_t> shape);
+
 /// The tensors of a problem. Where the final state is the initial one, in place, they are one; so are sums of keys.
 class Operands {
     const Run &run;
@@ -108,6 +122,10 @@ public:
 
     Operands(const Run &run, const Problem &p);
     void fetch();
+
+    /// Of no tokens: the final states, and sums of keys, become the initial ones; those of some heads of sequences s .. alone.
+    void pass_state(int64_t s, int64_t h, int64_t sequences, int64_t heads) const;
+    void pass_states();
 };
 
 /// Sequence s of packed ones, as a problem of its own.
@@ -118,9 +136,9 @@ struct Part {
     int64_t batch, of_each;
 };
 
-/// The most batch entries, else heads of one, whose buffers stay within what one call can address; beside the tensors those of
-/// `bytes_of_a_head`. {0, 0} if one head is too large.
-Part largest_part(const Problem &p, const Operands &operands, int64_t bytes_of_a_head);
+/// The most batch entries, else heads of one, of which one call can address the buffers of so many tokens and sequences of each
+/// entry; beside the tensors those of `bytes_of_a_head`. {0, 0} if one head is too large.
+Part largest_part(const Problem &p, const Operands &operands, int64_t tokens, int64_t bytes_of_a_head, int64_t sequences = 1);
 
 /// Call run(b, t, entries, tokens) for tensors [B, T, ...], of which the first has these extents, as many at a time as one call of a
 /// kernel can address.
@@ -130,8 +148,20 @@ void each_part(const std::vector<const OnDevice *> &tensors,
 /// The stride of an axis along which a call of the kernel takes `extent`. That of a single one may be anything.
 int32_t narrow(const Tensor &t, int axis, int64_t extent);
 
-/// Zeros, for what the caller leaves out, from `offset` of a Memory on: made on the device by the kernel `chunk_table`, behind
-/// the table of `count` chunks of so many tokens.
+/// The table of `count` chunks of so many tokens, made on the device by the kernel `chunk_table`, and zeros after it, for what
+/// the caller leaves out.
 void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64_t tokens, int64_t chunk, int64_t count);
+
+/// Log decays (t, h, b) from token t of head h of batch entry b on, or `none`.
+View decays_of(const OnDevice &log_decay, const Zeros *none, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
+               int32_t entries);
+
+/// States (e, f, h, b), or sums of keys with one e, from head h of batch entry b on.
+View features_of(const OnDevice &states, int64_t b, int64_t h, int32_t heads, int32_t entries);
+
+/// Copy all elements of `to`, by the kernel `convert_state`, from one order of features to another.
+void convert(const Run &run, View &&from, holdfast_expansion order, View &&to, holdfast_expansion wanted);
+/// Make all elements of `to` zero.
+void clear(const Run &run, View &&to);
 
 }  // namespace holdfast

@@ -30,7 +30,7 @@ void issue(const Run &run, const Problem &p) {
     Operands x(run, p);
     // The largest buffers that the kernel has: decays of a block of rows after each before it, numbers of a row, the state.
     const int64_t C = run.variant.chunk, blocks = (T + C - 1) / C;
-    const Part part = largest_part(p, x, std::max({blocks * (blocks + 1), blocks * C * G, (features + C) * V}) * bytes);
+    const Part part = largest_part(p, x, T, std::max({blocks * (blocks + 1), blocks * C * G, (features + C) * V}) * bytes);
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head", p.weights.rank ? ", and their weights," : "",
              " need a buffer beyond 2^31 bytes; expected less");

@@ -214,6 +214,7 @@ Problem checked(const holdfast_forward_args &args, bool step) {
     p.chunk_size = args.chunk_size;
     if (p.q.on_host()) check_log_decay(p.log_decay);  // to fetch a GPU's would take longer than the call
     if (step) {
+        p.form = HOLDFAST_FORM_RECURRENT;
         for (Tensor *t : {&p.q, &p.k, &p.v, &p.out}) *t = with_time(*t);
         if (p.log_decay.rank == 2) p.log_decay = with_time(p.log_decay);
     }

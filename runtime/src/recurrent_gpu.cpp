@@ -1,5 +1,5 @@
-// holdfast_step on a GPU: one call of the recurrent kernel for all batch entries and heads, or as few as 32-bit buffers allow, on
-// the states where they lie.
+// The recurrent form on a GPU, of a step or of many tokens one after the other: one call of the recurrent kernel for a token of all
+// batch entries and heads, or as few as 32-bit buffers allow, on the states where they lie. Packed sequences take turns.
 #include "recurrent_gpu.h"
 
 #include "gpu.h"
@@ -10,17 +10,20 @@
 namespace holdfast {
 namespace {
 
-/// Launch everything.
+/// Launch everything for sequences of one length.
 void issue(const Run &run, const Problem &p) {
     Operands x(run, p);
+    if (p.T == 0) return x.pass_states();
     const OnDevice &g = x.log_decay;
-    // Beside the tensors: a row of sums for each head, and a decay where none is given.
+    // Beside the tensors: a row of sums for each head, a decay where none is given, and states where they are not wanted.
     const int64_t sum_bytes = p.V * (int64_t)sizeof(float);
-    const Part part = largest_part(p, x, sum_bytes);
+    const Part part = largest_part(p, x, 1, p.final_state.rank ? sum_bytes : p.state_bytes());
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "the state of one head, with a stride of ", x.final.t.stride[2],
              " along K, reaches beyond 2^31 bytes; expected less");
     Memory sums(run, part.batch * part.of_each * sum_bytes);
+    std::optional<OnDevice> own;
+    if (!p.final_state.rank) own.emplace(run, floats_of("state", {part.batch, part.of_each, p.K, p.V}), false);
     std::optional<Memory> no_decay;
     if (!g.t.rank) {
         no_decay.emplace(run, Arena::alignment);
@@ -31,49 +34,66 @@ void issue(const Run &run, const Problem &p) {
         for (int64_t h = 0; h < p.Hk; h += part.of_each) {
             const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
             const int32_t K = (int32_t)p.K, V = (int32_t)p.V, G = (int32_t)p.group();
-            auto rows = [&](const OnDevice &r) {
-                return View(*r.memory, r.at(b, 0, h), halide_type(r.t.dtype),
-                            {{0, (int32_t)r.t.shape[3], 1}, {0, H, narrow(r.t, 2, H)}, {0, B, narrow(r.t, 0, B)}});
-            };
-            auto groups = [&](const OnDevice &r) {
-                return View(*r.memory, r.at(b, 0, h * G), halide_type(r.t.dtype),
-                            {{0, (int32_t)r.t.shape[3], 1},
-                             {0, G, narrow(r.t, 2, G)},
-                             {0, H, narrow(r.t, 2, H) * G},
-                             {0, B, narrow(r.t, 0, B)}});
-            };
-            View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = groups(x.out);
-            const bool of_token = g.t.rank == 3;
-            View log_decay(g.t.rank ? *g.memory : *no_decay,
-                           of_token   ? g.at(b, 0, h)
-                           : g.t.rank ? g.at(h)
-                                      : 0,
-                           float32,
-                           {{0, H, g.t.rank ? narrow(g.t, g.t.rank - 1, H) : 0}, {0, B, of_token ? narrow(g.t, 0, B) : 0}});
-            const Tensor &s = x.final.t;
-            View state(*x.final.memory, x.final.at(b, h), float32,
-                       {{0, V, 1}, {0, K, narrow(s, 2, K)}, {0, H, narrow(s, 1, H)}, {0, B, narrow(s, 0, B)}});
-            View sum(sums, 0, float32, {{0, V, 1}, {0, K, 0}, {0, H, V}, {0, B, H * V}});  // generators/recurrent.h
-            run.check(run.variant.name, std::get<RecurrentKernel *>(run.variant.run)(&run.workspace, &q, &k, &v, &log_decay,
-                                                                                     p.scale, &state, &sum, &out));
+            const OnDevice &state = own ? *own : x.final;
+            const int64_t entry = own ? 0 : b, head = own ? 0 : h;  // of the first state
+            if (!p.initial_state.rank)
+                clear(run, features_of(state, entry, head, H, B));
+            else if (&state != &x.initial)
+                convert(run, features_of(x.initial, b, h, H, B), p.expansion, features_of(state, entry, head, H, B),
+                        p.expansion);
+            // A rehearsal is for memory, and the first token needs as much as any.
+            for (int64_t t = 0; t < (run.call.rehearsal ? 1 : p.T); t++) {
+                auto rows = [&](const OnDevice &r) {
+                    return View(*r.memory, r.at(b, t, h), halide_type(r.t.dtype),
+                                {{0, (int32_t)r.t.shape[3], 1}, {0, H, narrow(r.t, 2, H)}, {0, B, narrow(r.t, 0, B)}});
+                };
+                auto groups = [&](const OnDevice &r) {
+                    return View(*r.memory, r.at(b, t, h * G), halide_type(r.t.dtype),
+                                {{0, (int32_t)r.t.shape[3], 1},
+                                 {0, G, narrow(r.t, 2, G)},
+                                 {0, H, narrow(r.t, 2, H) * G},
+                                 {0, B, narrow(r.t, 0, B)}});
+                };
+                View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = groups(x.out);
+                const bool of_token = g.t.rank == 3;
+                View log_decay(g.t.rank ? *g.memory : *no_decay,
+                               of_token   ? g.at(b, t, h)
+                               : g.t.rank ? g.at(h)
+                                          : 0,
+                               float32,
+                               {{0, H, g.t.rank ? narrow(g.t, g.t.rank - 1, H) : 0}, {0, B, of_token ? narrow(g.t, 0, B) : 0}});
+                View states(*state.memory, state.at(entry, head), float32,
+                            {{0, V, narrow(state.t, 3, V)},
+                             {0, K, narrow(state.t, 2, K)},
+                             {0, H, narrow(state.t, 1, H)},
+                             {0, B, narrow(state.t, 0, B)}});
+                View sum(sums, 0, float32, {{0, V, 1}, {0, K, 0}, {0, H, V}, {0, B, H * V}});  // generators/recurrent.h
+                run.check(run.variant.name, std::get<RecurrentKernel *>(run.variant.run)(&run.workspace, &q, &k, &v, &log_decay,
+                                                                                         p.scale, &states, &sum, &out));
+            }
         }
     x.fetch();
 }
 
-GpuCall call_of(const Problem &p, const Variant &variant) {
-    return {variant, p.tensors(), [&](const Run &run) { issue(run, p); }, p.workspace, "holdfast_step_workspace_size"};
+GpuCall call_of(const Problem &p, const Variant &variant, const char *size_function = "") {
+    return {variant, p.tensors(),
+            [&](const Run &run) {
+                if (!p.packed()) return issue(run, p);
+                for (int64_t s = 0; s < p.N; s++) issue(run, sequence_of(p, s));
+            },
+            p.workspace, size_function};
 }
 
 }  // namespace
 
-size_t step_workspace_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant) {
+size_t recurrent_workspace_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant) {
     const Problem p = nearest(given);
     return p.B && p.Hk ? call_of(p, variant).workspace(c) : 0;
 }
 
-void step_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) {
-    announce(c, "step", variant, why, p, "token by token");
-    if (p.B && p.Hk) call_of(p, variant).run(c);
+void recurrent_on_gpu(holdfast_context &c, const char *call, const Problem &p, const Variant &variant, const char *why) {
+    announce(c, call, variant, why, p, "token by token");
+    if (p.B && p.Hk) call_of(p, variant, size_function_of(call)).run(c);
 }
 
 }  // namespace holdfast

@@ -14,8 +14,9 @@ namespace holdfast {
 
 const std::vector<Target> &targets() {
     static const std::vector<Target> list = {
-#define HOLDFAST_TARGET(name, backend, needs, chunk_table) \
-    {#name, Backend::backend, missing_cpu_features(needs), std::strstr(needs, "amx_tile") != nullptr, chunk_table},
+#define HOLDFAST_TARGET(name, backend, needs, chunk_table, convert_state) \
+    {#name,       Backend::backend, missing_cpu_features(needs), std::strstr(needs, "amx_tile") != nullptr, \
+     chunk_table, convert_state},
 #include "targets.inc"
 #undef HOLDFAST_TARGET
     };

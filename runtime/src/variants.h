@@ -46,8 +46,9 @@ struct Target {
     Backend backend;
     std::string missing_features;  // CPU features it needs and this machine lacks
     bool tiles;                    // it needs permission as well: cpu_features.h
-    int (*fill_chunk_table)(const void *user_context, int32_t tokens, int32_t chunk, int32_t count,
-                            halide_buffer_t *table);  // GPUs
+    // GPUs; null on the CPU:
+    int (*fill_chunk_table)(const void *user_context, int32_t tokens, int32_t chunk, int32_t count, halide_buffer_t *table);
+    int (*convert_state)(const void *user_context, halide_buffer_t *from, int32_t order, halide_buffer_t *to);
 };
 
 struct Variant {

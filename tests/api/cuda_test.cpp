@@ -196,14 +196,91 @@ TEST(Cuda, GroupsTakeNoMoreLaunches) {
     EXPECT_EQ(counts.size(), 1u);
 }
 
-TEST(Cuda, ValueMajorStatesOfTheDeviceAreRefused) {
+TEST(Cuda, ValueMajorStatesCostNothing) {
+    Driver driver;
+    Context context;
+    std::set<size_t> launches, sizes;
+    for (bool value_major : {false, true}) {
+        Call call;
+        if (value_major) {
+            call.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR;
+            for (DLTensor *x : {&call.initial_state, &call.final_state})
+                std::swap(x->shape[2], x->shape[3]), x->strides = nullptr;
+        }
+        call.give_workspace(context);
+        sizes.insert((size_t)call.workspace_bytes);
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        EXPECT_EQ(others(driver.record()), std::set<std::string>());
+        launches.insert(of(driver.record(), "cuLaunchKernel").size());
+    }
+    EXPECT_EQ(launches.size(), 1u);
+    EXPECT_EQ(sizes.size(), 1u);
+}
+
+TEST(Cuda, TokenByTokenIsTwoLaunchesAToken) {
+    Driver driver;
+    Context context;
+    for (const bool given : {true, false}) {  // an initial state; log_decay
+        Call call;
+        call.args.form = HOLDFAST_FORM_RECURRENT;
+        if (!given) call.args.initial_state = call.args.log_decay = nullptr;
+        call.give_workspace(context);
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        EXPECT_EQ(others(driver.record()), std::set<std::string>());
+        // The state goes to its place first; zeros for it are made, and for decays.
+        EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), (size_t)(2 * T + (given ? 1 : 3)));
+        EXPECT_NE(context.messages.back().find("token by token, on CUDA device 0"), std::string::npos);
+        call.give_workspace(context, -1);
+        EXPECT_EQ(call.run(context), HOLDFAST_INVALID_ARGUMENT);
+        EXPECT_NE(context.error().find("as holdfast_workspace_size says"), std::string::npos) << context.error();
+    }
+}
+
+TEST(Cuda, SequencesThatAreTooLongForOneCallOfTheKernelTakeSeveral) {
+    Driver driver;
+    Context context;
+    // States of all chunks of a head: 2^31 bytes and more; then its rows, too far apart.
+    const int64_t million = 1 << 20;
+    for (const bool packed : {false, true})
+        for (const bool apart : {false, true}) {
+            SCOPED_TRACE(testing::Message() << "packed " << packed << ", apart " << apart);
+            Call call(0, kDLCUDA, apart ? Size{K, V} : Size{512, 512});
+            int64_t strides[] = {million << 12, 1 << 12, 0, 1}, starts[] = {0, million - 5, million - 5, million}, extent = 4;
+            const DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &extent, nullptr, 0};
+            for (DLTensor *x : {&call.q, &call.k, &call.v, &call.out, &call.log_decay}) {
+                x->shape[1] = apart ? million : million / 16, x->strides = nullptr;
+                if (packed) x->shape[0] = 1;
+            }
+            if (!apart) starts[3] = million / 16, starts[1] = starts[2] = starts[3] - 5;
+            if (apart) call.v.strides = strides;
+            if (packed) call.args.cu_seqlens = &cu_seqlens;
+            for (DLTensor *x : {&call.initial_state, &call.final_state}) {
+                x->strides = nullptr;
+                if (packed) x->shape[0] = 3;
+            }
+            size_t bytes = 0;
+            ASSERT_EQ(holdfast_workspace_size(context, &call.args, &bytes), HOLDFAST_OK) << context.error();
+            EXPECT_LT(bytes, (size_t)7 << 30);
+            int64_t size = (int64_t)bytes;
+            DLTensor memory = {(void *)((uint64_t)1 << 50), {kDLCUDA, 0}, 1, {kDLUInt, 8, 1}, &size, nullptr, 0};
+            call.args.workspace = &memory;
+            ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+            driver.clear();
+            ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+            EXPECT_EQ(others(driver.record()), std::set<std::string>());
+            EXPECT_GT(of(driver.record(), "cuLaunchKernel").size(), 4u * H);
+        }
+}
+
+TEST(Cuda, ValueMajorStatesOfTheParallelFormAreRefused) {
     Context context;
     Call call;
-    call.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR;
+    call.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR, call.args.form = HOLDFAST_FORM_PARALLEL;
     for (DLTensor *x : {&call.initial_state, &call.final_state}) std::swap(x->shape[2], x->shape[3]), x->strides = nullptr;
-    EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
-    EXPECT_EQ(context.error(), "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major on CUDA device 0");
-    call.args.form = HOLDFAST_FORM_PARALLEL;
     EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
     EXPECT_EQ(context.error(),
               "form is HOLDFAST_FORM_PARALLEL and state_layout HOLDFAST_STATE_VALUE_MAJOR; expected key-major on "
@@ -804,8 +881,10 @@ TEST(Cuda, PowerRetentionIsLaunchesAloneForEachChunk) {
         for (int n : {0, 1, 2, 3, 6}) call.dl[n].shape[1] = tokens;
         ASSERT_EQ(holdfast_workspace_size(context, &call.forward, &bytes), HOLDFAST_OK) << context.error();
         call.give_workspace(bytes);
-        driver.clear();
-        ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
+        for (int n = 0; n < 2; n++) {  // no tokens are another kernel
+            driver.clear();
+            ASSERT_EQ(holdfast_forward(context, &call.forward), HOLDFAST_OK) << context.error();
+        }
         const auto record = driver.record();
         EXPECT_EQ(others(record), std::set<std::string>());
         launches.push_back(of(record, "cuLaunchKernel").size());
@@ -814,7 +893,7 @@ TEST(Cuda, PowerRetentionIsLaunchesAloneForEachChunk) {
     }
     EXPECT_EQ(launches[1], launches[2]);
     EXPECT_EQ(launches[3], launches[0]);
-    EXPECT_EQ(launches[4], launches[0]);          // the state goes from one place to the other
+    EXPECT_EQ(launches[4], 2u);                   // the state and the sum of keys go from one place to the other
     EXPECT_EQ(launches[1], 2 * launches[0] - 1);  // zeros once
     EXPECT_EQ(context.messages.back().find("forward: power_f32_c64_k0_v0_cuda (where the tensors are), B 2, T 0"), 0u)
         << context.messages.back();
@@ -892,10 +971,42 @@ TEST(Cuda, StepsOfPowerRetentionAreLaunchesAlone) {
     EXPECT_EQ(launches[1], B * launches[0]);
     EXPECT_EQ(context.messages.back().find("step: power_step_f32_k0_v0_cuda (where the tensors are)"), 0u)
         << context.messages.back();
-    call.step.state_layout = HOLDFAST_STATE_VALUE_MAJOR;
-    std::swap(call.dl[4].shape[2], call.dl[4].shape[3]), call.dl[4].strides = nullptr;
-    EXPECT_EQ(holdfast_step(context, &call.step), HOLDFAST_UNSUPPORTED);
-    EXPECT_EQ(context.error(), "state_layout is HOLDFAST_STATE_VALUE_MAJOR; expected key-major on CUDA device 0");
+}
+
+TEST(Cuda, PowerStatesInTheTiledOrderTakeFourLaunchesMore) {
+    Driver driver;
+    Context context;
+    for (const bool step : {false, true}) {
+        std::vector<size_t> launches, sizes;
+        for (holdfast_expansion expansion : {HOLDFAST_EXPANSION_TIGHT, HOLDFAST_EXPANSION_TILED}) {
+            PowerCudaCall call;
+            call.forward.expansion = call.step.expansion = expansion;
+            call.forward.state_layout = call.step.state_layout = HOLDFAST_STATE_VALUE_MAJOR;
+            for (int n : {4, 5, 7, 8}) {
+                const int64_t D = holdfast_state_size(K, 2, expansion);
+                call.dl[n].strides = nullptr;
+                if (n == 4 || n == 7)
+                    call.dl[n].shape[3] = D, call.dl[n].shape[2] = V;
+                else
+                    call.dl[n].shape[2] = D;
+            }
+            size_t bytes = 0;
+            ASSERT_EQ(step ? holdfast_step_workspace_size(context, &call.step, &bytes)
+                           : holdfast_workspace_size(context, &call.forward, &bytes),
+                      HOLDFAST_OK)
+                << context.error();
+            call.give_workspace(bytes);
+            for (int n = 0; n < 2; n++) {
+                driver.clear();
+                ASSERT_EQ(step ? holdfast_step(context, &call.step) : holdfast_forward(context, &call.forward), HOLDFAST_OK)
+                    << context.error();
+            }
+            EXPECT_EQ(others(driver.record()), std::set<std::string>());
+            launches.push_back(of(driver.record(), "cuLaunchKernel").size()), sizes.push_back(bytes);
+        }
+        EXPECT_EQ(launches[1], launches[0] + 4);  // the state and the sum of keys, in and out
+        EXPECT_GE(sizes[1], sizes[0] + (size_t)(B * H * holdfast_state_size(K, 2, 0) * V * 4));
+    }
 }
 
 /// Calls of holdfast_rotate and holdfast_head_norm_gate, of x and gate of the same shape.

@@ -154,6 +154,7 @@ def bits(*numbers):
         ("setp.lt.s32 %p1, %r1, 0;\nselp.b32 %r0, 5, 6, %p1;", [0xFFFFFFFF], 5),
         ("setp.lt.u32 %p1, %r1, 9;\nselp.b32 %r0, 5, 6, %p1;", [0xFFFFFFFF], 6),
         ("setp.gtu.f32 %p1, %r1, %r1;\nselp.b32 %r0, 5, 6, %p1;", [0x7FC00000], 5),
+        ("sqrt.rn.f32 %r0, %r1;", [bits(2)[0]], bits(2**0.5)[0]),
         ("cvt.rzi.s32.f32 %r0, %r1;", [bits(-2.7)[0]], 0xFFFFFFFE),
         ("cvt.rni.f32.f32 %r0, %r1;", [bits(2.5)[0]], bits(2)[0]),
         ("cvt.rmi.ftz.f32.f32 %r0, %r1;", [bits(-2.5)[0]], bits(-3)[0]),

@@ -70,6 +70,45 @@ def test_chunk_table(device, tokens, chunk):
     assert (made[table.size :] == 0).all()
 
 
+def value_major(states):
+    """The same, with the features of keys innermost in memory."""
+    return np.ascontiguousarray(states.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+ANY = [row for row in CHUNKWISE if row.dtype == "f32" and not row.key_size]
+
+
+@pytest.mark.parametrize("row", [r for r in [smallest("f32"), *ANY] if r], ids=str)
+def test_value_major_states(device, row):
+    call = Call(row, [66, 0], heads=1, size=None if row.key_size else (5, 19))
+    call.state_in, call.state_out = map(value_major, (call.state_in, call.state_out))
+    call.run(device)
+    out, state = call.errors()
+    assert out <= OUT["f32"]
+    assert state <= STATE["f32"]
+
+
+def features(x, order):
+    """Of keys, by their definition in holdfast.h, row by row."""
+    K = x.shape[-1]
+    if order == "tight":
+        return np.stack([x[..., a] * x[..., b] * (1 if a == b else 2**0.5) for b in range(K) for a in range(b + 1)], -1)
+    blocks = [(o, Y, i) for Y in range(K // 16) for o in range(16 * (Y + 1)) for i in range(16)]
+    return np.stack([x[..., o] * x[..., 16 * Y + i] * (2 if o < 16 * Y else 1) for o, Y, i in blocks], -1)
+
+
+@pytest.mark.parametrize("order", ["tiled", "tight", "same"])
+def test_convert_state(device, order):
+    """Of two batch entries and two heads: from one layout to the other."""
+    x = np.random.default_rng(1).standard_normal((2, 2, 2, 32)).swapaxes(-1, -2)  # [B, H, K, V], each column a key
+    states = {kind: features(x.swapaxes(-1, -2), kind).swapaxes(-1, -2) for kind in ("tight", "tiled")}
+    given, wanted = {"tiled": ("tight", "tiled"), "tight": ("tiled", "tight"), "same": ("tight", "tight")}[order]
+    made = value_major(np.full(states[wanted].shape, 7, np.float32))
+    number = ctypes.c_int(["same", "tiled", "tight"].index(order))
+    device.call("convert_state_cuda", np.ascontiguousarray(states[given], np.float32), number, made)
+    np.testing.assert_allclose(made, states[wanted], rtol=1e-6)
+
+
 def test_what_is_run_is_what_readme_says():
     """TESTED in cmake/targets.cmake; the recurrent kernels are in test_steps.py, parallel in test_parallel.py."""
     assert os.environ["HOLDFAST_TESTED"].split() == ["chunkwise", "recurrent", "parallel"]

@@ -21,6 +21,8 @@ class Steps(Call):
     def take(self, device, t):
         batch, heads, _, K, V = self.state_out.shape
         state = np.ascontiguousarray(self.state_out[:, :, 0])
+        if t % 2:  # value-major
+            state = np.ascontiguousarray(state.swapaxes(2, 3)).swapaxes(2, 3)
         sums = np.zeros((batch, heads, 1, V), np.float32)
         every_row = np.lib.stride_tricks.as_strided(sums, (batch, heads, K, V), (*sums.strides[:2], 0, 4))
         q, k, v, decay = (np.ascontiguousarray(x[:, t]) for x in (self.q, self.k, self.v, self.log_decay))

@@ -415,7 +415,6 @@ TEST_P(Retention, ValueMajorStates) {
 }
 
 TEST_P(Retention, FormsThatAreForced) {
-    if (!on_cpu()) GTEST_SKIP() << "the recurrent form is of the CPU so far";
     const std::pair<holdfast_form, const char *> forms[] = {{HOLDFAST_FORM_CHUNKWISE, "chunkwise"},
                                                             {HOLDFAST_FORM_RECURRENT, "recurrent"}};
     for (const auto &[form, kernel] : forms)

@@ -138,6 +138,11 @@ assert not [line for line in record if "Memcpy" in line or "Synchronize" in line
 new, state, keys = holdfast.retention(q, q, q, degree=2, return_state=True)
 assert state.shape == (1, 2, 36, 8) and keys.shape == (1, 2, 36) and type(keys) is Library
 assert type(holdfast.retention_step(token, token, token, None, state, keys, degree=2)) is Library
+for degree, features in ((1, 16), (2, 256)):
+    x = Library(np.ones((1, 40, 2, 16), np.float32))
+    options = dict(degree=degree, normalize=False, form="recurrent", state_layout="vk", return_state=True)
+    new, state = holdfast.retention(x, x, x, expansion="tiled" if degree == 2 else "tight", **options)
+    assert type(new) is Library and state.shape == (1, 2, 16, features), state.shape
 stub.stub_clear()
 theta, positions = on_gpu(4), Array(np.zeros(40, np.int64), device=CUDA, dtype=(0, 64))
 for _ in range(2):

@@ -140,8 +140,8 @@ def retention(
             degree 2 and K a multiple of 16 (holdfast.h: HOLDFAST_EXPANSION_TILED).
         out: written in place and returned itself, [B, T, H, V].
 
-    Not computed so far, NotImplementedError, on a GPU: form "recurrent", state_layout "vk" for states that lie there,
-    for degree > 1 expansion "tiled", and in form "parallel" 16-bit types and weights of packed sequences.
+    Not computed so far, NotImplementedError, on a GPU in form "parallel": state_layout "vk" for states that lie there,
+    expansion "tiled", 16-bit types and weights of packed sequences.
 
     Returns:
         out [B, T, H, V]; or (out, state), (out, state, sum_of_keys), with the weights [B, H, T, T] last when asked for.

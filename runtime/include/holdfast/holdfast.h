@@ -244,8 +244,9 @@ typedef enum holdfast_expansion {
  *  float16 or bfloat16 (kDLFloat of 32 or 16 bits, kDLBfloat of 16); log_decay, the states and the sums of keys are float32
  *  always. All tensors but cu_seqlens are on one device, of a backend of this build: the CPU (kDLCPU, kDLCUDAHost), CUDA
  *  (kDLCUDA, kDLCUDAManaged; data is a device pointer), OpenCL (data is a cl_mem) or Metal (data is an id<MTLBuffer>). There
- *  they are used where they lie, at byte_offset, which OpenCL wants as a multiple of CL_DEVICE_MEM_BASE_ADDR_ALIGN. Every axis
- *  may have any stride, also 0 (inputs) or negative (the CPU and CUDA), except that the last axis of all but log_decay and
+ *  they are used where they lie, at any byte_offset that their type allows; what is 2^31 elements or more behind the beginning of an
+ *  OpenCL or Metal buffer begins at a multiple of CL_DEVICE_MEM_BASE_ADDR_ALIGN or 4 bytes, else HOLDFAST_UNSUPPORTED says so. Every
+ *  axis may have any stride, also 0 (inputs) or negative (the CPU and CUDA), except that the last axis of all but log_decay and
  *  cu_seqlens is contiguous. */
 typedef struct holdfast_forward_args {
     size_t struct_size;            /**< sizeof(holdfast_forward_args) */
@@ -292,8 +293,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *      out_t = scale^p phi(q_t) S_t                        phi(q).phi(k) = (q.k)^p; for p = 1 phi(x) = x
  *      out_t = phi(q_t) S_t / phi(q_t) s_t                 where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far, on a GPU: the recurrent form, value-major states that lie there, the tiled expansion, and in the
- *  parallel form 16-bit types and weights of packed sequences.
+ *  HOLDFAST_UNSUPPORTED so far, on a GPU in the parallel form: value-major states that lie there, the tiled expansion, 16-bit types and
+ *  weights of packed sequences.
  *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
  *  with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
@@ -321,10 +322,14 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  be exactly initial_state (the same elements in the same places), and final_sum_of_keys initial_sum_of_keys: they are then
  *  advanced in place.
  *
- *  On a GPU: one launch sequence for the whole problem. log_decay is not looked at, so positive ones are computed with.
- *  Workspace grows with T: the states between all chunks. For a degree above 1 or normalization, one launch sequence for each chunk
- *  of all batch entries or of a packed sequence, and workspace for one of them; OpenCL wants the places where chunks and packed
- *  sequences begin in the tensors as it wants byte_offset, and HOLDFAST_UNSUPPORTED says where they do not.
+ *  On a GPU: one launch sequence for the whole problem, as far as 2^31 bytes reach, else one for each part of it. log_decay is not
+ *  looked at, so positive ones are computed with. Workspace grows with T: the states between all chunks. For a degree above 1 or
+ *  normalization, one launch sequence for each chunk of all batch entries or of a packed sequence, and workspace for one of them. The
+ *  recurrent form, which is taken when it is asked for, is two launches for each token of all batch entries or of a packed sequence
+ *  (what holdfast_step says for a degree above 1 or normalization), and one to put the initial state where it will be advanced. States
+ *  are read and written where they lie in either layout; value-major ones by lines that each serve 32 rows of them. In the tiled
+ *  order they are converted before the first launch and after the last, four launches that read and write each state once more, and
+ *  workspace for the tight ones.
  *  On CUDA, given a workspace and after the first call in a CUcontext
  *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph;
  *  except that one with cu_seqlens, of degree 1 without normalization, copies a table of chunks to the device, and may not. Calls on Metal, OpenCL and Vulkan are
@@ -332,7 +337,7 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
  *  this build, an extent of 2^31 or more, D V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
- *  elements; on a GPU, one batch entry and head, or its states, of 2^31 bytes or more); HOLDFAST_TARGET_UNAVAILABLE;
+ *  elements; on a GPU, that one chunk of one head, or its state, carries beyond 2^31 bytes); HOLDFAST_TARGET_UNAVAILABLE;
  *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Tensors as a whole may be larger than 2^31 bytes. Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args);
@@ -374,7 +379,7 @@ typedef struct holdfast_step_args {
 } holdfast_step_args;
 
 /** Bytes of workspace that holdfast_step needs for these arguments, as holdfast_workspace_size says it of holdfast_forward: some
- *  V floats for each batch entry and head; for a degree above 1 or normalization about D V / 64. */
+ *  V floats for each batch entry and head; for a degree above 1 or normalization about D V / 64, and D V for the tiled expansion. */
 HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *context, const holdfast_step_args *args,
                                                           size_t *bytes);
 
@@ -386,18 +391,17 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *      out = scale^p phi(q) S                      of the new state
  *      out = phi(q) S / phi(q) s                   where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far: on a GPU a value-major state that lies there, and the tiled expansion.
- *
  *  The same as holdfast_forward with T = 1 and `state` as both states, on the CPU to the bit; as holdfast_forward of many tokens
  *  at once to rounding. Each state is read and written once; of heads of queries that share it, all but the first read it
- *  again, from cache. A value-major state is turned over and back, on the CPU in workspace. After the first call a context
+ *  again, from cache. On the CPU a value-major state is turned over and back, in workspace. After the first call a context
  *  allocates nothing more on the CPU, where one thread works on up to half a megabyte of states; the same call on the same
  *  machine and target gives the same bits, for any number of threads.
  *
  *  On a GPU: what holdfast_forward says of log_decay, of CUDA's calls given a workspace and of those of other backends goes for
  *  steps too. A step is two launches for the whole problem, without a log_decay three; for a degree above 1 or normalization some more,
- *  once for all batch entries where their heads lie in a row and log_decay is of each, else once for each entry, which OpenCL then wants
- *  to begin as it wants byte_offset.
+ *  once for all batch entries where their heads lie in a row and log_decay is of each, else once for each entry. A value-major state is
+ *  advanced where it lies. One in the tiled order is converted and back, four launches more: it is read and written three times, not
+ *  once, and takes workspace for the tight one.
  *
  *  Aliasing: q, k, v and log_decay may share memory with one another. state, sum_of_keys and out overlap no other tensor.
  *
