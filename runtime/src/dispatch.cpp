@@ -17,11 +17,6 @@
 namespace holdfast {
 namespace {
 
-// A chunk costs the same however few of its tokens are used: up to one in so many of them, they are done one by one. Measured
-// for every target, tuned and odd sizes of 40 to 320: at a quarter one by one is never slower (0.1 to 0.95 of the time), at
-// three eighths up to 1.3 times.
-constexpr int64_t least_share = 4;
-
 /// The chunkwise variant for `p` if its rows were like this.
 const Variant &chunkwise_variant(const Problem &p, const Choice &choice, const RowAlignment &rows) {
     return select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced, rows);
@@ -32,17 +27,35 @@ const Variant &step_variant(const Problem &p, const Choice &choice) {
     return select_variant("recurrent", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
 }
 
-/// What HOLDFAST_FORM_AUTO stands for. Never the parallel form: for degree 1 it takes as long as the chunkwise one at 128 tokens
-/// (K = V = 64; Intel Xeon, one core, kernels for any size), 1.6 times as long at 256, 4.6 at 1024, 14 at 4096; with K = V = 128
-/// it is ahead until some 300 tokens, 1.8 times as long at 512 and 10 at 4096.
-holdfast_form choose_form(const Problem &p, const Choice &choice) {
-    if (p.form != HOLDFAST_FORM_AUTO) return p.form;
-    const bool few = p.chunk_size == 0 && p.longest() <= chunkwise_variant(p, choice, {}).chunk / least_share;
-    return few && choice.backend == Backend::cpu ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
-}
-
 /// Whether the kernels of power retention compute it.
 bool is_power(const Problem &p) { return p.degree > 1 || p.normalized; }
+
+// What HOLDFAST_FORM_AUTO goes by, on the CPU.
+//
+// A chunk costs the same however few of its tokens are used: up to one in so many of them, they are done one by one. Measured
+// for every target, tuned and odd sizes of 40 to 320: at a quarter one by one is never slower (0.1 to 0.95 of the time), at
+// three eighths up to 1.3 times. Power retention's states are larger.
+constexpr int64_t least_share = 4, least_share_of_power = 8;
+
+/// Whether all T x T weights are less work than D features of a state that nobody gives or takes: T (K + V) operations a token
+/// against 4 D (V + 1), of which the parallel form's take a little longer. One core of an Intel Xeon, 4 heads: of degree 2 at
+/// K = V = 64 the two meet at some 3900 tokens, of 4225 by that count; at 512 it is ahead six times, at 64 fifteen times. For degree
+/// 1 it never pays: as long as the chunkwise form at 128 tokens (K = V = 64), 1.6 times at 256, 14 at 4096; with K = V = 128 it is
+/// ahead until some 300.
+bool weights_are_less(const Problem &p) {
+    if (!is_power(p) || p.initial_state.rank || p.final_state.rank || p.final_sum.rank) return false;
+    return (double)p.longest() * (double)(p.K + p.V) <= 3.0 * (double)p.D * (double)(p.V + 1);
+}
+
+/// The form that p is computed in.
+holdfast_form choose_form(const Problem &p, const Choice &choice) {
+    if (p.form != HOLDFAST_FORM_AUTO) return p.form;
+    if (choice.backend != Backend::cpu || p.chunk_size) return HOLDFAST_FORM_CHUNKWISE;
+    if (weights_are_less(p)) return HOLDFAST_FORM_PARALLEL;
+    const bool few = is_power(p) ? p.longest() <= power_variant("power", p, choice, p.V).chunk / least_share_of_power
+                                 : p.longest() <= chunkwise_variant(p, choice, {}).chunk / least_share;
+    return few ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
+}
 
 /// Token by token, for the public function `call`.
 void recurrent(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
@@ -50,26 +63,24 @@ void recurrent(holdfast_context &c, const char *call, const Problem &p, const Ch
     recurrent_on_gpu(c, call, p, step_variant(p, choice), choice.why);
 }
 
-void forward(holdfast_context &c, const Problem &p, const Choice &choice) {
+void forward(holdfast_context &c, Problem p, const Choice &choice) {
+    p.form = choose_form(p, choice);
     if (p.form == HOLDFAST_FORM_PARALLEL)
         return choice.backend == Backend::cpu ? run_parallel(c, p, choice) : parallel_on_gpu(c, p, choice);
     if (is_power(p))
         return choice.backend == Backend::cpu ? run_power(c, "forward", p, choice) : power_on_gpu(c, "forward", p, choice);
-    switch (choose_form(p, choice)) {
-    case HOLDFAST_FORM_RECURRENT: return recurrent(c, "forward", p, choice);
-    default:
-        const RowAlignment rows = p.row_alignment(choice.backend);
-        const Variant &variant = chunkwise_variant(p, choice, rows);
-        std::string why = choice.why;
-        if (c.verbose) {
-            const Variant &best = chunkwise_variant(p, choice, {});
-            if (&best != &variant)
-                why += ", rows of " + std::string(rows.tensor) + " at multiples of " + std::to_string(rows.bytes) +
-                       " bytes: " + best.name + " wants " + std::to_string(best.row_alignment);
-        }
-        return choice.backend == Backend::cpu ? run_chunkwise(c, p, variant, why.c_str())
-                                              : forward_on_gpu(c, p, variant, why.c_str());
+    if (p.form == HOLDFAST_FORM_RECURRENT) return recurrent(c, "forward", p, choice);
+    const RowAlignment rows = p.row_alignment(choice.backend);
+    const Variant &variant = chunkwise_variant(p, choice, rows);
+    std::string why = choice.why;
+    if (c.verbose) {
+        const Variant &best = chunkwise_variant(p, choice, {});
+        if (&best != &variant)
+            why += ", rows of " + std::string(rows.tensor) + " at multiples of " + std::to_string(rows.bytes) +
+                   " bytes: " + best.name + " wants " + std::to_string(best.row_alignment);
     }
+    return choice.backend == Backend::cpu ? run_chunkwise(c, p, variant, why.c_str())
+                                          : forward_on_gpu(c, p, variant, why.c_str());
 }
 
 }  // namespace

@@ -17,9 +17,6 @@
 namespace holdfast {
 namespace {
 
-// A chunk costs the same however few of its tokens are used: up to one in so many of them, they are done one by one.
-constexpr int64_t least_share = 8;
-
 // To wake a thread takes as long as to go once through so many bytes of states.
 constexpr int64_t worth_a_thread = 512 * 1024;
 
@@ -246,12 +243,7 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
                  " on axis 2, between heads that share keys; expected ", std::numeric_limits<int32_t>::max() / 2 / p.group(),
                  " at most");
     const Variant *variant = &power_variant("power", p, choice, p.V);
-    holdfast_form form = p.form;
-    if (form == HOLDFAST_FORM_AUTO) {
-        const bool few = p.chunk_size == 0 && p.longest() <= variant->chunk / least_share;
-        form = few ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
-    }
-    if (form == HOLDFAST_FORM_RECURRENT) {
+    if (p.form == HOLDFAST_FORM_RECURRENT) {
         check_kernel_strides(p, 1);
         const Variant &step = power_variant("power_step", p, choice, p.V);
         const Steps steps(p, step);

@@ -5,8 +5,7 @@
 
 namespace holdfast {
 
-/// Compute `p` on the CPU for the public function `call` ("forward"), in chunks or token by token; p.form or, where that is
-/// automatic, the better one. Throws UNSUPPORTED for another form.
+/// Compute `p` on the CPU for the public function `call` ("forward"), token by token where p.form is recurrent, else in chunks.
 void run_power(holdfast_context &context, const char *call, const Problem &p, const Choice &choice);
 
 /// The final state and sum of keys alone, in chunks. Out is not written, nor are weights.

@@ -126,7 +126,7 @@ def retention(
         degree: p, the power of q.k: 1 to 4.
         normalize: divide by the sum of weights. None: degree > 1.
         form: "parallel" (all T x T weights), "chunkwise" (linear in T), "recurrent" (token by token), or "auto", the
-            fastest of the last two.
+            fastest of them for T and the sizes.
         chunk_size: work on at most this many tokens at a time, at least 1; changes rounding and speed, nothing else.
             None: the library's choice.
         initial_state: [N, Hk, D, V], of N = B sequences or those of cu_seqlens. None: zeros.

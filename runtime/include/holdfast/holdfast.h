@@ -306,8 +306,9 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
- *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU recurrent where no sequence is longer than a quarter of a chunk (an eighth for a
- *  degree above 1 or normalization), unless chunk_size is set.
+ *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU, unless chunk_size is set: for a degree above 1 or normalization parallel where no
+ *  state is given or wanted and no sequence is longer than 3 D (V + 1) / (K + V) (at K = V = 64 and degree 2 3168 tokens); and recurrent
+ *  where none is longer than a quarter of a chunk (an eighth for a degree above 1 or normalization).
  *
  *  Power retention (Kumar et al. 2025, arXiv:2507.04239) is degree 2 to 4 and normalization, whose out does not depend on scale. An odd
  *  degree keeps the sign of q.k, and the sum of weights may vanish: out is then infinite or not a number, as a division by it is; so it
