@@ -35,7 +35,9 @@ protected:
 
     std::string chosen(const Target &target, int chunk, const std::string &forced = "") {
         Funcs f;
-        holdfast::apply_schedule(f, Sizes{chunk}, Halide::Pipeline(), target, forced);
+        Halide::Func zero;
+        zero() = 0;
+        holdfast::apply_schedule(f, Sizes{chunk}, Halide::Pipeline(zero), target, forced);
         return f.scheduled_by;
     }
     void expect_error(const char *expected, const Target &target, const std::string &forced = "") {
