@@ -424,20 +424,23 @@ def torch_attention(x: Inputs, threads: int) -> Peer | Absent:
     return Peer(ATTENTION, run, lambda: last[0].transpose(1, 2).numpy(), how, error=error)
 
 
-def operations(x: Inputs, chunk: int) -> float:
-    """Of `x` in chunks, a multiplication and an addition two: those with the state, and the causal half of what is
-    inside a chunk."""
+def operations(x: Inputs, variant: dict[str, Any]) -> float:
+    """Of `x` by a variant, a multiplication and an addition two: those with the state, and the causal half of what is
+    inside a chunk; of the parallel form the latter of all tokens."""
     B, T, H, K, V = x.shape
     sums = x.degree > 1  # of weights: a column of values more
-    return B * H * T * (4.0 * state_size(K, x.degree) * (V + sums) + (min(chunk, T) + 1) * (K + V + sums))
+    chunk, with_state = min(variant["chunk"] or 1, T), 4.0 * state_size(K, x.degree) * (V + sums)
+    if variant["kernel"] == "parallel":
+        chunk, with_state = T, 0.0
+    return B * H * T * (with_state + (chunk + 1) * (K + V + sums))
 
 
 def torch_product(x: Inputs, threads: int, ours: Peer) -> Peer | Absent:
     """A matrix product with as many operations as `ours` has: how fast the machine is when nothing else is to be done.
     2048 terms for each of 2048 columns, as many rows as it takes."""
     size = 2048
-    (chunk,) = (v["chunk"] or 1 for v in info()["variants"] if v["name"] == ours.how.split()[0])
-    rows = round(operations(x, chunk) / (2 * size**2))
+    (variant,) = (v for v in info()["variants"] if v["name"] == ours.how.split()[0])
+    rows = round(operations(x, variant) / (2 * size**2))
     if reason := missing("torch"):
         return Absent(SGEMM, reason)
     if rows < 64:
