@@ -53,28 +53,15 @@ void issue(const Run &run, const Problem &p, int64_t chunk) {
 
     // Tokens t .. t + n - 1 of B batch entries, or of sequence s or all that are packed, and H heads.
     auto launch = [&](int64_t b, int64_t h, int32_t B, int32_t H, int64_t s, int64_t t, int64_t n, bool first) {
-        const int32_t K = (int32_t)p.K, V = (int32_t)p.V, tokens = (int32_t)n, G = (int32_t)p.group();
+        const int32_t K = (int32_t)p.K, V = (int32_t)p.V, tokens = (int32_t)n;
         const int32_t count = packed ? packed->count : (int32_t)((n + chunk - 1) / chunk);
         if (!packed && tokens_in_table != n) {
             fill_chunk_table(run, added, added_bytes, n, chunk, count);
             tokens_in_table = n;
         }
         View chunks(added, 0, int32, {{0, ChunkTable::fields, 1}, {0, count + S, ChunkTable::fields}});
-        auto rows = [&](const OnDevice &r) {
-            return View(*r.memory, r.at(b, t, h), halide_type(r.t.dtype),
-                        {{0, (int32_t)r.t.shape[3], 1},
-                         {0, tokens, narrow(r.t, 1, n)},
-                         {0, H, narrow(r.t, 2, H)},
-                         {0, B, narrow(r.t, 0, B)}});
-        };
-        auto groups = [&](const OnDevice &r) {
-            return View(*r.memory, r.at(b, t, h * G), halide_type(r.t.dtype),
-                        {{0, (int32_t)r.t.shape[3], 1},
-                         {0, tokens, narrow(r.t, 1, n)},
-                         {0, G, narrow(r.t, 2, G)},
-                         {0, H, narrow(r.t, 2, H) * G},
-                         {0, B, narrow(r.t, 0, B)}});
-        };
+        auto rows = [&](const OnDevice &r) { return rows_of(r, b, t, h, tokens, H, B); };
+        auto groups = [&](const OnDevice &r) { return groups_of(r, p.group(), b, t, h, tokens, H, B); };
         View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = groups(x.out);
         View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, t, h, tokens, H, B);
         auto states = [&](const OnDevice &state) {

@@ -363,6 +363,25 @@ void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64
               run.variant.target->fill_chunk_table(&run.workspace, (int32_t)tokens, (int32_t)chunk, (int32_t)count, &table));
 }
 
+View rows_of(const OnDevice &r, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads, int32_t entries) {
+    return View(*r.memory, r.at(b, t, h), halide_type(r.t.dtype),
+                {{0, (int32_t)r.t.shape[3], 1},
+                 {0, tokens, narrow(r.t, 1, tokens)},
+                 {0, heads, narrow(r.t, 2, heads)},
+                 {0, entries, narrow(r.t, 0, entries)}});
+}
+
+View groups_of(const OnDevice &r, int64_t group, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
+               int32_t entries) {
+    const int32_t G = (int32_t)group;
+    return View(*r.memory, r.at(b, t, h * group), halide_type(r.t.dtype),
+                {{0, (int32_t)r.t.shape[3], 1},
+                 {0, tokens, narrow(r.t, 1, tokens)},
+                 {0, G, narrow(r.t, 2, group)},
+                 {0, heads, narrow(r.t, 2, heads) * G},
+                 {0, entries, narrow(r.t, 0, entries)}});
+}
+
 View decays_of(const OnDevice &g, const Zeros *none, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
                int32_t entries) {
     if (none) return View(none->memory, none->offset, float32, {{0, tokens, 0}, {0, heads, 0}, {0, entries, 0}});

@@ -152,6 +152,12 @@ int32_t narrow(const Tensor &t, int axis, int64_t extent);
 /// the caller leaves out.
 void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64_t tokens, int64_t chunk, int64_t count);
 
+/// Rows of keys or values (d, t, h, b) from token t of head h of batch entry b on; and of queries or outputs (d, t, g, h, b), `group`
+/// heads for each of keys.
+View rows_of(const OnDevice &rows, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads, int32_t entries);
+View groups_of(const OnDevice &rows, int64_t group, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
+               int32_t entries);
+
 /// Log decays (t, h, b) from token t of head h of batch entry b on, or `none`.
 View decays_of(const OnDevice &log_decay, const Zeros *none, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
                int32_t entries);

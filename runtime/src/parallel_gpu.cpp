@@ -10,72 +10,42 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 
 namespace holdfast {
 namespace {
 
 /// Launch everything for sequences of one length.
 void issue(const Run &run, const Problem &p) {
-    // Without tokens there is one of zeros, which the state goes by.
-    const bool nothing = p.T == 0, state = p.degree == 1 && p.final_state.rank, sum = p.degree == 1 && p.final_sum.rank;
-    if (nothing && !state && !sum) return;
-    const int64_t K = p.K, V = p.V, G = p.group(), T = nothing ? 1 : p.T;
+    Operands x(run, p);
+    if (p.T == 0) return x.pass_states();
+    const bool state = p.degree == 1 && p.final_state.rank, sum = p.degree == 1 && p.final_sum.rank;
+    const int64_t K = p.K, V = p.V, G = p.group(), T = p.T;
     const int32_t given = p.initial_state.rank ? 1 : 0, features = (int32_t)(given ? p.D : K);
     constexpr int64_t bytes = sizeof(float);
-    const int64_t zeros_bytes = std::max({K, V, (int64_t)features}) * bytes;
-    Memory zeros(run, zeros_bytes);
-    fill_chunk_table(run, zeros, zeros_bytes, 0, 1, 0);  // of no chunks: zeros
+    const int64_t zeros_bytes = std::max(V, (int64_t)features) * bytes;
+    Memory memory_of_zeros(run, zeros_bytes);
+    fill_chunk_table(run, memory_of_zeros, zeros_bytes, 0, 1, 0);  // of no chunks: zeros
+    const Zeros zeros{memory_of_zeros};
 
-    Operands x(run, p);
     // The largest buffers that the kernel has: decays of a block of rows after each before it, numbers of a row, the state.
     const int64_t C = run.variant.chunk, blocks = (T + C - 1) / C;
     const Part part = largest_part(p, x, T, std::max({blocks * (blocks + 1), blocks * C * G, (features + C) * V}) * bytes);
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head", p.weights.rank ? ", and their weights," : "",
              " need a buffer beyond 2^31 bytes; expected less");
-    std::optional<Memory> unwanted_row;
-    if (nothing) unwanted_row.emplace(run, V * bytes);
 
     for (int64_t b = 0; b < p.B; b += part.batch)
         for (int64_t h = 0; h < p.Hk; h += part.of_each) {
             const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
             const int32_t tokens = (int32_t)T, group = (int32_t)G;
-            auto rows = [&](const OnDevice &r) {
-                const halide_type_t type = halide_type(r.t.dtype);
-                const int32_t size = (int32_t)r.t.shape[3];
-                if (nothing) return View(zeros, 0, type, {{0, size, 1}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
-                return View(
-                    *r.memory, r.at(b, 0, h), type,
-                    {{0, size, 1}, {0, tokens, narrow(r.t, 1, T)}, {0, H, narrow(r.t, 2, H)}, {0, B, narrow(r.t, 0, B)}});
-            };
-            auto groups = [&](const OnDevice &r, const Memory *instead) {
-                const halide_type_t type = halide_type(r.t.dtype);
-                const int32_t size = (int32_t)r.t.shape[3];
-                if (nothing) return View(*instead, 0, type, {{0, size, 1}, {0, 1, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
-                const int32_t head = narrow(r.t, 2, H * G);
-                return View(*r.memory, r.at(b, 0, h * G), type,
-                            {{0, size, 1},
-                             {0, tokens, narrow(r.t, 1, T)},
-                             {0, group, head},
-                             {0, H, H > 1 ? head * group : 0},
-                             {0, B, narrow(r.t, 0, B)}});
-            };
-            View q = groups(x.q, &zeros), out = groups(x.out, unwanted_row ? &*unwanted_row : nullptr);
-            View k = rows(x.k), v = rows(x.v);
-            const OnDevice &g = x.log_decay;
-            const bool decays = g.t.rank && !nothing, per_token = g.t.rank == 3;
-            View log_decay(decays ? *g.memory : zeros,
-                           !decays     ? 0
-                           : per_token ? g.at(b, 0, h)
-                                       : g.at(h),
-                           float32,
-                           {{0, tokens, decays && per_token ? narrow(g.t, 1, T) : 0},
-                            {0, H, decays ? narrow(g.t, g.t.rank - 1, H) : 0},
-                            {0, B, decays && per_token ? narrow(g.t, 0, B) : 0}});
+            auto rows = [&](const OnDevice &r) { return rows_of(r, b, 0, h, tokens, H, B); };
+            auto groups = [&](const OnDevice &r) { return groups_of(r, G, b, 0, h, tokens, H, B); };
+            View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = groups(x.out);
+            View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, 0, h, tokens, H, B);
             // What is absent has no elements, but is in memory that is there: Halide's runtime allocates none for it.
             auto states = [&](const OnDevice &s, bool there, int32_t rows) {
-                if (!there) return View(zeros, 0, float32, {{0, (int32_t)V, 1}, {0, rows, 0}, {0, 0, 0}, {0, H, 0}, {0, B, 0}});
+                if (!there)
+                    return View(zeros.memory, 0, float32, {{0, (int32_t)V, 1}, {0, rows, 0}, {0, 0, 0}, {0, H, 0}, {0, B, 0}});
                 return View(*s.memory, s.at(b, h), float32,
                             {{0, (int32_t)V, 1},
                              {0, rows, narrow(s.t, 2, rows)},
@@ -84,14 +54,14 @@ void issue(const Run &run, const Problem &p) {
                              {0, B, narrow(s.t, 0, B)}});
             };
             auto sums = [&](const OnDevice &s, bool there, int32_t number, int32_t size) {
-                if (!there) return View(zeros, 0, float32, {{0, size, 1}, {0, number, 0}, {0, H, 0}, {0, B, 0}});
+                if (!there) return View(zeros.memory, 0, float32, {{0, size, 1}, {0, number, 0}, {0, H, 0}, {0, B, 0}});
                 return View(*s.memory, s.at(b, h), float32,
                             {{0, size, 1}, {0, 1, 0}, {0, H, narrow(s.t, 1, H)}, {0, B, narrow(s.t, 0, B)}});
             };
             auto weights_of = [&](const OnDevice &w) {
                 const halide_type_t type = halide_type(p.q.dtype);
-                if (!w.t.rank || nothing)
-                    return View(zeros, 0, type,
+                if (!w.t.rank)
+                    return View(zeros.memory, 0, type,
                                 {{0, tokens, 1}, {0, tokens, 0}, {0, 0, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
                 const int32_t head = narrow(w.t, 1, H * G);
                 return View(*w.memory, w.at(b, h * G), type,

@@ -109,24 +109,11 @@ void issue_chunks(const Run &run, const Problem &p) {
             // A rehearsal is for memory, and the first chunk needs as much as any.
             for (int64_t t = 0; t < (run.call.rehearsal ? 1 : T); t += chunk) {
                 const int32_t tokens = (int32_t)std::min(chunk, T - t);
-                auto rows = [&](const OnDevice &r) {
-                    return View(*r.memory, r.at(b, t, h), halide_type(r.t.dtype),
-                                {{0, (int32_t)r.t.shape[3], 1},
-                                 {0, tokens, narrow(r.t, 1, tokens)},
-                                 {0, H, narrow(r.t, 2, H)},
-                                 {0, B, narrow(r.t, 0, B)}});
-                };
+                auto rows = [&](const OnDevice &r) { return rows_of(r, b, t, h, tokens, H, B); };
                 auto groups = [&](const OnDevice &r) {
-                    if (!r.t.rank)
-                        return View(*unwanted_row, 0, halide_type(p.q.dtype),
-                                    {{0, (int32_t)V, 1}, {0, tokens, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
-                    const int32_t head = narrow(r.t, 2, H * G);
-                    return View(*r.memory, r.at(b, t, h * G), halide_type(r.t.dtype),
-                                {{0, (int32_t)r.t.shape[3], 1},
-                                 {0, tokens, narrow(r.t, 1, tokens)},
-                                 {0, (int32_t)G, head},
-                                 {0, H, H > 1 ? head * (int32_t)G : 0},
-                                 {0, B, narrow(r.t, 0, B)}});
+                    if (r.t.rank) return groups_of(r, G, b, t, h, tokens, H, B);
+                    return View(*unwanted_row, 0, halide_type(p.q.dtype),
+                                {{0, (int32_t)V, 1}, {0, tokens, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
                 };
                 View q = groups(x.q), out = groups(x.out), k = rows(x.k), v = rows(x.v);
                 View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, t, h, tokens, H, B);
