@@ -8,41 +8,46 @@ from typing import Any
 
 import torch
 
+import holdfast
+
 try:
-    from ..torch import head_norm_gate, retention, rotate
-except ModuleNotFoundError:
-    import holdfast
+    from .. import torch as _ops
+except ImportError:
+    _ops = None  # this build has no gradients
 
-    def _without_gradients(op: Callable[..., Any]) -> Callable[..., Any]:
-        """`op` refuses tensors that require gradients; where none are recorded they are as good as any."""
+__all__ = ["head_norm_gate", "load", "log_decay", "norm", "retention", "rotate", "theta"]
 
-        def call(*arguments: Any, **options: Any) -> Any:
-            def plain(x: Any) -> Any:
-                return x.detach() if isinstance(x, torch.Tensor) and not torch.is_grad_enabled() else x
 
-            return op(*map(plain, arguments), **{name: plain(x) for name, x in options.items()})
+def _on_any_rows(name: str) -> Callable[..., Any]:
+    """The op for tensors of any strides: it wants its last axis contiguous."""
+    op = getattr(_ops or holdfast, name)
 
-        return call
+    def rows(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.ndim == 0:
+            return x
+        if _ops is None and not torch.is_grad_enabled():
+            x = x.detach()
+        return x if x.stride(-1) == 1 else x.contiguous()
 
-    head_norm_gate = _without_gradients(holdfast.head_norm_gate)
-    retention = _without_gradients(holdfast.retention)
-    rotate = _without_gradients(holdfast.rotate)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return op(*map(rows, arguments), **{key: rows(x) for key, x in options.items()})
 
-__all__ = ["head_norm_gate", "log_decay", "norm", "retention", "rotate", "theta"]
+    return call
+
+
+retention = _on_any_rows("retention")
+rotate = _on_any_rows("rotate")
+head_norm_gate = _on_any_rows("head_norm_gate")
 
 
 def log_decay(num_heads: int, convention: Any, device: torch.device) -> torch.Tensor:
     """`holdfast.decay` as a tensor [num_heads]."""
-    from holdfast import decay
-
-    return torch.from_numpy(decay(num_heads, convention)).to(device)
+    return torch.from_numpy(holdfast.decay(num_heads, convention)).to(device)
 
 
 def theta(key_size: int, convention: Any, device: torch.device) -> torch.Tensor:
     """`holdfast.theta` as a tensor [key_size / 2]."""
-    from holdfast import theta
-
-    return torch.from_numpy(theta(key_size, convention)).to(device)
+    return torch.from_numpy(holdfast.theta(key_size, convention)).to(device)
 
 
 def norm(
@@ -58,3 +63,17 @@ def norm(
     if activation is torch.nn.functional.silu:
         return head_norm_gate(x, gate, weight, kind, eps)
     return head_norm_gate(x, None, weight, kind, eps) * activation(gate)
+
+
+def load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """All parameters from `weights`, each in the type that it has there; the model is for inference then."""
+    own = model.state_dict()
+    if missing := own.keys() - weights.keys():
+        raise KeyError(f"state_dict lacks {', '.join(sorted(missing))}")
+    if unknown := weights.keys() - own.keys():
+        raise ValueError(f"state_dict has {', '.join(sorted(unknown))}, which the model has not")
+    for name, x in own.items():
+        if x.shape != weights[name].shape:
+            raise ValueError(f"{name} has shape {list(weights[name].shape)}; expected {list(x.shape)}")
+    model.load_state_dict(weights, assign=True)
+    model.eval()

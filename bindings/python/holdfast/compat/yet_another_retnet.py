@@ -204,7 +204,7 @@ class MultiScaleRetention(nn.Module):
             for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         if self.relative_position:
-            theta = self.thetas[::2].contiguous()
+            theta = self.thetas[::2]
             if theta.dtype != torch.float32:
                 theta = _torch.theta(q.shape[-1], "retnet", q.device)
             q, k = (_torch.rotate(x, theta, start, interleaved=True) for x in (q, k))
