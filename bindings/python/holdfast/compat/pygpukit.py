@@ -78,9 +78,7 @@ def retention_recurrent(Q: Any, K: Any, V: Any, gamma: Any, state: Any) -> tuple
     Q, K, V = (_array(name, x, (2 + batch, 3 + batch)) for name, x in (("Q", Q), ("K", K), ("V", V)))
     one = Q.ndim == 2 + batch
     q, k, v = (_time_before_heads(x[..., None, :] if one else x, batch) for x in (Q, K, V))
-    out, new = _op(Q)(
-        q, k, v, _log_decay(gamma), scale=1.0, initial_state=state if batch else state[None], return_state=True
-    )
+    out, new = _retention(q, k, v, gamma, initial_state=state if batch else state[None], return_state=True)
     out = out.swapaxes(1, 2)
     out = out[:, :, 0] if one else out
     return (out, new) if batch else (out[0], new[0])
@@ -90,17 +88,21 @@ def _whole(Q: Any, K: Any, V: Any, gamma: Any, **options: Any) -> Any:
     Q, K, V = (_array(name, x, (3, 4)) for name, x in (("Q", Q), ("K", K), ("V", V)))
     batch = Q.ndim == 4
     q, k, v = (_time_before_heads(x, batch) for x in (Q, K, V))
-    out = _op(Q)(q, k, v, _log_decay(gamma), scale=1.0, **options).swapaxes(1, 2)
+    out = _retention(q, k, v, gamma, **options).swapaxes(1, 2)
     return out if batch else out[0]
 
 
-def _op(x: Any) -> Any:
+def _retention(q: Any, k: Any, v: Any, gamma: Any, initial_state: Any = None, **options: Any) -> Any:
     torch = sys.modules.get("torch")  # whoever has a tensor has imported it
-    if torch is not None and isinstance(x, torch.Tensor):
-        from ._torch import retention
+    arrays = [k, v, _log_decay(gamma), initial_state]
+    if torch is None or not isinstance(q, torch.Tensor):
+        op = holdfast.retention
+    else:
+        from ._torch import retention as op
 
-        return retention
-    return holdfast.retention
+        arrays = [None if x is None else torch.as_tensor(x, device=q.device) for x in arrays]
+    k, v, log_decay, initial_state = arrays
+    return op(q, k, v, log_decay, scale=1.0, initial_state=initial_state, **options)
 
 
 def _array(name: str, x: Any, ranks: tuple[int, int]) -> Any:
@@ -120,16 +122,16 @@ def _time_before_heads(x: Any, batch: bool) -> Any:
 def _log_decay(gamma: Any) -> Any:
     """log gamma, in float32 from float64 where that is at hand."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(gamma, torch.Tensor):
-        if gamma.device.type != "cpu":
-            return gamma.double().log().float()
-        values = gamma.detach().double().numpy()
-    elif hasattr(gamma, "__array_namespace__") and not isinstance(gamma, np.ndarray):
+    tensor = torch is not None and isinstance(gamma, torch.Tensor)
+    if tensor and gamma.device.type != "cpu":
+        return gamma.double().log().float()
+    if not tensor and hasattr(gamma, "__array_namespace__") and not isinstance(gamma, np.ndarray):
         xp = gamma.__array_namespace__()
         return xp.log(xp.astype(gamma, xp.float32))
-    else:
-        values = np.asarray(gamma, np.float64)
+    values = gamma.detach().double().numpy() if tensor else np.asarray(gamma, np.float64)
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError("gamma has an element outside of 0 .. 1, or NaN")
+    if tensor:
+        return gamma.double().log().float()
     with np.errstate(divide="ignore"):  # 0 forgets everything
         return np.log(values).astype(np.float32)
