@@ -4,6 +4,7 @@ the RetNet model against a plain one, and its checkpoints."""
 from __future__ import annotations
 
 import pytest
+from gradients import check_gradients, needs_gradients
 from reference import assert_close
 
 torch = pytest.importorskip("torch")
@@ -360,3 +361,34 @@ def test_bad_checkpoints():
     tokens = torch.arange(T)[None]
     expected = model_by_hand(tensors, tokens, 3, 3, eps=1.0)
     assert_close(model(tokens).logits, expected.numpy(), MODEL_TOLERANCE)
+
+
+@needs_gradients
+@pytest.mark.parametrize("call", [fla.chunk_simple_gla, fla.fused_recurrent_simple_gla])
+def test_gradients(call):
+    q, k, v, g, state = inputs()
+    check_gradients(
+        lambda q, k, v, g, state: call(q, k, v, g, initial_state=state, output_final_state=True),
+        lambda q, k, v, g, state: by_hand(q, k, v, g, state=state),
+        q,
+        k,
+        v,
+        g,
+        state,
+    )
+    check_gradients(
+        lambda q, k, v, g: fla.parallel_simple_gla(q, k, v, g)[0], lambda q, k, v, g: by_hand(q, k, v, g)[0], q, k, v, g
+    )
+
+
+@needs_gradients
+def test_gradients_of_the_model():
+    tensors = checkpoint(heads=4, kv_heads=2)
+    model = fla.retnet_from_state_dict(tensors)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    tokens = torch.randint(0, 40, (B, T), generator=torch.Generator().manual_seed(1))
+    check_gradients(
+        lambda *p: torch.func.functional_call(model, dict(zip(names, p, strict=True)), (tokens,)).logits,
+        lambda *p: model_by_hand(dict(zip(names, p, strict=True)), tokens, 4, 2),
+        *parameters,
+    )

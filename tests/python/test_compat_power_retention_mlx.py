@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from gradients import check_gradients, needs_gradients
 from reference import assert_close
 
 torch = pytest.importorskip("torch")
@@ -96,3 +97,22 @@ def test_bad_inputs():
     layer(torch.randn(3, 9, D))
     with pytest.raises(ValueError, match="x has 2 sequences and the state 3"):
         layer(torch.randn(2, 9, D))
+
+
+@needs_gradients
+def test_gradients_do_not_pass_from_call_to_call():
+    layer = PowerRetention(D)
+    x, log_g = torch.randn(B, T, D), -torch.rand(B, T) / 10
+
+    def actual(x, log_g):
+        layer.reset_state()
+        return layer(x, log_g)
+
+    def expected(x, log_g):
+        q, k, v = (x @ w.weight.double().T + w.bias.double() for w in (layer.w_q, layer.w_k, layer.w_v))
+        G = log_g.cumsum(1)
+        w = ((q @ k.mT) ** 2 * (G[:, :, None] - G[:, None]).exp()).tril()
+        return w @ v / w.sum(-1, keepdim=True)
+
+    check_gradients(actual, expected, x, log_g)
+    assert not layer.state.requires_grad and not layer.sum_of_keys.requires_grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from gradients import check_gradients, needs_gradients
 from holdfast.compat import pygpukit
 from reference import assert_close
 
@@ -136,3 +137,28 @@ def test_bad_inputs():
         pygpukit.retention_init_state(H, D, dtype="int8")
     with pytest.raises(ValueError, match="num_heads is -1"):
         pygpukit.retention_init_decay(-1)
+
+
+@needs_gradients
+def test_gradients():
+    torch = pytest.importorskip("torch")
+    tensors = [torch.from_numpy(x) for x in (*inputs(), pygpukit.retention_init_decay(H))]
+
+    def by_hand(Q, K, V, gamma):
+        distance = torch.arange(T)[:, None] - torch.arange(T)
+        return (Q @ K.mT * (gamma[:, None, None] ** distance.clamp(min=0)).tril()) @ V
+
+    for call in (pygpukit.retention_parallel, pygpukit.retention_chunkwise):
+        check_gradients(call, by_hand, *tensors)
+    state = torch.from_numpy(random(H, D, D))
+
+    def one_token(Q, K, V, gamma, state):
+        new = gamma[:, None, None] * state + K[:, 0, :, None] * V[:, 0, None]
+        return torch.einsum("hk,hkv->hv", Q[:, 0], new), new
+
+    check_gradients(
+        lambda Q, K, V, gamma, state: pygpukit.retention_recurrent(Q[:, 0], K[:, 0], V[:, 0], gamma, state),
+        one_token,
+        *tensors,
+        state,
+    )

@@ -4,6 +4,7 @@ the cache of inference and when it is folded, bad inputs."""
 from __future__ import annotations
 
 import pytest
+from gradients import check_gradients, needs_gradients
 from reference import assert_close
 
 torch = pytest.importorskip("torch")
@@ -232,3 +233,26 @@ def test_bad_inputs():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@needs_gradients
+@pytest.mark.parametrize("deg", [1, 2, 4])
+@pytest.mark.parametrize("chunk_size", [None, 8])
+def test_gradients(deg, chunk_size):
+    Q, K, V, G = inputs()
+
+    def in_two_parts(Q, K, V, G):
+        first, rest = [x[:, :20] for x in (Q, K, V, G)], [x[:, 20:] for x in (Q, K, V, G)]
+        out, state = power.power_retention(*first, return_final_state=True, deg=deg, chunk_size=chunk_size)
+        return torch.cat([out, power.power_retention(*rest, state, deg=deg, chunk_size=chunk_size)], 1)
+
+    def whole(Q, K, V, G):
+        return power.power_retention(Q, K, V, G, deg=deg, chunk_size=chunk_size)
+
+    def decoding(Q, K, V, G):
+        _, *state = power.power_retention_inference(Q[:, :20], K[:, :20], V[:, :20], G[:, :20], deg=deg, switch_over_seq_len=1)
+        return power.power_retention_inference(Q[:, 30:], K[:, 20:], V[:, 20:], G[:, 20:], *state, deg=deg)[0]
+
+    for call in (whole, in_two_parts):
+        check_gradients(call, lambda *inputs: by_hand(*inputs, deg), Q, K, V, G)
+    check_gradients(decoding, lambda *inputs: by_hand(*inputs, deg)[:, 30:], Q, K, V, G)

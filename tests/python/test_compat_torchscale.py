@@ -6,6 +6,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from gradients import check_gradients, needs_gradients
 from reference import assert_close
 
 torch = pytest.importorskip("torch")
@@ -62,7 +63,7 @@ def decays(length):
 def parallel(q, k, v):
     mask = decays(q.shape[2])
     w = q @ k.mT * (mask / mask.sum(-1, keepdim=True).sqrt())
-    return w / w.abs().sum(-1, keepdim=True).clamp(1, 5e4) @ v
+    return w / w.detach().abs().sum(-1, keepdim=True).clamp(1, 5e4) @ v
 
 
 def chunkwise(q, k, v, size):
@@ -74,8 +75,8 @@ def chunkwise(q, k, v, size):
     for at in range(0, q.shape[2], size):
         qc, kc, vc = (x[:, :, at : at + size] for x in (q, k, v))
         w = qc @ kc.mT * mask / root
-        inner = w.abs().sum(-1, keepdim=True).clamp(min=1)
-        cross = state.abs().sum(-2, keepdim=True).amax(-1, keepdim=True).clamp(min=1)
+        inner = w.detach().abs().sum(-1, keepdim=True).clamp(min=1)
+        cross = state.detach().abs().sum(-2, keepdim=True).amax(-1, keepdim=True).clamp(min=1)
         since = gammas()[:, None] ** torch.arange(1, size + 1)
         reach = since[..., None] / (root / last.sum(-1)[:, None, None])
         both = torch.maximum(inner.expand(*inner.shape[:2], size, 1), cross)
@@ -348,3 +349,29 @@ def test_bad_checkpoints():
         torchscale.retnet_from_state_dict({**tensors, "layers.0.bias": torch.zeros(1)})
     with pytest.raises(NotImplementedError, match="experts"):
         torchscale.retnet_from_state_dict({**tensors, "layers.0.moe_layer.gate.weight": torch.zeros(1)})
+
+
+@needs_gradients
+@pytest.mark.parametrize("mode", ["parallel", "chunkwise", "recurrent"])
+def test_gradients(mode):
+    layer, x = layer_and_input()
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    rel_pos = torchscale.RetNetRelPos(config())(T)
+
+    def actual(x, *parameters):
+        options = {"parallel": {}, "chunkwise": {"chunkwise_recurrent": True}, "recurrent": {"incremental_state": {}}}
+        own = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, own, (x, rel_pos), options[mode])
+
+    def expected(x, *parameters):
+        p = dict(zip(names, parameters, strict=True))
+        q, k, v = heads_of(p, x)
+        if mode == "parallel":
+            out = parallel(q, k, v)
+        elif mode == "chunkwise":
+            out = chunkwise(q, k, v, 8)
+        else:
+            out = q @ k.mT * decays(T) @ v / decays(T).sum(-1, keepdim=True).sqrt()
+        return finished(p, x, out, EPS)
+
+    check_gradients(actual, expected, x, *parameters)

@@ -4,6 +4,7 @@ and the model in their three forms."""
 from __future__ import annotations
 
 import pytest
+from gradients import check_gradients, needs_gradients
 from reference import assert_close
 
 torch = pytest.importorskip("torch")
@@ -259,3 +260,28 @@ def test_presets(make, size, width, layers):
     layer = 5 * (size * size + size) + 2 * size * width + size + width + 4 * size
     assert sum(p.numel() for p in model.parameters()) == layers * layer + 1000 * (2 * size + 1)
     assert {layer.retention.num_heads for layer in model.decoder.layers} == {size // 256}
+
+
+@needs_gradients
+@pytest.mark.parametrize("activation", ["swish", "gelu"])
+def test_gradients(activation):
+    torch.manual_seed(0)
+    layer = yar.MultiScaleRetention(64, H, activation=activation)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def actual(query, key, value, *parameters):
+        own = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, own, (query, key, value))[0]
+
+    def expected(query, key, value, *parameters):
+        return layer_by_hand(dict(zip(names, parameters, strict=True)), query, key, value, H, True, activation)[0]
+
+    check_gradients(actual, expected, *torch.randn(3, B, T, 64), *parameters)
+    q, k, v = inputs()
+    check_gradients(
+        lambda q, k, v: yar.retention_chunkwise(q, k, v, None),
+        lambda q, k, v: (weights(q, k, D**0.5) @ v, final_state(k, v, D**0.5)),
+        q,
+        k,
+        v,
+    )
