@@ -145,15 +145,15 @@ def parallel_simple_gla(
     *,
     g_gamma: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `chunk_simple_gla`, by all T x T weights: (out, attentions), which are [B, H, T, T], with scale and decays, 0 after
-    the diagonal and between packed sequences."""
+    """As `chunk_simple_gla`: (out, attentions), which are [B, H, T, T], with scale and decays, 0 after the diagonal and
+    between packed sequences. Without them out is computed in the form that is fastest."""
     result = _torch.retention(
         q,
         k,
         v,
         _decays(g, g_gamma),
         scale=scale,
-        form="parallel",
+        form="parallel" if output_attentions else "auto",
         cu_seqlens=_on_cpu(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu),
         return_weights=output_attentions,
     )
@@ -324,11 +324,10 @@ class MultiScaleRetention(nn.Module):
         q, k, v = heads of q_proj(x), k_proj(x), v_proj(x); q and k rotated, theta_j = 10000^(-2 j / K)
         y = o_proj(norm(retention(q, k, v)) * gate_fn(g_proj(x)))
 
-    `mode` names a kernel there: "chunk", "fused_chunk", "parallel" or "fused_recurrent"; here "parallel" takes the parallel
-    form where no state is given or wanted, and the library chooses otherwise. Heads of keys and values may be fewer
-    (num_kv_heads): they are repeated, since each head of queries has a decay of its own. Convolutions and feature maps are not
-    supported. The norm's weight is `g_norm_swish_gate.weight` where that library fuses norm and gate, else
-    `g_norm.weight`."""
+    `mode` names a kernel there, "chunk", "fused_chunk", "parallel" or "fused_recurrent"; here the form is chosen by the
+    library. Heads of keys and values may be fewer (num_kv_heads): they are repeated, since each head of queries has a decay
+    of its own. Convolutions and feature maps are not supported. The norm's weight is `g_norm_swish_gate.weight` where that
+    library fuses norm and gate, else `g_norm.weight`."""
 
     def __init__(
         self,
@@ -419,9 +418,8 @@ class MultiScaleRetention(nn.Module):
         q, k = (_torch.rotate(x, theta, start, positions=positions) for x in (q, k))
         if self.num_kv_heads < self.num_heads:
             k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2) for x in (k, v))
-        whole = self.mode == "parallel" and not use_cache and not past
         out, state = _linear(
-            "parallel" if whole else "auto",
+            "auto",
             q,
             k,
             v,

@@ -45,7 +45,7 @@ def retention_init_state(num_heads: int, head_dim: int, dtype: Any = "float32") 
 
 
 def retention_parallel(Q: Any, K: Any, V: Any, gamma: Any) -> Any:
-    """All T x T weights at once: out_i = sum over j <= i of gamma^(i - j) (q_i.k_j) v_j.
+    """Of whole sequences: out_i = sum over j <= i of gamma^(i - j) (q_i.k_j) v_j, in the form that is fastest.
 
     Args:
         Q, K, V: [num_heads, T, head_dim] or [B, num_heads, T, head_dim].
@@ -53,12 +53,12 @@ def retention_parallel(Q: Any, K: Any, V: Any, gamma: Any) -> Any:
 
     Returns:
         out, of Q's shape, but for V's last extent."""
-    return _whole(Q, K, V, gamma, form="parallel")
+    return _whole(Q, K, V, gamma)
 
 
 def retention_chunkwise(Q: Any, K: Any, V: Any, gamma: Any, chunk_size: int = 512) -> Any:
     """`retention_parallel` in time linear in T, on at most `chunk_size` tokens at a time; the last chunk may be shorter.
-    The result does not depend on it but by rounding."""
+    Results depend on it by rounding alone."""
     return _whole(Q, K, V, gamma, form="chunkwise", chunk_size=chunk_size)
 
 

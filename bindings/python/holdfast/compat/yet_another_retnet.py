@@ -37,8 +37,8 @@ __all__ = [
 def retention_parallel(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, need_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Of whole sequences [b, h, t, d], all weights at once: (out, weights), weights [b, h, t, t] if they are needed, else
-    None."""
+    """Of whole sequences [b, h, t, d]: (out, weights), weights [b, h, t, t] if they are needed, else None, and then out is
+    computed in the form that is fastest."""
     _check(4, query=query, key=key, value=value)
     out, weights = _parallel(*(x.transpose(1, 2) for x in (query, key, value)), scale, need_weights)
     return out.transpose(1, 2), weights
@@ -72,7 +72,7 @@ def _parallel(
         v,
         _torch.log_decay(q.shape[2], "linspace", q.device),
         scale=1 / _scale(k, scale),
-        form="parallel",
+        form="parallel" if need_weights else "auto",
         return_weights=need_weights,
     )
     return result if need_weights else (result, None)
