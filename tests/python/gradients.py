@@ -15,8 +15,8 @@ TOLERANCE = 1e-5  # relative RMS, the specification's number
 
 
 def check_gradients(actual: Any, expected: Any, *tensors: Any) -> None:
-    """The gradients of actual(*tensors), in float32, are those of expected(*tensors) in float64; both return a tensor, or a
-    tuple of them. The gradients of what they return are random."""
+    """The gradients of actual(*tensors), in float32, are those of expected(*tensors) in float64; both return a tensor,
+    or a tuple of them. The gradients of what they return are random."""
     import torch
 
     gradients = []

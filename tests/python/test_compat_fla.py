@@ -1,5 +1,5 @@
-"""holdfast.compat.fla against formulas in float64: decays, states and their layout, packed and reversed sequences, attentions;
-the RetNet model against a plain one, and its checkpoints."""
+"""holdfast.compat.fla against formulas in float64: decays, states and their layout, packed and reversed sequences,
+attentions; the RetNet model against a plain one, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ def test_retention(name, scale):
     out, final = RETENTION[name](q, k, v, scale, state, True)
     assert_close(out, expected.numpy())
     assert_close(final, end.numpy())
-    out, final = RETENTION[name](
-        q, k, v, scale, initial_state=state.mT, output_final_state=True, state_v_first=True
-    )
+    out, final = RETENTION[name](q, k, v, scale, initial_state=state.mT, output_final_state=True, state_v_first=True)
     assert_close(out, expected.numpy())
     assert_close(final, end.mT.numpy())
 
@@ -225,7 +223,9 @@ def test_bad_inputs():
         layer(torch.zeros(1, 2, 64), torch.tensor([[0, 1]]))
 
 
-def checkpoint(hidden=48, heads=3, kv_heads=3, expand_k=1.0, expand_v=2.0, layers=2, vocabulary=40, fused=True, tied=False):
+def checkpoint(
+    hidden=48, heads=3, kv_heads=3, expand_k=1.0, expand_v=2.0, layers=2, vocabulary=40, fused=True, tied=False
+):
     """A state dict with that library's names, of random tensors."""
     generator = torch.Generator().manual_seed(0)
 

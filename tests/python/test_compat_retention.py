@@ -1,5 +1,5 @@
-"""holdfast.compat.retention against power retention's formula in float64: forms, states in the package's order of features,
-the cache of inference and when it is folded, bad inputs."""
+"""holdfast.compat.retention against power retention's formula in float64: forms, states in the package's order of
+features, the cache of inference and when it is folded, bad inputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 from holdfast.compat import retention as power  # noqa: E402
 
 B, T, HQ, HK, K, V = 2, 37, 4, 2, 16, 24
-# Relative RMS. A normalised output of few tokens, or with gates, may cancel: sums of some ten float32 terms that are ten
-# times their result.
+# Relative RMS. A normalised output of few tokens, or with gates, may cancel: sums of some ten float32 terms that are
+# ten times their result.
 TOLERANCE = 5e-6
 
 
@@ -34,8 +34,7 @@ def inputs(length=T, seed=0, key_size=K):
 
 
 def by_hand(Q, K, V, log_G, deg, before=None):
-    """Token by token, in float64 with all deg-fold products of elements of k as features; `before`: tokens (K, V, log_G)
-    that came first. Returns out [B, T, HQ, V]."""
+    """out [B, T, HQ, V], token by token from all weights, in float64; `before`: tokens (K, V, log_G) that came first."""
     Q, K, V = Q.double(), K.double(), V.double()
     G = torch.zeros(K.shape[:3]).double() if log_G is None else log_G.double()
     skip = 0
@@ -250,7 +249,9 @@ def test_gradients(deg, chunk_size):
         return power.power_retention(Q, K, V, G, deg=deg, chunk_size=chunk_size)
 
     def decoding(Q, K, V, G):
-        _, *state = power.power_retention_inference(Q[:, :20], K[:, :20], V[:, :20], G[:, :20], deg=deg, switch_over_seq_len=1)
+        _, *state = power.power_retention_inference(
+            Q[:, :20], K[:, :20], V[:, :20], G[:, :20], deg=deg, switch_over_seq_len=1
+        )
         return power.power_retention_inference(Q[:, 30:], K[:, 20:], V[:, 20:], G[:, 20:], *state, deg=deg)[0]
 
     for call in (whole, in_two_parts):

@@ -1,5 +1,5 @@
-"""holdfast.compat.torchscale against TorchScale's RetNet written out in float64, all three modes with what each divides rows
-by, and its checkpoints."""
+"""holdfast.compat.torchscale against TorchScale's RetNet written out in float64, all three modes with what each divides
+rows by, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def parallel(q, k, v):
 
 
 def chunkwise(q, k, v, size):
-    """The way TorchScale computes it: each part is divided by what keeps it small, and then brought to one denominator."""
+    """The way TorchScale computes it: each part is divided by what keeps it small, and then brought to one
+    denominator."""
     mask, outs = decays(size), []
     last = mask[:, -1]  # [h, size]
     root = mask.sum(-1, keepdim=True).sqrt()
@@ -80,7 +81,9 @@ def chunkwise(q, k, v, size):
         since = gammas()[:, None] ** torch.arange(1, size + 1)
         reach = since[..., None] / (root / last.sum(-1)[:, None, None])
         both = torch.maximum(inner.expand(*inner.shape[:2], size, 1), cross)
-        outs.append((w / inner @ v[:, :, at : at + size]) * (inner / both) + (qc * reach) @ (state / cross) * (cross / both))
+        outs.append(
+            (w / inner @ v[:, :, at : at + size]) * (inner / both) + (qc * reach) @ (state / cross) * (cross / both)
+        )
         gathered = kc.mT @ (vc * (last / last.sum(-1, keepdim=True))[..., None])
         state = state * gammas()[:, None, None] ** size + gathered
     return torch.cat(outs, 2)
@@ -254,7 +257,9 @@ def tokens_of(length=T):
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"before": False}, {"embedding_norm": True}, {"shared": True}], ids=["plain", "after", "norm", "shared"]
+    "kind",
+    [{}, {"before": False}, {"embedding_norm": True}, {"shared": True}],
+    ids=["plain", "after", "norm", "shared"],
 )
 @pytest.mark.parametrize("prefix", ["", "decoder.", "model.decoder."])
 def test_checkpoint(kind, prefix):

@@ -1,5 +1,5 @@
-"""holdfast.compat.yet_another_retnet against formulas in float64: decays, what the scale does, layouts, weights, the layer
-and the model in their three forms."""
+"""holdfast.compat.yet_another_retnet against formulas in float64: decays, what the scale does, layouts, weights, the
+layer and the model in their three forms."""
 
 from __future__ import annotations
 

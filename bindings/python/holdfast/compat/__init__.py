@@ -1,5 +1,6 @@
-"""The names of other libraries, on Holdfast's kernels: a module for each, with the semantics of the system it names (the
-decays, what the scale multiplies, the layout of states and axes). docs/compat.md lists what is exact and what differs.
+"""The names of other libraries, on Holdfast's kernels: a module for each, with the semantics of the system it names
+(the decays, what the scale multiplies, the layout of states and axes). docs/compat.md lists what is exact and what
+differs.
 
     pygpukit             retention_parallel, retention_recurrent, retention_chunkwise, ... for arrays of any kind
     yet_another_retnet   the functions, MultiScaleRetention and RetNet

@@ -1,11 +1,12 @@
-"""flash-linear-attention: its functions for retention and simple gated linear attention, its RetNet layer and language model
-on Holdfast's kernels, and `retnet_from_state_dict` for checkpoints of that model.
+"""flash-linear-attention: its functions for retention and simple gated linear attention, its RetNet layer and language
+model on Holdfast's kernels, and `retnet_from_state_dict` for checkpoints of that model.
 
     S_t = exp(g_t) S_{t-1} + k_t^T v_t      out_t = scale q_t S_t      scale: K^-1/2 by default, on q.k
 
-Functions take [B, T, H, K] and return (out, final state) or (out, attentions), None where it is not asked for. Retention's g
-is log(1 - 2^(-5 - h)) for head h. States are float32, [N, H, K, V], or with state_v_first [N, H, V, K]. Of packed sequences
-(cu_seqlens [N + 1], B = 1) each has its own state. Options that this module does not know are a TypeError, not ignored.
+Functions take [B, T, H, K] and return (out, final state) or (out, attentions), None where it is not asked for.
+Retention's g is log(1 - 2^(-5 - h)) for head h. States are float32, [N, H, K, V], or with state_v_first [N, H, V, K].
+Of packed sequences (cu_seqlens [N + 1], B = 1) each has its own state. Options that this module does not know are a
+TypeError, not ignored.
 """
 
 from __future__ import annotations
@@ -95,9 +96,7 @@ def fused_chunk_simple_gla(
     state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_simple_gla` by another name: there another kernel."""
-    return chunk_simple_gla(
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens
-    )
+    return chunk_simple_gla(q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
 
 
 def fused_recurrent_simple_gla(
@@ -200,9 +199,7 @@ def fused_chunk_retention(
     state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunk_retention` by another name: there another kernel."""
-    return chunk_retention(
-        q, k, v, scale, initial_state, output_final_state, cu_seqlens, state_v_first=state_v_first
-    )
+    return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, state_v_first=state_v_first)
 
 
 def fused_recurrent_retention(
@@ -325,9 +322,9 @@ class MultiScaleRetention(nn.Module):
         y = o_proj(norm(retention(q, k, v)) * gate_fn(g_proj(x)))
 
     `mode` names a kernel there, "chunk", "fused_chunk", "parallel" or "fused_recurrent"; here the form is chosen by the
-    library. Heads of keys and values may be fewer (num_kv_heads): they are repeated, since each head of queries has a decay
-    of its own. Convolutions and feature maps are not supported. The norm's weight is `g_norm_swish_gate.weight` where that
-    library fuses norm and gate, else `g_norm.weight`."""
+    library. Heads of keys and values may be fewer (num_kv_heads): they are repeated, since each head of queries has a
+    decay of its own. Convolutions and feature maps are not supported. The norm's weight is `g_norm_swish_gate.weight`
+    where that library fuses norm and gate, else `g_norm.weight`."""
 
     def __init__(
         self,
@@ -393,11 +390,14 @@ class MultiScaleRetention(nn.Module):
     ) -> tuple[Tensor, None, list[dict[str, Any]] | None]:
         """(y, None, past_key_values) of hidden_states [B, T, hidden_size].
 
-        past_key_values: a list with a dictionary of each layer, which this one reads at `layer_idx` (0 where it has none) and,
-        with use_cache, replaces: {"recurrent_state": [N, H, K, V], "position": tokens so far}; an empty list is a beginning.
+        past_key_values: a list with a dictionary of each layer, which this one reads at `layer_idx` (0 where it has
+        none) and, with use_cache, replaces: {"recurrent_state": [N, H, K, V], "position": tokens so far}; an empty list
+        is a beginning.
         attention_mask: None, or [B, T] without zeros: batches of different lengths are packed, with cu_seqlens."""
         if attention_mask is not None and not attention_mask.all():
-            raise NotImplementedError("attention_mask has zeros; expected sequences of one length, or packed by cu_seqlens")
+            raise NotImplementedError(
+                "attention_mask has zeros; expected sequences of one length, or packed by cu_seqlens"
+            )
         index = self.layer_idx or 0
         if use_cache and past_key_values is None:
             past_key_values = []
@@ -520,8 +520,8 @@ class RetNetForCausalLM(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
     ) -> CausalLMOutput:
-        """Logits [B, T, vocab_size] of tokens [B, T] that follow those of past_key_values, and with labels [B, T] (those of
-        input_ids; -100: none) the mean cross entropy of each following token."""
+        """Logits [B, T, vocab_size] of tokens [B, T] that follow those of past_key_values, and with labels [B, T]
+        (those of input_ids; -100: none) the mean cross entropy of each following token."""
         if use_cache and past_key_values is None:
             past_key_values = []
         x = self.model(
@@ -539,11 +539,13 @@ class RetNetForCausalLM(nn.Module):
 
 
 def retnet_from_state_dict(state_dict: dict[str, Tensor], **config: Any) -> RetNetForCausalLM:
-    """The model of a checkpoint of that library's RetNetForCausalLM (`torch.load`, or safetensors' load_file), in eval mode.
+    """The model of a checkpoint of that library's RetNetForCausalLM (`torch.load`, or safetensors' load_file), in eval
+    mode.
 
-    Sizes follow from the tensors. The number of heads does where the norm has a weight, else `num_heads` is needed; norm_eps
-    and hidden_act leave no trace, and are that library's defaults unless they are given. `config`: any field of `RetNetConfig`,
-    most simply all of the checkpoint's config.json (those that this module does not heed are passed over).
+    Sizes follow from the tensors. The number of heads does where the norm has a weight, else `num_heads` is needed;
+    norm_eps and hidden_act leave no trace, and are that library's defaults unless they are given. `config`: any field
+    of `RetNetConfig`, most simply all of the checkpoint's config.json (those that this module does not heed are passed
+    over).
 
     Raises: KeyError where a tensor is missing, ValueError for tensors that are not of that model or of other sizes."""
     weights = {name: x for name, x in state_dict.items() if not name.endswith("rotary.inv_freq")}

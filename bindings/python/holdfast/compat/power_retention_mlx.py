@@ -1,8 +1,9 @@
-"""Power-Retention-MLX's layer, as a module of PyTorch: MLX arrays are no tensors, and the layer is one of Apple's framework,
-so names, arguments and parameters are its, and arrays are tensors.
+"""Power-Retention-MLX's layer, as a module of PyTorch: MLX arrays are no tensors, and the layer is one of Apple's
+framework, so names, arguments and parameters are its, and arrays are tensors.
 
-The semantics are those of power retention, which the package's are not (it multiplies what is written by the gate instead
-of decaying the state, divides by the last token's weight alone, and shares one state among the entries of a batch):
+The semantics are those of power retention, which the package's are not (it multiplies what is written by the gate
+instead of decaying the state, divides by the last token's weight alone, and shares one state among the entries of a
+batch):
 
     S_t = exp(log_g_t) S_{t-1} + phi(k_t)^T v_t      s_t = exp(log_g_t) s_{t-1} + phi(k_t)
     y_t = phi(q_t) S_t / phi(q_t) s_t                phi(q).phi(k) = (q.k)^power
@@ -30,8 +31,8 @@ class PowerRetention(nn.Module):
         use_metal_kernels: there, which kernels run; nothing here, the library chooses by where tensors are.
 
     Calls continue the sequences of the calls before, until `reset_state`: a prompt and then `inference_step` for each
-    token, or a sequence cut anywhere. A state of one sequence is continued by as many as x has, each on its own from then
-    on. No gradient passes from one call to the next."""
+    token, or a sequence cut anywhere. A state of one sequence is continued by as many as x has, each on its own from
+    then on. No gradient passes from one call to the next."""
 
     def __init__(self, dim: int, power: int = 2, chunk_size: int = 128, use_metal_kernels: bool = True) -> None:
         super().__init__()

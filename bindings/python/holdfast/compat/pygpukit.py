@@ -3,9 +3,10 @@
     S_t = gamma S_{t-1} + k_t^T v_t      per head; S [head_dim, head_dim], from zeros
     out_t = q_t S_t                      no scale
 
-Q, K and V are [num_heads, T, head_dim] or [B, num_heads, T, head_dim]. Arrays are used where they lie and results are of
-Q's kind, as in `holdfast.retention`; an array that has no swapaxes (a memoryview, a bare exporter of DLPack) is taken as a
-NumPy array. States are float32 whatever the type of Q, K and V. Tensors have gradients as in `holdfast.torch`.
+Q, K and V are [num_heads, T, head_dim] or [B, num_heads, T, head_dim]. Arrays are used where they lie and results are
+of Q's kind, as in `holdfast.retention`; an array that has no swapaxes (a memoryview, a bare exporter of DLPack) is
+taken as a NumPy array. States are float32 whatever the type of Q, K and V. Tensors have gradients as in
+`holdfast.torch`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def retention_init_decay(num_heads: int) -> np.ndarray:
 
 
 def retention_init_state(num_heads: int, head_dim: int, dtype: Any = "float32") -> np.ndarray:
-    """Zeros [num_heads, head_dim, head_dim], for `retention_recurrent`. float32 whatever `dtype`, the type of Q, K and V
-    ("float32", "float16", "bfloat16"): a state in 16 bits would lose what each token adds to it."""
+    """Zeros [num_heads, head_dim, head_dim], for `retention_recurrent`. float32 whatever `dtype`, the type of Q, K and
+    V ("float32", "float16", "bfloat16"): a state in 16 bits would lose what each token adds to it."""
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype).removeprefix("torch."))
     if name not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}; expected float32, float16 or bfloat16")
@@ -57,8 +58,8 @@ def retention_parallel(Q: Any, K: Any, V: Any, gamma: Any) -> Any:
 
 
 def retention_chunkwise(Q: Any, K: Any, V: Any, gamma: Any, chunk_size: int = 512) -> Any:
-    """`retention_parallel` in time linear in T, on at most `chunk_size` tokens at a time; the last chunk may be shorter.
-    Results depend on it by rounding alone."""
+    """`retention_parallel` in time linear in T, on at most `chunk_size` tokens at a time; the last chunk may be
+    shorter. Results depend on it by rounding alone."""
     return _whole(Q, K, V, gamma, form="chunkwise", chunk_size=chunk_size)
 
 

@@ -3,9 +3,9 @@
     w_ij = (q_i.k_j)^deg exp(G_i - G_j)    j <= i, G the inclusive sum of log_G over time
     out_i = sum_j w_ij v_j / sum_j w_ij    from an initial state as if its tokens came before; scale cancels
 
-Tensors are [B, T, H, D], Hq a multiple of Hk. States are float32 [B, Hk, D, V], their sums of keys [B, Hk, D], for deg 2
-and key sizes that are multiples of 16 with the features in the order of the package, else each monomial once. Values are
-exact, in every form and for every length: docs/compat.md lists what the package computes otherwise.
+Tensors are [B, T, H, D], Hq a multiple of Hk. States are float32 [B, Hk, D, V], their sums of keys [B, Hk, D], for deg
+2 and key sizes that are multiples of 16 with the features in the order of the package, else each monomial once. Values
+are exact, in every form and for every length: docs/compat.md lists what the package computes otherwise.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def power_retention_inference(
         Q: [B, Tq, Hq, K], of the last Tq tokens of the cache; without a cache, of any that see the state alone.
         K, V: the cache, [B, Tk, Hk, K] and [B, Tk, Hk, V], Tk >= Tq. None, both: empty.
         log_G: [B, Tk, Hk], the gates of the cache, each <= 0. None: no gates.
-        initial_state, sum_of_keys: [B, Hk, D, V] and [B, Hk, D], of the tokens before the cache; not written to. None, both:
-            none, and then the cache is not empty.
+        initial_state, sum_of_keys: [B, Hk, D, V] and [B, Hk, D], of the tokens before the cache; not written to. None,
+            both: none, and then the cache is not empty.
         deg, scale: as in `power_retention`.
         switch_over_seq_len: from this Tk on the cache is folded into the returned state, and the caller drops it. None:
             never.
@@ -165,12 +165,10 @@ def power_retention_inference(
     return out, initial_state, sum_of_keys
 
 
-def _of_cache(
-    q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, deg: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _of_cache(q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, deg: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums of weighted values [B, Tq, Hq, V] and of weights [B, Tq, Hq, 1], and what the gates leave of a state [B, Tq,
     Hq, 1]. A few rows of weights: nothing for a kernel of whole sequences."""
-    (B, Tq, Hq, _), (Tk, Hk) = q.shape, K.shape[1:3]
+    Tq, Hq, Tk, Hk = *q.shape[1:3], *K.shape[1:3]
     if Hq % Hk:
         raise ValueError(f"Q has {Hq} heads; expected a multiple of the {Hk} of K")
     weights = torch.einsum("bihgd,bjhd->bhgij", q.unflatten(2, (Hk, -1)), K.float()) ** deg
@@ -204,8 +202,8 @@ def _of_state(q: Tensor, state: Tensor, sum_of_keys: Tensor, deg: int) -> tuple[
 def _within_range(Q: Tensor) -> Tensor:
     """Q in float32, each row divided by a power of two, which is exact and cancels: powers of q.k stay in range."""
     q = Q.float()
-    exponent = torch.frexp(q.detach().abs().amax(-1, keepdim=True)).exponent
-    return torch.ldexp(q, -exponent)
+    exponent = torch.frexp(q.detach().abs().amax(-1, keepdim=True)).exponent.clamp(-126, 126)
+    return q * torch.ldexp(torch.ones((), device=q.device), -exponent)
 
 
 def _pair(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:

@@ -3,10 +3,10 @@
     out_t = q_t S_t,  S_t = gamma S_{t-1} + (K^-1/2 k_t)^T v_t      gamma_h = 1 - 2^(-5 - h); q and k rotated, in pairs
     y = out_proj(gate(g_proj(x)) * RMS norm of each head of out)    without weight
 
-TorchScale divides the outputs of retention, row by row, before the norm, to keep 16-bit sums small, in each of its three
-modes by something else. The norm undoes that but for its eps, and exactly that much is left of it here: rows are divided by
-the same numbers. Two of the modes need all weights for them, T x T or chunk x chunk; `row_scale=False` leaves the division
-out, and all modes are then linear in time and memory and agree with each other.
+TorchScale divides the outputs of retention, row by row, before the norm, to keep 16-bit sums small, in each of its
+three modes by something else. The norm undoes that but for its eps, and exactly that much is left of it here: rows are
+divided by the same numbers. Two of the modes need all weights for them, T x T or chunk x chunk; `row_scale=False`
+leaves the division out, and all modes are then linear in time and memory and agree with each other.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["MultiScaleRetention", "RelPos", "RetNetConfig", "RetNetDecoder", "Re
 
 @dataclass
 class RetNetConfig:
-    """The fields of TorchScale's configuration that this module heeds, with their defaults. Any object that has them will
-    do."""
+    """The fields of TorchScale's configuration that this module heeds, with their defaults. Any object that has them
+    will do."""
 
     decoder_embed_dim: int = 768
     decoder_value_embed_dim: int = 1280
@@ -61,8 +61,8 @@ class RelPos:
 
 
 class RetNetRelPos(nn.Module):
-    """Positions and decays of a decoder. Its buffers `angle` and `decay` are in TorchScale's checkpoints; values are made
-    anew, in float32 whatever the model's type is."""
+    """Positions and decays of a decoder. Its buffers `angle` and `decay` are in TorchScale's checkpoints; values are
+    made anew, in float32 whatever the model's type is."""
 
     def __init__(self, args: Any) -> None:
         super().__init__()
@@ -138,10 +138,12 @@ class MultiScaleRetention(nn.Module):
         """y [B, T, embed_dim] of x [B, T, embed_dim].
 
         Modes: parallel; chunkwise_recurrent, where T is a multiple of rel_pos.chunk_size; and recurrent, with an
-        incremental_state, for any T: a dictionary, empty at the beginning, that is updated: "prev_key_value" [B, H, V, K] is the
-        state divided by the root of "scale" [H], the sum of the decays of all tokens so far."""
+        incremental_state, for any T: a dictionary, empty at the beginning, that is updated: "prev_key_value" [B, H, V,
+        K] is the state divided by the root of "scale" [H], the sum of the decays of all tokens so far."""
         if not isinstance(rel_pos, RelPos):
-            raise TypeError(f"rel_pos is of type {type(rel_pos).__name__}; expected what this module's RetNetRelPos returns")
+            raise TypeError(
+                f"rel_pos is of type {type(rel_pos).__name__}; expected what this module's RetNetRelPos returns"
+            )
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
         k = self.k_proj(x).unflatten(-1, (self.num_heads, -1))
         v = self.v_proj(x).unflatten(-1, (self.num_heads, -1))
@@ -214,8 +216,8 @@ class MultiScaleRetention(nn.Module):
 
 
 def _sum_of_decays(log_decay: Tensor, before: Tensor | int, length: int) -> tuple[Tensor, Tensor]:
-    """The sum of gamma^i over all tokens up to each of `length`, [length, H], and up to the last one, [H]; `before` is that
-    of the tokens before."""
+    """The sum of gamma^i over all tokens up to each of `length`, [length, H], and up to the last one, [H]; `before` is
+    that of the tokens before."""
     g = log_decay.double()
     t = torch.arange(1, length + 1, device=g.device)[:, None]
     sums = torch.expm1(t * g) / torch.expm1(g) + torch.exp(t * g) * before
@@ -329,9 +331,9 @@ class RetNetDecoder(nn.Module):
     ) -> tuple[Tensor, dict[str, Any]]:
         """(logits or, with features_only, features, {"inner_states": of each layer}) of tokens [B, T].
 
-        With an incremental_state, a dictionary that is empty at the beginning, only the last token is computed, after those of
-        the calls before; or all of them, where incremental_state["is_first_step"] is true: a prompt. Chunkwise, T need not be a
-        multiple of the chunk."""
+        With an incremental_state, a dictionary that is empty at the beginning, only the last token is computed, after
+        those of the calls before; or all of them, where incremental_state["is_first_step"] is true: a prompt.
+        Chunkwise, T need not be a multiple of the chunk."""
         length = prev_output_tokens.shape[1]
         first = incremental_state is not None and incremental_state.get("is_first_step", False)
         last_alone = incremental_state is not None and not first
@@ -359,11 +361,11 @@ class RetNetDecoder(nn.Module):
 
 
 def retnet_from_state_dict(state_dict: dict[str, Any], *, row_scale: bool = True, **config: Any) -> RetNetDecoder:
-    """The decoder of a checkpoint of TorchScale's RetNetDecoder, in eval mode: of its state dict, of one with a prefix before
-    all names ("decoder.", "model.decoder.", ...), or of a fairseq checkpoint, which has it as "model".
+    """The decoder of a checkpoint of TorchScale's RetNetDecoder, in eval mode: of its state dict, of one with a prefix
+    before all names ("decoder.", "model.decoder.", ...), or of a fairseq checkpoint, which has it as "model".
 
-    Sizes and heads follow from the tensors. activation_fn ("gelu"), layernorm_eps (1e-6), no_scale_embedding (True), deepnorm and
-    recurrent_chunk_size leave no trace, and are RetNetConfig's defaults unless they are given in `config`.
+    Sizes and heads follow from the tensors. activation_fn ("gelu"), layernorm_eps (1e-6), no_scale_embedding (True),
+    deepnorm and recurrent_chunk_size leave no trace, and are RetNetConfig's defaults unless they are given in `config`.
 
     Raises: KeyError where a tensor is missing, ValueError for tensors that are not of that model or of other sizes."""
     weights = state_dict["model"] if isinstance(state_dict.get("model"), dict) else state_dict

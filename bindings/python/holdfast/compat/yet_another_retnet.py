@@ -1,5 +1,5 @@
-"""yet-another-retnet: its functions, layers and language model on Holdfast's kernels; the same arguments, parameters and
-state dicts.
+"""yet-another-retnet: its functions, layers and language model on Holdfast's kernels; the same arguments, parameters
+and state dicts.
 
     out_t = q_t S_t,  S_t = gamma S_{t-1} + (k_t / scale)^T v_t      gamma: `holdfast.decay(H, "linspace")`
 
@@ -37,8 +37,8 @@ __all__ = [
 def retention_parallel(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, need_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Of whole sequences [b, h, t, d]: (out, weights), weights [b, h, t, t] if they are needed, else None, and then out is
-    computed in the form that is fastest."""
+    """Of whole sequences [b, h, t, d]: (out, weights), weights [b, h, t, t] if they are needed, else None, and then out
+    is computed in the form that is fastest."""
     _check(4, query=query, key=key, value=value)
     out, weights = _parallel(*(x.transpose(1, 2) for x in (query, key, value)), scale, need_weights)
     return out.transpose(1, 2), weights
@@ -47,7 +47,8 @@ def retention_parallel(
 def retention_recurrent(
     query: Tensor, key: Tensor, value: Tensor, prev_state: Tensor | None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Of one token [b, h, d]: (out [b, h, d], state [b, h, d, d]). A `prev_state` of None is zeros; it is not written to."""
+    """Of one token [b, h, d]: (out [b, h, d], state [b, h, d, d]). A `prev_state` of None is zeros; it is not written
+    to."""
     _check(3, query=query, key=key, value=value)
     out, state = _continued(*(x.unsqueeze(1) for x in (query, key, value)), prev_state, scale)
     return out.squeeze(1), state
@@ -62,9 +63,7 @@ def retention_chunkwise(
     return out.transpose(1, 2), state
 
 
-def _parallel(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, need_weights: bool
-) -> tuple[Tensor, Tensor | None]:
+def _parallel(q: Tensor, k: Tensor, v: Tensor, scale: float | None, need_weights: bool) -> tuple[Tensor, Tensor | None]:
     """Of q, k, v [b, t, h, d]."""
     result = _torch.retention(
         q,
@@ -78,9 +77,7 @@ def _parallel(
     return result if need_weights else (result, None)
 
 
-def _continued(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def _continued(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
     """Of q, k, v [b, t, h, d]."""
     return _torch.retention(
         q,
@@ -149,9 +146,7 @@ class MultiScaleRetention(nn.Module):
         if not batch_first:
             raise NotImplementedError("batch_first is False; only True is supported")
         if embed_dim % num_heads or embed_dim // num_heads % 8:
-            raise ValueError(
-                f"embed_dim is {embed_dim}; expected num_heads, {num_heads}, times a multiple of 8"
-            )
+            raise ValueError(f"embed_dim is {embed_dim}; expected num_heads, {num_heads}, times a multiple of 8")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.dropout = dropout
@@ -221,8 +216,8 @@ MultiheadRetention = MultiScaleRetention  # the layer's first name there
 
 
 class RetNetDecoderLayer(nn.Module):
-    """Retention and a feed-forward block, each with a layer norm and a residual connection; the norm before the block, or
-    after it, on what is added."""
+    """Retention and a feed-forward block, each with a layer norm and a residual connection; the norm before the block,
+    or after it, on what is added."""
 
     def __init__(
         self,
@@ -366,22 +361,16 @@ class RetNet(nn.Module):
         return F.cross_entropy(self.forward_parallel(inputs).flatten(0, 1), labels.flatten())
 
 
-def retnet_1_3b(
-    num_tokens: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> RetNet:
+def retnet_1_3b(num_tokens: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RetNet:
     """The paper's model of 1.3 billion parameters."""
     return RetNet(num_tokens, 2048, 8, 24, dim_feedforward=4096, device=device, dtype=dtype)
 
 
-def retnet_2_7b(
-    num_tokens: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> RetNet:
+def retnet_2_7b(num_tokens: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RetNet:
     """The paper's model of 2.7 billion parameters."""
     return RetNet(num_tokens, 2560, 10, 32, dim_feedforward=5120, device=device, dtype=dtype)
 
 
-def retnet_6_7b(
-    num_tokens: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> RetNet:
+def retnet_6_7b(num_tokens: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RetNet:
     """The paper's model of 6.7 billion parameters."""
     return RetNet(num_tokens, 4096, 16, 32, dim_feedforward=8192, device=device, dtype=dtype)
