@@ -34,7 +34,7 @@ def inputs(length=T, seed=0, key_size=K):
 
 
 def by_hand(Q, K, V, log_G, deg, before=None):
-    """out [B, T, HQ, V], token by token from all weights, in float64; `before`: tokens (K, V, log_G) that came first."""
+    """[B, T, HQ, V] from all weights, row by row, in float64; `before`: tokens (K, V, log_G) that came first."""
     Q, K, V = Q.double(), K.double(), V.double()
     G = torch.zeros(K.shape[:3]).double() if log_G is None else log_G.double()
     skip = 0

@@ -203,7 +203,7 @@ def _within_range(Q: Tensor) -> Tensor:
     """Q in float32, each row divided by a power of two, which is exact and cancels: powers of q.k stay in range."""
     q = Q.float()
     exponent = torch.frexp(q.detach().abs().amax(-1, keepdim=True)).exponent.clamp(-126, 126)
-    return q * torch.ldexp(torch.ones((), device=q.device), -exponent)
+    return q * torch.ldexp(torch.ones_like(exponent, dtype=q.dtype), -exponent)
 
 
 def _pair(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
