@@ -318,11 +318,17 @@ def test_checkpoint(sizes):
         outs.append(out.logits)
     assert_close(torch.cat(outs, 1), expected.numpy(), MODEL_TOLERANCE)
 
-    cu_seqlens = torch.tensor([0, 9, T])
-    packed = model(tokens[:1], cu_seqlens=cu_seqlens).logits
-    assert_close(packed[:, :9], expected[:1, :9].numpy(), MODEL_TOLERANCE)
-    alone = model_by_hand(tensors, tokens[:1, 9:], heads, sizes.get("kv_heads", heads))
-    assert_close(packed[:, 9:], alone.numpy(), MODEL_TOLERANCE)
+    row = torch.cat([tokens[:1, :9], tokens[1:, :13]], 1)  # two prompts, packed, and then three tokens of each
+    out = model(row, cu_seqlens=torch.tensor([0, 9, 22]), use_cache=True)
+    assert_close(out.logits[:, :9], expected[:1, :9].numpy(), MODEL_TOLERANCE)
+    assert_close(out.logits[:, 9:], expected[1:, :13].numpy(), MODEL_TOLERANCE)
+    for length in (1, 2):
+        following = torch.cat([tokens[:1, 8 + length :][:, :length], tokens[1:, 12 + length :][:, :length]])
+        out = model(following, past_key_values=out.past_key_values, use_cache=True)
+        assert_close(out.logits[0], expected[0, 8 + length :][:length].numpy(), MODEL_TOLERANCE)
+        assert_close(out.logits[1], expected[1, 12 + length :][:length].numpy(), MODEL_TOLERANCE)
+    out = model(row[:, 3:6], cu_seqlens=torch.tensor([0, 2, 3]), past_key_values=out.past_key_values, use_cache=True)
+    assert out.past_key_values[0]["position"].tolist() == [14, 17]
 
 
 @pytest.mark.parametrize("mode", ["chunk", "fused_chunk", "parallel", "fused_recurrent"])

@@ -391,8 +391,8 @@ class MultiScaleRetention(nn.Module):
         """(y, None, past_key_values) of hidden_states [B, T, hidden_size].
 
         past_key_values: a list with a dictionary of each layer, which this one reads at `layer_idx` (0 where it has
-        none) and, with use_cache, replaces: {"recurrent_state": [N, H, K, V], "position": tokens so far}; an empty list
-        is a beginning.
+        none) and, with use_cache, replaces: {"recurrent_state": [N, H, K, V], "position": tokens so far, [N] after
+        packed sequences}; an empty list is a beginning.
         attention_mask: None, or [B, T] without zeros: batches of different lengths are packed, with cu_seqlens."""
         if attention_mask is not None and not attention_mask.all():
             raise NotImplementedError(
@@ -410,12 +410,14 @@ class MultiScaleRetention(nn.Module):
         k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, -1))
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, -1))
         theta = _torch.theta(self.head_k_dim, "rope", q.device)
-        positions = None
+        added, positions = q.shape[1], None
         if cu_seqlens is not None:
-            positions = torch.arange(q.shape[1], device=q.device)
-            lengths = cu_seqlens.diff()
-            positions = start + positions - cu_seqlens[:-1].repeat_interleave(lengths).to(positions)
-        q, k = (_torch.rotate(x, theta, start, positions=positions) for x in (q, k))
+            added = cu_seqlens.diff().to(q.device)
+            first = start - cu_seqlens[:-1].to(q.device)  # position minus place in the row
+            positions = torch.arange(q.shape[1], device=q.device) + first.repeat_interleave(added)
+        elif isinstance(start, Tensor):
+            positions = start[:, None] + torch.arange(q.shape[1], device=q.device)
+        q, k = (_torch.rotate(x, theta, start if positions is None else 0, positions=positions) for x in (q, k))
         if self.num_kv_heads < self.num_heads:
             k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2) for x in (k, v))
         out, state = _linear(
@@ -432,7 +434,7 @@ class MultiScaleRetention(nn.Module):
             None,
         )
         if use_cache:
-            past_key_values[index] = {"recurrent_state": state, "position": start + q.shape[1]}
+            past_key_values[index] = {"recurrent_state": state, "position": start + added}
 
         weight = getattr(self, self._norm_name).weight
         weight = None if weight is None else weight.float()
