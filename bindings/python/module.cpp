@@ -44,7 +44,8 @@ struct Constants {
                                   "The forced target (HOLDFAST_TARGET, set_target) or backend is unknown, or this machine "
                                   "cannot run it, or that of the arrays.",
                                   PyExc_RuntimeError, nullptr));
-    py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__";
+    py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__", exchange_api = "__dlpack_c_exchange_api__";
+    py::str requires_grad = "requires_grad";
     py::tuple version = py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
     py::tuple keywords = py::make_tuple("max_version", "copy"),
               keywords_of_a_gpu = py::make_tuple("max_version", "copy", "stream");
@@ -125,15 +126,17 @@ public:
     Array(const Array &) = delete;
     ~Array() {
         if (view.obj) PyBuffer_Release(&view);
+        if (exchanged && exchanged->deleter) exchanged->deleter(exchanged);
     }
 
     /// `rank` is what the library expects; it only serves to describe a tensor that its producer does not export. `stream`,
     /// for memory of CUDA: where work with it will be put, as DLPack numbers streams; its producer makes that one wait.
     void borrow(const char *name, py::handle array, int rank, bool writable = false, uint64_t stream = 1) {
         this->stream = stream;
-        if (PyObject_CheckBuffer(array.ptr()) && PyObject_GetBuffer(array.ptr(), &view, PyBUF_RECORDS_RO) == 0)
+        const bool is_buffer = PyObject_CheckBuffer(array.ptr());
+        if (is_buffer && PyObject_GetBuffer(array.ptr(), &view, PyBUF_RECORDS_RO) == 0)
             borrow_buffer(name, writable);
-        else if (!borrow_bfloat16(name, array, writable))
+        else if (!(is_buffer ? borrow_bfloat16(name, array, writable) : exchange(name, array, writable)))
             borrow_dlpack(name, array, rank, writable);
         given = true;
     }
@@ -145,6 +148,7 @@ private:
     bool given = false;
     Py_buffer view{};
     py::object capsule;
+    DLManagedTensorVersioned *exchanged = nullptr;
     uint64_t stream = 1;
     int64_t shape[PyBUF_MAX_NDIM], strides[PyBUF_MAX_NDIM];
 
@@ -180,6 +184,35 @@ private:
         return true;
     }
 
+    /// By the C functions of the array's type, which DLPack has from 1.3 on (PyTorch): no Python runs, and a tensor takes a tenth of the
+    /// time that its __dlpack__() takes. Whether it was borrowed; where it was not, borrow_dlpack() does it, or says what is wrong.
+    bool exchange(const char *name, py::handle array, bool writable) {
+#if DLPACK_MAJOR_VERSION > 1 || DLPACK_MINOR_VERSION >= 3
+        const Constants &c = constants();
+        const py::error_scope keep;  // nothing that fails here is an error
+        const auto table =
+            py::reinterpret_steal<py::object>(PyObject_GetAttr((PyObject *)Py_TYPE(array.ptr()), c.exchange_api.ptr()));
+        if (!table || !PyCapsule_IsValid(table.ptr(), "dlpack_exchange_api")) return false;
+        const auto *api = (const DLPackExchangeAPI *)PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api");
+        const auto requires_grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(array.ptr(), c.requires_grad.ptr()));
+        if (api->header.version.major != DLPACK_MAJOR_VERSION || requires_grad.ptr() == Py_True ||
+            api->managed_tensor_from_py_object_no_sync(array.ptr(), &exchanged) != 0)
+            return false;
+        const DLDevice device = exchanged->dl_tensor.device;
+        if (device.device_type != kDLCPU) {  // no stream is made to wait here: those of one stream alone need none
+            void *current = nullptr;
+            if (device.device_type != kDLCUDA ||
+                api->current_work_stream(device.device_type, device.device_id, &current) != 0 ||
+                (current ? (uint64_t)(uintptr_t)current : 1) != stream)
+                return false;
+        }
+        take(name, *exchanged, writable);
+        return true;
+#else
+        return (void)name, (void)array, (void)writable, false;
+#endif
+    }
+
     void borrow_dlpack(const char *name, py::handle array, int rank, bool writable) {
         export_capsule(name, array);
         if (!capsule) {
@@ -187,20 +220,24 @@ private:
             std::fill_n(shape, rank, 0);
             tensor = {nullptr, tensor.device, rank, float32, shape, nullptr, 0};
         } else if (auto *versioned = (DLManagedTensorVersioned *)pointer("dltensor_versioned")) {
-            if (versioned->version.major != DLPACK_MAJOR_VERSION)
-                raise(PyExc_BufferError, name, " is exported as DLPack ", versioned->version.major, ".",
-                      versioned->version.minor, "; expected ", DLPACK_MAJOR_VERSION);
-            if (writable && versioned->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
-                raise(PyExc_ValueError, name, " is read-only; expected memory to write to");
-            if (writable && versioned->flags & DLPACK_FLAG_BITMASK_IS_COPIED)
-                raise(PyExc_ValueError, name, " exports a copy of itself; expected its own memory, to write to");
-            tensor = versioned->dl_tensor;
+            take(name, *versioned, writable);
         } else if (auto *managed = (DLManagedTensor *)pointer("dltensor")) {
             tensor = managed->dl_tensor;
         } else {
             raise(PyExc_TypeError, name, " is of type ", type_name(array), ", whose __dlpack__ returned an object of type ",
                   type_name(capsule), "; expected a capsule that holds a DLPack tensor");
         }
+    }
+
+    void take(const char *name, const DLManagedTensorVersioned &versioned, bool writable) {
+        if (versioned.version.major != DLPACK_MAJOR_VERSION)
+            raise(PyExc_BufferError, name, " is exported as DLPack ", versioned.version.major, ".", versioned.version.minor,
+                  "; expected ", DLPACK_MAJOR_VERSION);
+        if (writable && versioned.flags & DLPACK_FLAG_BITMASK_READ_ONLY)
+            raise(PyExc_ValueError, name, " is read-only; expected memory to write to");
+        if (writable && versioned.flags & DLPACK_FLAG_BITMASK_IS_COPIED)
+            raise(PyExc_ValueError, name, " exports a copy of itself; expected its own memory, to write to");
+        tensor = versioned.dl_tensor;
     }
 
     // The capsule is not marked as used: its own destructor gives the tensor back when we let go of it.
@@ -240,8 +277,7 @@ private:
             raise(type, name, parts...);
         };
         if (py::getattr(array, "requires_grad", py::none()).ptr() == Py_True)
-            explain(PyExc_NotImplementedError, " requires grad, and gradients are not implemented yet; expected ", name,
-                    ".detach()");
+            explain(PyExc_NotImplementedError, " requires grad; expected ", name, ".detach(), or holdfast.torch, which differentiates");
         if (!on_cpu(array)) return;
         const py::object dtype = py::getattr(array, "dtype", py::none());
         const std::string dtype_name = dtype.is_none() ? "float32" : py::str(dtype), expected = expected_dtypes(name);

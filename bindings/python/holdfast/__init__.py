@@ -532,8 +532,8 @@ _GPUS = (*_CUDA, 4, 7, 8)  # kDLOpenCL, kDLVulkan, kDLMetal
 
 def _gpu(q: Any) -> int | None:
     """DLPack's type of the GPU that q is on; None where it is not, or does not say."""
-    if isinstance(q, np.ndarray) or not hasattr(q, "__dlpack_device__"):
-        return None
+    if isinstance(q, np.ndarray) or getattr(q, "is_cpu", None) is True or not hasattr(q, "__dlpack_device__"):
+        return None  # is_cpu: PyTorch's, and quicker
     try:
         device = int(q.__dlpack_device__()[0])
     except Exception:  # the library says what is wrong
