@@ -539,7 +539,8 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
 /// out: a NumPy array as from forward(), except for one that is given. The state and the sum of keys are updated in place. `stream` as for
 /// forward().
 py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle state, py::handle scale,
-                py::object out, uint64_t stream, py::handle sum_of_keys, int32_t degree, int32_t normalize) {
+                py::object out, uint64_t stream, py::handle sum_of_keys, int32_t degree, int32_t normalize, int32_t state_layout,
+                int32_t expansion) {
     Array sum_array;
     if (!sum_of_keys.is_none()) sum_array.borrow("sum_of_keys", sum_of_keys, 3, true, stream);
     Array q_array, k_array, v_array, log_decay_array, state_array, out_array;
@@ -560,6 +561,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
     args.scale = scale_argument(scale);
     args.sum_of_keys = sum_array.get();
     args.degree = degree, args.normalize = normalize;
+    args.state_layout = state_layout, args.expansion = expansion;
 
     const DLDataType type = args.q->dtype;
     Nowhere nowhere(3, *args.q);

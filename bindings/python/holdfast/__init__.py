@@ -1,7 +1,7 @@
 """Holdfast: retention kernels compiled ahead of time.
 
-`retention` computes; `retention_step` does one token, with the state in place; `decay` makes RetNet's decays. `rotate`
-turns queries and keys by their positions, by the angles of `theta`, and `head_norm_gate` is what follows retention.
+`retention` computes, `power_retention` with the defaults of that; `retention_step` does one token, with the state in
+place; `decay` makes RetNet's decays. `rotate` turns queries and keys by their positions, by the angles of `theta`, and `head_norm_gate` is what follows retention.
 `info` says what was compiled and what would run here; `set_num_threads`, `set_target`, `set_backend` and `set_verbose`
 set options for all calls of the process.
 
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from math import comb
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -47,6 +46,7 @@ __all__ = [
     "get_num_threads",
     "head_norm_gate",
     "info",
+    "power_retention",
     "retention",
     "retention_step",
     "rotate",
@@ -169,7 +169,7 @@ def retention(
             _option("form", form, _FORMS),
             _option("state_layout", state_layout, _STATE_LAYOUTS),
             _option("expansion", expansion, _EXPANSIONS),
-            0 if power == 1 else _expanded_size(q, power, expansion),
+            0 if power == 1 else _expanded_size(_key_size(q), power, expansion),
             normalized == 2 or (normalized == 0 and power > 1),
             bool(return_weights),
         )
@@ -189,6 +189,44 @@ def retention(
     return made
 
 
+def power_retention(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None = None,
+    *,
+    scale: float | None = None,
+    degree: int = 2,
+    normalize: bool = True,
+    form: Literal["auto", "parallel", "chunkwise", "recurrent"] = "auto",
+    chunk_size: int | None = None,
+    initial_state: Array | None = None,
+    initial_sum_of_keys: Array | None = None,
+    cu_seqlens: Array | None = None,
+    return_state: bool = False,
+    return_weights: bool = False,
+    state_layout: Literal["kv", "vk"] = "kv",
+    expansion: Literal["tight", "tiled"] = "tight",
+    out: Array | None = None,
+) -> Any:
+    """`retention` with the defaults of power retention (Kumar et al. 2025, arXiv:2507.04239): weights are powers of q.k,
+    of degree 2 to 4, divided by their sum:
+
+        out_t = sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts       w_ts = (q_t.k_s)^p exp(log_decay_{s+1} + .. + log_decay_t)
+
+    The sum of weights stands where softmax has its own, and beside a state a sum of keys, so with `return_state` the
+    result is (out, state, sum_of_keys). A normalized out does not depend on `scale`. An odd degree keeps the sign of
+    q.k, and the sum of weights may vanish: out is then infinite or not a number. Arguments, results and errors are
+    those of `retention`.
+    """
+    return retention(
+        q, k, v, log_decay, scale=scale, degree=degree, normalize=normalize, form=form, chunk_size=chunk_size,
+        initial_state=initial_state, initial_sum_of_keys=initial_sum_of_keys, cu_seqlens=cu_seqlens,
+        return_state=return_state, return_weights=return_weights, state_layout=state_layout, expansion=expansion,
+        out=out,
+    )  # fmt: skip
+
+
 def retention_step(
     q: Array,
     k: Array,
@@ -200,6 +238,8 @@ def retention_step(
     scale: float | None = None,
     degree: int = 1,
     normalize: bool | None = None,
+    state_layout: Literal["kv", "vk"] = "kv",
+    expansion: Literal["tight", "tiled"] = "tight",
     out: Array | None = None,
 ) -> Any:
     """One token of `retention`, the state updated in place (decay first, then write): what a model does for each token
@@ -220,6 +260,8 @@ def retention_step(
         scale: multiplies q.k, before the power; finite, not 0. None: K^-1/2.
         degree: p, the power of q.k: 1 to 4.
         normalize: divide by the sum of weights. None: degree > 1.
+        state_layout: of the state: "kv", [.., D, V], or "vk", [.., V, D].
+        expansion: order of the D features of expanded keys, as for `retention`.
         out: written in place and returned itself, [B, H, V].
 
     Returns:
@@ -232,18 +274,20 @@ def retention_step(
     Raises: see the module. A positive or NaN decay is a ValueError. After an error other than MemoryError and
     RuntimeError the state is as it was.
     """
-    power, normalized = 1, 0
-    if (degree, normalize) != (1, None):
-        power, normalized = _degree(degree), _option("normalize", normalize, _NORMALIZE)
+    options = _STEP
+    if (degree, normalize, state_layout, expansion) != _STEP_DEFAULTS:
+        options = (
+            _degree(degree),
+            _option("normalize", normalize, _NORMALIZE),
+            _option("state_layout", state_layout, _STATE_LAYOUTS),
+            _option("expansion", expansion, _EXPANSIONS),
+        )
     stream, given = 1, out
     if (device := _gpu(q)) is not None:
         given = _on_gpu(q, k, v, False, out, None, None, "B")[0]
         stream = _cuda_stream(q) if device in _CUDA else 0
-    result = _holdfast.step(q, k, v, log_decay, state, scale, given, stream, sum_of_keys, power, normalized)
+    result = _holdfast.step(q, k, v, log_decay, state, scale, given, stream, sum_of_keys, *options)
     return _like(q, result) if given is None else result
-
-
-_EXPANSIONS = {"tight": 0, "tiled": 1}
 
 
 def state_size(key_size: int, degree: int = 1, expansion: Literal["tight", "tiled"] = "tight") -> int:
@@ -495,13 +539,14 @@ def set_verbose(listener: Callable[[str], object] | None) -> None:
 
 
 _DEFAULTS = (1, None, "auto", False, "kv", "tight")
-
+_STEP_DEFAULTS = (1, None, "kv", "tight")
 
 # As in holdfast.h.
 _NORMALIZE = {None: 0, False: 1, True: 2}
 _FORMS = {"auto": 0, "parallel": 1, "chunkwise": 2, "recurrent": 3}
 _STATE_LAYOUTS = {"kv": 0, "vk": 1}
 _EXPANSIONS = {"tight": 0, "tiled": 1}
+_STEP = (1, 0, 0, 0)  # _STEP_DEFAULTS
 
 
 def _option(name: str, value: Any, numbers: dict[Any, int]) -> int:
@@ -518,12 +563,18 @@ def _degree(degree: Any) -> int:
     return int(degree)
 
 
-def _expanded_size(q: Any, degree: int, expansion: str) -> int:
+def _key_size(q: Any) -> int:
+    return int(q.shape[-1]) if getattr(q, "shape", ()) else 1
+
+
+def _expanded_size(key_size: int, degree: int, expansion: str) -> int:
     """D of holdfast.h: features of an expanded key."""
-    key_size = int(q.shape[-1]) if getattr(q, "shape", ()) else 1
     if expansion == "tiled":
-        return 256 * comb(key_size // 16 + 1, 2)
-    return comb(key_size + degree - 1, degree)
+        return 128 * (key_size // 16) * (key_size // 16 + 1)
+    size = 1
+    for factor in range(degree):  # of whole numbers each time: key_size may be a symbol of PyTorch's
+        size = size * (key_size + factor) // (factor + 1)
+    return size
 
 
 _CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
