@@ -28,6 +28,12 @@ using ParallelKernel = int(const void *user_context, halide_buffer_t *q, halide_
                            int32_t degree, int32_t normalized, float scale, halide_buffer_t *out, halide_buffer_t *state_out,
                            halide_buffer_t *keys_out, halide_buffer_t *weights);
 
+using ParallelBackwardKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                                   halide_buffer_t *log_decay, halide_buffer_t *out, halide_buffer_t *dout, int32_t degree,
+                                   int32_t normalized, float scale, int32_t want_dq, int32_t want_dk, int32_t want_dv,
+                                   int32_t want_dlog_decay, halide_buffer_t *dq, halide_buffer_t *dk, halide_buffer_t *dv,
+                                   halide_buffer_t *dlog_decay);
+
 using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
                             halide_buffer_t *log_decay, float scale, halide_buffer_t *state, halide_buffer_t *sum,
                             halide_buffer_t *out);
