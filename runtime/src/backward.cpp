@@ -48,9 +48,8 @@ class Head {
 public:
     Head(const BackwardProblem &p, const Plan &plan, Workspace &workspace, int64_t s, int64_t h)
         : p(p), plan(plan), s(s), h(h), T(p.length(s)), segments((T + plan.segment - 1) / plan.segment), size(p.D * p.V),
-          rows(p, workspace, s, h, plan.segment),
-          states(workspace, size * (plan.states ? std::max<int64_t>(segments, 1) : 1)), gradient_memory(workspace, size),
-          gradient(gradient_memory.floats(), p.D, p.V, p.V) {
+          rows(p, workspace, s, h, plan.segment), states(workspace, size * (plan.states ? std::max<int64_t>(segments, 1) : 1)),
+          gradient_memory(workspace, size), gradient(gradient_memory.floats(), p.D, p.V, p.V) {
         if (plan.states && p.initial_state.rank)
             copy_state(State(p.initial_state, s, h), state(0));
         else
@@ -71,9 +70,9 @@ public:
         Buffer chunks(table.columns.data(), int32, {{0, ChunkTable::fields, 1}, {0, table.slots, ChunkTable::fields}});
         State from = state(n), to = state(n + 1);
         const auto run = std::get<ChunkwiseKernel *>(plan.forward.run);
-        check_returned(run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &from, &chunks, table.count, p.scale,
-                           &rows.out, &to),
-                       plan.forward, workspace);
+        check_returned(
+            run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &from, &chunks, table.count, p.scale, &rows.out, &to),
+            plan.forward, workspace);
         for (HeadRows *queries : {&rows.q, &rows.out}) queries->axes[2].extent = (int32_t)p.group();
     }
 
@@ -138,9 +137,8 @@ void run_backward(holdfast_context &c, const BackwardProblem &p, const Choice &c
              pieces);
     if (pieces == 0) return;
     DecaySums sums(p);
-    c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
-        run_heads(p, plan, workspace, n / plan.groups, n % plan.groups, sums);
-    });
+    c.for_each(pieces,
+               [&](Workspace &workspace, int64_t n) { run_heads(p, plan, workspace, n / plan.groups, n % plan.groups, sums); });
     sums.finish();
 }
 

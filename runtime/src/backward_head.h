@@ -12,19 +12,18 @@ namespace holdfast {
 class BackwardHead {
 public:
     HeadRows q, k, v, out, dout, dq, dk, dv;
-    Buffer log_decay, dlog_decay;          // (t, 1, 1)
+    Buffer log_decay, dlog_decay;  // (t, 1, 1)
     int32_t want_dq, want_dk, want_dv, want_dlog_decay;
 
     /// At most `tokens` are looked at at a time.
     BackwardHead(const BackwardProblem &p, Workspace &workspace, int64_t s, int64_t h, int64_t tokens)
-        : q(p.q, p.entry(s), p.start(s), h, p.group()), k(p.k, p.entry(s), p.start(s), h),
-          v(p.v, p.entry(s), p.start(s), h), out(rows(p.out, p.dout, p, s, h, p.group())),
-          dout(p.dout, p.entry(s), p.start(s), h, p.group()), dq(rows(p.dq, p.q, p, s, h, p.group())),
-          dk(rows(p.dk, p.k, p, s, h)), dv(rows(p.dv, p.v, p, s, h)),
+        : q(p.q, p.entry(s), p.start(s), h, p.group()), k(p.k, p.entry(s), p.start(s), h), v(p.v, p.entry(s), p.start(s), h),
+          out(rows(p.out, p.dout, p, s, h, p.group())), dout(p.dout, p.entry(s), p.start(s), h, p.group()),
+          dq(rows(p.dq, p.q, p, s, h, p.group())), dk(rows(p.dk, p.k, p, s, h)), dv(rows(p.dv, p.v, p, s, h)),
           log_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}),
           dlog_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}), want_dq(p.dq.rank > 0), want_dk(p.dk.rank > 0),
-          want_dv(p.dv.rank > 0), want_dlog_decay(p.dlog_decay.rank > 0), p(p), s(s), h(h),
-          row(workspace, std::max(p.K, p.V)), decays(workspace, per_head() ? tokens : 1) {
+          want_dv(p.dv.rank > 0), want_dlog_decay(p.dlog_decay.rank > 0), p(p), s(s), h(h), row(workspace, std::max(p.K, p.V)),
+          decays(workspace, per_head() ? tokens : 1) {
         if (!want_dq) dq.all_at(row.floats());
         if (!want_dk) dk.all_at(row.floats());
         if (!want_dv) dv.all_at(row.floats());

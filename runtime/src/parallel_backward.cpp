@@ -8,8 +8,7 @@
 namespace holdfast {
 
 void run_parallel_backward(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
-    const Variant &variant =
-        select_variant("parallel_backward", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
+    const Variant &variant = select_variant("parallel_backward", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
     check_kernel_strides(p, p.T);
     const int64_t heads = p.N * p.Hk;
     announce(c, "backward", variant, choice.why, p, "parallel form", heads);

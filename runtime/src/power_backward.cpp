@@ -119,9 +119,7 @@ private:
     Buffer state_of(float *slot) const {
         return {slot, float32, {{0, (int32_t)p.V, 1}, {0, (int32_t)plan.D, (int32_t)p.V}, {0, 1, 0}, {0, 1, 0}}};
     }
-    Buffer sum_of(float *slot) const {
-        return {slot + plan.D * p.V, float32, {{0, (int32_t)plan.D, 1}, {0, 1, 0}, {0, 1, 0}}};
-    }
+    Buffer sum_of(float *slot) const { return {slot + plan.D * p.V, float32, {{0, (int32_t)plan.D, 1}, {0, 1, 0}, {0, 1, 0}}}; }
     void look_at(int64_t chunk) {
         const int64_t t = chunk * plan.chunk;
         rows.look_at(t, std::min(plan.chunk, T - t));

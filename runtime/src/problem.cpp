@@ -209,8 +209,7 @@ Problem checked(const holdfast_forward_args &args, Call call) {
         p.final_state = checked_state(p, "final_state", args.final_state, value_major);
 
     if (args.initial_sum_of_keys || (step && p.normalized))
-        p.initial_sum =
-            checked_sum(p, step ? "sum_of_keys" : "initial_sum_of_keys", args.initial_sum_of_keys, normalize, step);
+        p.initial_sum = checked_sum(p, step ? "sum_of_keys" : "initial_sum_of_keys", args.initial_sum_of_keys, normalize, step);
     if (step)
         p.final_sum = p.initial_sum;
     else if (args.final_sum_of_keys)
@@ -309,10 +308,10 @@ BackwardProblem checked_problem(const holdfast_backward_args *args) {
     p.dinitial_state = state("dinitial_state", call.dinitial_state);
     p.dinitial_sum = sum("dinitial_sum_of_keys", call.dinitial_sum_of_keys);
 
-    check_memory({&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum, &p.out, &p.dout, &p.dfinal_state,
-                  &p.dfinal_sum},
-                 {&p.dq, &p.dk, &p.dv, &p.dlog_decay, &p.dinitial_state, &p.dinitial_sum},
-                 {{&p.dinitial_state, &p.dfinal_state}, {&p.dinitial_sum, &p.dfinal_sum}});
+    check_memory(
+        {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum, &p.out, &p.dout, &p.dfinal_state, &p.dfinal_sum},
+        {&p.dq, &p.dk, &p.dv, &p.dlog_decay, &p.dinitial_state, &p.dinitial_sum},
+        {{&p.dinitial_state, &p.dfinal_state}, {&p.dinitial_sum, &p.dfinal_sum}});
     return p;
 }
 
@@ -354,8 +353,7 @@ void check_kernel_strides(const Problem &p, int64_t tokens) {
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check_kernel_stride(*t, 1, std::min(tokens, p.T));
     for (const Tensor *t : {&p.q, &p.out}) check_kernel_stride(*t, 2, p.group());
     if (p.log_decay.rank == 3) check_kernel_stride(p.log_decay, 1, std::min(tokens, p.T));
-    for (const Tensor *t : {&p.initial_state, &p.final_state})
-        check_kernel_stride(*t, 2, p.D), check_kernel_stride(*t, 3, p.V);
+    for (const Tensor *t : {&p.initial_state, &p.final_state}) check_kernel_stride(*t, 2, p.D), check_kernel_stride(*t, 3, p.V);
 }
 
 void check_kernel_strides(const BackwardProblem &p, int64_t tokens) {

@@ -420,34 +420,34 @@ HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const hold
  *  Letters, devices, extents, offsets and strides are as for holdfast_forward_args. q, k, v, out, dout, dq, dk and dv have one type,
  *  float32, float16 or bfloat16; all else is float32. A gradient has the shape of what it is of. */
 typedef struct holdfast_backward_args {
-    size_t struct_size;            /**< sizeof(holdfast_backward_args) */
-    const DLTensor *q;             /**< queries [B, T, H, K] */
-    const DLTensor *k;             /**< keys    [B, T, Hk, K] */
-    const DLTensor *v;             /**< values  [B, T, Hk, V] */
-    const DLTensor *log_decay;     /**< as in holdfast_forward_args, [Hk] or [B, T, Hk]; NULL: no decay */
-    const DLTensor *initial_state; /**< [N, Hk, D, V]; NULL: zeros */
+    size_t struct_size;                  /**< sizeof(holdfast_backward_args) */
+    const DLTensor *q;                   /**< queries [B, T, H, K] */
+    const DLTensor *k;                   /**< keys    [B, T, Hk, K] */
+    const DLTensor *v;                   /**< values  [B, T, Hk, V] */
+    const DLTensor *log_decay;           /**< as in holdfast_forward_args, [Hk] or [B, T, Hk]; NULL: no decay */
+    const DLTensor *initial_state;       /**< [N, Hk, D, V]; NULL: zeros */
     const DLTensor *initial_sum_of_keys; /**< [N, Hk, D], where out is normalized: given just when initial_state is */
-    const DLTensor *out;                 /**< [B, T, H, V], as holdfast_forward wrote it: where it is normalized, else not looked at
+    const DLTensor *out;          /**< [B, T, H, V], as holdfast_forward wrote it: where it is normalized, else not looked at
                                                and may be NULL */
-    const DLTensor *dout;                /**< [B, T, H, V], gradient of out */
-    const DLTensor *dfinal_state;        /**< [N, Hk, D, V], gradient of final_state; NULL: zeros */
-    const DLTensor *dfinal_sum_of_keys;  /**< [N, Hk, D], of final_sum_of_keys, where out is normalized; NULL: zeros */
-    DLTensor *dq;                        /**< [B, T, H, K], written; NULL: not wanted, and the same for all that follow */
-    DLTensor *dk;                        /**< [B, T, Hk, K], written */
-    DLTensor *dv;                        /**< [B, T, Hk, V], written */
-    DLTensor *dlog_decay;                /**< [Hk] or [B, T, Hk], as log_decay, which is then given; written */
-    DLTensor *dinitial_state;            /**< [N, Hk, D, V], written, also where initial_state is NULL */
-    DLTensor *dinitial_sum_of_keys;      /**< [N, Hk, D], written, where out is normalized */
-    float scale;                         /**< as it was in holdfast_forward, and so are degree, normalize and cu_seqlens */
-    int64_t chunk_size;                  /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding,
+    const DLTensor *dout;         /**< [B, T, H, V], gradient of out */
+    const DLTensor *dfinal_state; /**< [N, Hk, D, V], gradient of final_state; NULL: zeros */
+    const DLTensor *dfinal_sum_of_keys; /**< [N, Hk, D], of final_sum_of_keys, where out is normalized; NULL: zeros */
+    DLTensor *dq;                       /**< [B, T, H, K], written; NULL: not wanted, and the same for all that follow */
+    DLTensor *dk;                       /**< [B, T, Hk, K], written */
+    DLTensor *dv;                       /**< [B, T, Hk, V], written */
+    DLTensor *dlog_decay;               /**< [Hk] or [B, T, Hk], as log_decay, which is then given; written */
+    DLTensor *dinitial_state;           /**< [N, Hk, D, V], written, also where initial_state is NULL */
+    DLTensor *dinitial_sum_of_keys;     /**< [N, Hk, D], written, where out is normalized */
+    float scale;                        /**< as it was in holdfast_forward, and so are degree, normalize and cu_seqlens */
+    int64_t chunk_size;         /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding,
                                                speed and memory, nothing else. */
-    const DLTensor *workspace;           /**< as in holdfast_forward_args, at least as large as holdfast_backward_workspace_size says */
-    int32_t degree;                      /**< p, the power of q.k: 0 (which is 1) to 4 */
-    int32_t normalize;                   /**< a holdfast_normalize */
-    int32_t form;                        /**< a holdfast_form */
-    int32_t state_layout;                /**< a holdfast_state_layout, of the initial state and of all gradients of states */
-    int32_t expansion;                   /**< a holdfast_expansion, likewise; tight for a degree other than 2 */
-    const DLTensor *cu_seqlens;          /**< packed sequences, as in holdfast_forward_args; NULL: one per batch entry */
+    const DLTensor *workspace;  /**< as in holdfast_forward_args, at least as large as holdfast_backward_workspace_size says */
+    int32_t degree;             /**< p, the power of q.k: 0 (which is 1) to 4 */
+    int32_t normalize;          /**< a holdfast_normalize */
+    int32_t form;               /**< a holdfast_form */
+    int32_t state_layout;       /**< a holdfast_state_layout, of the initial state and of all gradients of states */
+    int32_t expansion;          /**< a holdfast_expansion, likewise; tight for a degree other than 2 */
+    const DLTensor *cu_seqlens; /**< packed sequences, as in holdfast_forward_args; NULL: one per batch entry */
 } holdfast_backward_args;
 
 /** Bytes of workspace that holdfast_backward needs for these arguments, as holdfast_workspace_size says it of holdfast_forward.
