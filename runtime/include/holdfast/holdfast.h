@@ -147,7 +147,8 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
     const char *name;       /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel;     /**< "chunkwise", "parallel", "recurrent", "power", "power_step", "rotate" or "head_norm_gate" */
+    const char *kernel;     /**< "chunkwise", "parallel", "recurrent", "power", "power_step", "rotate" or "head_norm_gate"; of
+                                 gradients "chunkwise_backward", "parallel_backward" or "power_backward" */
     const char *dtype;      /**< of q, k, v, x, gate and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
     const char *target;     /**< what holdfast_context_set_target takes */
     int32_t chunk;          /**< tokens in a chunk, at most; 0: the kernel has no chunks */
