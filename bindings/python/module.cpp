@@ -89,8 +89,8 @@ bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.b
 
 /// What the library takes for the argument of that name.
 std::string expected_dtypes(const std::string &name) {
-    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights"}, *const integers[] = {"positions",
-                                                                                                           "cu_seqlens"};
+    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights", "dout"}, *const integers[] = {
+                                                                                                  "positions", "cu_seqlens"};
     auto is_of = [&](const auto &names) { return std::find(std::begin(names), std::end(names), name) != std::end(names); };
     return is_of(rows) ? "float32, float16 or bfloat16" : is_of(integers) ? "int32 or int64" : "float32";
 }
@@ -536,6 +536,68 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     return return_state || o.weights ? py::make_tuple(out, final_state, final_sum, weights) : out;
 }
 
+/// The gradients of q, k, v, log_decay, the initial state and its sum of keys, of which bit n of `wanted` asks for the n-th: NumPy
+/// arrays as from forward(), None for the others.
+py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle out,
+                    py::handle scale, py::handle chunk_size, py::handle initial_state, py::handle initial_sum,
+                    py::handle dfinal_state, py::handle dfinal_sum, py::handle cu_seqlens, int wanted, py::handle options,
+                    uint64_t stream) {
+    const Options o(options);
+    Array dout_array, q_array, k_array, v_array, log_decay_array, out_array, initial_state_array, initial_sum_array;
+    Array dfinal_state_array, dfinal_sum_array, cu_seqlens_array, made[6];
+    auto borrow = [&](Array &array, const char *name, py::handle given, int rank) {
+        if (!given.is_none()) array.borrow(name, given, rank, false, stream);
+        return array.get();
+    };
+    holdfast_backward_args args = {};
+    args.struct_size = sizeof args;
+    q_array.borrow("q", q, 4, false, stream), k_array.borrow("k", k, 4, false, stream);
+    v_array.borrow("v", v, 4, false, stream), dout_array.borrow("dout", dout, 4, false, stream);
+    args.q = q_array.get(), args.k = k_array.get(), args.v = v_array.get(), args.dout = dout_array.get();
+    args.log_decay = borrow(log_decay_array, "log_decay", log_decay, 1);
+    args.out = borrow(out_array, "out", out, 4);
+    args.initial_state = borrow(initial_state_array, "initial_state", initial_state, 4);
+    args.initial_sum_of_keys = borrow(initial_sum_array, "initial_sum_of_keys", initial_sum, 3);
+    args.dfinal_state = borrow(dfinal_state_array, "dfinal_state", dfinal_state, 4);
+    args.dfinal_sum_of_keys = borrow(dfinal_sum_array, "dfinal_sum_of_keys", dfinal_sum, 3);
+    args.cu_seqlens = borrow(cu_seqlens_array, "cu_seqlens", cu_seqlens, 1);
+    args.scale = scale_argument(scale), args.chunk_size = chunk_size_argument(chunk_size);
+    args.degree = o.degree, args.normalize = o.normalize, args.form = o.form;
+    args.state_layout = o.state_layout, args.expansion = o.expansion;
+
+    // Where shapes do not agree, or the arrays are on a GPU, the library says so before it asks for gradients.
+    py::object gradients[6] = {py::none(), py::none(), py::none(), py::none(), py::none(), py::none()};
+    if (shapes_agree(4, *args.q, *args.k, *args.v) && args.q->device.device_type == kDLCPU) {
+        const int64_t *shape = args.q->shape, B = shape[0], T = shape[1], Hk = args.k->shape[2], V = args.v->shape[3];
+        const int64_t D = o.expanded_size ? o.expanded_size : shape[3];
+        const bool packed = args.cu_seqlens && args.cu_seqlens->ndim == 1 && args.cu_seqlens->shape[0] > 0;
+        const int64_t N = packed ? args.cu_seqlens->shape[0] - 1 : B;
+        const bool per_head = args.log_decay && args.log_decay->ndim == 1;
+        const bool value_major = o.state_layout == HOLDFAST_STATE_VALUE_MAJOR;
+        DLTensor *tensors[6] = {};
+        auto make = [&](int n, const char *name, DLDataType of, auto... extents) {
+            if (!(wanted >> n & 1)) return;
+            gradients[n] = empty_array(of, extents...);
+            made[n].borrow(name, gradients[n], 4, true);
+            tensors[n] = made[n].get();
+            tensors[n]->dtype = of;
+        };
+        make(0, "dq", args.q->dtype, B, T, shape[2], shape[3]);
+        make(1, "dk", args.q->dtype, B, T, Hk, shape[3]);
+        make(2, "dv", args.q->dtype, B, T, Hk, V);
+        per_head ? make(3, "dlog_decay", float32, Hk) : make(3, "dlog_decay", float32, B, T, Hk);
+        make(4, "dinitial_state", float32, N, Hk, value_major ? V : D, value_major ? D : V);
+        make(5, "dinitial_sum_of_keys", float32, N, Hk, D);
+        args.dq = tensors[0], args.dk = tensors[1], args.dv = tensors[2], args.dlog_decay = tensors[3];
+        args.dinitial_state = tensors[4], args.dinitial_sum_of_keys = tensors[5];
+    }
+
+    holdfast_context *c = context();
+    holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    if (holdfast_status status = without_gil(holdfast_backward, c, args)) raise_status(status, holdfast_last_error(c));
+    return py::make_tuple(gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5]);
+}
+
 /// out: a NumPy array as from forward(), except for one that is given. The state and the sum of keys are updated in place. `stream` as for
 /// forward().
 py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle state, py::handle scale,
@@ -718,6 +780,7 @@ py::tuple variants() {
 PYBIND11_MODULE(_holdfast, m) {
     m.attr("TargetUnavailable") = constants().target_unavailable;
     m.def("forward", forward);
+    m.def("backward", backward);
     m.def("bfloat16_capsule", bfloat16_capsule);
     m.def("step", step);
     m.def("rotate", rotate);

@@ -28,6 +28,25 @@ def forward(
     weights: Any,
     /,
 ) -> Any: ...
+def backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    out: Any,
+    scale: float | None,
+    chunk_size: int | None,
+    initial_state: Any,
+    initial_sum_of_keys: Any,
+    dfinal_state: Any,
+    dfinal_sum_of_keys: Any,
+    cu_seqlens: Any,
+    wanted: int,
+    options: tuple[int, int, int, int, int, int, bool, bool] | None,
+    stream: int,
+    /,
+) -> tuple[Any, Any, Any, Any, Any, Any]: ...
 def bfloat16_capsule(bits: np.ndarray, /, **options: Any) -> Any: ...
 def step(
     q: Any,
