@@ -38,6 +38,18 @@ holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
     TARGETS avx512 avx2 generic)
 
+holdfast_kernel(chunkwise_backward DTYPES f32 CHUNKS 32
+    SIZES 32x32 64x64 128x128 128x256
+    TARGETS avx512 avx2)
+
+holdfast_kernel(chunkwise_backward DTYPES f16 bf16 CHUNKS 32
+    SIZES 64x64
+    TARGETS avx512 avx2)
+
+holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
+    SIZES any
+    TARGETS avx512 avx2 generic)
+
 # Small kernels: all types for all sizes that chunkwise is tuned for in fp32.
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256 256x512
