@@ -150,6 +150,12 @@ holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     TARGETS cuda metal opencl vulkan
     PARAMS degree=0 any_state_strides=true)
 
+# Its gradient.
+holdfast_kernel(power_backward DTYPES f32 f16 bf16 CHUNKS 64
+    SIZES any
+    TARGETS avx512 avx2 generic
+    PARAMS degree=0)
+
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES 64x64
     TARGETS avx512 avx2
