@@ -69,6 +69,11 @@ holdfast_kernel(parallel DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic)
 
+# Its gradient, likewise: one variant for every degree and size, of pairs of blocks.
+holdfast_kernel(parallel_backward DTYPES f32 f16 bf16 CHUNKS 64
+    SIZES any
+    TARGETS avx512 avx2 generic)
+
 # On GPUs a block of threads has all of a block of rows, with its weights in shared memory.
 holdfast_kernel(parallel DTYPES f32 CHUNKS 32
     SIZES any
