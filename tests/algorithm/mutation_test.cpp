@@ -1,6 +1,8 @@
 // That the tests of gradients can fail: in the algorithms, without any schedule, one adjoint is broken at a time, its sign, a decay
 // that is off by one, a state whose gradient is missing, and the comparison with the reference has to see it.
 #include "../backward_call.h"
+#include "../parallel_backward_call.h"
+#include "../power_backward_call.h"
 #include "targets.h"
 
 #include <gtest/gtest-spi.h>
@@ -27,7 +29,8 @@ std::function<Expr(const Call *)> off_by_one(size_t n) {
     return [=](const Call *call) {
         std::vector<Expr> args = call->args;
         args[n] = max(args[n] - 1, 0);
-        return Call::make(call->type, call->name, args, call->call_type, call->func, call->value_index, call->image, call->param);
+        return Call::make(call->type, call->name, args, call->call_type, call->func, call->value_index, call->image,
+                          call->param);
     };
 }
 
@@ -54,10 +57,13 @@ Callable compile(const std::string &generator, const GeneratorParamsMap &params,
     Pipeline pipeline = made->build_pipeline();
     if (mutation) {
         Break mutate(*mutation);
+        std::map<std::string, Function> all;
         for (const Func &output : pipeline.outputs())
-            for (auto &[name, function] : find_transitive_calls(output.function()))
-                if (name.rfind(mutation->in, 0) == 0 && seen_by(function)) function.mutate(&mutate);
-        EXPECT_GT(mutate.broken, 0) << "no Func that begins with " << mutation->in << " calls one that begins with " << mutation->of;
+            for (auto &stage : find_transitive_calls(output.function())) all.insert(stage);
+        for (auto &[name, function] : all)
+            if (name.rfind(mutation->in, 0) == 0) function.mutate(&mutate);
+        EXPECT_GT(mutate.broken, 0) << "no Func that begins with " << mutation->in << " calls one that begins with "
+                                    << mutation->of;
     }
     std::vector<Argument> arguments;
     for (const AbstractGenerator::ArgInfo &info : made->arginfos())
@@ -84,23 +90,87 @@ std::string failures_of(const std::function<void()> &run) {
 
 // ---- Chunkwise ---------------------------------------------------------------------------------------------------------
 
+constexpr int C = 4;  // tokens in a chunk
+constexpr Size size = {5, 3};
+const GeneratorParamsMap any_size = {
+    {"chunk", std::to_string(C)}, {"key_size", "0"}, {"value_size", "0"}, {"forced_schedule", "none"}};
+
 const Mutation of_chunkwise[] = {
-    {"sign_of_scores_for_queries", "q_chunks", "scores", negated, "dq"},
+    {"sign_of_keys_in_gates", "dlog_decay_chunks", "key_product", negated, "dlog_decay"},
+    {"gates_off_by_one", "dlog_decay_chunks", "row_product", off_by_one(0), "dlog_decay"},
+    {"no_state_in_gates", "dlog_decay_chunks", "end_product", missing, "dlog_decay"},
+    {"no_gradient_of_the_final_state", "dstate", "dstate_end", missing, "dstate_in"},
+    {"decay_of_chunks_off_by_one", "dstate", "chunk_decay", off_by_one(0), "dstate_in"},
+    {"sign_of_values_from_states", "v_chunks", "dstate_next", negated, "dv"},
+    {"decay_of_keys_off_by_one", "k_chunks", "key_decay", off_by_one(0), "dk"},
+    {"no_state_for_queries", "q_chunks", "state", missing, "dq"},
 };
 
-TEST(Mutations, PrintFunctions) {
-    const Target target = targets().back().target.with_feature(Target::JIT);
-    const AbstractGeneratorPtr made = GeneratorRegistry::create("chunkwise_backward", GeneratorContext(target));
-    made->set_generatorparam_value("forced_schedule", "none");
-    Pipeline pipeline = made->build_pipeline();
-    std::map<std::string, Function> all;
-    for (const Func &output : pipeline.outputs())
-        for (auto &[name, function] : find_transitive_calls(output.function())) all.emplace(name, function);
-    for (auto &[name, f] : all) {
-        std::cout << name << " calls:";
-        for (auto &[n2, g] : find_direct_calls(f)) std::cout << " " << n2;
-        std::cout << "\n";
-    }
+class ChunkwiseMutations : public testing::TestWithParam<Mutation> {};
+
+std::string failures_of_chunkwise(const Mutation *mutation) {
+    const Callable kernel = compile("chunkwise_backward", any_size, mutation);
+    KernelCase c;
+    for (const KernelCase &each : kernel_cases(C))
+        if (each.name == "groups") c = each;
+    return failures_of([&] { BackwardCall(c, C, size).expect_reference(kernel); });
 }
+
+TEST_P(ChunkwiseMutations, AreSeen) { EXPECT_NE(failures_of_chunkwise(&GetParam()).find(GetParam().seen), std::string::npos); }
+TEST(ChunkwiseMutations, NoneIsRight) { EXPECT_EQ(failures_of_chunkwise(nullptr), ""); }
+
+INSTANTIATE_TEST_SUITE_P(, ChunkwiseMutations, testing::ValuesIn(of_chunkwise),
+                         [](const auto &info) { return info.param.name; });
+
+// ---- Power retention ---------------------------------------------------------------------------------------------------
+
+const Mutation of_power[] = {
+    {"sign_of_keys_in_gates", "dgates", "along_key", negated, "dlog_decay"},
+    {"gates_off_by_one", "dgates", "along_row", off_by_one(0), "dlog_decay"},
+    {"no_state_in_gates", "dgates", "kept", missing, "dlog_decay"},
+    {"no_gradient_of_the_final_state", "dstate", "dstate_end", missing, "dstate"},
+    {"no_gradient_of_the_final_sum", "dkeys_sum", "dkeys_end", missing, "dkeys"},
+    {"decay_of_keys_off_by_one", "dkey", "key_decay", off_by_one(0), "dk"},
+    {"sign_of_denominators", "dden", "from_out", negated, "dq"},
+    {"no_state_for_queries", "dquery", "dqueries_state", missing, "dq"},
+};
+
+class PowerMutations : public testing::TestWithParam<Mutation> {};
+
+std::string failures_of_power(const Mutation *mutation) {
+    GeneratorParamsMap params = any_size;
+    params["degree"] = "2";
+    const Callable kernel = compile("power_backward", params, mutation);
+    const PowerBackwardCase c = {"two calls", {C, C - 1}, 1, 2, 2, Layout::padded, Gates::weak, true};
+    return failures_of([&] { PowerBackwardCall(c, size, 2).expect_reference(kernel); });
+}
+
+TEST_P(PowerMutations, AreSeen) { EXPECT_NE(failures_of_power(&GetParam()).find(GetParam().seen), std::string::npos); }
+TEST(PowerMutations, NoneIsRight) { EXPECT_EQ(failures_of_power(nullptr), ""); }
+
+INSTANTIATE_TEST_SUITE_P(, PowerMutations, testing::ValuesIn(of_power), [](const auto &info) { return info.param.name; });
+
+// ---- The parallel form -------------------------------------------------------------------------------------------------
+
+const Mutation of_parallel[] = {
+    {"sign_of_keys_in_gates", "ddecay", "dk_sum", negated, "dlog_decay"},
+    {"gates_off_by_one", "ddecay_after", "ddecay", off_by_one(0), "dlog_decay"},
+    {"no_later_blocks_in_gates", "dlog_decay_of_rows", "ddecay_of_end", missing, "dlog_decay"},
+    {"sign_of_denominators", "dden", "out_dout", negated, "dq"},
+    {"factor_of_another_row", "dnum", "factor_of_row", off_by_one(0), "dv"},
+};
+
+class ParallelMutations : public testing::TestWithParam<Mutation> {};
+
+std::string failures_of_parallel(const Mutation *mutation) {
+    const Callable kernel = compile("parallel_backward", any_size, mutation);
+    const ParallelBackwardCase c = {"three blocks", 1, 2 * C + 1, 2, 2, Layout::padded, Gates::weak, 2, true};
+    return failures_of([&] { ParallelBackwardCall(c, size).expect_reference(kernel); });
+}
+
+TEST_P(ParallelMutations, AreSeen) { EXPECT_NE(failures_of_parallel(&GetParam()).find(GetParam().seen), std::string::npos); }
+TEST(ParallelMutations, NoneIsRight) { EXPECT_EQ(failures_of_parallel(nullptr), ""); }
+
+INSTANTIATE_TEST_SUITE_P(, ParallelMutations, testing::ValuesIn(of_parallel), [](const auto &info) { return info.param.name; });
 
 }  // namespace
