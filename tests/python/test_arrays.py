@@ -298,7 +298,9 @@ def test_resident_memory_does_not_grow(problem):
 
     call_on_threads(20)
     before = resident_bytes()
-    for _ in range(3):  # what is lost stays lost; what malloc holds back, when other tests have left it holes, comes and goes
+    for _ in range(
+        3
+    ):  # what is lost stays so; what malloc holds back, where other tests have left holes, comes and goes
         call_on_threads(200)
         if resident_bytes() - before < 4 << 20:
             return
