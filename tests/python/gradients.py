@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import holdfast
@@ -10,8 +9,7 @@ import pytest
 from reference import assert_close
 
 needs_gradients = pytest.mark.skipif(
-    importlib.util.find_spec("holdfast.torch") is None or not hasattr(holdfast, "head_norm_gate_backward"),
-    reason="this build has no gradients",
+    not hasattr(holdfast, "head_norm_gate_backward"), reason="this build has no gradient of norm and gate"
 )
 TOLERANCE = 1e-5  # relative RMS, the specification's number
 

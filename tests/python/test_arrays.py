@@ -298,6 +298,11 @@ def test_resident_memory_does_not_grow(problem):
 
     call_on_threads(20)
     before = resident_bytes()
-    call_on_threads(200)
+    for _ in range(
+        3
+    ):  # what is lost stays so; what malloc holds back, where other tests have left holes, comes and goes
+        call_on_threads(200)
+        if resident_bytes() - before < 4 << 20:
+            return
     # Far below what 200 contexts or 200 results (64 KiB each and more) would take.
-    assert resident_bytes() - before < 4 << 20
+    raise AssertionError(f"{(resident_bytes() - before) >> 20} MiB more than before")

@@ -9,35 +9,26 @@ from typing import Any
 import torch
 
 import holdfast
-
-try:
-    from .. import torch as _ops
-except ImportError:
-    _ops = None  # this build has no gradients
+from holdfast import torch as _ops
 
 __all__ = ["head_norm_gate", "load", "log_decay", "norm", "retention", "rotate", "theta"]
 
 
-def _on_any_rows(name: str) -> Callable[..., Any]:
+def _on_any_rows(op: Callable[..., Any]) -> Callable[..., Any]:
     """The op for tensors of any strides: it wants its last axis contiguous."""
-    op = getattr(_ops or holdfast, name)
 
     def rows(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or x.ndim == 0:
-            return x
-        if _ops is None and not torch.is_grad_enabled():
-            x = x.detach()
-        return x if x.stride(-1) == 1 else x.contiguous()
+        return x.contiguous() if isinstance(x, torch.Tensor) and x.ndim > 0 and x.stride(-1) != 1 else x
 
     def call(*arguments: Any, **options: Any) -> Any:
-        return op(*map(rows, arguments), **{key: rows(x) for key, x in options.items()})
+        return op(*map(rows, arguments), **{name: rows(x) for name, x in options.items()})
 
     return call
 
 
-retention = _on_any_rows("retention")
-rotate = _on_any_rows("rotate")
-head_norm_gate = _on_any_rows("head_norm_gate")
+retention = _on_any_rows(_ops.retention)
+rotate = _on_any_rows(_ops.rotate)
+head_norm_gate = _on_any_rows(_ops.head_norm_gate)
 
 
 def log_decay(num_heads: int, convention: Any, device: torch.device) -> torch.Tensor:
