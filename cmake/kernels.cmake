@@ -155,7 +155,22 @@ holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     TARGETS cuda metal opencl vulkan
     PARAMS degree=0 any_state_strides=true)
 
-# Its gradient.
+# Its gradient, for chunks of the same length.
+holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
+    SIZES 32x32 64x64 128x128
+    TARGETS avx512 avx2
+    PARAMS degree=2)
+
+holdfast_kernel(power_backward DTYPES f16 bf16 CHUNKS 64
+    SIZES 64x64
+    TARGETS avx512 avx2
+    PARAMS degree=2)
+
+holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
+    SIZES 16x64
+    TARGETS avx512 avx2
+    PARAMS degree=3)
+
 holdfast_kernel(power_backward DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic

@@ -496,7 +496,8 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  Aliasing: inputs may share memory with one another. Outputs overlap no other tensor, except that dinitial_state may be exactly
  *  dfinal_state (the same elements in the same places), and dinitial_sum_of_keys dfinal_sum_of_keys.
  *
- *  HOLDFAST_UNSUPPORTED so far: on a GPU, tensors that lie there and targets or backends of one that are forced.
+ *  HOLDFAST_UNSUPPORTED so far: on a GPU, tensors that lie there and targets or backends of one that are forced; and normalized out of
+ *  no heads of queries, H = 0, where there are some of keys.
  *
  *  @returns as holdfast_forward, HOLDFAST_UNSUPPORTED also for a stride between heads that share keys, of q, out, dout or dq, beyond
  *  2^31 elements for all of them. holdfast_last_error(context) has the text. Thread-safety: that of the context. */
