@@ -6,7 +6,10 @@
 # (holdfast_variant): row_alignment, the elements at whose multiples rows of q, k, v and out start, and round_operands. Calls
 # with other rows run the next variant that takes them. And degree, that of the power of q.k; 0: any.
 #
-#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] [SIZES KxV ...] TARGETS ... [PARAMS name=value ...])
+# UNSANITIZED are types that builds with a sanitizer leave out: large kernels take 20 seconds each there, and types differ only in
+# how rows are read and written.
+#
+#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] [SIZES KxV ...] TARGETS ... [PARAMS name=value ...] [UNSANITIZED ...])
 
 # Work per token grows with the chunk, the traffic of states (K V floats a chunk) falls with it: measured, 32 is best up to
 # 128x128 and 64 above.
@@ -67,7 +70,8 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
 # compiled for that. Blocks of 64 rows: keys are read once for each of them, and a strip of weights stays in L1.
 holdfast_kernel(parallel DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
-    TARGETS avx512 avx2 generic)
+    TARGETS avx512 avx2 generic
+    UNSANITIZED f16 bf16)
 
 # Its gradient, likewise: one variant for every degree and size, of pairs of blocks.
 holdfast_kernel(parallel_backward DTYPES f32 f16 bf16 CHUNKS 64
@@ -136,7 +140,8 @@ holdfast_kernel(power DTYPES f32 CHUNKS 64
 holdfast_kernel(power DTYPES f16 bf16 CHUNKS 64
     SIZES 64x64
     TARGETS avx512 avx2
-    PARAMS degree=2)
+    PARAMS degree=2
+    UNSANITIZED f16 bf16)
 
 foreach(degree 3 4)
   holdfast_kernel(power DTYPES f32 CHUNKS 64
@@ -148,7 +153,8 @@ endforeach()
 holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic
-    PARAMS degree=0)
+    PARAMS degree=0
+    UNSANITIZED f16 bf16)
 
 holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
