@@ -1,0 +1,41 @@
+// Every CPU that Halide has, any sizes: each gradient a row at a time, from what is known of all rows, a mean and a factor each. The
+// sums over tokens go through the rows as they lie. Calls of as many tokens as L2 holds read memory once. Not parallel: the
+// runtime spreads tokens over threads.
+#include "../../generators/head_norm_gate_backward.h"
+#include "../schedule.h"
+
+namespace {
+using namespace Halide;
+using namespace holdfast;
+
+void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, const Target &target) {
+    Var e("e"), h("h"), t("t"), b("b"), w("w"), lane("lane");
+    RVar ro("ro"), ri("ri");
+    const int vec = target.natural_vector_size<float>();
+    const TailStrategy tail = TailStrategy::GuardWithIf;  // rows end where others, or the caller's other memory, begin
+    HeadNormGateFuncs &y = f.forward;
+
+    y.weight_or_one.compute_root().vectorize(e, vec, tail).update().reorder(e, y.over_weight, h).vectorize(e, vec, tail);
+    auto sum_over_row = [&](Func sum) {  // in the lanes of a vector
+        const RVar row = sum.rvars(0)[0];
+        sum.update().split(row, ro, ri, vec, tail);
+        Func lanes = sum.update().rfactor(ri, lane);
+        lanes.compute_at(sum, h).vectorize(lane).update().reorder(lane, ro).vectorize(lane);
+        sum.update().atomic().vectorize(ri, vec, tail);
+    };
+    y.sum.compute_root(), y.squares.compute_root(), y.factor.compute_root();
+    for (Func of_row : {f.dfactor, f.dsquares, f.dsum}) of_row.compute_at(f.result_dx, h);
+    for (Func sum : {y.sum, y.squares, f.dfactor, f.dsum}) sum_over_row(sum);
+
+    f.result_dx.update().reorder(e, f.want_dx, h, t, b).vectorize(e, vec, tail);
+    f.result_dgate.update().reorder(e, f.want_dgate, h, t, b).vectorize(e, vec, tail);
+    f.result_dweight.update(0).reorder(e, f.want_dweight, w).vectorize(e, vec, tail);
+    f.result_dweight.update(1).reorder(e, f.over_heads, w).vectorize(e, vec, tail);
+    const RVar over_t = f.dweight.rvars(0)[0], over_b = f.dweight.rvars(0)[1];
+    f.dweight.compute_root().vectorize(e, vec, tail).update().reorder(e, h, over_t, over_b).vectorize(e, vec, tail);
+}
+
+bool matches(const Target &t, const HeadNormGateBackwardSizes &) { return !t.has_gpu_feature(); }
+
+const bool added = Schedule<HeadNormGateBackwardFuncs, HeadNormGateBackwardSizes>::add({"generic", 0, matches, apply});
+}  // namespace
