@@ -24,7 +24,8 @@ class Adjoints : Internal::IRMutator {
     Expr visit(const Internal::Max *op) override {
         if (const Internal::Min *least = op->a.as<Internal::Min>(); least && op->type == Int(32))
             for (Expr index : {least->a, least->b}) {
-                if (const Internal::Call *likely = index.as<Internal::Call>(); likely && likely->is_intrinsic()) index = likely->args[0];
+                if (const Internal::Call *likely = index.as<Internal::Call>(); likely && likely->is_intrinsic())
+                    index = likely->args[0];
                 if (is_index(index)) return index;
             }
         return Internal::IRMutator::visit(op);
@@ -55,8 +56,7 @@ public:
         Func func(name);
         named[adjoint.name()] = func;
         func(adjoint.args()) = read(adjoint.value());
-        for (int n = 0; n < adjoint.num_update_definitions(); n++)
-            func(adjoint.update_args(n)) = read(adjoint.update_value(n));
+        for (int n = 0; n < adjoint.num_update_definitions(); n++) func(adjoint.update_args(n)) = read(adjoint.update_value(n));
         return func;
     }
 };
@@ -72,7 +72,8 @@ HeadNormGateBackwardFuncs head_norm_gate_backward(const Func &x, const Func &gat
     f.forward = head_norm_gate(x, gate, weight, value_extent, layer_norm, gated, weighted, eps), f.dout = dout;
     const HeadNormGateFuncs &y = f.forward;
 
-    Adjoints of(propagate_adjoints(y.out, dout, {{0, value_extent - 1}, {0, head_extent - 1}, {0, token_extent - 1}, {0, batch_extent - 1}}));
+    Adjoints of(propagate_adjoints(
+        y.out, dout, {{0, value_extent - 1}, {0, head_extent - 1}, {0, token_extent - 1}, {0, batch_extent - 1}}));
     of("dnormed_and_gated", y.out);
     f.dnormed = of("dnormed", y.normed), f.dswish = of("dswish", y.swish);
     f.dweight = of("dweight_or_one", y.weight_or_one, 0);

@@ -37,7 +37,8 @@ public:
         weights(e, h) = weight(e, h);
         gradients(e, h, t, b) = widen(dtype, dout(e, h, t, b));
         const Expr V = x.dim(0).extent(), H = x.dim(1).extent(), T = x.dim(2).extent(), B = x.dim(3).extent();
-        f = head_norm_gate_backward(rows, gates, weights, gradients, V, H, T, B, layer_norm != 0, gated != 0, weighted != 0, eps);
+        f = head_norm_gate_backward(rows, gates, weights, gradients, V, H, T, B, layer_norm != 0, gated != 0, weighted != 0,
+                                    eps);
 
         auto once_if = [](const char *name, const Expr &wanted) {
             RDom once(0, 1, name);

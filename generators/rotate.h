@@ -30,6 +30,7 @@ struct RotateFuncs {
 };
 
 /// `backward`: by the opposite angles, which is the gradient with respect to x, of out = x.
-RotateFuncs rotate(const Halide::Func &x, const Halide::Func &theta, const Halide::Func &position, const Halide::Expr &backward);
+RotateFuncs rotate(const Halide::Func &x, const Halide::Func &theta, const Halide::Func &position,
+                   const Halide::Expr &backward);
 
 }  // namespace holdfast

@@ -18,7 +18,8 @@ inline std::vector<NormBackwardCase> norm_backward_cases(bool cpu) {
         if (c.where != NormCase::apart || c.H * c.T == 0) continue;  // the library calls no kernel for nothing
         cases.push_back({c, true, c.gated, c.weighted});
     }
-    const NormCase layer = {"layer", 2, 3, 4, 37, Layout::padded, true, true}, rms = {"rms", 2, 3, 4, 37, Layout::padded, false, true};
+    const NormCase layer = {"layer", 2, 3, 4, 37, Layout::padded, true, true},
+                   rms = {"rms", 2, 3, 4, 37, Layout::padded, false, true};
     for (const NormCase &c : {layer, rms})
         for (int wanted = 0; wanted < 8; wanted++) {
             NormBackwardCase some = {c, (wanted & 1) != 0, (wanted & 2) != 0, (wanted & 4) != 0};
@@ -42,8 +43,8 @@ struct NormedGradient {
 };
 
 /// The gradient of rows [..., V], row-major; of a weight [H, V], where H is the last axis but one.
-inline NormedGradient normed_gradient(const Array &x, const Array &gate, const Array &weight, const Array &dout, bool layer_norm,
-                                      bool gated, double eps) {
+inline NormedGradient normed_gradient(const Array &x, const Array &gate, const Array &weight, const Array &dout,
+                                      bool layer_norm, bool gated, double eps) {
     NormedGradient all;
     const int last = (int)x.shape.size() - 1;
     const int64_t V = x.shape[last], H = x.shape[last - 1];
@@ -113,9 +114,8 @@ public:
         if (all.shared) share_weight(want, c.V);
         if (all.add) {
             size_t n = 0;
-            each(dweight.shape, [&](const Index &i) {
-                want.dweight[n] += dweight(i), want.dweight_spread[n] += std::abs(dweight(i)), n++;
-            });
+            each(dweight.shape,
+                 [&](const Index &i) { want.dweight[n] += dweight(i), want.dweight_spread[n] += std::abs(dweight(i)), n++; });
         }
         if (!c.weighted) weight.forget();
         const Array before[] = {x, gate, weight, dout, dx, dgate, dweight};
@@ -125,8 +125,9 @@ public:
         Buffer bw = view(weight.data(), f32, weight, {1, 0}), bdw = view(dweight.data(), f32, dweight, {1, 0});
         if (all.shared) bw.raw_buffer()->dim[1].stride = 0;
         for (Buffer *buffer : {&bx, &bg, &bo, &bdx, &bdg, &bw, &bdw}) buffer->set_host_dirty();  // as in kernel_call.h
-        ASSERT_EQ(kernel(bx, bg, bw, bo, (int32_t)c.layer_norm, (int32_t)c.gated, (int32_t)c.weighted, eps, (int32_t)all.want_dx,
-                         (int32_t)all.want_dgate, (int32_t)all.want_dweight, (int32_t)all.add, bdx, bdg, bdw),
+        ASSERT_EQ(kernel(bx, bg, bw, bo, (int32_t)c.layer_norm, (int32_t)c.gated, (int32_t)c.weighted, eps,
+                         (int32_t)all.want_dx, (int32_t)all.want_dgate, (int32_t)all.want_dweight, (int32_t)all.add, bdx, bdg,
+                         bdw),
                   0);
         for (Buffer *buffer : {&bdx, &bdg, &bdw}) ASSERT_EQ(buffer->copy_to_host(), 0);
         auto expect = [&](const char *name, bool wanted, Array &got, const Array &untouched, Stored *stored,
@@ -137,10 +138,12 @@ public:
                 return;
             }
             expect_close(name, got, value, spread, share, stored ? dtype : f32);
-            EXPECT_TRUE(got.gaps_intact() && (!stored || stored->gaps_intact())) << name << ": memory between the rows was written";
+            EXPECT_TRUE(got.gaps_intact() && (!stored || stored->gaps_intact()))
+                << name << ": memory between the rows was written";
         };
         expect("dx", all.want_dx, dx, before[4], &sdx, want.dx, want.dx_spread, tolerance::of_norm_gradient(c.V));
-        expect("dgate", all.want_dgate, dgate, before[5], &sdg, want.dgate, want.dgate_spread, tolerance::of_norm_gradient(c.V));
+        expect("dgate", all.want_dgate, dgate, before[5], &sdg, want.dgate, want.dgate_spread,
+               tolerance::of_norm_gradient(c.V));
         expect("dweight", all.want_dweight, dweight, before[6], nullptr, want.dweight, want.dweight_spread,
                tolerance::of_norm_weight_gradient(c.V, c.B * c.T * (all.shared ? c.H : 1)));
         EXPECT_TRUE(x.same_memory(before[0]) && sx.unchanged()) << "x was written";

@@ -108,8 +108,8 @@ public:
         Buffer bp(halide_type_of<uint32_t>(), words.data(), 3, axes);
         for (Buffer *buffer : {&bx, &bo, &bt, &bp}) buffer->set_host_dirty();  // as in kernel_call.h
         Buffer &br = c.in_place ? bx : bo;
-        ASSERT_EQ(kernel(bx, bt, bp, c.position_bits, (uint32_t)c.start, (uint32_t)((uint64_t)c.start >> 32), (int32_t)c.backward,
-                         br),
+        ASSERT_EQ(kernel(bx, bt, bp, c.position_bits, (uint32_t)c.start, (uint32_t)((uint64_t)c.start >> 32),
+                         (int32_t)c.backward, br),
                   0);
         ASSERT_EQ(br.copy_to_host(), 0);
         Stored &stored = c.in_place ? sx : so;

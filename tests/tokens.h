@@ -126,23 +126,17 @@ struct HeadNormGateBackward {
             n++;
         }
         DLTensor weights = weight.dl(), dweights = dweight.dl();
-        const holdfast_head_norm_gate_backward_args args = {sizeof args,
-                                                            views[0],
-                                                            views[1],
-                                                            weight.data ? &weights : nullptr,
-                                                            views[2],
-                                                            views[3],
-                                                            views[4],
-                                                            dweight.data ? &dweights : nullptr,
-                                                            norm,
-                                                            eps};
+        const holdfast_head_norm_gate_backward_args args = {sizeof args, views[0], views[1], weight.data ? &weights : nullptr,
+                                                            views[2],    views[3], views[4], dweight.data ? &dweights : nullptr,
+                                                            norm,        eps};
         return holdfast_head_norm_gate_backward(context, &args);
     }
 };
 
 /// The gradients are those of the reference; those without data are not looked at.
 inline void expect_gradients(const Array &x, const Array &gate, const Array &weight, const Array &dout, const Array *dx,
-                             const Array *dgate, const Array *dweight, bool layer_norm, bool gated, float eps, const Dtype &dtype) {
+                             const Array *dgate, const Array *dweight, bool layer_norm, bool gated, float eps,
+                             const Dtype &dtype) {
     const int64_t V = x.shape[3], tokens = x.shape[0] * x.shape[1];
     NormedGradient want = normed_gradient(x, gate, weight, dout, layer_norm, gated, eps);
     const double share = tolerance::of_norm_gradient(V);
@@ -150,8 +144,9 @@ inline void expect_gradients(const Array &x, const Array &gate, const Array &wei
     if (dgate) expect_close("dgate", *dgate, want.dgate, want.dgate_spread, share, dtype);
     if (!dweight) return;
     if (dweight->shape.size() == 1) share_weight(want, V);
-    expect_close("dweight", *dweight, want.dweight, want.dweight_spread,
-                 tolerance::of_norm_weight_gradient(V, std::min<int64_t>(tokens, 1024) * (dweight->shape.size() == 1 ? x.shape[2] : 1)));
+    expect_close(
+        "dweight", *dweight, want.dweight, want.dweight_spread,
+        tolerance::of_norm_weight_gradient(V, std::min<int64_t>(tokens, 1024) * (dweight->shape.size() == 1 ? x.shape[2] : 1)));
 }
 
 }  // namespace test

@@ -638,8 +638,8 @@ py::object head_norm_gate(py::handle x, py::handle gate, py::handle weight, bool
 }
 
 /// gradients: of x, gate and weight; each None: not wanted, True: made, as from rotate(), or given. They are returned.
-py::tuple head_norm_gate_backward(py::handle dout, py::handle x, py::handle gate, py::handle weight, bool layer_norm, double eps,
-                                  const py::tuple &gradients, uint64_t stream) {
+py::tuple head_norm_gate_backward(py::handle dout, py::handle x, py::handle gate, py::handle weight, bool layer_norm,
+                                  double eps, const py::tuple &gradients, uint64_t stream) {
     Array dout_array, x_array, gate_array, weight_array, arrays[3];
     dout_array.borrow("dout", dout, 4, false, stream);
     x_array.borrow("x", x, 4, false, stream);

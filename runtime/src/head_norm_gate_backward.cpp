@@ -39,9 +39,9 @@ struct Call {
         Buffer weight_rows(weight.rank ? weight.data : x.data, float32,
                            {{0, (int32_t)V, 1}, axis(H, weight.rank == 2 ? weight.stride[0] : 0)});
         Buffer dweight_rows(sums ? (void *)sums : x.data, float32, {{0, (int32_t)V, 1}, axis(weights(), V)});
-        check_returned(call(variant, &workspace, x_rows, gate_rows, weight_rows, dout_rows, false, dx_rows, dgate_rows,
-                            dweight_rows),
-                       variant, workspace);
+        check_returned(
+            call(variant, &workspace, x_rows, gate_rows, weight_rows, dout_rows, false, dx_rows, dgate_rows, dweight_rows),
+            variant, workspace);
     }
 
     /// On a GPU.
@@ -154,7 +154,8 @@ Call checked_call(const holdfast_head_norm_gate_backward_args &args) {
     call.dout = rows("dout", args.dout);
     if (args.dx) call.dx = rows("dx", args.dx);
     auto check_given = [](const char *gradient, const char *name, const DLTensor *given) {
-        if (!given) fail(HOLDFAST_INVALID_ARGUMENT, gradient, " is given and ", name, " is NULL; expected ", gradient, " of NULL");
+        if (!given)
+            fail(HOLDFAST_INVALID_ARGUMENT, gradient, " is given and ", name, " is NULL; expected ", gradient, " of NULL");
     };
     if (args.dgate) check_given("dgate", "gate", args.gate), call.dgate = rows("dgate", args.dgate);
     if (args.weight) {

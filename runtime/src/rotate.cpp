@@ -47,9 +47,9 @@ struct Call {
         x_rows.host = x.at<uint8_t>(b, t), out_rows.host = out.at<uint8_t>(b, t);
         Buffer angles(theta.data, float32, {{0, (int32_t)theta.shape[0], 1}});
         Buffer position(memory, uint32, {{0, 2, 1}, {0, (int32_t)tokens, 2}, {0, 1, 0}});
-        check_returned(std::get<RotateKernel *>(variant.run)(&workspace, &x_rows, &angles, &position, 64, 0, 0, backward,
-                                                             &out_rows),
-                       variant, workspace);
+        check_returned(
+            std::get<RotateKernel *>(variant.run)(&workspace, &x_rows, &angles, &position, 64, 0, 0, backward, &out_rows),
+            variant, workspace);
     }
 
     /// On a GPU. Positions that are not given are counted by the kernel.
@@ -126,8 +126,8 @@ Call checked_call(const holdfast_rotate_args &args, const Names &names, bool bac
     check_rows(x), check_rows(out);
     const Tensor theta = check_tensor(theta_spec, args.theta);
     if (theta.shape[0] != K / 2)
-        fail(HOLDFAST_INVALID_ARGUMENT, "theta has ", theta.shape[0], " elements; expected ", K / 2,
-             ", one for each pair of ", names.x);
+        fail(HOLDFAST_INVALID_ARGUMENT, "theta has ", theta.shape[0], " elements; expected ", K / 2, ", one for each pair of ",
+             names.x);
     check_rows(theta);
     Positions positions = checked_positions(args, names, x);
 

@@ -70,7 +70,7 @@ public:
     }
 
 private:
-    static constexpr int64_t reach = 1 << 29;              // elements: 2^31 bytes, at most
+    static constexpr int64_t reach = 1 << 29;  // elements: 2^31 bytes, at most
     int64_t T, all, count, at_once = most_at_once;
 
     static int64_t span(const Tensor &t, int axis) {
@@ -93,8 +93,8 @@ inline void announce(const holdfast_context &c, const char *call, const Variant 
                      int64_t pieces = 0) {
     if (!c.verbose) return;
     std::ostringstream line;
-    line << call << ": " << variant.name << " (" << why << "), B " << rows.shape[0] << ", T " << rows.shape[1]
-         << ", H " << rows.shape[2] << ", size " << rows.shape[3] << ", " << workers(c, variant, rows, pieces);
+    line << call << ": " << variant.name << " (" << why << "), B " << rows.shape[0] << ", T " << rows.shape[1] << ", H "
+         << rows.shape[2] << ", size " << rows.shape[3] << ", " << workers(c, variant, rows, pieces);
     c.verbose(c.verbose_user, line.str().c_str());
 }
 

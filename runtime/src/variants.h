@@ -26,8 +26,7 @@ using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide
                             halide_buffer_t *out);
 
 using RotateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *theta, halide_buffer_t *position,
-                         int32_t position_bits, uint32_t start, uint32_t start_upper, int32_t backward,
-                         halide_buffer_t *out);
+                         int32_t position_bits, uint32_t start, uint32_t start_upper, int32_t backward, halide_buffer_t *out);
 
 using HeadNormGateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *gate, halide_buffer_t *weight,
                                int32_t layer_norm, int32_t gated, int32_t weighted, float eps, halide_buffer_t *out);

@@ -30,7 +30,11 @@ void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, cons
     weights.compute_root().split(e, eo, ei, threads, tail).reorder(ei, eo, h).gpu_blocks(eo, h).gpu_threads(ei);
     y.weight_or_one.compute_at(weights, ei).store_in(MemoryType::Register);
 
-    f.result_dx.update().split(e, eo, ei, threads, tail).reorder(eo, ei, h, t, b, f.want_dx).gpu_blocks(h, t, b).gpu_threads(ei);
+    f.result_dx.update()
+        .split(e, eo, ei, threads, tail)
+        .reorder(eo, ei, h, t, b, f.want_dx)
+        .gpu_blocks(h, t, b)
+        .gpu_threads(ei);
     f.dsquares.compute_at(f.result_dx, h);
     for (Func sum : {f.dfactor, f.dsum}) sum_over_row(sum, f.result_dx);
     f.result_dgate.update()
@@ -42,13 +46,26 @@ void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, cons
     const RVar over_t = f.dweight.rvars(0)[0], over_b = f.dweight.rvars(0)[1];
     f.dweight.update().split(over_t, to, ti, tokens, tail);
     Func some = f.dweight.update().rfactor({{to, n}, {over_b, m}}), some_stored = some.in();
-    some_stored.compute_root().split(e, eo, ei, threads, tail).reorder(ei, eo, h, n, m).fuse(eo, h, eh).gpu_blocks(eh, n, m).gpu_threads(ei);
+    some_stored.compute_root()
+        .split(e, eo, ei, threads, tail)
+        .reorder(ei, eo, h, n, m)
+        .fuse(eo, h, eh)
+        .gpu_blocks(eh, n, m)
+        .gpu_threads(ei);
     some.compute_at(some_stored, ei).store_in(MemoryType::Register);
     Func all = f.dweight.in();
     all.compute_root().split(e, eo, ei, threads, tail).reorder(ei, eo, h).gpu_blocks(eo, h).gpu_threads(ei);
     f.dweight.compute_at(all, ei).store_in(MemoryType::Register);
-    f.result_dweight.update(0).split(e, eo, ei, threads, tail).reorder(ei, eo, w, f.want_dweight).gpu_blocks(eo, w).gpu_threads(ei);
-    f.result_dweight.update(1).split(e, eo, ei, threads, tail).reorder(f.over_heads, ei, eo, w).gpu_blocks(eo, w).gpu_threads(ei);
+    f.result_dweight.update(0)
+        .split(e, eo, ei, threads, tail)
+        .reorder(ei, eo, w, f.want_dweight)
+        .gpu_blocks(eo, w)
+        .gpu_threads(ei);
+    f.result_dweight.update(1)
+        .split(e, eo, ei, threads, tail)
+        .reorder(f.over_heads, ei, eo, w)
+        .gpu_blocks(eo, w)
+        .gpu_threads(ei);
 }
 
 bool matches(const Target &t, const HeadNormGateBackwardSizes &) { return t.has_gpu_feature(); }

@@ -37,7 +37,8 @@ TEST_P(HeadNormGateBackward, MatchesReference) {
         const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
         const Callable kernel = create_callable_from_generator(
             context, "head_norm_gate_backward", {{"dtype", instance.dtype.name}, {"forced_schedule", instance.schedule}});
-        for (const NormBackwardCase &c : norm_backward_cases(true)) NormBackwardCall(c, instance.dtype).expect_reference(kernel);
+        for (const NormBackwardCase &c : norm_backward_cases(true))
+            NormBackwardCall(c, instance.dtype).expect_reference(kernel);
     } catch (const Halide::Error &e) {
         FAIL() << e.what();
     }
@@ -75,6 +76,7 @@ TEST(HeadNormGateBackwardReference, IsTheSlopeOfTheForwardOne) {
         }
 }
 
-INSTANTIATE_TEST_SUITE_P(, HeadNormGateBackward, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+INSTANTIATE_TEST_SUITE_P(, HeadNormGateBackward, testing::ValuesIn(instances()),
+                         [](const auto &info) { return name(info.param); });
 
 }  // namespace

@@ -42,8 +42,8 @@ struct Call {
         rotate = {sizeof rotate, &v.x, &v.theta, &v.positions, &v.out, 0, 0};
         rotate_backward = {sizeof rotate_backward, &v.dout, &v.theta, &v.positions, &v.dx, 0, 0};
         norm = {sizeof norm, &v.x, &v.gate, &v.weight, &v.out, HOLDFAST_NORM_LAYER, 1e-6f};
-        norm_backward = {sizeof norm_backward, &v.x,     &v.gate,    &v.weight,           &v.dout,
-                         &v.dx,                &v.dgate, &v.dweight, HOLDFAST_NORM_LAYER, 1e-6f};
+        norm_backward = {sizeof norm_backward, &v.x, &v.gate, &v.weight, &v.dout, &v.dx, &v.dgate, &v.dweight,
+                         HOLDFAST_NORM_LAYER,  1e-6f};
     }
     Call(const Call &) = delete;
 
@@ -169,7 +169,8 @@ std::vector<Case> cases() {
         add("struct_size_" + std::to_string(size), invalid,
             "args.struct_size is " + std::to_string(size) + "; expected sizeof(holdfast_rotate_backward_args)",
             [=](Call &c) { c.rotate_backward.struct_size = size; });
-    add("dout_null", invalid, "dout is NULL; expected a tensor [B, T, H, K]", [](Call &c) { c.rotate_backward.dout = nullptr; });
+    add("dout_null", invalid, "dout is NULL; expected a tensor [B, T, H, K]",
+        [](Call &c) { c.rotate_backward.dout = nullptr; });
     add("theta_null", invalid, "theta is NULL; expected a tensor", [](Call &c) { c.rotate_backward.theta = nullptr; });
     add("dx_null", invalid, "dx is NULL; expected a tensor [B, T, H, K]", [](Call &c) { c.rotate_backward.dx = nullptr; });
     add_tensor("dout", "BTHK", &Call::Views::dout), add_tensor("dx", "BTHK", &Call::Views::dx);
@@ -242,7 +243,8 @@ std::vector<Case> cases() {
         [](Call &c) { c.norm_backward.gate = nullptr; });
     add("dweight_without_weight", invalid, "dweight is given and weight is NULL; expected dweight of NULL",
         [](Call &c) { c.norm_backward.weight = nullptr; });
-    add("dweight_of_another_rank", invalid, "dweight has 1 dimensions; expected 2, [H, V]", [](Call &c) { c.v.dweight.ndim = 1; });
+    add("dweight_of_another_rank", invalid, "dweight has 1 dimensions; expected 2, [H, V]",
+        [](Call &c) { c.v.dweight.ndim = 1; });
     add("dweight_float16", unsupported, "dweight has dtype float16; expected float32",
         [](Call &c) { c.v.dweight.dtype.bits = 16; });
     add("V_0", invalid, "x [B, T, H, V] has V = 0; expected at least 1", [](Call &c) { c.v.x.shape[3] = 0; });
@@ -258,10 +260,8 @@ std::vector<Case> cases() {
         DLTensor Call::Views::*view;
     };
     const Named outputs[] = {{"dx", &Call::Views::dx}, {"dgate", &Call::Views::dgate}, {"dweight", &Call::Views::dweight}};
-    const Named inputs[] = {{"x", &Call::Views::x},
-                            {"gate", &Call::Views::gate},
-                            {"weight", &Call::Views::weight},
-                            {"dout", &Call::Views::dout}};
+    const Named inputs[] = {
+        {"x", &Call::Views::x}, {"gate", &Call::Views::gate}, {"weight", &Call::Views::weight}, {"dout", &Call::Views::dout}};
     auto overlap = [&](const Named &output, const Named &other, int64_t apart) {
         add(output.name + (apart ? "_overlaps_" : "_is_") + other.name, invalid,
             output.name + " overlaps " + other.name + " in memory; expected separate memory", [=](Call &c) {

@@ -699,8 +699,8 @@ TEST_P(Tensors, HaveGradientsWhereTheyLie) {
             args.norm = heads == 1 ? HOLDFAST_NORM_LAYER : HOLDFAST_NORM_RMS, args.eps = 1e-6f;
             ASSERT_EQ(holdfast_head_norm_gate_backward(context, &args), HOLDFAST_OK) << context.error();
             d.fetch({4, 5, 6});
-            expect_gradients(x, gate, weight, dout, &dx, heads ? &dgate : nullptr, heads ? &dweight : nullptr, heads == 1, heads,
-                             1e-6f, dtype);
+            expect_gradients(x, gate, weight, dout, &dx, heads ? &dgate : nullptr, heads ? &dweight : nullptr, heads == 1,
+                             heads, 1e-6f, dtype);
             expect_message(std::string(", on ") + device->name);
             d.expect_released();
         }

@@ -59,8 +59,8 @@ TEST_P(HeadNormGateBackwardTest, MatchesReference) {
                         if (gated) call.gate = gate, call.dgate = dgate;
                         const Array inputs[] = {x, gate, weight, dout};
                         run(call);
-                        expect_gradients(x, gate, weight, dout, &dx, gated ? &dgate : nullptr, kind == none ? nullptr : &dweight,
-                                         norm == HOLDFAST_NORM_LAYER, gated, 1e-3f, dtype);
+                        expect_gradients(x, gate, weight, dout, &dx, gated ? &dgate : nullptr,
+                                         kind == none ? nullptr : &dweight, norm == HOLDFAST_NORM_LAYER, gated, 1e-3f, dtype);
                         EXPECT_TRUE(dx.gaps_intact() && dgate.gaps_intact() && dweight.gaps_intact());
                         EXPECT_TRUE(x.same_memory(inputs[0]) && gate.same_memory(inputs[1]) && weight.same_memory(inputs[2]) &&
                                     dout.same_memory(inputs[3]));
@@ -209,8 +209,8 @@ TEST_P(HeadNormGateBackwardTest, ForcedTargetRunsAndAllocatesOnce) {
     RowsArgument rows(dtype, x), dxs(dtype, dx), dgates(dtype, dgate);
     Tensor weights(weight), dweights(dweight);
     DLTensor w = weights.dl(), dw = dweights.dl();
-    const holdfast_head_norm_gate_backward_args args = {
-        sizeof args, rows.dl(), rows.dl(), &w, rows.dl(), dxs.dl(), dgates.dl(), &dw, HOLDFAST_NORM_LAYER, 1e-6f};
+    const holdfast_head_norm_gate_backward_args args = {sizeof args, rows.dl(), rows.dl(),           &w,   rows.dl(), dxs.dl(),
+                                                        dgates.dl(), &dw,       HOLDFAST_NORM_LAYER, 1e-6f};
     ASSERT_EQ(holdfast_head_norm_gate_backward(*context, &args), HOLDFAST_OK) << context->error();
     EXPECT_EQ(context->messages.back().find("head_norm_gate_backward: head_norm_gate_backward_" + std::string(dtype.name) +
                                             "_" + GetParam().target + " (target forced"),
@@ -245,7 +245,8 @@ TEST_P(HeadNormGateBackwardThreadsTest, SameBitsForAnyNumber) {
 
 INSTANTIATE_TEST_SUITE_P(, HeadNormGateBackwardTest, testing::ValuesIn(tokens_instances("head_norm_gate_backward")),
                          [](const auto &info) { return name(info.param); });
-INSTANTIATE_TEST_SUITE_P(, HeadNormGateBackwardThreadsTest, testing::ValuesIn(tokens_instances("head_norm_gate_backward", {f32})),
+INSTANTIATE_TEST_SUITE_P(, HeadNormGateBackwardThreadsTest,
+                         testing::ValuesIn(tokens_instances("head_norm_gate_backward", {f32})),
                          [](const auto &info) { return name(info.param); });
 
 }  // namespace

@@ -70,7 +70,8 @@ inline NormedRowGradient head_norm_gate_backward(const std::vector<double> &x, c
         row.dx.push_back((u[e] - mean_u - n[e] * mean_un) / deviation);
         row.dx_spread.push_back((std::abs(u[e]) * exponent[e] + std::sqrt(square_u) + spread_n[e] * spread_un) / deviation);
         row.dgate.push_back(dout[e] * weight[e] * n[e] * p * (1 + gate[e] * rest));
-        row.dgate_spread.push_back(std::abs(dout[e] * weight[e]) * spread_n[e] * p * (1 + std::abs(gate[e]) * rest) * exponent[e]);
+        row.dgate_spread.push_back(std::abs(dout[e] * weight[e]) * spread_n[e] * p * (1 + std::abs(gate[e]) * rest) *
+                                   exponent[e]);
         row.dweight.push_back(dout[e] * n[e] * s[e]);
         row.dweight_spread.push_back(std::abs(dout[e] * s[e]) * spread_n[e] * exponent[e]);
     }

@@ -12,9 +12,10 @@ struct Variant {
     const char *name;
     Dtype dtype;
     const char *backend;
-    int (*run)(const void *user_context, halide_buffer_t *x, halide_buffer_t *gate, halide_buffer_t *weight, halide_buffer_t *dout,
-               int32_t layer_norm, int32_t gated, int32_t weighted, float eps, int32_t want_dx, int32_t want_dgate,
-               int32_t want_dweight, int32_t add_dweight, halide_buffer_t *dx, halide_buffer_t *dgate, halide_buffer_t *dweight);
+    int (*run)(const void *user_context, halide_buffer_t *x, halide_buffer_t *gate, halide_buffer_t *weight,
+               halide_buffer_t *dout, int32_t layer_norm, int32_t gated, int32_t weighted, float eps, int32_t want_dx,
+               int32_t want_dgate, int32_t want_dweight, int32_t add_dweight, halide_buffer_t *dx, halide_buffer_t *dgate,
+               halide_buffer_t *dweight);
 };
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, ...) \
     {#name, dtype, backend_of(#target), name},
