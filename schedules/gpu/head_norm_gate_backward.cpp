@@ -1,6 +1,7 @@
 // Every GPU API that Halide has, any sizes, under the limits of chunkwise.cpp. First a sum of each row, or two, by a block of threads
 // for it, into memory that every gradient reads; then a launch for each gradient of rows, a block of threads per row again.
-// The sums over tokens are made in three launches: of some tokens, of all of these sums, and of heads that share weights.
+// The sums over tokens are made in steps, of a launch each: of some tokens, of all of an entry, of all entries, and of heads that
+// share weights.
 #include "../../generators/head_norm_gate_backward.h"
 #include "../schedule.h"
 
@@ -30,42 +31,29 @@ void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, cons
     weights.compute_root().split(e, eo, ei, threads, tail).reorder(ei, eo, h).gpu_blocks(eo, h).gpu_threads(ei);
     y.weight_or_one.compute_at(weights, ei).store_in(MemoryType::Register);
 
-    f.result_dx.update()
-        .split(e, eo, ei, threads, tail)
-        .reorder(eo, ei, h, t, b, f.want_dx)
-        .gpu_blocks(h, t, b)
-        .gpu_threads(ei);
+    auto rows_in_blocks = [&](Stage gradient, const RDom &wanted) {
+        gradient.split(e, eo, ei, threads, tail).reorder(eo, ei, h, t, b, wanted).gpu_blocks(h, t, b).gpu_threads(ei);
+    };
+    rows_in_blocks(f.result_dx.update(), f.want_dx), rows_in_blocks(f.result_dgate.update(), f.want_dgate);
     f.dsquares.compute_at(f.result_dx, h);
     for (Func sum : {f.dfactor, f.dsum}) sum_over_row(sum, f.result_dx);
-    f.result_dgate.update()
-        .split(e, eo, ei, threads, tail)
-        .reorder(eo, ei, h, t, b, f.want_dgate)
-        .gpu_blocks(h, t, b)
-        .gpu_threads(ei);
 
+    auto sum_by_threads = [&](Func sum) {  // each its own, in a register
+        Func sums = sum.in();
+        sums.compute_root().split(e, eo, ei, threads, tail).reorder(ei, eo, h).fuse(eo, h, eh).gpu_threads(ei);
+        sum.compute_at(sums, ei).store_in(MemoryType::Register);
+        return sums;
+    };
     const RVar over_t = f.dweight.rvars(0)[0], over_b = f.dweight.rvars(0)[1];
     f.dweight.update().split(over_t, to, ti, tokens, tail);
-    Func some = f.dweight.update().rfactor({{to, n}, {over_b, m}}), some_stored = some.in();
-    some_stored.compute_root()
-        .split(e, eo, ei, threads, tail)
-        .reorder(ei, eo, h, n, m)
-        .fuse(eo, h, eh)
-        .gpu_blocks(eh, n, m)
-        .gpu_threads(ei);
-    some.compute_at(some_stored, ei).store_in(MemoryType::Register);
-    Func all = f.dweight.in();
-    all.compute_root().split(e, eo, ei, threads, tail).reorder(ei, eo, h).gpu_blocks(eo, h).gpu_threads(ei);
-    f.dweight.compute_at(all, ei).store_in(MemoryType::Register);
-    f.result_dweight.update(0)
-        .split(e, eo, ei, threads, tail)
-        .reorder(ei, eo, w, f.want_dweight)
-        .gpu_blocks(eo, w)
-        .gpu_threads(ei);
-    f.result_dweight.update(1)
-        .split(e, eo, ei, threads, tail)
-        .reorder(f.over_heads, ei, eo, w)
-        .gpu_blocks(eo, w)
-        .gpu_threads(ei);
+    Func some = f.dweight.update().rfactor({{to, n}, {over_b, m}}), entries = f.dweight.update().rfactor(over_b, m);
+    sum_by_threads(some).gpu_blocks(eh, n, m);
+    sum_by_threads(entries).gpu_blocks(eh, m);
+    sum_by_threads(f.dweight).gpu_blocks(eh);
+    auto weights_in_blocks = [&](Stage stage, const RDom &over) {
+        stage.split(e, eo, ei, threads, tail).reorder(over, ei, eo, w).gpu_blocks(eo, w).gpu_threads(ei);
+    };
+    weights_in_blocks(f.result_dweight.update(0), f.want_dweight), weights_in_blocks(f.result_dweight.update(1), f.over_heads);
 }
 
 bool matches(const Target &t, const HeadNormGateBackwardSizes &) { return t.has_gpu_feature(); }
