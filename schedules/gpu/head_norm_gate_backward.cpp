@@ -31,6 +31,8 @@ void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, cons
     weights.compute_root().split(e, eo, ei, threads, tail).reorder(ei, eo, h).gpu_blocks(eo, h).gpu_threads(ei);
     y.weight_or_one.compute_at(weights, ei).store_in(MemoryType::Register);
 
+    for (Func result : {f.result_dx, f.result_dgate, f.result_dweight})
+        result.gpu_single_thread();  // undefined at first, so that nothing is run; but Halide would want it in host memory too
     auto rows_in_blocks = [&](Stage gradient, const RDom &wanted) {
         gradient.split(e, eo, ei, threads, tail).reorder(eo, ei, h, t, b, wanted).gpu_blocks(h, t, b).gpu_threads(ei);
     };
