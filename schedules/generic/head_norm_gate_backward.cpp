@@ -22,17 +22,26 @@ void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, cons
         Func lanes = sum.update().rfactor(ri, lane);
         lanes.compute_at(sum, h).vectorize(lane).update().reorder(lane, ro).vectorize(lane);
         sum.update().atomic().vectorize(ri, vec, tail);
+        return lanes;
     };
+    const Expr whole_vectors = y.value_extent >= vec;  // the sums of lanes are then added up by shuffling
     y.sum.compute_root(), y.squares.compute_root(), y.factor.compute_root();
-    for (Func of_row : {f.dfactor, f.dsquares, f.dsum}) of_row.compute_at(f.result_dx, h);
-    for (Func sum : {y.sum, y.squares, f.dfactor, f.dsum}) sum_over_row(sum);
+    for (Func sum : {y.sum, y.squares}) sum_over_row(sum), sum.update().specialize(whole_vectors);
 
+    for (Func of_row : {f.dfactor, f.dsquares, f.dsum}) of_row.compute_at(f.result_dx, h);
+    sum_over_row(f.dsum);
+    Func row = f.dnormed.clone_in({sum_over_row(f.dfactor), f.dcentered});  // the exponentials of a row once
+    row.compute_at(f.result_dx, h).vectorize(e, vec, tail);
     f.result_dx.update().reorder(e, f.want_dx, h, t, b).vectorize(e, vec, tail);
-    f.result_dgate.update().reorder(e, f.want_dgate, h, t, b).vectorize(e, vec, tail);
+    f.result_dx.update().specialize(whole_vectors && y.gated);
+    f.result_dx.update().specialize(whole_vectors);
+    f.result_dgate.update().reorder(e, f.want_dgate, h, t, b).vectorize(e, vec, tail).specialize(y.gated);
+
     f.result_dweight.update(0).reorder(e, f.want_dweight, w).vectorize(e, vec, tail);
     f.result_dweight.update(1).reorder(e, f.over_heads, w).vectorize(e, vec, tail);
     const RVar over_t = f.dweight.rvars(0)[0], over_b = f.dweight.rvars(0)[1];
     f.dweight.compute_root().vectorize(e, vec, tail).update().reorder(e, h, over_t, over_b).vectorize(e, vec, tail);
+    f.dweight.update().specialize(y.gated);
 }
 
 bool matches(const Target &t, const HeadNormGateBackwardSizes &) { return !t.has_gpu_feature(); }
