@@ -24,7 +24,8 @@ struct HeadNormGateFuncs {
     Halide::Func squares;        // (h,t,b): the sum of centered^2
     Halide::Func factor;         // (h,t,b): 1 / sqrt(variance + eps)
     Halide::Func normed;         // (e,h,t,b): centered factor weight_or_one
-    Halide::Func swish;          // (e,h,t,b): gate / (1 + exp(-gate))
+    Halide::Func power;          // (e,h,t,b): exp(-gate)
+    Halide::Func swish;          // (e,h,t,b): gate / (1 + power)
     Halide::Func out;            // (e,h,t,b)
     Halide::RDom over_value;     // sum, squares: e in [0, V)
     Halide::RDom over_weight;    // weight_or_one: once, or not at all
@@ -39,7 +40,8 @@ HeadNormGateFuncs head_norm_gate(const Halide::Func &x, const Halide::Func &gate
                                  const Halide::Expr &value_extent, const Halide::Expr &layer_norm, const Halide::Expr &gated,
                                  const Halide::Expr &weighted, const Halide::Expr &eps);
 
-/// The derivative of swish. By hand, because autodiff would square 1 + exp(-gate), which fp32 cannot hold for gates below -44.
-Halide::Expr swish_slope(const Halide::Expr &gate);
+/// The derivative of swish, of a gate and its power. By hand, because autodiff would square 1 + power, which fp32 cannot hold for
+/// gates below -44.
+Halide::Expr swish_slope(const Halide::Expr &gate, const Halide::Expr &power);
 
 }  // namespace holdfast

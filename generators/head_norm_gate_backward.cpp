@@ -83,7 +83,7 @@ HeadNormGateBackwardFuncs head_norm_gate_backward(const Func &x, const Func &gat
 
     f.dx = Func("dx_of_row"), f.dgate = Func("dgate_of_row");
     f.dx(e, h, t, b) = select(layer_norm, f.ddistance(e, h, t, b), f.dcentered(e, h, t, b));
-    f.dgate(e, h, t, b) = f.dswish(e, h, t, b) * swish_slope(gate(e, h, t, b));
+    f.dgate(e, h, t, b) = f.dswish(e, h, t, b) * swish_slope(gate(e, h, t, b), y.power(e, h, t, b));
     return f;
 }
 

@@ -555,9 +555,9 @@ typedef struct holdfast_head_norm_gate_backward_args {
  *
  *  Aliasing: inputs may share memory with one another. Outputs overlap no other tensor.
  *
- *  On the CPU one thread works on up to half a megabyte of rows, and for dweight on at least 1/256 of all. Workspace is a few floats for
- *  each token of half a megabyte, and for dweight 256 rows [H, V] of doubles at most; after the first call a context allocates
- *  nothing more. On a GPU: a launch for the sums of rows, of layer norm two, and one for the weights; one for dx, one for dgate, and
+ *  On the CPU one thread works on up to half a megabyte of rows, and for dweight on at least 1/256 of all. Workspace is half a
+ *  megabyte for each thread (more where one token has more), and for dweight 256 rows [H, V] of doubles at most; after the first call
+ *  a context allocates nothing more. On a GPU: a launch for the sums of rows, of layer norm two, and one for the weights; one for dx, one for dgate, and
  *  five for dweight; for up to 2^15 batch entries and tokens of each, in 2^31 bytes, at once. Device memory of a few floats for each
  *  token and head, and for dweight V for each 64 tokens and head, is the context's, which on CUDA allocates it when it has to grow.
  *
