@@ -121,8 +121,10 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
 holdfast_kernel(rotate DTYPES f32 f16 bf16
     TARGETS avx512 avx2 cuda metal opencl vulkan generic)
 
-holdfast_kernel(head_norm_gate DTYPES f32 f16 bf16
-    TARGETS avx512 avx2 cuda metal opencl vulkan generic)
+foreach(kernel head_norm_gate head_norm_gate_backward)
+  holdfast_kernel(${kernel} DTYPES f32 f16 bf16
+      TARGETS avx512 avx2 cuda metal opencl vulkan generic)
+endforeach()
 
 # Power retention. The state is large: longer chunks read and write it less often, and their own work grows, and with it what a
 # block of features wants to have in L1. Measured: 64 for all of these; 128 takes 4 to 6% longer. Half of the values, for two
