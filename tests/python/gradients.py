@@ -1,16 +1,11 @@
-"""What the tests of gradients share: whether this build has any, and how they are compared."""
+"""How tests compare gradients with those of a formula in float64."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import holdfast
-import pytest
 from reference import assert_close
 
-needs_gradients = pytest.mark.skipif(
-    not hasattr(holdfast, "head_norm_gate_backward"), reason="this build has no gradient of norm and gate"
-)
 TOLERANCE = 1e-5  # relative RMS, the specification's number
 
 

@@ -4,7 +4,7 @@ attentions; the RetNet model against a plain one, and its checkpoints."""
 from __future__ import annotations
 
 import pytest
-from gradients import check_gradients, needs_gradients
+from gradients import check_gradients
 from reference import assert_close
 
 torch = pytest.importorskip("torch")
@@ -369,7 +369,6 @@ def test_bad_checkpoints():
     assert_close(model(tokens).logits, expected.numpy(), MODEL_TOLERANCE)
 
 
-@needs_gradients
 @pytest.mark.parametrize("call", [fla.chunk_simple_gla, fla.fused_recurrent_simple_gla])
 def test_gradients(call):
     q, k, v, g, state = inputs()
@@ -387,7 +386,6 @@ def test_gradients(call):
     )
 
 
-@needs_gradients
 def test_gradients_of_the_model():
     tensors = checkpoint(heads=4, kv_heads=2)
     model = fla.retnet_from_state_dict(tensors)

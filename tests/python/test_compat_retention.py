@@ -4,7 +4,7 @@ features, the cache of inference and when it is folded, bad inputs."""
 from __future__ import annotations
 
 import pytest
-from gradients import check_gradients, needs_gradients
+from gradients import check_gradients
 from reference import assert_close
 
 torch = pytest.importorskip("torch")
@@ -234,7 +234,6 @@ def test_bad_inputs():
             call()
 
 
-@needs_gradients
 @pytest.mark.parametrize("deg", [1, 2, 4])
 @pytest.mark.parametrize("chunk_size", [None, 8])
 def test_gradients(deg, chunk_size):

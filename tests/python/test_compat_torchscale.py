@@ -6,7 +6,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from gradients import check_gradients, needs_gradients
+from gradients import check_gradients
 from reference import assert_close
 
 torch = pytest.importorskip("torch")
@@ -357,7 +357,6 @@ def test_bad_checkpoints():
         torchscale.retnet_from_state_dict({**tensors, "layers.0.moe_layer.gate.weight": torch.zeros(1)})
 
 
-@needs_gradients
 @pytest.mark.parametrize("mode", ["parallel", "chunkwise", "recurrent"])
 def test_gradients(mode):
     layer, x = layer_and_input()

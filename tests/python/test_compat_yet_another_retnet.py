@@ -4,7 +4,7 @@ layer and the model in their three forms."""
 from __future__ import annotations
 
 import pytest
-from gradients import check_gradients, needs_gradients
+from gradients import check_gradients
 from reference import assert_close
 
 torch = pytest.importorskip("torch")
@@ -262,7 +262,6 @@ def test_presets(make, size, width, layers):
     assert {layer.retention.num_heads for layer in model.decoder.layers} == {size // 256}
 
 
-@needs_gradients
 @pytest.mark.parametrize("activation", ["swish", "gelu"])
 def test_gradients(activation):
     torch.manual_seed(0)
