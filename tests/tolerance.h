@@ -30,6 +30,13 @@ inline double of_power_spread(int64_t K, int64_t D, int64_t chunk, int64_t decay
     return of_spread(K + (int64_t)std::sqrt(D), chunk, decays);
 }
 
+/// Largest error of any element of a gradient, as a share of its spread (reference/backward.h, power_backward.h). It passes through
+/// as many sums as an output does, forward and back: over K and over V, over two chunks, and over D features where they are expanded;
+/// and both the state and its gradient have been multiplied and added to `decays` times.
+inline double of_backward_spread(int64_t K, int64_t V, int64_t D, int64_t chunk, int64_t decays) {
+    return of_spread(K + V + (int64_t)std::sqrt(D), 2 * chunk, 2 * decays);
+}
+
 /// The same of variants that round operands (holdfast_variant): every term is a product of which one factor is the nearest sum of
 /// `parts` numbers of the type. Of many terms that takes 0.4 of their rounding in the root mean square, and five standard
 /// deviations. But right after a reset an output has one term, one whole rounding of q k times v, and q k is a sum of K itself: of

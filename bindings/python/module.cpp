@@ -44,7 +44,8 @@ struct Constants {
                                   "The forced target (HOLDFAST_TARGET, set_target) or backend is unknown, or this machine "
                                   "cannot run it, or that of the arrays.",
                                   PyExc_RuntimeError, nullptr));
-    py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__";
+    py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__", exchange_api = "__dlpack_c_exchange_api__";
+    py::str requires_grad = "requires_grad";
     py::tuple version = py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
     py::tuple keywords = py::make_tuple("max_version", "copy"),
               keywords_of_a_gpu = py::make_tuple("max_version", "copy", "stream");
@@ -88,8 +89,8 @@ bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.b
 
 /// What the library takes for the argument of that name.
 std::string expected_dtypes(const std::string &name) {
-    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights"}, *const integers[] = {"positions",
-                                                                                                           "cu_seqlens"};
+    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights", "dout"}, *const integers[] = {
+                                                                                                  "positions", "cu_seqlens"};
     auto is_of = [&](const auto &names) { return std::find(std::begin(names), std::end(names), name) != std::end(names); };
     return is_of(rows) ? "float32, float16 or bfloat16" : is_of(integers) ? "int32 or int64" : "float32";
 }
@@ -125,15 +126,17 @@ public:
     Array(const Array &) = delete;
     ~Array() {
         if (view.obj) PyBuffer_Release(&view);
+        if (exchanged && exchanged->deleter) exchanged->deleter(exchanged);
     }
 
     /// `rank` is what the library expects; it only serves to describe a tensor that its producer does not export. `stream`,
     /// for memory of CUDA: where work with it will be put, as DLPack numbers streams; its producer makes that one wait.
     void borrow(const char *name, py::handle array, int rank, bool writable = false, uint64_t stream = 1) {
         this->stream = stream;
-        if (PyObject_CheckBuffer(array.ptr()) && PyObject_GetBuffer(array.ptr(), &view, PyBUF_RECORDS_RO) == 0)
+        const bool is_buffer = PyObject_CheckBuffer(array.ptr());
+        if (is_buffer && PyObject_GetBuffer(array.ptr(), &view, PyBUF_RECORDS_RO) == 0)
             borrow_buffer(name, writable);
-        else if (!borrow_bfloat16(name, array, writable))
+        else if (!(is_buffer ? borrow_bfloat16(name, array, writable) : exchange(name, array, writable)))
             borrow_dlpack(name, array, rank, writable);
         given = true;
     }
@@ -145,6 +148,7 @@ private:
     bool given = false;
     Py_buffer view{};
     py::object capsule;
+    DLManagedTensorVersioned *exchanged = nullptr;
     uint64_t stream = 1;
     int64_t shape[PyBUF_MAX_NDIM], strides[PyBUF_MAX_NDIM];
 
@@ -180,6 +184,35 @@ private:
         return true;
     }
 
+    /// By the C functions of the array's type, which DLPack has from 1.3 on (PyTorch): no Python runs, and a tensor takes a tenth of the
+    /// time that its __dlpack__() takes. Whether it was borrowed; where it was not, borrow_dlpack() does it, or says what is wrong.
+    bool exchange(const char *name, py::handle array, bool writable) {
+#if DLPACK_MAJOR_VERSION > 1 || DLPACK_MINOR_VERSION >= 3
+        const Constants &c = constants();
+        const py::error_scope keep;  // nothing that fails here is an error
+        const auto table =
+            py::reinterpret_steal<py::object>(PyObject_GetAttr((PyObject *)Py_TYPE(array.ptr()), c.exchange_api.ptr()));
+        if (!table || !PyCapsule_IsValid(table.ptr(), "dlpack_exchange_api")) return false;
+        const auto *api = (const DLPackExchangeAPI *)PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api");
+        const auto requires_grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(array.ptr(), c.requires_grad.ptr()));
+        if (api->header.version.major != DLPACK_MAJOR_VERSION || requires_grad.ptr() == Py_True ||
+            api->managed_tensor_from_py_object_no_sync(array.ptr(), &exchanged) != 0)
+            return false;
+        const DLDevice device = exchanged->dl_tensor.device;
+        if (device.device_type != kDLCPU) {  // no stream is made to wait here: those of one stream alone need none
+            void *current = nullptr;
+            if (device.device_type != kDLCUDA ||
+                api->current_work_stream(device.device_type, device.device_id, &current) != 0 ||
+                (current ? (uint64_t)(uintptr_t)current : 1) != stream)
+                return false;
+        }
+        take(name, *exchanged, writable);
+        return true;
+#else
+        return (void)name, (void)array, (void)writable, false;
+#endif
+    }
+
     void borrow_dlpack(const char *name, py::handle array, int rank, bool writable) {
         export_capsule(name, array);
         if (!capsule) {
@@ -187,20 +220,24 @@ private:
             std::fill_n(shape, rank, 0);
             tensor = {nullptr, tensor.device, rank, float32, shape, nullptr, 0};
         } else if (auto *versioned = (DLManagedTensorVersioned *)pointer("dltensor_versioned")) {
-            if (versioned->version.major != DLPACK_MAJOR_VERSION)
-                raise(PyExc_BufferError, name, " is exported as DLPack ", versioned->version.major, ".",
-                      versioned->version.minor, "; expected ", DLPACK_MAJOR_VERSION);
-            if (writable && versioned->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
-                raise(PyExc_ValueError, name, " is read-only; expected memory to write to");
-            if (writable && versioned->flags & DLPACK_FLAG_BITMASK_IS_COPIED)
-                raise(PyExc_ValueError, name, " exports a copy of itself; expected its own memory, to write to");
-            tensor = versioned->dl_tensor;
+            take(name, *versioned, writable);
         } else if (auto *managed = (DLManagedTensor *)pointer("dltensor")) {
             tensor = managed->dl_tensor;
         } else {
             raise(PyExc_TypeError, name, " is of type ", type_name(array), ", whose __dlpack__ returned an object of type ",
                   type_name(capsule), "; expected a capsule that holds a DLPack tensor");
         }
+    }
+
+    void take(const char *name, const DLManagedTensorVersioned &versioned, bool writable) {
+        if (versioned.version.major != DLPACK_MAJOR_VERSION)
+            raise(PyExc_BufferError, name, " is exported as DLPack ", versioned.version.major, ".", versioned.version.minor,
+                  "; expected ", DLPACK_MAJOR_VERSION);
+        if (writable && versioned.flags & DLPACK_FLAG_BITMASK_READ_ONLY)
+            raise(PyExc_ValueError, name, " is read-only; expected memory to write to");
+        if (writable && versioned.flags & DLPACK_FLAG_BITMASK_IS_COPIED)
+            raise(PyExc_ValueError, name, " exports a copy of itself; expected its own memory, to write to");
+        tensor = versioned.dl_tensor;
     }
 
     // The capsule is not marked as used: its own destructor gives the tensor back when we let go of it.
@@ -240,8 +277,7 @@ private:
             raise(type, name, parts...);
         };
         if (py::getattr(array, "requires_grad", py::none()).ptr() == Py_True)
-            explain(PyExc_NotImplementedError, " requires grad, and gradients are not implemented yet; expected ", name,
-                    ".detach()");
+            explain(PyExc_NotImplementedError, " requires grad; expected ", name, ".detach(), or holdfast.torch, which differentiates");
         if (!on_cpu(array)) return;
         const py::object dtype = py::getattr(array, "dtype", py::none());
         const std::string dtype_name = dtype.is_none() ? "float32" : py::str(dtype), expected = expected_dtypes(name);
@@ -500,10 +536,73 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     return return_state || o.weights ? py::make_tuple(out, final_state, final_sum, weights) : out;
 }
 
+/// The gradients of q, k, v, log_decay, the initial state and its sum of keys, of which bit n of `wanted` asks for the n-th: NumPy
+/// arrays as from forward(), None for the others.
+py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle out,
+                    py::handle scale, py::handle chunk_size, py::handle initial_state, py::handle initial_sum,
+                    py::handle dfinal_state, py::handle dfinal_sum, py::handle cu_seqlens, int wanted, py::handle options,
+                    uint64_t stream) {
+    const Options o(options);
+    Array dout_array, q_array, k_array, v_array, log_decay_array, out_array, initial_state_array, initial_sum_array;
+    Array dfinal_state_array, dfinal_sum_array, cu_seqlens_array, made[6];
+    auto borrow = [&](Array &array, const char *name, py::handle given, int rank) {
+        if (!given.is_none()) array.borrow(name, given, rank, false, stream);
+        return array.get();
+    };
+    holdfast_backward_args args = {};
+    args.struct_size = sizeof args;
+    q_array.borrow("q", q, 4, false, stream), k_array.borrow("k", k, 4, false, stream);
+    v_array.borrow("v", v, 4, false, stream), dout_array.borrow("dout", dout, 4, false, stream);
+    args.q = q_array.get(), args.k = k_array.get(), args.v = v_array.get(), args.dout = dout_array.get();
+    args.log_decay = borrow(log_decay_array, "log_decay", log_decay, 1);
+    args.out = borrow(out_array, "out", out, 4);
+    args.initial_state = borrow(initial_state_array, "initial_state", initial_state, 4);
+    args.initial_sum_of_keys = borrow(initial_sum_array, "initial_sum_of_keys", initial_sum, 3);
+    args.dfinal_state = borrow(dfinal_state_array, "dfinal_state", dfinal_state, 4);
+    args.dfinal_sum_of_keys = borrow(dfinal_sum_array, "dfinal_sum_of_keys", dfinal_sum, 3);
+    args.cu_seqlens = borrow(cu_seqlens_array, "cu_seqlens", cu_seqlens, 1);
+    args.scale = scale_argument(scale), args.chunk_size = chunk_size_argument(chunk_size);
+    args.degree = o.degree, args.normalize = o.normalize, args.form = o.form;
+    args.state_layout = o.state_layout, args.expansion = o.expansion;
+
+    // Where shapes do not agree, or the arrays are on a GPU, the library says so before it asks for gradients.
+    py::object gradients[6] = {py::none(), py::none(), py::none(), py::none(), py::none(), py::none()};
+    if (shapes_agree(4, *args.q, *args.k, *args.v) && args.q->device.device_type == kDLCPU) {
+        const int64_t *shape = args.q->shape, B = shape[0], T = shape[1], Hk = args.k->shape[2], V = args.v->shape[3];
+        const int64_t D = o.expanded_size ? o.expanded_size : shape[3];
+        const bool packed = args.cu_seqlens && args.cu_seqlens->ndim == 1 && args.cu_seqlens->shape[0] > 0;
+        const int64_t N = packed ? args.cu_seqlens->shape[0] - 1 : B;
+        const bool per_head = args.log_decay && args.log_decay->ndim == 1;
+        const bool value_major = o.state_layout == HOLDFAST_STATE_VALUE_MAJOR;
+        DLTensor *tensors[6] = {};
+        auto make = [&](int n, const char *name, DLDataType of, auto... extents) {
+            if (!(wanted >> n & 1)) return;
+            gradients[n] = empty_array(of, extents...);
+            made[n].borrow(name, gradients[n], 4, true);
+            tensors[n] = made[n].get();
+            tensors[n]->dtype = of;
+        };
+        make(0, "dq", args.q->dtype, B, T, shape[2], shape[3]);
+        make(1, "dk", args.q->dtype, B, T, Hk, shape[3]);
+        make(2, "dv", args.q->dtype, B, T, Hk, V);
+        per_head ? make(3, "dlog_decay", float32, Hk) : make(3, "dlog_decay", float32, B, T, Hk);
+        make(4, "dinitial_state", float32, N, Hk, value_major ? V : D, value_major ? D : V);
+        make(5, "dinitial_sum_of_keys", float32, N, Hk, D);
+        args.dq = tensors[0], args.dk = tensors[1], args.dv = tensors[2], args.dlog_decay = tensors[3];
+        args.dinitial_state = tensors[4], args.dinitial_sum_of_keys = tensors[5];
+    }
+
+    holdfast_context *c = context();
+    holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    if (holdfast_status status = without_gil(holdfast_backward, c, args)) raise_status(status, holdfast_last_error(c));
+    return py::make_tuple(gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5]);
+}
+
 /// out: a NumPy array as from forward(), except for one that is given. The state and the sum of keys are updated in place. `stream` as for
 /// forward().
 py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle state, py::handle scale,
-                py::object out, uint64_t stream, py::handle sum_of_keys, int32_t degree, int32_t normalize) {
+                py::object out, uint64_t stream, py::handle sum_of_keys, int32_t degree, int32_t normalize, int32_t state_layout,
+                int32_t expansion) {
     Array sum_array;
     if (!sum_of_keys.is_none()) sum_array.borrow("sum_of_keys", sum_of_keys, 3, true, stream);
     Array q_array, k_array, v_array, log_decay_array, state_array, out_array;
@@ -524,6 +623,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
     args.scale = scale_argument(scale);
     args.sum_of_keys = sum_array.get();
     args.degree = degree, args.normalize = normalize;
+    args.state_layout = state_layout, args.expansion = expansion;
 
     const DLDataType type = args.q->dtype;
     Nowhere nowhere(3, *args.q);
@@ -680,6 +780,7 @@ py::tuple variants() {
 PYBIND11_MODULE(_holdfast, m) {
     m.attr("TargetUnavailable") = constants().target_unavailable;
     m.def("forward", forward);
+    m.def("backward", backward);
     m.def("bfloat16_capsule", bfloat16_capsule);
     m.def("step", step);
     m.def("rotate", rotate);

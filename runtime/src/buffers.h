@@ -49,6 +49,36 @@ inline void fetch(const Buffer &rows, const uint8_t *host, int64_t tokens) {
                 __builtin_prefetch(host + (t * rows.axes[1].stride + g * rows.axes[2].stride) * bytes + at, 0, 2);
 }
 
+/// Rows of one sequence and head, (d, t, 1, 1), or group of heads of queries, (d, t, g, 1, 1), of which some tokens at a time are
+/// looked at.
+struct HeadRows : Buffer {
+    HeadRows(const Tensor &x, int64_t b, int64_t t, int64_t h)
+        : Buffer(nullptr, halide_type(x.dtype),
+                 {{0, (int32_t)x.shape[3], 1}, {0, 0, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}}),
+          first(x.at<uint8_t>(b, t, h)), stride(x.stride[1]) {}
+    HeadRows(const Tensor &x, int64_t b, int64_t t, int64_t h, int64_t group)
+        : Buffer(nullptr, halide_type(x.dtype),
+                 {{0, (int32_t)x.shape[3], 1},
+                  {0, 0, (int32_t)x.stride[1]},
+                  {0, (int32_t)group, group > 1 ? (int32_t)x.stride[2] : 0},
+                  {0, 1, 0},
+                  {0, 1, 0}}),
+          first(x.at<uint8_t>(b, t, h * group)), stride(x.stride[1]) {}
+    void look_at(int64_t t, int64_t tokens) {
+        host = first + t * stride * type.bytes();
+        axes[1].extent = (int32_t)tokens;
+    }
+    /// All rows in one place, for what is not wanted.
+    void all_at(void *row) {
+        first = (uint8_t *)row, stride = 0;
+        for (int axis = 1; axis < dimensions; axis++) axes[axis].stride = 0;
+    }
+
+private:
+    uint8_t *first;
+    int64_t stride;
+};
+
 /// One state: (e, d, 1, 1, 1).
 struct State : Buffer {
     State(const float *data, int64_t D, int64_t V, int64_t stride)

@@ -1,11 +1,14 @@
 // The public functions of retention: the form that a call is computed in, and what computes it.
+#include "backward.h"
 #include "context.h"
 #include "failure.h"
 #include "forward.h"
 #include "forward_gpu.h"
 #include "parallel.h"
+#include "parallel_backward.h"
 #include "parallel_gpu.h"
 #include "power.h"
+#include "power_backward.h"
 #include "power_gpu.h"
 #include "problem.h"
 #include "recurrent.h"
@@ -83,6 +86,28 @@ void forward(holdfast_context &c, Problem p, const Choice &choice) {
                                           : forward_on_gpu(c, p, variant, why.c_str());
 }
 
+/// Whether the gradient of `p` is computed from all T x T weights. Its kernel knows no states, and for degree 1 without
+/// normalization there is none: chunks are always less work there.
+bool backward_from_weights(const BackwardProblem &p) {
+    if (!is_power(p) || p.has_states()) return false;
+    return p.form == HOLDFAST_FORM_AUTO ? p.chunk_size == 0 && weights_are_less(p) : p.form == HOLDFAST_FORM_PARALLEL;
+}
+
+/// What the gradients of `p` are computed on.
+Choice choose_for_backward(const holdfast_context &c, const BackwardProblem &p) {
+    const Choice choice = choose_backend(c, p.home());
+    if (choice.backend != Backend::cpu)
+        fail(HOLDFAST_UNSUPPORTED, "gradients on backend ", name_of(choice.backend), " (", choice.why,
+             "); expected tensors on the CPU and no backend or target of a GPU forced: this version has them there alone");
+    return choice;
+}
+
+void backward(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
+    if (!p.wants_any()) return;
+    if (backward_from_weights(p)) return run_parallel_backward(c, p, choice);
+    is_power(p) ? run_power_backward(c, p, choice) : run_backward(c, p, choice);
+}
+
 }  // namespace
 }  // namespace holdfast
 
@@ -140,6 +165,21 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
         *bytes = 0;
         if (choice.backend == Backend::cpu) return;
         *bytes = is_power(p) ? power_workspace_on_gpu(c, p, choice) : recurrent_workspace_on_gpu(c, p, step_variant(p, choice));
+    });
+}
+
+holdfast_status holdfast_backward(holdfast_context *context, const holdfast_backward_args *args) {
+    return guarded(context, [&](holdfast_context &c) {
+        const BackwardProblem p = checked_problem(args);
+        backward(c, p, choose_for_backward(c, p));
+    });
+}
+
+holdfast_status holdfast_backward_workspace_size(holdfast_context *context, const holdfast_backward_args *args, size_t *bytes) {
+    return guarded(context, [&](holdfast_context &c) {
+        if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
+        choose_for_backward(c, checked_problem(args));
+        *bytes = 0;
     });
 }
 

@@ -24,7 +24,7 @@ static int64_t tiled_index(int64_t a, int64_t b) {
 }
 
 void convert(const Features &from, holdfast_expansion order, const Features &to, holdfast_expansion wanted, int64_t D,
-             int64_t K, int64_t columns) {
+             int64_t K, int64_t columns, Of of) {
     if (order == wanted) {
         for (int64_t f = 0; f < D; f++) {
             if (from.column == 1 && to.column == 1)
@@ -35,8 +35,10 @@ void convert(const Features &from, holdfast_expansion order, const Features &to,
         return;
     }
     // phi(q) . state is the same in both. The tight order has sqrt(2) x[a] x[b] on both sides; the tiled one x[a] x[b] for
-    // queries, so that all of its features that are that product add up to sqrt(2) times the tight one.
+    // queries, so that all of its features that are that product add up to sqrt(2) times the tight one. A gradient's are the
+    // other way round: the factor of a single one is the inverse, the others share what there is, and are added, alike.
     constexpr float root = 1.41421356237309504880f;
+    const float alone = of == Of::states ? root : 1 / root;
     for (int64_t b = 0, f = 0; b < K; b++)
         for (int64_t a = 0; a <= b; a++, f++) {
             const bool twice = a != b && a / 16 == b / 16;  // also as x[b] x[a]
@@ -44,11 +46,11 @@ void convert(const Features &from, holdfast_expansion order, const Features &to,
             for (int64_t e = 0; e < columns; e++) {
                 if (wanted == HOLDFAST_EXPANSION_TILED) {
                     const float value = from(f, e);
-                    to(one, e) = a == b ? value : twice ? value / root : value * root;
+                    to(one, e) = a == b ? value : twice ? value / root : value * alone;
                     if (twice) to(mirrored, e) = value / root;
                 } else {
                     const float value = from(one, e);
-                    to(f, e) = a == b ? value : twice ? (value + from(mirrored, e)) / root : value / root;
+                    to(f, e) = a == b ? value : twice ? (value + from(mirrored, e)) / root : value / alone;
                 }
             }
         }

@@ -16,9 +16,12 @@ struct Features {
     float &operator()(int64_t f, int64_t e) const { return data[f * row + e * column]; }
 };
 
+/// What is converted: states and sums of keys, or gradients by them, by the transpose of the way back.
+enum class Of { states, gradients };
+
 /// Copy `columns` columns from the one order to the other; K is looked at where they differ, and the degree is then 2. No memory is
 /// shared.
 void convert(const Features &from, holdfast_expansion order, const Features &to, holdfast_expansion wanted, int64_t D,
-             int64_t K, int64_t columns);
+             int64_t K, int64_t columns, Of of = Of::states);
 
 }  // namespace holdfast

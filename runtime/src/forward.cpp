@@ -29,31 +29,6 @@ constexpr int64_t states_in_cache = 320 * 1024, least_chunks_per_call = 2, most_
 // a page that must be looked up for each row holds up the products (K = V = 128 of 8 heads: 6%).
 constexpr int64_t heads_in_cache = 640 * 1024;
 
-/// Rows of one sequence and head, (d, t, 1, 1), or group of heads of queries, (d, t, g, 1, 1), of which a segment at a time is
-/// looked at.
-struct Rows : Buffer {
-    Rows(const Tensor &x, int64_t b, int64_t t, int64_t h)
-        : Buffer(nullptr, halide_type(x.dtype),
-                 {{0, (int32_t)x.shape[3], 1}, {0, 0, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}}),
-          first(x.at<uint8_t>(b, t, h)), stride(x.stride[1]) {}
-    Rows(const Tensor &x, int64_t b, int64_t t, int64_t h, int64_t group)
-        : Buffer(nullptr, halide_type(x.dtype),
-                 {{0, (int32_t)x.shape[3], 1},
-                  {0, 0, (int32_t)x.stride[1]},
-                  {0, (int32_t)group, group > 1 ? (int32_t)x.stride[2] : 0},
-                  {0, 1, 0},
-                  {0, 1, 0}}),
-          first(x.at<uint8_t>(b, t, h * group)), stride(x.stride[1]) {}
-    void look_at(int64_t t, int64_t tokens) {
-        host = first + t * stride * type.bytes();
-        axes[1].extent = (int32_t)tokens;
-    }
-
-private:
-    uint8_t *first;
-    int64_t stride;
-};
-
 // Columns of values that a thread takes at least: as wide as tiles of the widest vectors. Each piece computes the scores anew,
 // an eighth of the work at K = V = 64. Two threads for one head: 1.2 to 1.5 times as fast from T K V = 2^22 on, at K = V of 64
 // and 128 with the kernels for any size; below, the first thread does all before the other is awake.
@@ -124,7 +99,7 @@ public:
         const float *decay = g.rank == 3 ? g.at(p.entry(s), p.start(s) + t, h) : g.rank == 1 ? g.at(h) : &no_decay;
         const ChunkTable table({0, tokens}, plan.chunk);
         Buffer chunks(table.columns.data(), int32, {{0, ChunkTable::fields, 1}, {0, table.slots, ChunkTable::fields}});
-        for (Rows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
+        for (HeadRows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
         log_decay.host = (uint8_t *)decay, log_decay.axes[0].extent = (int32_t)tokens;
         const Variant &variant = plan.variant;
         const auto run = std::get<ChunkwiseKernel *>(variant.run);
@@ -140,7 +115,7 @@ public:
 private:
     const Problem &p;
     const int64_t s, h;
-    Rows q, k, v, out;
+    HeadRows q, k, v, out;
     Buffer log_decay;
     Scratch scratch;
     State state;

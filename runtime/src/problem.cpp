@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <initializer_list>
 #include <limits>
 #include <sstream>
 #include <utility>
@@ -79,8 +80,70 @@ std::vector<int64_t> checked_starts(const DLTensor *tensor, const TensorSpec &q,
     return starts;
 }
 
-/// Arguments of holdfast_forward, or of holdfast_step as far as they are the same, its state in the place of both states.
-Problem checked(const holdfast_forward_args &args, bool step) {
+/// Whose arguments they are.
+enum class Call { forward, step, backward };
+
+using Tensors = std::initializer_list<const Tensor *>;  // those of rank 0 are not there
+
+/// Check that outputs have each element once and share none with another tensor, but for the two of a pair of `in_place`, if they
+/// are exactly the same; and that all are on one device.
+void check_memory(Tensors inputs, Tensors outputs, std::initializer_list<std::pair<const Tensor *, const Tensor *>> in_place) {
+    for (const Tensor *output : outputs) {
+        if (!output->rank) continue;
+        check_distinct_elements(*output);
+        auto check_apart = [&](const Tensor &other) {
+            if (other.rank && &other != output) check_no_overlap(*output, other);
+        };
+        for (const Tensor *input : inputs) {
+            const bool pair = std::find(in_place.begin(), in_place.end(), std::make_pair(output, input)) != in_place.end();
+            if (!pair || !same_elements(*output, *input)) check_apart(*input);
+        }
+        for (const Tensor *other : outputs) check_apart(*other);
+    }
+    for (Tensors list : {inputs, outputs})
+        for (const Tensor *t : list)
+            if (t->rank) check_same_device(*t, **inputs.begin());
+}
+
+/// A tensor of rows that has the extents and the type of `same`, "that of " whom.
+Tensor checked_rows(const TensorSpec &spec, const DLTensor *tensor, const Tensor &same, const char *whose) {
+    const Tensor t = check_tensor(spec, tensor);
+    for (int axis = 0; axis < t.rank; axis++) check_extent(spec, t, axis, same.shape[axis], whose);
+    check_same_dtype(t, same), check_rows(t);
+    return t;
+}
+
+/// State [N, Hk, D, V] of `p`; of letters [B, Hk, D, V] in a step.
+Tensor checked_state(const Problem &p, const char *name, const DLTensor *tensor, bool value_major, bool step = false) {
+    const TensorSpec spec{name, step ? value_major ? "BhVD" : "BhDV" : value_major ? "NhVD" : "NhDV"};
+    Tensor state = check_tensor(spec, tensor);
+    check_extent(spec, state, 0, p.N, p.packed() ? "the sequences of cu_seqlens" : "the B of q");
+    check_extent(spec, state, 1, p.Hk, "that of k");
+    check_extent(spec, state, value_major ? 3 : 2, p.D, p.degree > 1 ? "the size of q's K features expanded" : "the K of q");
+    check_extent(spec, state, value_major ? 2 : 3, p.V, "that of v");
+    check_rows(state);
+    if (value_major) std::swap(state.shape[2], state.shape[3]), std::swap(state.stride[2], state.stride[3]);
+    return state;
+}
+
+/// Sum of keys [N, Hk, D] of `p`; of letters [B, Hk, D] in a step.
+Tensor checked_sum(const Problem &p, const char *name, const DLTensor *tensor, int32_t normalize, bool step = false) {
+    const TensorSpec spec{name, step ? "BhD" : "NhD"};
+    if (!p.normalized)
+        fail(HOLDFAST_INVALID_ARGUMENT, name, " is given, and degree ", p.degree, " and normalize ", normalize,
+             " do not divide by a sum; expected NULL");
+    const Tensor sum = check_tensor(spec, tensor);
+    check_extent(spec, sum, 0, p.N, p.packed() ? "the sequences of cu_seqlens" : "the B of q");
+    check_extent(spec, sum, 1, p.Hk, "that of k");
+    check_extent(spec, sum, 2, p.D, p.degree > 1 ? "the size of q's K features expanded" : "the K of q");
+    check_rows(sum);
+    return sum;
+}
+
+/// Arguments of holdfast_forward; or of holdfast_step as far as they are the same, its state in the place of both states; or of
+/// holdfast_backward, whose out is an input, without what has to do with the final states.
+Problem checked(const holdfast_forward_args &args, Call call) {
+    const bool step = call == Call::step, backward = call == Call::backward;
     constexpr TensorSpec::Types floats = TensorSpec::floats;
     const TensorSpec q{"q", step ? "BHK" : "BTHK", floats}, k{"k", step ? "BhK" : "BThK", floats},
         v{"v", step ? "BhV" : "BThV", floats}, out{"out", step ? "BHV" : "BTHV", floats};
@@ -97,7 +160,7 @@ Problem checked(const holdfast_forward_args &args, bool step) {
     p.q = check_tensor(q, args.q);
     p.k = check_tensor(k, args.k);
     p.v = check_tensor(v, args.v);
-    p.out = check_tensor(out, args.out);
+    if (!backward || p.normalized || args.out) p.out = check_tensor(out, args.out);
     p.B = p.q.shape[0], p.T = step ? 1 : p.q.shape[1], p.H = p.q.shape[head], p.K = p.q.shape[last], p.V = p.v.shape[last];
     p.Hk = p.k.shape[head];
     if (p.K < 1) fail(HOLDFAST_INVALID_ARGUMENT, "q ", describe(q), " has K = 0; expected at least 1");
@@ -116,10 +179,14 @@ Problem checked(const holdfast_forward_args &args, bool step) {
         fail(HOLDFAST_INVALID_ARGUMENT, "k ", describe(k), " has Hk = ", p.Hk, "; expected a divisor of ", p.H, ", the H of q");
     for (int axis = 0; axis < last; axis++)
         check_extent(v, p.v, axis, p.k.shape[axis], axis == head ? "that of k" : "that of q");
-    for (int axis = 0; axis < last; axis++) check_extent(out, p.out, axis, p.q.shape[axis], "that of q");
-    check_extent(out, p.out, last, p.V, "that of v");
-    for (const Tensor *t : {&p.k, &p.v, &p.out}) check_same_dtype(*t, p.q);
-    for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check_rows(*t);
+    if (p.out.rank) {
+        for (int axis = 0; axis < last; axis++) check_extent(out, p.out, axis, p.q.shape[axis], "that of q");
+        check_extent(out, p.out, last, p.V, "that of v");
+    }
+    for (const Tensor *t : {&p.k, &p.v, &p.out})
+        if (t->rank) check_same_dtype(*t, p.q);
+    for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out})
+        if (t->rank) check_rows(*t);
     if (args.cu_seqlens) p.starts = checked_starts(args.cu_seqlens, q, p.B, p.T);
     p.N = p.packed() ? (int64_t)p.starts.size() - 1 : p.B;
 
@@ -134,42 +201,19 @@ Problem checked(const holdfast_forward_args &args, bool step) {
             check_extent(spec, p.log_decay, axis, per_head ? p.Hk : p.k.shape[axis], "that of k");
     }
 
-    auto check_state = [&](const char *name, const DLTensor *tensor) {
-        const TensorSpec spec{name, step ? value_major ? "BhVD" : "BhDV" : value_major ? "NhVD" : "NhDV"};
-        Tensor state = check_tensor(spec, tensor);
-        check_extent(spec, state, 0, p.N, p.packed() ? "the sequences of cu_seqlens" : "the B of q");
-        check_extent(spec, state, 1, p.Hk, "that of k");
-        check_extent(spec, state, value_major ? 3 : 2, p.D,
-                     p.degree > 1 ? "the size of q's K features expanded" : "the K of q");
-        check_extent(spec, state, value_major ? 2 : 3, p.V, "that of v");
-        check_rows(state);
-        if (value_major) std::swap(state.shape[2], state.shape[3]), std::swap(state.stride[2], state.stride[3]);
-        return state;
-    };
-    if (args.initial_state || step) p.initial_state = check_state(step ? "state" : "initial_state", args.initial_state);
+    if (args.initial_state || step)
+        p.initial_state = checked_state(p, step ? "state" : "initial_state", args.initial_state, value_major, step);
     if (step)
         p.final_state = p.initial_state;
     else if (args.final_state)
-        p.final_state = check_state("final_state", args.final_state);
+        p.final_state = checked_state(p, "final_state", args.final_state, value_major);
 
-    auto check_sum = [&](const char *name, const DLTensor *tensor) {
-        const TensorSpec spec{name, step ? "BhD" : "NhD"};
-        if (!p.normalized)
-            fail(HOLDFAST_INVALID_ARGUMENT, name, " is given, and degree ", p.degree, " and normalize ", normalize,
-                 " do not divide by a sum; expected NULL");
-        const Tensor sum = check_tensor(spec, tensor);
-        check_extent(spec, sum, 0, p.N, p.packed() ? "the sequences of cu_seqlens" : "the B of q");
-        check_extent(spec, sum, 1, p.Hk, "that of k");
-        check_extent(spec, sum, 2, p.D, p.degree > 1 ? "the size of q's K features expanded" : "the K of q");
-        check_rows(sum);
-        return sum;
-    };
     if (args.initial_sum_of_keys || (step && p.normalized))
-        p.initial_sum = check_sum(step ? "sum_of_keys" : "initial_sum_of_keys", args.initial_sum_of_keys);
+        p.initial_sum = checked_sum(p, step ? "sum_of_keys" : "initial_sum_of_keys", args.initial_sum_of_keys, normalize, step);
     if (step)
         p.final_sum = p.initial_sum;
     else if (args.final_sum_of_keys)
-        p.final_sum = check_sum("final_sum_of_keys", args.final_sum_of_keys);
+        p.final_sum = checked_sum(p, "final_sum_of_keys", args.final_sum_of_keys, normalize);
     if (p.normalized && !p.initial_state.rank != !p.initial_sum.rank)
         fail(HOLDFAST_INVALID_ARGUMENT, p.initial_sum.rank ? "initial_state" : "initial_sum_of_keys", " is NULL and ",
              p.initial_sum.rank ? "initial_sum_of_keys" : "initial_state", " is given; expected both or neither");
@@ -186,26 +230,12 @@ Problem checked(const holdfast_forward_args &args, bool step) {
         check_rows(p.weights);
     }
 
-    const Tensor *const inputs[] = {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum};
-    const Tensor *const outputs[] = {&p.out, &p.final_state, &p.final_sum, &p.weights};
-    for (const Tensor *output : outputs) {
-        if (!output->rank) continue;
-        check_distinct_elements(*output);
-        auto check_apart = [&](const Tensor &other) {
-            if (other.rank && &other != output) check_no_overlap(*output, other);
-        };
-        const Tensor *advanced = output == &p.final_state ? &p.initial_state
-                                 : output == &p.final_sum ? &p.initial_sum
-                                                          : nullptr;
-        for (const Tensor *input : inputs)
-            if (input != advanced || !same_elements(*output, *input)) check_apart(*input);
-        for (const Tensor *other : outputs) check_apart(*other);
-    }
-
-    for (const Tensor *t : inputs)
-        if (t->rank) check_same_device(*t, p.q);
-    for (const Tensor *t : outputs)
-        if (t->rank) check_same_device(*t, p.q);
+    if (backward)  // its outputs are not here yet
+        check_memory({&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum, &p.out}, {}, {});
+    else
+        check_memory({&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum},
+                     {&p.out, &p.final_state, &p.final_sum, &p.weights},
+                     {{&p.final_state, &p.initial_state}, {&p.final_sum, &p.initial_sum}});
     p.workspace = args.workspace;
 
     if (!std::isfinite(args.scale)) fail(HOLDFAST_INVALID_ARGUMENT, "scale is ", args.scale, "; expected a finite number");
@@ -225,7 +255,7 @@ Problem checked(const holdfast_forward_args &args, bool step) {
 
 Problem checked_problem(const holdfast_forward_args *args) {
     constexpr size_t first_version = offsetof(holdfast_forward_args, chunk_size) + sizeof(int64_t);
-    return checked(checked_args(args, "holdfast_forward_args", first_version), false);
+    return checked(checked_args(args, "holdfast_forward_args", first_version), Call::forward);
 }
 
 Problem checked_problem(const holdfast_step_args *args) {
@@ -236,7 +266,53 @@ Problem checked_problem(const holdfast_step_args *args) {
     same.initial_sum_of_keys = step.sum_of_keys, same.out = step.out, same.scale = step.scale;
     same.degree = step.degree, same.normalize = step.normalize;
     same.state_layout = step.state_layout, same.expansion = step.expansion, same.workspace = step.workspace;
-    return checked(same, true);
+    return checked(same, Call::step);
+}
+
+BackwardProblem checked_problem(const holdfast_backward_args *args) {
+    constexpr size_t first_version = offsetof(holdfast_backward_args, cu_seqlens) + sizeof(const DLTensor *);
+    const holdfast_backward_args call = checked_args(args, "holdfast_backward_args", first_version);
+    holdfast_forward_args same{};
+    same.q = call.q, same.k = call.k, same.v = call.v, same.log_decay = call.log_decay;
+    same.initial_state = call.initial_state, same.initial_sum_of_keys = call.initial_sum_of_keys;
+    same.out = const_cast<DLTensor *>(call.out);  // an input here
+    same.scale = call.scale, same.chunk_size = call.chunk_size, same.workspace = call.workspace;
+    same.degree = call.degree, same.normalize = call.normalize, same.form = call.form;
+    same.state_layout = call.state_layout, same.expansion = call.expansion, same.cu_seqlens = call.cu_seqlens;
+    BackwardProblem p{checked(same, Call::backward), {}, {}, {}, {}, {}, {}, {}, {}, {}};
+
+    constexpr TensorSpec::Types floats = TensorSpec::floats;
+    Tensor of_out = p.q;  // as far as its type and extents
+    of_out.shape[3] = p.V;
+    p.dout = checked_rows({"dout", "BTHV", floats}, call.dout, of_out, "that of out");
+    if (call.dq) p.dq = checked_rows({"dq", "BTHK", floats}, call.dq, p.q, "that of q");
+    if (call.dk) p.dk = checked_rows({"dk", "BThK", floats}, call.dk, p.k, "that of k");
+    if (call.dv) p.dv = checked_rows({"dv", "BThV", floats}, call.dv, p.v, "that of v");
+    if (call.dlog_decay) {
+        if (!p.log_decay.rank)
+            fail(HOLDFAST_INVALID_ARGUMENT, "dlog_decay is given and log_decay is NULL; expected both, or dlog_decay NULL");
+        const TensorSpec spec{"dlog_decay", p.log_decay.rank == 1 ? "h" : "BTh"};
+        p.dlog_decay = check_tensor(spec, call.dlog_decay);
+        for (int axis = 0; axis < p.dlog_decay.rank; axis++)
+            check_extent(spec, p.dlog_decay, axis, p.log_decay.shape[axis], "that of log_decay");
+    }
+    const bool value_major = call.state_layout == HOLDFAST_STATE_VALUE_MAJOR;
+    auto state = [&](const char *name, const DLTensor *tensor) {
+        return tensor ? checked_state(p, name, tensor, value_major) : Tensor{};
+    };
+    auto sum = [&](const char *name, const DLTensor *tensor) {
+        return tensor ? checked_sum(p, name, tensor, call.normalize) : Tensor{};
+    };
+    p.dfinal_state = state("dfinal_state", call.dfinal_state);
+    p.dfinal_sum = sum("dfinal_sum_of_keys", call.dfinal_sum_of_keys);
+    p.dinitial_state = state("dinitial_state", call.dinitial_state);
+    p.dinitial_sum = sum("dinitial_sum_of_keys", call.dinitial_sum_of_keys);
+
+    check_memory(
+        {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum, &p.out, &p.dout, &p.dfinal_state, &p.dfinal_sum},
+        {&p.dq, &p.dk, &p.dv, &p.dlog_decay, &p.dinitial_state, &p.dinitial_sum},
+        {{&p.dinitial_state, &p.dfinal_state}, {&p.dinitial_sum, &p.dfinal_sum}});
+    return p;
 }
 
 Backend Problem::home() const { return home_of(q); }
@@ -265,17 +341,28 @@ RowAlignment Problem::row_alignment(Backend backend) const {
     return rows;
 }
 
+/// Along `axis`, as far as `extent`.
+static void check_kernel_stride(const Tensor &t, int axis, int64_t extent) {
+    const int64_t most = std::numeric_limits<int32_t>::max() / std::max<int64_t>(extent, 1);
+    if (t.rank && !t.empty() && extent > 1 && (t.stride[axis] > most || t.stride[axis] < -most))
+        fail(HOLDFAST_UNSUPPORTED, t.name, " has stride ", t.stride[axis], " on axis ", axis, "; expected at most ", most,
+             " either way");
+}
+
 void check_kernel_strides(const Problem &p, int64_t tokens) {
-    auto check = [](const Tensor &t, int axis, int64_t extent) {
-        const int64_t most = std::numeric_limits<int32_t>::max() / std::max<int64_t>(extent, 1);
-        if (t.rank && !t.empty() && extent > 1 && (t.stride[axis] > most || t.stride[axis] < -most))
-            fail(HOLDFAST_UNSUPPORTED, t.name, " has stride ", t.stride[axis], " on axis ", axis, "; expected at most ", most,
-                 " either way");
-    };
-    for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check(*t, 1, std::min(tokens, p.T));
-    for (const Tensor *t : {&p.q, &p.out}) check(*t, 2, p.group());
-    if (p.log_decay.rank == 3) check(p.log_decay, 1, std::min(tokens, p.T));
-    for (const Tensor *t : {&p.initial_state, &p.final_state}) check(*t, 2, p.D), check(*t, 3, p.V);
+    for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check_kernel_stride(*t, 1, std::min(tokens, p.T));
+    for (const Tensor *t : {&p.q, &p.out}) check_kernel_stride(*t, 2, p.group());
+    if (p.log_decay.rank == 3) check_kernel_stride(p.log_decay, 1, std::min(tokens, p.T));
+    for (const Tensor *t : {&p.initial_state, &p.final_state}) check_kernel_stride(*t, 2, p.D), check_kernel_stride(*t, 3, p.V);
+}
+
+void check_kernel_strides(const BackwardProblem &p, int64_t tokens) {
+    check_kernel_strides(static_cast<const Problem &>(p), tokens);
+    for (const Tensor *t : {&p.dout, &p.dq, &p.dk, &p.dv}) check_kernel_stride(*t, 1, std::min(tokens, p.T));
+    for (const Tensor *t : {&p.dout, &p.dq}) check_kernel_stride(*t, 2, p.group());
+    if (p.dlog_decay.rank == 3) check_kernel_stride(p.dlog_decay, 1, std::min(tokens, p.T));
+    for (const Tensor *t : {&p.dfinal_state, &p.dinitial_state})
+        check_kernel_stride(*t, 2, p.D), check_kernel_stride(*t, 3, p.V);
 }
 
 void announce(const holdfast_context &c, const char *call, const Variant &variant, const char *why, const Problem &p,

@@ -1,4 +1,4 @@
-// A call of holdfast_forward or holdfast_step: its arguments, checked.
+// A call of holdfast_forward, holdfast_step or holdfast_backward: its arguments, checked.
 #pragma once
 #include "context.h"
 #include "holdfast/holdfast.h"
@@ -51,12 +51,33 @@ struct Problem {
     RowAlignment row_alignment(Backend backend) const;
 };
 
+/// What to compute the gradients of: `out` is an input, of rank 0 where it does not matter, and no final state nor weights are
+/// wanted.
+struct BackwardProblem : Problem {
+    // Gradients of results. Of rank 0, but for the first: zeros.
+    Tensor dout, dfinal_state, dfinal_sum;
+    // Gradients of arguments; of rank 0: not wanted. States are value-major by their strides.
+    Tensor dq, dk, dv, dlog_decay, dinitial_state, dinitial_sum;
+
+    /// A state or sum of keys, or a gradient of one, is given or wanted.
+    bool has_states() const {
+        return initial_state.rank || dfinal_state.rank || dfinal_sum.rank || dinitial_state.rank || dinitial_sum.rank;
+    }
+    /// A gradient is wanted.
+    bool wants_any() const {
+        return dq.rank || dk.rank || dv.rank || dlog_decay.rank || dinitial_state.rank || dinitial_sum.rank;
+    }
+};
+
 /// Check all arguments. Throws a Failure that names the first that is wrong.
 Problem checked_problem(const holdfast_forward_args *args);
 Problem checked_problem(const holdfast_step_args *args);
+BackwardProblem checked_problem(const holdfast_backward_args *args);
 
-/// Check that strides fit kernels' 32 bits: along time for `tokens` in one call of a kernel, and along D of a state.
+/// Check that strides fit kernels' 32 bits: along time for `tokens` in one call of a kernel, along heads that share keys, and
+/// along D of a state.
 void check_kernel_strides(const Problem &p, int64_t tokens);
+void check_kernel_strides(const BackwardProblem &p, int64_t tokens);
 
 /// Tell the context's listener, if there is one, what runs for `call` ("forward"), `how` ("chunks of 32") and why; on a CPU in how
 /// many pieces.

@@ -16,10 +16,23 @@ using ChunkwiseKernel = int(const void *user_context, halide_buffer_t *q, halide
                             halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *chunks, int32_t count,
                             float scale, halide_buffer_t *out, halide_buffer_t *state_out);
 
+using ChunkwiseBackwardKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                                    halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *dout,
+                                    halide_buffer_t *dstate_out, halide_buffer_t *chunks, int32_t count, float scale,
+                                    int32_t want_dq, int32_t want_dk, int32_t want_dv, int32_t want_dlog_decay,
+                                    halide_buffer_t *dq, halide_buffer_t *dk, halide_buffer_t *dv,
+                                    halide_buffer_t *dlog_decay, halide_buffer_t *dstate_in);
+
 using ParallelKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
                            halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *keys_in, int32_t first_block,
                            int32_t degree, int32_t normalized, float scale, halide_buffer_t *out, halide_buffer_t *state_out,
                            halide_buffer_t *keys_out, halide_buffer_t *weights);
+
+using ParallelBackwardKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                                   halide_buffer_t *log_decay, halide_buffer_t *out, halide_buffer_t *dout, int32_t degree,
+                                   int32_t normalized, float scale, int32_t want_dq, int32_t want_dk, int32_t want_dv,
+                                   int32_t want_dlog_decay, halide_buffer_t *dq, halide_buffer_t *dk, halide_buffer_t *dv,
+                                   halide_buffer_t *dlog_decay);
 
 using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
                             halide_buffer_t *log_decay, float scale, halide_buffer_t *state, halide_buffer_t *sum,
@@ -35,6 +48,14 @@ using PowerKernel = int(const void *user_context, halide_buffer_t *q, halide_buf
                         halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *keys_in, int32_t degree,
                         int32_t normalize, float scale, halide_buffer_t *out, halide_buffer_t *state_out,
                         halide_buffer_t *keys_out);
+
+using PowerBackwardKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
+                                halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *keys_in,
+                                halide_buffer_t *out, halide_buffer_t *dout, halide_buffer_t *dstate_out,
+                                halide_buffer_t *dkeys_out, int32_t degree, int32_t normalize, float scale, int32_t want_dq,
+                                int32_t want_dk, int32_t want_dv, int32_t want_dlog_decay, halide_buffer_t *dq,
+                                halide_buffer_t *dk, halide_buffer_t *dv, halide_buffer_t *dlog_decay,
+                                halide_buffer_t *dstate_in, halide_buffer_t *dkeys_in);
 
 using PowerStepKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
                             halide_buffer_t *log_decay, int32_t block, int32_t blocks, int32_t degree, int32_t normalize,
@@ -58,8 +79,8 @@ struct Variant {
     bool round_operands;              // products read what is not of `dtype` rounded to it
     int degree;                       // 0: any, or the kernel knows none
     const Target *target;
-    std::variant<ChunkwiseKernel *, ParallelKernel *, RecurrentKernel *, RotateKernel *, HeadNormGateKernel *, PowerKernel *,
-                 PowerStepKernel *>
+    std::variant<ChunkwiseKernel *, ChunkwiseBackwardKernel *, ParallelKernel *, ParallelBackwardKernel *, RecurrentKernel *,
+                 RotateKernel *, HeadNormGateKernel *, PowerKernel *, PowerStepKernel *, PowerBackwardKernel *>
         run;  // that of `kernel`
 };
 

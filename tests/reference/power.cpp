@@ -5,20 +5,28 @@
 
 namespace reference {
 
-std::vector<double> phi(const std::vector<double> &x, int degree) {
-    std::vector<double> features;
-    const int K = (int)x.size();
+std::vector<Monomial> monomials(int64_t K, int degree) {
+    std::vector<Monomial> all;
     std::vector<int> a(degree);  // a_p first
     double factorial = 1;
     for (int n = 2; n <= degree; n++) factorial *= n;
-    auto add = [&](auto &&self, int n, double product, double orders, int run) -> void {
-        if (n == degree) return features.push_back(product * std::sqrt(orders));
+    auto add = [&](auto &&self, int n, double orders, int run) -> void {
+        if (n == degree) return all.push_back({a, std::sqrt(orders)});
         for (a[n] = 0; a[n] < K && (n == 0 || a[n] <= a[n - 1]); a[n]++) {
             const int length = n && a[n] == a[n - 1] ? run + 1 : 1;
-            self(self, n + 1, product * x[a[n]], orders / length, length);
+            self(self, n + 1, orders / length, length);
         }
     };
-    add(add, 0, 1, factorial, 0);
+    add(add, 0, factorial, 0);
+    return all;
+}
+
+std::vector<double> phi(const std::vector<double> &x, int degree) {
+    std::vector<double> features;
+    for (const Monomial &m : monomials((int64_t)x.size(), degree)) {
+        features.push_back(m.weight);
+        for (int a : m.elements) features.back() *= x[a];
+    }
     return features;
 }
 

@@ -5,7 +5,16 @@
 
 namespace reference {
 
-/// phi(x): the monomials x[a_1] .. x[a_p] of a_1 <= .. <= a_p, a_p outermost, times sqrt(p! / (how often each index is there)!).
+/// x[a_1] .. x[a_p], a_p first, times sqrt(p! / (how often each index is there)!).
+struct Monomial {
+    std::vector<int> elements;
+    double weight;
+};
+
+/// Of a_1 <= .. <= a_p < K, a_p outermost: the features of phi.
+std::vector<Monomial> monomials(int64_t K, int degree);
+
+/// phi(x): monomials(K, degree) of the K elements of x.
 std::vector<double> phi(const std::vector<double> &x, int degree);
 
 /// Sizes of `of`: H heads of keys; those of q and out are G to each, H G in all.

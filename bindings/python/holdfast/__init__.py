@@ -1,7 +1,9 @@
 """Holdfast: retention kernels compiled ahead of time.
 
-`retention` computes; `retention_step` does one token, with the state in place; `decay` makes RetNet's decays. `rotate`
-turns queries and keys by their positions, by the angles of `theta`, and `head_norm_gate` is what follows retention.
+`retention` computes, `power_retention` with the defaults of that, and `retention_backward` the gradients;
+`retention_step` does one token, with the state in place; `decay` makes RetNet's decays. `rotate` turns queries and keys
+by their positions, by the angles of `theta`, and `head_norm_gate` is what follows retention. `holdfast.torch` has the
+same for PyTorch, differentiable.
 `info` says what was compiled and what would run here; `set_num_threads`, `set_target`, `set_backend` and `set_verbose`
 set options for all calls of the process.
 
@@ -26,10 +28,9 @@ After ValueError, NotImplementedError, TypeError and TargetUnavailable nothing h
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from math import comb
+from collections.abc import Callable, Iterable
 from operator import index
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -41,13 +42,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BFloat16Array",
+    "Gradients",
     "TargetUnavailable",
     "convert_state",
     "decay",
     "get_num_threads",
     "head_norm_gate",
     "info",
+    "power_retention",
     "retention",
+    "retention_backward",
     "retention_step",
     "rotate",
     "set_backend",
@@ -162,17 +166,7 @@ def retention(
     if (degree, normalize, form, return_weights, state_layout, expansion) != _DEFAULTS:
         if return_weights not in (False, True):
             raise ValueError(f"return_weights is {return_weights!r}; expected False or True")
-        power, normalized = _degree(degree), _option("normalize", normalize, _NORMALIZE)
-        options = (
-            power,
-            normalized,
-            _option("form", form, _FORMS),
-            _option("state_layout", state_layout, _STATE_LAYOUTS),
-            _option("expansion", expansion, _EXPANSIONS),
-            0 if power == 1 else _expanded_size(q, power, expansion),
-            normalized == 2 or (normalized == 0 and power > 1),
-            bool(return_weights),
-        )
+        options = _options(q, degree, normalize, form, return_weights, state_layout, expansion)
     if (device := _gpu(q)) is not None:
         results = _on_gpu(q, k, v, return_state, out, options, cu_seqlens, "BT")
         stream = _cuda_stream(q) if device in _CUDA else 0
@@ -189,6 +183,142 @@ def retention(
     return made
 
 
+def power_retention(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None = None,
+    *,
+    scale: float | None = None,
+    degree: int = 2,
+    normalize: bool = True,
+    form: Literal["auto", "parallel", "chunkwise", "recurrent"] = "auto",
+    chunk_size: int | None = None,
+    initial_state: Array | None = None,
+    initial_sum_of_keys: Array | None = None,
+    cu_seqlens: Array | None = None,
+    return_state: bool = False,
+    return_weights: bool = False,
+    state_layout: Literal["kv", "vk"] = "kv",
+    expansion: Literal["tight", "tiled"] = "tight",
+    out: Array | None = None,
+) -> Any:
+    """`retention` with the defaults of power retention (Kumar et al. 2025, arXiv:2507.04239): weights are powers of q.k,
+    of degree 2 to 4, divided by their sum:
+
+        out_t = sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts       w_ts = (q_t.k_s)^p exp(log_decay_{s+1} + .. + log_decay_t)
+
+    The sum of weights stands where softmax has its own, and beside a state a sum of keys, so with `return_state` the
+    result is (out, state, sum_of_keys). A normalized out does not depend on `scale`. An odd degree keeps the sign of
+    q.k, and the sum of weights may vanish: out is then infinite or not a number. Arguments, results and errors are
+    those of `retention`.
+    """
+    return retention(
+        q, k, v, log_decay, scale=scale, degree=degree, normalize=normalize, form=form, chunk_size=chunk_size,
+        initial_state=initial_state, initial_sum_of_keys=initial_sum_of_keys, cu_seqlens=cu_seqlens,
+        return_state=return_state, return_weights=return_weights, state_layout=state_layout, expansion=expansion,
+        out=out,
+    )  # fmt: skip
+
+
+class Gradients(NamedTuple):
+    """Of a loss, for the arguments of `retention` of these names, and of their shapes; None for what was not wanted."""
+
+    q: Any
+    k: Any
+    v: Any
+    log_decay: Any
+    initial_state: Any
+    initial_sum_of_keys: Any
+
+
+def retention_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None = None,
+    *,
+    out: Array | None = None,
+    scale: float | None = None,
+    degree: int = 1,
+    normalize: bool | None = None,
+    form: Literal["auto", "parallel", "chunkwise", "recurrent"] = "auto",
+    chunk_size: int | None = None,
+    initial_state: Array | None = None,
+    initial_sum_of_keys: Array | None = None,
+    dfinal_state: Array | None = None,
+    dfinal_sum_of_keys: Array | None = None,
+    cu_seqlens: Array | None = None,
+    wanted: Iterable[str] | None = None,
+    state_layout: Literal["kv", "vk"] = "kv",
+    expansion: Literal["tight", "tiled"] = "tight",
+) -> Gradients:
+    """Gradients of `retention`: of a loss whose derivatives by its results are given. From the last token to the first,
+    with a_t = exp(log_decay_t) and J(x) the derivative of phi at x, [D, K] (degree 1: the identity):
+
+        dn_t = scale^p dout_t,  dm_t = 0                    of phi(q_t) S_t and phi(q_t) s_t
+        dn_t = dout_t / m_t,    dm_t = -(out_t . dout_t) / m_t      where out is normalized, m_t = phi(q_t) s_t
+        dS_t = a_{t+1} dS_{t+1} + phi(q_t)^T dn_t           from dfinal_state, which stands for a_{T+1} dS_{T+1}
+        ds_t = a_{t+1} ds_{t+1} + phi(q_t) dm_t             likewise from dfinal_sum_of_keys
+        q_t: J(q_t)^T (S_t dn_t + s_t dm_t)
+        k_t: J(k_t)^T (dS_t v_t + ds_t)
+        v_t: dS_t^T phi(k_t)
+        log_decay_t: a_t (<dS_t, S_{t-1}> + <ds_t, s_{t-1}>)        of a decay per head: the sum over batch and time
+        initial_state: a_1 dS_1                             initial_sum_of_keys: a_1 ds_1
+
+    Nothing but `out` has to be kept from the forward call, and that only where it is normalized: states are computed
+    again, chunk by chunk (holdfast.h: holdfast_backward says where, and how much memory it takes). The gradients are
+    the same in every form, to rounding. Those of the two parts of a sequence that is cut are those of the whole, if the
+    second part's of its initial state and sum of keys are given to the first part as those of its final ones.
+
+    Args:
+        dout: gradient of out, [B, T, H, V].
+        q, k, v, log_decay: as they were given to `retention`, and so scale, degree, normalize, initial_state,
+            initial_sum_of_keys and cu_seqlens.
+        out: what `retention` returned; needed where it is normalized, else not looked at.
+        form: "parallel" computes from all T x T weights, for a degree above 1 or normalization where there are no
+            states; all else is chunkwise. "auto": the library's choice.
+        chunk_size: work on at most this many tokens at a time; changes rounding, speed and memory, nothing else.
+        dfinal_state: gradient of the final state, [N, Hk, D, V]. None: zeros.
+        dfinal_sum_of_keys: gradient of the final sum of keys, [N, Hk, D], where out is normalized. None: zeros.
+        wanted: names of fields of Gradients; the others cost nothing. None: all that are given.
+            "initial_state" (and "initial_sum_of_keys") may be wanted where zeros stood for them.
+        state_layout: of states and their gradients: "kv", [.., D, V], or "vk", [.., V, D].
+        expansion: order of the features of states and their gradients, as in `retention`.
+
+    Not computed so far, NotImplementedError: on a GPU.
+
+    Returns:
+        Gradients, whose arrays are new and of q's kind, as from `retention`: those of q, k and v of their dtype,
+        rounded once from float32, the others float32.
+
+    Arrays are as for `retention`: dout and out have the dtype of q, k and v. Results are the same bits from call to
+    call, for any number of threads, and whatever else is wanted.
+
+    Raises: see the module. A positive or NaN decay is a ValueError.
+    """
+    given = (q, k, v, log_decay, initial_state, initial_sum_of_keys)
+    if wanted is None:
+        bits = sum(1 << n for n, x in enumerate(given) if x is not None)
+    else:
+        bits = 0
+        for name in wanted:
+            if name not in Gradients._fields:
+                expected = ", ".join(map(repr, Gradients._fields))
+                raise ValueError(f"wanted has {name!r}; expected names of {expected}")
+            bits |= 1 << Gradients._fields.index(name)
+    options = None
+    if (degree, normalize, form, False, state_layout, expansion) != _DEFAULTS:
+        options = _options(q, degree, normalize, form, False, state_layout, expansion)
+    stream = _cuda_stream(q) if _gpu(q) in _CUDA else 1
+    gradients = _holdfast.backward(
+        dout, q, k, v, log_decay, out, scale, chunk_size, initial_state, initial_sum_of_keys, dfinal_state,
+        dfinal_sum_of_keys, cu_seqlens, bits, options, stream,
+    )  # fmt: skip
+    return Gradients(*(None if x is None else _like(q, x) for x in gradients))
+
+
 def retention_step(
     q: Array,
     k: Array,
@@ -200,6 +330,8 @@ def retention_step(
     scale: float | None = None,
     degree: int = 1,
     normalize: bool | None = None,
+    state_layout: Literal["kv", "vk"] = "kv",
+    expansion: Literal["tight", "tiled"] = "tight",
     out: Array | None = None,
 ) -> Any:
     """One token of `retention`, the state updated in place (decay first, then write): what a model does for each token
@@ -220,6 +352,8 @@ def retention_step(
         scale: multiplies q.k, before the power; finite, not 0. None: K^-1/2.
         degree: p, the power of q.k: 1 to 4.
         normalize: divide by the sum of weights. None: degree > 1.
+        state_layout: of the state: "kv", [.., D, V], or "vk", [.., V, D].
+        expansion: order of the D features of expanded keys, as for `retention`.
         out: written in place and returned itself, [B, H, V].
 
     Returns:
@@ -232,18 +366,20 @@ def retention_step(
     Raises: see the module. A positive or NaN decay is a ValueError. After an error other than MemoryError and
     RuntimeError the state is as it was.
     """
-    power, normalized = 1, 0
-    if (degree, normalize) != (1, None):
-        power, normalized = _degree(degree), _option("normalize", normalize, _NORMALIZE)
+    options = _STEP
+    if (degree, normalize, state_layout, expansion) != _STEP_DEFAULTS:
+        options = (
+            _degree(degree),
+            _option("normalize", normalize, _NORMALIZE),
+            _option("state_layout", state_layout, _STATE_LAYOUTS),
+            _option("expansion", expansion, _EXPANSIONS),
+        )
     stream, given = 1, out
     if (device := _gpu(q)) is not None:
         given = _on_gpu(q, k, v, False, out, None, None, "B")[0]
         stream = _cuda_stream(q) if device in _CUDA else 0
-    result = _holdfast.step(q, k, v, log_decay, state, scale, given, stream, sum_of_keys, power, normalized)
+    result = _holdfast.step(q, k, v, log_decay, state, scale, given, stream, sum_of_keys, *options)
     return _like(q, result) if given is None else result
-
-
-_EXPANSIONS = {"tight": 0, "tiled": 1}
 
 
 def state_size(key_size: int, degree: int = 1, expansion: Literal["tight", "tiled"] = "tight") -> int:
@@ -495,13 +631,14 @@ def set_verbose(listener: Callable[[str], object] | None) -> None:
 
 
 _DEFAULTS = (1, None, "auto", False, "kv", "tight")
-
+_STEP_DEFAULTS = (1, None, "kv", "tight")
 
 # As in holdfast.h.
 _NORMALIZE = {None: 0, False: 1, True: 2}
 _FORMS = {"auto": 0, "parallel": 1, "chunkwise": 2, "recurrent": 3}
 _STATE_LAYOUTS = {"kv": 0, "vk": 1}
 _EXPANSIONS = {"tight": 0, "tiled": 1}
+_STEP = (1, 0, 0, 0)  # _STEP_DEFAULTS
 
 
 def _option(name: str, value: Any, numbers: dict[Any, int]) -> int:
@@ -518,12 +655,35 @@ def _degree(degree: Any) -> int:
     return int(degree)
 
 
-def _expanded_size(q: Any, degree: int, expansion: str) -> int:
+def _key_size(q: Any) -> int:
+    return int(q.shape[-1]) if getattr(q, "shape", ()) else 1
+
+
+def _expanded_size(key_size: int, degree: int, expansion: str) -> int:
     """D of holdfast.h: features of an expanded key."""
-    key_size = int(q.shape[-1]) if getattr(q, "shape", ()) else 1
     if expansion == "tiled":
-        return 256 * comb(key_size // 16 + 1, 2)
-    return comb(key_size + degree - 1, degree)
+        return 128 * (key_size // 16) * (key_size // 16 + 1)
+    size = 1
+    for factor in range(degree):  # of whole numbers each time: key_size may be a symbol of PyTorch's
+        size = size * (key_size + factor) // (factor + 1)
+    return size
+
+
+def _options(
+    q: Any, degree: Any, normalize: Any, form: Any, return_weights: bool, state_layout: Any, expansion: Any
+) -> tuple[int, int, int, int, int, int, bool, bool]:
+    """The options of a call as numbers: Options of module.cpp."""
+    power, normalized = _degree(degree), _option("normalize", normalize, _NORMALIZE)
+    return (
+        power,
+        normalized,
+        _option("form", form, _FORMS),
+        _option("state_layout", state_layout, _STATE_LAYOUTS),
+        _option("expansion", expansion, _EXPANSIONS),
+        0 if power == 1 else _expanded_size(_key_size(q), power, expansion),
+        normalized == 2 or (normalized == 0 and power > 1),
+        bool(return_weights),
+    )
 
 
 _CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
@@ -532,8 +692,8 @@ _GPUS = (*_CUDA, 4, 7, 8)  # kDLOpenCL, kDLVulkan, kDLMetal
 
 def _gpu(q: Any) -> int | None:
     """DLPack's type of the GPU that q is on; None where it is not, or does not say."""
-    if isinstance(q, np.ndarray) or not hasattr(q, "__dlpack_device__"):
-        return None
+    if isinstance(q, np.ndarray) or getattr(q, "is_cpu", None) is True or not hasattr(q, "__dlpack_device__"):
+        return None  # is_cpu: PyTorch's, and quicker
     try:
         device = int(q.__dlpack_device__()[0])
     except Exception:  # the library says what is wrong

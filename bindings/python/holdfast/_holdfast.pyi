@@ -28,6 +28,25 @@ def forward(
     weights: Any,
     /,
 ) -> Any: ...
+def backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    out: Any,
+    scale: float | None,
+    chunk_size: int | None,
+    initial_state: Any,
+    initial_sum_of_keys: Any,
+    dfinal_state: Any,
+    dfinal_sum_of_keys: Any,
+    cu_seqlens: Any,
+    wanted: int,
+    options: tuple[int, int, int, int, int, int, bool, bool] | None,
+    stream: int,
+    /,
+) -> tuple[Any, Any, Any, Any, Any, Any]: ...
 def bfloat16_capsule(bits: np.ndarray, /, **options: Any) -> Any: ...
 def step(
     q: Any,
@@ -41,14 +60,16 @@ def step(
     sum_of_keys: Any,
     degree: int,
     normalize: int,
+    state_layout: int,
+    expansion: int,
     /,
 ) -> Any: ...
 def convert_state(
     key_size: int, state: Any, from_expansion: int, out: Any, to_expansion: int, rank: int, /
 ) -> None: ...
 def state_size(key_size: int, degree: int, expansion: int, /) -> int: ...
-def rotate(x: Any, theta: Any, offset: int, positions: Any, interleaved: bool, out: Any, /) -> Any: ...
-def head_norm_gate(x: Any, gate: Any, weight: Any, layer_norm: bool, eps: float, out: Any, /) -> Any: ...
+def rotate(x: Any, theta: Any, offset: int, positions: Any, interleaved: bool, out: Any, stream: int, /) -> Any: ...
+def head_norm_gate(x: Any, gate: Any, weight: Any, layer_norm: bool, eps: float, out: Any, stream: int, /) -> Any: ...
 def backends() -> dict[str, dict[str, Any]]: ...
 def variants() -> tuple[list[dict[str, Any]], str]: ...
 def version() -> str: ...

@@ -129,7 +129,8 @@ typedef void (*holdfast_deallocate)(void *user, void *memory, size_t bytes);
 
 /** Take workspace from the caller's allocator; both NULL go back to the library's own. Workspace held so far is freed first.
  *  Workspace is kept for reuse until the context is destroyed or this function is called. Its size does not depend on T,
- *  except in the parallel form: there T (K + V) floats for each thread, a copy of one head's keys and values, and as few more.
+ *  except in the parallel form: there T (K + V) floats for each thread, a copy of one head's keys and values, and as few more; and
+ *  for holdfast_backward, which says its own.
  *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, or when just one of the two is NULL. */
 HOLDFAST_API holdfast_status holdfast_context_set_allocator(holdfast_context *context, holdfast_allocate allocate,
                                                             holdfast_deallocate deallocate, void *user);
@@ -146,7 +147,8 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 /** One compiled variant of a kernel. Strings are static. */
 typedef struct holdfast_variant {
     const char *name;       /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
-    const char *kernel;     /**< "chunkwise", "parallel", "recurrent", "power", "power_step", "rotate" or "head_norm_gate" */
+    const char *kernel;     /**< "chunkwise", "parallel", "recurrent", "power", "power_step", "rotate" or "head_norm_gate"; of
+                                 gradients "chunkwise_backward", "parallel_backward" or "power_backward" */
     const char *dtype;      /**< of q, k, v, x, gate and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
     const char *target;     /**< what holdfast_context_set_target takes */
     int32_t chunk;          /**< tokens in a chunk, at most; 0: the kernel has no chunks */
@@ -412,6 +414,93 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *  holdfast_last_error(context) has the text. On the last three the state may have been advanced in part. Thread-safety: that
  *  of the context. */
 HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args);
+
+/** Arguments of holdfast_backward. As with holdfast_forward_args: set struct_size to sizeof(holdfast_backward_args) and everything not
+ *  used to zero; the struct grows at its end.
+ *
+ *  Letters, devices, extents, offsets and strides are as for holdfast_forward_args. q, k, v, out, dout, dq, dk and dv have one type,
+ *  float32, float16 or bfloat16; all else is float32. A gradient has the shape of what it is of. */
+typedef struct holdfast_backward_args {
+    size_t struct_size;                  /**< sizeof(holdfast_backward_args) */
+    const DLTensor *q;                   /**< queries [B, T, H, K] */
+    const DLTensor *k;                   /**< keys    [B, T, Hk, K] */
+    const DLTensor *v;                   /**< values  [B, T, Hk, V] */
+    const DLTensor *log_decay;           /**< as in holdfast_forward_args, [Hk] or [B, T, Hk]; NULL: no decay */
+    const DLTensor *initial_state;       /**< [N, Hk, D, V]; NULL: zeros */
+    const DLTensor *initial_sum_of_keys; /**< [N, Hk, D], where out is normalized: given just when initial_state is */
+    const DLTensor *out;          /**< [B, T, H, V], as holdfast_forward wrote it: where it is normalized, else not looked at
+                                               and may be NULL */
+    const DLTensor *dout;         /**< [B, T, H, V], gradient of out */
+    const DLTensor *dfinal_state; /**< [N, Hk, D, V], gradient of final_state; NULL: zeros */
+    const DLTensor *dfinal_sum_of_keys; /**< [N, Hk, D], of final_sum_of_keys, where out is normalized; NULL: zeros */
+    DLTensor *dq;                       /**< [B, T, H, K], written; NULL: not wanted, and the same for all that follow */
+    DLTensor *dk;                       /**< [B, T, Hk, K], written */
+    DLTensor *dv;                       /**< [B, T, Hk, V], written */
+    DLTensor *dlog_decay;               /**< [Hk] or [B, T, Hk], as log_decay, which is then given; written */
+    DLTensor *dinitial_state;           /**< [N, Hk, D, V], written, also where initial_state is NULL */
+    DLTensor *dinitial_sum_of_keys;     /**< [N, Hk, D], written, where out is normalized */
+    float scale;                        /**< as it was in holdfast_forward, and so are degree, normalize and cu_seqlens */
+    int64_t chunk_size;         /**< work on at most this many tokens at a time; 0: the library's choice. Changes rounding,
+                                               speed and memory, nothing else. */
+    const DLTensor *workspace;  /**< as in holdfast_forward_args, at least as large as holdfast_backward_workspace_size says */
+    int32_t degree;             /**< p, the power of q.k: 0 (which is 1) to 4 */
+    int32_t normalize;          /**< a holdfast_normalize */
+    int32_t form;               /**< a holdfast_form */
+    int32_t state_layout;       /**< a holdfast_state_layout, of the initial state and of all gradients of states */
+    int32_t expansion;          /**< a holdfast_expansion, likewise; tight for a degree other than 2 */
+    const DLTensor *cu_seqlens; /**< packed sequences, as in holdfast_forward_args; NULL: one per batch entry */
+} holdfast_backward_args;
+
+/** Bytes of workspace that holdfast_backward needs for these arguments, as holdfast_workspace_size says it of holdfast_forward.
+ *  @returns like holdfast_backward, and HOLDFAST_INVALID_ARGUMENT for a NULL `bytes`. Nothing is computed. */
+HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *context, const holdfast_backward_args *args,
+                                                              size_t *bytes);
+
+/** Gradients of holdfast_forward: of a loss whose derivatives by out, final_state and final_sum_of_keys are given. From the last
+ *  token to the first, with S_t and s_t as holdfast_forward has them, a_t = exp(log_decay_t) and J(x) the derivative of phi at x, [D, K]
+ *  (for p = 1 the identity):
+ *
+ *      dn_t = scale^p dout_t,  dm_t = 0                             of phi(q_t) S_t and phi(q_t) s_t
+ *      dn_t = dout_t / m_t,    dm_t = -(out_t . dout_t) / m_t       where out is normalized, m_t = phi(q_t) s_t
+ *      dS_t = a_{t+1} dS_{t+1} + phi(q_t)^T dn_t                    from dfinal_state, which stands for a_{T+1} dS_{T+1}
+ *      ds_t = a_{t+1} ds_{t+1} + phi(q_t) dm_t                      likewise from dfinal_sum_of_keys
+ *      dq_t = J(q_t)^T (S_t dn_t + s_t dm_t)
+ *      dk_t = J(k_t)^T (dS_t v_t + ds_t)
+ *      dv_t = dS_t^T phi(k_t)
+ *      dlog_decay_t = a_t (<dS_t, S_{t-1}> + <ds_t, s_{t-1}>)       per head: the sum over batch and time
+ *      dinitial_state = a_1 dS_1,  dinitial_sum_of_keys = a_1 ds_1
+ *
+ *  dS_t, ds_t and with them dk, dv and dlog_decay are sums over the heads of queries that share a key. A gradient that is NULL is not
+ *  wanted: it costs nothing, and the others keep their bits. Where log_decay is -infinity dlog_decay is 0, to rounding.
+ *
+ *  Inputs of 16 bits are widened as they are read, sums are in fp32, and each gradient is rounded once; that of a decay per head is
+ *  summed in fp64. A sequence cut in two, the gradients of the second part's initial state and sum of keys given to the first part as
+ *  those of its final ones, has the gradients of the whole to rounding. The same call on the same machine and target gives the
+ *  same bits, for any number of threads.
+ *
+ *  What is computed, where: the gradient is the same in every form, so it is computed from all T x T weights, without any state, for
+ *  HOLDFAST_FORM_PARALLEL and a degree above 1 or normalization where no state, sum of keys, or gradient of one is given or
+ *  wanted, and for HOLDFAST_FORM_AUTO where holdfast_forward would take that form; else chunk by chunk from the last to the first, also
+ *  for HOLDFAST_FORM_RECURRENT.
+ *
+ *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is. States are computed again,
+ *  first of all, and kept in workspace until the walk back is done: for degree 1 without normalization one for some chunks (at K =
+ *  V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. For a degree above 1 or
+ *  normalization all states between chunks where those of all threads are less than a quarter of the call's tensors; else about
+ *  2 sqrt(T / chunk) of them a thread, of which those between are computed a second time, which takes about a sixth longer. The
+ *  parallel form keeps some blocks of rows a thread. Threads beyond one for each sequence and head of keys have nothing to do.
+ *
+ *  T = 0: dinitial_state = dfinal_state, and dlog_decay per head is 0. Not-a-numbers and infinities stay in their sequence and group of
+ *  heads, but for dlog_decay per head, which is of all sequences.
+ *
+ *  Aliasing: inputs may share memory with one another. Outputs overlap no other tensor, except that dinitial_state may be exactly
+ *  dfinal_state (the same elements in the same places), and dinitial_sum_of_keys dfinal_sum_of_keys.
+ *
+ *  HOLDFAST_UNSUPPORTED so far: on a GPU, tensors that lie there and targets or backends of one that are forced.
+ *
+ *  @returns as holdfast_forward, HOLDFAST_UNSUPPORTED also for a stride between heads that share keys, of q, out, dout or dq, beyond
+ *  2^31 elements for all of them. holdfast_last_error(context) has the text. Thread-safety: that of the context. */
+HOLDFAST_API holdfast_status holdfast_backward(holdfast_context *context, const holdfast_backward_args *args);
 
 /* ---- Around retention -------------------------------------------------------------------------------------------- */
 

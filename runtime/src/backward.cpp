@@ -1,0 +1,145 @@
+// The gradient of degree 1 on the CPU, on every sequence and head: first the forward kernel for the states alone, of which one is
+// kept for each segment of the sequence; then the kernel of the gradient on the segments, from the last to the first, with the
+// gradient of the state going from one to the next.
+#include "backward.h"
+
+#include "backward_head.h"
+#include "chunk_table.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <string>
+
+namespace holdfast {
+namespace {
+
+// As in forward.cpp: the states of one call of a kernel, here with as many gradients of states, should stay in L2 with the rows of its
+// chunks; so should those of heads that a thread works on in turn.
+constexpr int64_t states_in_cache = 320 * 1024, least_chunks_per_call = 2, most_chunks_per_call = 8;
+constexpr int64_t heads_in_cache = 640 * 1024;
+
+/// How the work is cut up.
+struct Plan {
+    const Variant &variant, &forward;  // of the gradient, and of states
+    int64_t chunk, forward_chunk;      // tokens in a chunk
+    int64_t segment;                   // tokens in a call of a kernel
+    int64_t groups;                    // of neighbouring heads, in each sequence: the pieces that threads take
+    bool states;                       // the gradients that are wanted need the states
+
+    Plan(const BackwardProblem &p, const Choice &choice, const holdfast_context &context)
+        : variant(select_variant("chunkwise_backward", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced)),
+          forward(select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, variant.target)) {
+        auto chunk_of = [&](const Variant &v) { return p.chunk_size ? std::min<int64_t>(p.chunk_size, v.chunk) : v.chunk; };
+        chunk = chunk_of(variant), forward_chunk = chunk_of(forward);
+        segment =
+            chunk * std::clamp<int64_t>(states_in_cache / p.state_bytes() - 1, least_chunks_per_call, most_chunks_per_call);
+        const int64_t threads = context.threads_for(p.N * p.Hk), most = std::max<int64_t>(p.Hk, 1);
+        groups = std::min(most, p.Hk * p.state_bytes() / heads_in_cache + 1);
+        while (groups < most && p.N * groups % threads != 0 && p.N * groups < 4 * threads) groups++;
+        states = p.dq.rank || p.dlog_decay.rank;
+    }
+    int64_t first_head(const Problem &p, int64_t group) const { return group * p.Hk / groups; }
+};
+
+/// One sequence and head of keys.
+class Head {
+public:
+    Head(const BackwardProblem &p, const Plan &plan, Workspace &workspace, int64_t s, int64_t h)
+        : p(p), plan(plan), s(s), h(h), T(p.length(s)), segments((T + plan.segment - 1) / plan.segment), size(p.D * p.V),
+          rows(p, workspace, s, h, plan.segment), states(workspace, size * (plan.states ? std::max<int64_t>(segments, 1) : 1)),
+          gradient_memory(workspace, size), gradient(gradient_memory.floats(), p.D, p.V, p.V) {
+        if (plan.states && p.initial_state.rank)
+            copy_state(State(p.initial_state, s, h), state(0));
+        else
+            std::fill_n(states.floats(), size, 0.0f);
+        if (p.dfinal_state.rank)
+            copy_state(State(p.dfinal_state, s, h), gradient);
+        else
+            std::fill_n(gradient_memory.floats(), size, 0.0f);
+    }
+
+    /// The state at the end of segment n, where that is not the last.
+    void advance(Workspace &workspace, int64_t n) {
+        if (!plan.states || n + 1 >= segments) return;
+        look_at(n);
+        // Without heads of queries.
+        for (HeadRows *queries : {&rows.q, &rows.out}) queries->axes[2].extent = 0;
+        const ChunkTable table({0, tokens(n)}, plan.forward_chunk);
+        Buffer chunks(table.columns.data(), int32, {{0, ChunkTable::fields, 1}, {0, table.slots, ChunkTable::fields}});
+        State from = state(n), to = state(n + 1);
+        const auto run = std::get<ChunkwiseKernel *>(plan.forward.run);
+        check_returned(
+            run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &from, &chunks, table.count, p.scale, &rows.out, &to),
+            plan.forward, workspace);
+        for (HeadRows *queries : {&rows.q, &rows.out}) queries->axes[2].extent = (int32_t)p.group();
+    }
+
+    /// The gradients of the rows of segment n, and that of the state at its start, which takes the place of `next`.
+    void retreat(Workspace &workspace, int64_t n, State &next) {
+        if (n >= segments) return;
+        look_at(n);
+        const ChunkTable table({0, tokens(n)}, plan.chunk);
+        Buffer chunks(table.columns.data(), int32, {{0, ChunkTable::fields, 1}, {0, table.slots, ChunkTable::fields}});
+        State from = state(plan.states ? n : 0);
+        const auto run = std::get<ChunkwiseBackwardKernel *>(plan.variant.run);
+        check_returned(run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &from, &rows.dout, &gradient, &chunks,
+                           table.count, p.scale, rows.want_dq, rows.want_dk, rows.want_dv, rows.want_dlog_decay, &rows.dq,
+                           &rows.dk, &rows.dv, &rows.dlog_decay, &next),
+                       plan.variant, workspace);
+        rows.done();
+        std::swap(gradient.host, next.host);
+    }
+
+    void finish(DecaySums &sums) const {
+        if (p.dinitial_state.rank) copy_state(gradient, State(p.dinitial_state, s, h));
+        sums.put(s, h, rows.sum);
+    }
+
+private:
+    const BackwardProblem &p;
+    const Plan &plan;
+    const int64_t s, h, T, segments, size;
+    BackwardHead rows;
+    const Scratch states;  // at the start of each segment
+    const Scratch gradient_memory;
+    State gradient;  // of the state at the end of the next segment
+
+    State state(int64_t n) const { return {states.floats() + n * size, p.D, p.V, p.V}; }
+    int64_t tokens(int64_t n) const { return std::min(plan.segment, T - n * plan.segment); }
+    void look_at(int64_t n) { rows.look_at(n * plan.segment, tokens(n)); }
+};
+
+/// Some heads of one sequence, all of them a segment at a time, for the reason in forward.cpp.
+void run_heads(const BackwardProblem &p, const Plan &plan, Workspace &workspace, int64_t s, int64_t group, DecaySums &sums) {
+    const Scratch scratch(workspace, p.D * p.V);
+    State next(scratch.floats(), p.D, p.V, p.V);
+    std::deque<Head> heads;
+    for (int64_t h = plan.first_head(p, group); h < plan.first_head(p, group + 1); h++)
+        heads.emplace_back(p, plan, workspace, s, h);
+    const int64_t segments = (p.length(s) + plan.segment - 1) / plan.segment;
+    for (int64_t n = 0; n < segments; n++)
+        for (Head &head : heads) head.advance(workspace, n);
+    for (int64_t n = segments; n-- > 0;)
+        for (Head &head : heads) head.retreat(workspace, n, next);
+    for (const Head &head : heads) head.finish(sums);
+}
+
+}  // namespace
+
+void run_backward(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
+    const Plan plan(p, choice, c);
+    check_kernel_strides(p, plan.segment);
+    const int64_t pieces = p.Hk == 0 ? 0 : p.N * plan.groups;
+    announce(c, "backward", plan.variant, choice.why, p,
+             "chunks of " + std::to_string(plan.chunk) + ", a state kept every " + std::to_string(plan.segment) + " tokens",
+             pieces);
+    if (pieces == 0) return;
+    DecaySums sums(p);
+    c.for_each(pieces,
+               [&](Workspace &workspace, int64_t n) { run_heads(p, plan, workspace, n / plan.groups, n % plan.groups, sums); });
+    sums.finish();
+}
+
+}  // namespace holdfast

@@ -1,0 +1,697 @@
+// What holdfast_backward promises of its numbers, for every target of the CPU that runs here and for tuned and odd sizes: against
+// the closed forms in double, which finite differences of the forward's reference confirm.
+#include "../backward.h"
+
+#include <functional>
+
+namespace {
+using namespace test;
+
+// ---- The reference -----------------------------------------------------------------------------------------------------
+
+/// <out, dout> + <final states, dfinal> of the forward's reference: what the gradients are of.
+double loss(const Backward &p) {
+    static const float zero = 0;
+    double sum = 0;
+    auto add = [&](const std::vector<double> &x, const Array &gradient) {
+        size_t n = 0;
+        each(gradient.shape, [&](const Index &i) { sum += x[n++] * gradient(i); });
+    };
+    const double scale = p.scale != 0 ? p.scale : 1 / std::sqrt((double)p.K);
+    if (p.is_power()) {
+        reference::PowerInputs in{p.B, p.T, p.H, p.G, p.K, p.V, p.degree, p.normalize};
+        in.q = Backward::strided(p.q), in.k = Backward::strided(p.k), in.v = Backward::strided(p.v);
+        in.log_decay = Backward::strided(p.log_decay), in.scale = scale;
+        in.initial_state = in.initial_keys = {&zero, {}};
+        if (p.initial)
+            in.initial_state = Backward::strided(p.initial_state), in.initial_keys = Backward::strided(p.initial_keys);
+        const reference::PowerResult r = reference::power(in);
+        add(r.out, p.dout);
+        if (p.final) add(r.state, p.dfinal_state);
+        if (p.final && p.normalize) add(r.keys, p.dfinal_keys);
+    } else {
+        reference::Inputs in{p.B, p.T, p.H * p.G, p.K, p.V, p.G};
+        in.q = Backward::strided(p.q), in.k = Backward::strided(p.k), in.v = Backward::strided(p.v);
+        in.log_decay = Backward::strided(p.log_decay), in.scale = scale;
+        in.initial_state = {&zero, {}};
+        if (p.initial) in.initial_state = Backward::strided(p.initial_state);
+        const reference::Result r = reference::retention(in);
+        add(r.out, p.dout);
+        if (p.final) add(r.state, p.dfinal_state);
+    }
+    return sum;
+}
+
+/// The derivative of loss(p) where all elements of `inputs` move by `step(array, index)` floats at once, of fourth order; and how
+/// far they moved.
+struct Moved {
+    double difference;                            // of the loss
+    std::vector<std::vector<double>> directions;  // of each array, row-major: the difference of the elements
+};
+Moved move(const Backward &p, const std::vector<Array Backward::*> &inputs,
+           const std::function<double(size_t, const Index &)> &step) {
+    auto loss_at = [&](double factor, Backward &moved) {
+        moved = p;
+        for (size_t n = 0; n < inputs.size(); n++)
+            each((p.*inputs[n]).shape,
+                 [&](const Index &i) { (moved.*inputs[n])(i) = (float)((p.*inputs[n])(i) + factor * step(n, i)); });
+        return loss(moved);
+    };
+    Backward forth = p, back = p, far = p, far_back = p;
+    const double near = loss_at(1, forth) - loss_at(-1, back), wide = loss_at(2, far) - loss_at(-2, far_back);
+    Moved result{(8 * near - wide) / 6, {}};
+    for (Array Backward::*input : inputs) {
+        std::vector<double> &direction = result.directions.emplace_back();
+        each((p.*input).shape, [&](const Index &i) {
+            const double by = (double)(forth.*input)(i) - (back.*input)(i);
+            const double by_twice = (double)(far.*input)(i) - (far_back.*input)(i);
+            direction.push_back((8 * by - by_twice) / 6);
+        });
+    }
+    return result;
+}
+
+struct Case {
+    int degree;
+    bool normalize;
+    int64_t K, V;
+};
+void PrintTo(const Case &c, std::ostream *s) { *s << "degree " << c.degree << ", normalize " << c.normalize << ", K " << c.K; }
+
+class BackwardReferences : public testing::TestWithParam<Case> {};
+
+TEST_P(BackwardReferences, AreDerivativesOfTheForward) {
+    const auto [degree, normalize, K, V] = GetParam();
+    Backward p{1, 9, 1, 2, K, V, degree, normalize};
+    p.scale = 0.7f;
+    p.log_decay.fill(p.random, -0.5, -0.1);
+    // The reference wants an out where it is normalized: nothing here runs the library.
+    if (normalize) {
+        reference::PowerInputs in{1, 9, 1, 2, K, V, degree, normalize};
+        in.q = Backward::strided(p.q), in.k = Backward::strided(p.k), in.v = Backward::strided(p.v);
+        in.log_decay = Backward::strided(p.log_decay), in.scale = p.scale;
+        in.initial_state = Backward::strided(p.initial_state), in.initial_keys = Backward::strided(p.initial_keys);
+        const reference::PowerResult r = reference::power(in);
+        size_t n = 0;
+        each(p.out.shape, [&](const Index &i) { p.out(i) = (float)r.out[n++]; });
+    }
+    const BackwardReference want = p.reference(0);
+    const std::vector<std::pair<Array Backward::*, const BackwardReference::Values *>> all = {
+        {&Backward::q, &want.q},
+        {&Backward::k, &want.k},
+        {&Backward::v, &want.v},
+        {&Backward::log_decay, &want.log_decay},
+        {&Backward::initial_state, &want.state},
+        {&Backward::initial_keys, &want.keys}};
+    for (size_t which = 0; which < all.size() - !normalize; which++) {
+        SCOPED_TRACE(which);
+        const auto &[input, values] = all[which];
+        int64_t n = 0;
+        each((p.*input).shape, [&, &input = input, &values = values](const Index &i) {
+            const int64_t at = n++;
+            if (at % 7 && at > 20) return;  // these, and every seventh
+            const Moved moved = move(p, {input}, [&](size_t, const Index &j) { return i == j ? 1e-3 : 0; });
+            const double got = moved.difference / moved.directions[0][at];
+            // What is left of fourth order, and of an out in fp32 where there is one.
+            EXPECT_NEAR(got, values->value[at], 1e-6 * values->spread[at] + 1e-9) << text(i);
+        });
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(, BackwardReferences,
+                         testing::Values(Case{1, false, 3, 2}, Case{1, true, 3, 2}, Case{2, false, 3, 2}, Case{2, true, 3, 2},
+                                         Case{3, true, 2, 3}));
+
+// ---- Degree 1 ----------------------------------------------------------------------------------------------------------
+
+class BackwardTest : public testing::TestWithParam<Instance> {
+protected:
+    const int64_t K = GetParam().size.K, V = GetParam().size.V, C = GetParam().chunk;
+    const Dtype dtype = GetParam().dtype;
+    std::optional<Context> context;
+
+    void SetUp() override {
+        if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
+        context.emplace(GetParam().target);
+    }
+    Backward problem(int64_t B, int64_t T, int64_t H, int64_t G = 1, Gates gates = Gates::weak,
+                     Layout layout = Layout::compact) const {
+        return {B, T, H, G, K, V, 1, false, gates, dtype, layout};
+    }
+    void run(Backward &p) { ASSERT_EQ(p.run(*context), HOLDFAST_OK) << context->error(); }
+    void expect_right(Backward &p) {
+        run(p);
+        p.expect_reference(C);
+    }
+};
+
+TEST_P(BackwardTest, MatchesReference) {
+    Index all = lengths(C);
+    all.push_back(20 * C + 9);  // several segments
+    for (int64_t T : all)
+        for (Gates gates : all_gates)
+            for (bool initial : {false, true})
+                for (bool final : {false, true}) {
+                    SCOPED_TRACE("T " + std::to_string(T) + ", gates " + name(gates) + (initial ? ", initial state" : "") +
+                                 (final ? ", gradient of the final one" : ""));
+                    if (T > 4 * C && initial != final) continue;
+                    Backward p{2, T, 2, 1, K, V, 1, false, gates, dtype, Layout::compact, initial, final};
+                    expect_right(p);
+                }
+}
+
+TEST_P(BackwardTest, EveryForm) {
+    for (holdfast_form form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_PARALLEL, HOLDFAST_FORM_RECURRENT}) {
+        SCOPED_TRACE(form);
+        Backward p = problem(1, C + 3, 2);
+        p.form = form;
+        expect_right(p);
+    }
+}
+
+TEST_P(BackwardTest, HeadsInGroupsAndAnyStrides) {
+    for (Layout layout : layouts)
+        for (Gates gates : {Gates::per_head, Gates::resets}) {
+            SCOPED_TRACE(std::string(name(layout)) + ", gates " + name(gates));
+            Backward p = problem(2, 2 * C + 5, 2, 3, gates, layout);
+            p.value_major = layout != Layout::compact;
+            Backward of_values = {p.B,
+                                  p.T,
+                                  p.H,
+                                  p.G,
+                                  K,
+                                  V,
+                                  1,
+                                  false,
+                                  gates,
+                                  dtype,
+                                  layout,
+                                  true,
+                                  true,
+                                  {},
+                                  HOLDFAST_FORM_CHUNKWISE,
+                                  HOLDFAST_EXPANSION_TIGHT,
+                                  layout != Layout::compact};
+            expect_right(of_values);
+        }
+}
+
+TEST_P(BackwardTest, GroupsAreRepeatedKeys) {
+    Backward groups = problem(1, C + 5, 2, 2, Gates::weak), repeated = problem(1, C + 5, 4, 1, Gates::weak);
+    auto repeat = [](const Array &from, Array &to, int axis) {
+        each(to.shape, [&](Index i) {
+            float &element = to(i);
+            i[axis] /= 2;
+            element = from(i);
+        });
+    };
+    repeated.q = groups.q, repeated.dout = groups.dout;
+    repeat(groups.k, repeated.k, 2), repeat(groups.v, repeated.v, 2), repeat(groups.log_decay, repeated.log_decay, 2);
+    repeat(groups.initial_state, repeated.initial_state, 1);
+    // What a state has twice, its gradients share.
+    repeat(groups.dfinal_state, repeated.dfinal_state, 1);
+    each(repeated.dfinal_state.shape, [&](const Index &i) { repeated.dfinal_state(i) /= 2; });
+    run(groups), run(repeated);
+    const double share = 2 * tolerance::of_backward_spread(K, V, 0, C, 3);
+    const BackwardReference want = groups.reference(C);
+    expect_close("dq", repeated.dq, want.q.value, want.q.spread, share, dtype);
+    auto expect_sums = [&](const char *what, const Array &parts, const Array &whole, int axis,
+                           const BackwardReference::Values &of, const Dtype &type) {
+        std::vector<double> sums;
+        each(whole.shape, [&](Index i) {
+            i[axis] *= 2;
+            double sum = parts(i);
+            i[axis]++;
+            sums.push_back(sum + parts(i));
+        });
+        expect_close(what, whole, sums, of.spread, share + (type == f32 ? 0 : 4 * std::ldexp(1, -type.digits)), type);
+    };
+    expect_sums("dk", repeated.dk, groups.dk, 2, want.k, dtype), expect_sums("dv", repeated.dv, groups.dv, 2, want.v, dtype);
+    expect_sums("dlog_decay", repeated.dlog_decay, groups.dlog_decay, 2, want.log_decay, f32);
+    expect_sums("dinitial_state", repeated.dinitial_state, groups.dinitial_state, 1, want.state, f32);
+}
+
+TEST_P(BackwardTest, PackedSequences) {
+    const Index starts = {0, 0, C + 2, C + 3, C + 3, 4 * C + 9, 4 * C + 9};
+    for (Gates gates : {Gates::per_head, Gates::resets, Gates::none}) {
+        SCOPED_TRACE(name(gates));
+        Backward p{1, starts.back(), 2, 2, K, V, 1, false, gates, dtype, Layout::padded, true, true, starts};
+        expect_right(p);
+    }
+}
+
+TEST_P(BackwardTest, ScaleAndChunkSize) {
+    for (const auto &[scale, chunk_size] : std::vector<std::pair<float, int64_t>>{
+             {1.0f, 0}, {-0.3f, 1}, {1e-20f, 7}, {0, 33}, {0, 1000}, {0, (int64_t)1 << 30}}) {
+        SCOPED_TRACE(testing::Message() << "scale " << scale << ", chunk_size " << chunk_size);
+        Backward p = problem(1, 3 * C + 2, 2, 1, Gates::resets);
+        p.scale = dtype == f16 && scale == 1e-20f ? 1e-2f : scale, p.chunk_size = chunk_size;
+        run(p);
+        p.expect_reference(chunk_size ? std::min(chunk_size, C) : C);
+    }
+}
+
+TEST_P(BackwardTest, DecayPerHeadIsTheSumOverTokens) {
+    Backward per_head = problem(3, 9 * C + 5, 2, 1, Gates::per_head), per_token = problem(3, 9 * C + 5, 2, 1, Gates::per_head);
+    run(per_head);
+    per_token.log_decay = Array({3, 9 * C + 5, 2});
+    each(per_token.log_decay.shape, [&](const Index &i) { per_token.log_decay(i) = per_head.log_decay(i); });
+    per_token.gates = Gates::weak, per_token.dlog_decay = Array({3, 9 * C + 5, 2}).forget();
+    run(per_token);
+    EXPECT_TRUE(same_bits(per_head.dq, per_token.dq) && same_bits(per_head.dk, per_token.dk));
+    for (int64_t h = 0; h < 2; h++) {
+        // The same numbers in the same order: batch entries one after the other, each from its last token.
+        double sum = 0;
+        for (int64_t b = 0; b < 3; b++) {
+            double of_entry = 0;
+            for (int64_t t = per_token.T; t-- > 0;) of_entry += per_token.dlog_decay({b, t, h});
+            sum += of_entry;
+        }
+        EXPECT_EQ(per_head.dlog_decay({h}), (float)sum);
+    }
+}
+
+TEST_P(BackwardTest, WhatIsNotWantedCostsTheOthersNothing) {
+    Backward all = problem(2, 9 * C + 7, 2, 2, Gates::weak);
+    run(all);
+    for (const char *wanted : {"", "q", "k", "v", "g", "s", "kvgs", "qvgs", "qkgs", "qkvs", "qkvg", "kv"}) {
+        SCOPED_TRACE(wanted);
+        Backward some = problem(2, 9 * C + 7, 2, 2, Gates::weak);
+        some.wanted = wanted;
+        run(some);
+        const std::string order = "qkvgs";
+        for (size_t n = 0; n < order.size(); n++) {
+            const Array &got = *some.gradients()[n];
+            EXPECT_TRUE(same_bits(got, some.wants(order[n]) ? *all.gradients()[n] : Array(got).forget())) << order[n];
+        }
+    }
+}
+
+TEST_P(BackwardTest, SplitSequencesHandStatesOver) {
+    const int64_t T = 11 * C + 9;
+    for (Gates gates : {Gates::weak, Gates::resets})
+        for (int64_t cut : {(int64_t)1, C - 1, C, C + 1, 8 * C, T - 1, T}) {
+            SCOPED_TRACE(std::string(name(gates)) + ", cut at " + std::to_string(cut));
+            Backward whole = problem(2, T, 2, 1, gates);
+            for (Array *x : {&whole.q, &whole.k, &whole.v, &whole.dout}) round_to(dtype, *x);
+            Backward head = whole.tokens(0, cut), tail = whole.tokens(cut, T);
+            ASSERT_EQ(head.forward(*context), HOLDFAST_OK) << context->error();
+            tail.initial_state = head.final_state;
+            run(tail);
+            head.dfinal_state = tail.dinitial_state;
+            run(head);
+            // Its gradients, put together, are those of the whole.
+            auto join = [&](Array Backward::*gradient) {
+                each((whole.*gradient).shape, [&](Index i) {
+                    float &element = (whole.*gradient)(i);
+                    const bool first = i[1] < cut;
+                    if (!first) i[1] -= cut;
+                    element = ((first ? head : tail).*gradient)(i);
+                });
+            };
+            for (Array Backward::*gradient : {&Backward::dq, &Backward::dk, &Backward::dv, &Backward::dlog_decay})
+                join(gradient);
+            whole.dinitial_state = head.dinitial_state;
+            whole.expect_reference(C);
+        }
+}
+
+TEST_P(BackwardTest, InfiniteDecayForgetsAllBefore) {
+    const int64_t T = 2 * C + 5;
+    for (int64_t reset : {(int64_t)0, C / 2, C - 1, C, T - 1}) {
+        SCOPED_TRACE(reset);
+        Backward p = problem(1, T, 2);
+        for (int64_t h = 0; h < 2; h++) p.log_decay({0, reset, h}) = -std::numeric_limits<float>::infinity();
+        run(p);
+        p.expect_reference(C);
+        each(p.dinitial_state.shape, [&](const Index &i) { EXPECT_EQ(p.dinitial_state(i), 0) << text(i); });
+        // Nothing that comes after is seen before.
+        Backward other = problem(1, T, 2);
+        other.log_decay = p.log_decay;
+        each(p.q.shape, [&](const Index &i) {
+            if (i[1] >= reset) other.dout({i[0], i[1], i[2], 0}) += 1;
+        });
+        other.dfinal_state.fill(3);
+        run(other);
+        each(p.dk.shape, [&](const Index &i) { EXPECT_TRUE(i[1] >= reset || p.dk(i) == other.dk(i)) << text(i); });
+    }
+}
+
+TEST_P(BackwardTest, GradientsOfStatesInPlace) {
+    Backward apart = problem(2, 2 * C + 7, 2), p = problem(2, 2 * C + 7, 2);
+    run(apart);
+    Arguments a(dtype);
+    for (Array *x : {&p.q, &p.k, &p.v, &p.dout}) round_to(dtype, *x);
+    holdfast_backward_args args = {};
+    args.struct_size = sizeof args;
+    args.q = a.rows(p.q), args.k = a.rows(p.k), args.v = a.rows(p.v), args.dout = a.rows(p.dout);
+    args.log_decay = a.floats(p.log_decay), args.initial_state = a.floats(p.initial_state);
+    DLTensor *gradient = a.floats(p.dfinal_state);
+    args.dfinal_state = args.dinitial_state = gradient;
+    ASSERT_EQ(holdfast_backward(*context, &args), HOLDFAST_OK) << context->error();
+    EXPECT_TRUE(same_bits(p.dfinal_state, apart.dinitial_state));
+}
+
+TEST_P(BackwardTest, HeadsAndBatchEntriesAreIndependent) {
+    Backward clean = problem(2, C + 9, 2, 2), p = problem(2, C + 9, 2, 2);
+    run(clean);
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    p.k({1, 5, 0, 0}) = nan, p.dout({0, 7, 3, 0}) = nan;
+    run(p);
+    auto poisoned = [](int64_t b, int64_t h) { return b == 1 ? h == 0 : h == 1; };
+    each(p.dk.shape, [&](const Index &i) { EXPECT_TRUE(poisoned(i[0], i[2]) || p.dk(i) == clean.dk(i)) << text(i); });
+    each(p.dq.shape, [&](const Index &i) { EXPECT_TRUE(poisoned(i[0], i[2] / 2) || p.dq(i) == clean.dq(i)) << text(i); });
+    each(p.dinitial_state.shape, [&](const Index &i) {
+        EXPECT_TRUE(poisoned(i[0], i[1]) || p.dinitial_state(i) == clean.dinitial_state(i)) << text(i);
+    });
+    EXPECT_TRUE(std::isnan(p.dq({1, C + 8, 1, 0})) && std::isnan(p.dk({0, 0, 1, 0})));
+}
+
+TEST_P(BackwardTest, SameBitsInEveryRunForAnyNumberOfThreads) {
+    for (Gates gates : {Gates::per_head, Gates::resets}) {
+        SCOPED_TRACE(name(gates));
+        Backward first = problem(2, 18 * C + 13, 3, 1, gates);
+        run(first);
+        for (int threads : {0, 1, 2, 3, 7, 256}) {
+            SCOPED_TRACE(threads);
+            ASSERT_EQ(holdfast_context_set_threads(*context, threads), HOLDFAST_OK);
+            Backward again = problem(2, 18 * C + 13, 3, 1, gates);
+            run(again);
+            for (size_t n = 0; n < 5; n++) EXPECT_TRUE(same_bits(*first.gradients()[n], *again.gradients()[n])) << n;
+        }
+    }
+}
+
+TEST_P(BackwardTest, NothingToDo) {
+    for (const auto &[B, T, H, G] :
+         {std::array<int64_t, 4>{0, 5, 2, 1}, {2, 0, 2, 1}, {2, 5, 0, 1}, {0, 0, 0, 1}, {2, 5, 2, 0}})
+        for (Gates gates : all_gates)
+            for (bool states : {false, true}) {
+                SCOPED_TRACE(text({B, T, H, G}) + ", gates " + name(gates));
+                Backward p{B, T, H, G, K, V, 1, false, gates, dtype, Layout::compact, states, states};
+                expect_right(p);
+            }
+}
+
+/// The chunk in which the instances' gradients are computed.
+std::vector<Instance> backward_instances() {
+    std::vector<Instance> list;
+    for (Instance i : instances({{64, 64}, {1, 1}, {3, 5}, {33, 17}}, {{64, 64}, {33, 17}}))
+        if (const auto v = variant_for(i.target, i.size, i.dtype, "chunkwise_backward")) {
+            i.chunk = v->chunk;
+            list.push_back(i);
+        }
+    return list;
+}
+INSTANTIATE_TEST_SUITE_P(, BackwardTest, testing::ValuesIn(on_cpu(backward_instances())),
+                         [](const auto &info) { return name(info.param); });
+
+// ---- Any degree, normalized or not -------------------------------------------------------------------------------------
+
+class PowerBackward : public testing::TestWithParam<std::tuple<std::string, Case>> {
+protected:
+    const Case c = std::get<1>(GetParam());
+    Context context{std::get<0>(GetParam())};
+
+    Backward problem(int64_t B, int64_t T, int64_t H, int64_t G = 1, Gates gates = Gates::weak) const {
+        return {B, T, H, G, c.K, c.V, c.degree, c.normalize, gates};
+    }
+    int64_t chunk() const { return variant_for(std::get<0>(GetParam()), {c.K, c.V}, f32, "power_backward")->chunk; }
+    void expect_right(Backward &p, const std::string &kernel = "power_backward") {
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        EXPECT_NE(context.messages.back().find("backward: " + kernel), std::string::npos) << context.messages.back();
+        p.expect_reference(kernel == "power_backward" ? chunk() : p.T);
+    }
+};
+
+TEST_P(PowerBackward, MatchesReference) {
+    for (int64_t T : {(int64_t)0, (int64_t)1, chunk() - 1, chunk(), chunk() + 1, 3 * chunk() + 2})
+        for (Gates gates : all_gates) {
+            if (T > chunk() && gates != Gates::weak && gates != Gates::resets) continue;
+            SCOPED_TRACE("T " + std::to_string(T) + ", gates " + name(gates));
+            Backward p = problem(1, T, 1, 2, gates);
+            expect_right(p);
+        }
+}
+
+TEST_P(PowerBackward, StatesThatAreNotGiven) {
+    for (bool initial : {false, true}) {
+        SCOPED_TRACE(initial);
+        Backward p{2,   2 * chunk() + 3, 1,       1,       c.K, c.V, c.degree, c.normalize, Gates::per_head,
+                   f32, Layout::padded,  initial, !initial};
+        expect_right(p);
+    }
+}
+
+TEST_P(PowerBackward, ParallelFormWithoutStates) {
+    for (Gates gates : {Gates::weak, Gates::resets, Gates::per_head})
+        for (holdfast_form form : {HOLDFAST_FORM_PARALLEL, HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT}) {
+            SCOPED_TRACE(std::string(name(gates)) + ", form " + std::to_string(form));
+            Backward p{2, chunk() + 9, 2, 2, c.K, c.V, c.degree, c.normalize, gates, f32, Layout::padded, false, false};
+            p.form = form;
+            expect_right(p, form == HOLDFAST_FORM_PARALLEL ? "parallel_backward" : "power_backward");
+        }
+    // With one it is computed in chunks.
+    Backward p = problem(1, 9, 1);
+    p.form = HOLDFAST_FORM_PARALLEL;
+    expect_right(p);
+}
+
+TEST_P(PowerBackward, PackedSequences) {
+    for (bool states : {false, true}) {
+        SCOPED_TRACE(states);
+        const Index starts = {0, 0, chunk() + 2, chunk() + 3, chunk() + 3, 2 * chunk()};
+        Backward p{1,   starts.back(),   2,      1,      c.K,   c.V, c.degree, c.normalize, Gates::weak,
+                   f32, Layout::compact, states, states, starts};
+        if (!states) p.form = HOLDFAST_FORM_PARALLEL;
+        expect_right(p, states ? "power_backward" : "parallel_backward");
+    }
+}
+
+TEST_P(PowerBackward, StatesKeptInPartGiveTheSameBits) {
+    // More threads, each with all of its states, would take too much: some are then computed again.
+    const int64_t T = 10 * chunk() + 3;
+    Backward one = problem(1, T, 8), many = one;
+    ASSERT_EQ(holdfast_context_set_threads(context, 1), HOLDFAST_OK);
+    ASSERT_EQ(one.run(context), HOLDFAST_OK) << context.error();
+    ASSERT_EQ(holdfast_context_set_threads(context, 8), HOLDFAST_OK);
+    ASSERT_EQ(many.run(context), HOLDFAST_OK) << context.error();
+    for (size_t n = 0; n < 6; n++) EXPECT_TRUE(same_bits(*one.gradients()[n], *many.gradients()[n])) << n;
+}
+
+TEST_P(PowerBackward, WhatIsNotWantedCostsTheOthersNothing) {
+    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_PARALLEL}) {
+        const bool states = form == HOLDFAST_FORM_CHUNKWISE;
+        auto make = [&] {
+            Backward p{1,   chunk() + 7,     2,      2,     c.K, c.V, c.degree, c.normalize, Gates::weak,
+                       f32, Layout::compact, states, states};
+            p.form = form;
+            return p;
+        };
+        Backward all = make();
+        ASSERT_EQ(all.run(context), HOLDFAST_OK) << context.error();
+        for (const std::string wanted : {"", "q", "k", "v", "g", "s", "z", "kvgsz", "qvgsz", "qkgsz", "qkvsz"}) {
+            SCOPED_TRACE("form " + std::to_string(form) + ", " + wanted);
+            Backward some = make();
+            some.wanted = "";
+            for (char what : wanted)
+                if (all.wants(what)) some.wanted += what;
+            ASSERT_EQ(some.run(context), HOLDFAST_OK) << context.error();
+            const std::string order = "qkvgsz";
+            for (size_t n = 0; n < order.size(); n++) {
+                const Array &got = *some.gradients()[n];
+                EXPECT_TRUE(same_bits(got, some.wants(order[n]) ? *all.gradients()[n] : Array(got).forget())) << order[n];
+            }
+        }
+    }
+}
+
+TEST_P(PowerBackward, SplitSequencesHandStatesOver) {
+    const int64_t T = 2 * chunk() + 9;
+    for (int64_t cut : {(int64_t)1, chunk(), chunk() + 5}) {
+        SCOPED_TRACE(cut);
+        Backward whole = problem(1, T, 1);
+        Backward head = whole.tokens(0, cut), tail = whole.tokens(cut, T);
+        ASSERT_EQ(head.forward(context), HOLDFAST_OK) << context.error();
+        ASSERT_EQ(whole.forward(context), HOLDFAST_OK) << context.error();
+        tail.initial_state = head.final_state, tail.initial_keys = head.final_keys;
+        ASSERT_EQ(tail.run(context), HOLDFAST_OK) << context.error();
+        head.dfinal_state = tail.dinitial_state, head.dfinal_keys = tail.dinitial_keys;
+        ASSERT_EQ(head.run(context), HOLDFAST_OK) << context.error();
+        for (Array Backward::*gradient : {&Backward::dq, &Backward::dk, &Backward::dv, &Backward::dlog_decay})
+            each((whole.*gradient).shape, [&](Index i) {
+                float &element = (whole.*gradient)(i);
+                const bool first = i[1] < cut;
+                if (!first) i[1] -= cut;
+                element = ((first ? head : tail).*gradient)(i);
+            });
+        whole.dinitial_state = head.dinitial_state, whole.dinitial_keys = head.dinitial_keys;
+        whole.expect_reference(chunk());
+    }
+}
+
+std::vector<std::string> targets_of(const std::string &kernel) {
+    std::vector<std::string> names;
+    for (const std::string &target : targets(true))
+        if (backend_of(target) == "cpu" && variant_for(target, {5, 7}, f32, kernel)) names.push_back(target);
+    return names;
+}
+INSTANTIATE_TEST_SUITE_P(, PowerBackward,
+                         testing::Combine(testing::ValuesIn(targets_of("power_backward")),
+                                          testing::Values(Case{1, true, 5, 7}, Case{2, true, 6, 5}, Case{2, false, 16, 9},
+                                                          Case{3, true, 5, 9}, Case{4, false, 4, 3}, Case{2, true, 64, 64})),
+                         [](const auto &info) {
+                             const Case &c = std::get<1>(info.param);
+                             return std::get<0>(info.param) + "_degree" + std::to_string(c.degree) +
+                                    (c.normalize ? "_normalized_K" : "_K") + std::to_string(c.K);
+                         });
+
+TEST(PowerBackwardStates, EveryLayoutAndOrder) {
+    Context context;
+    for (bool value_major : {false, true})
+        for (holdfast_expansion expansion : {HOLDFAST_EXPANSION_TIGHT, HOLDFAST_EXPANSION_TILED})
+            for (bool normalize : {false, true}) {
+                SCOPED_TRACE(testing::Message()
+                             << "value_major " << value_major << ", expansion " << expansion << ", normalize " << normalize);
+                Backward p{1,
+                           20,
+                           2,
+                           1,
+                           32,
+                           5,
+                           2,
+                           normalize,
+                           Gates::weak,
+                           f32,
+                           Layout::padded,
+                           true,
+                           true,
+                           {},
+                           HOLDFAST_FORM_CHUNKWISE,
+                           expansion,
+                           value_major};
+                ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+                p.expect_reference(64);
+            }
+}
+
+TEST(PowerBackwardTypes, RoundOnce) {
+    Context context;
+    for (const Dtype &dtype : {f16, bf16})
+        for (const auto &[degree, normalize, states] :
+             {std::make_tuple(1, true, true), {2, true, true}, {2, false, false}, {3, false, true}}) {
+            SCOPED_TRACE(testing::Message() << dtype.name << ", degree " << degree);
+            Backward p{1, 70, 1, 2, 8, 9, degree, normalize, Gates::weak, dtype, Layout::padded, states, states};
+            if (!states) p.form = HOLDFAST_FORM_PARALLEL;
+            ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+            p.expect_reference(64);
+        }
+}
+
+// ---- Of the whole ------------------------------------------------------------------------------------------------------
+
+TEST(BackwardDirections, AreThoseOfTheLoss) {
+    // Along random directions of all inputs at once the loss changes by the gradients' products with them.
+    Context context;
+    for (const auto &[degree, normalize] : {std::make_pair(1, false), {1, true}, {2, false}, {2, true}, {3, true}, {4, false}})
+        for (int round = 0; round < 3; round++) {
+            SCOPED_TRACE(testing::Message() << "degree " << degree << ", normalize " << normalize << ", round " << round);
+            Backward p{2, 40, 2, 2, 6, 7, degree, normalize};
+            for (int n = 0; n < round * 1000; n++) p.random(0, 1);
+            p.log_decay.fill(p.random, -0.3, -0.01);
+            ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+            std::vector<Array Backward::*> inputs = {&Backward::q, &Backward::k, &Backward::v, &Backward::log_decay,
+                                                     &Backward::initial_state};
+            if (normalize) inputs.push_back(&Backward::initial_keys);
+            const Moved moved = move(p, inputs, [&](size_t, const Index &) { return p.random(-1e-4, 1e-4); });
+            const BackwardReference want = p.reference(64);
+            const BackwardReference::Values *of[] = {&want.q, &want.k, &want.v, &want.log_decay, &want.state, &want.keys};
+            const double share = tolerance::of_backward_spread(p.K, p.V, p.is_power() ? p.D : 0, 64, 3);
+            double sum = 0, allowed = 0;
+            for (size_t n = 0; n < inputs.size(); n++) {
+                size_t at = 0;
+                each(p.gradients()[n]->shape, [&](const Index &i) {
+                    sum += (*p.gradients()[n])(i)*moved.directions[n][at];
+                    allowed += share * of[n]->spread[at] * std::abs(moved.directions[n][at]);
+                    at++;
+                });
+            }
+            EXPECT_NEAR(sum, moved.difference, allowed);
+            EXPECT_LT(allowed, 1e-2 * std::abs(moved.difference)) << "nothing would be seen";
+        }
+}
+
+TEST(BackwardMemory, IsGivenBackAndUsedAgain) {
+    struct Count {
+        std::mutex mutex;
+        int64_t blocks = 0, bytes = 0, most = 0, made = 0;
+    } count;
+    auto allocate = [](void *user, size_t bytes, size_t alignment) {
+        Count &c = *(Count *)user;
+        const std::lock_guard<std::mutex> lock(c.mutex);
+        c.blocks++, c.made++, c.bytes += (int64_t)bytes, c.most = std::max(c.most, c.bytes);
+        return std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    };
+    auto deallocate = [](void *user, void *memory, size_t bytes) {
+        Count &c = *(Count *)user;
+        const std::lock_guard<std::mutex> lock(c.mutex);
+        c.blocks--, c.bytes -= (int64_t)bytes;
+        std::free(memory);
+    };
+    for (const auto &[degree, states] : {std::make_pair(1, true), {2, true}, {2, false}}) {
+        SCOPED_TRACE(degree);
+        Context context("", 2);
+        ASSERT_EQ(holdfast_context_set_allocator(context, allocate, deallocate, &count), HOLDFAST_OK);
+        Backward p{1, 300, 2, 1, 16, 16, degree, degree > 1, Gates::weak, f32, Layout::compact, states, states};
+        if (!states) p.form = HOLDFAST_FORM_PARALLEL;
+        for (int n = 0; n < 3; n++) ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        EXPECT_GT(count.blocks, 0);
+        context.destroy();
+        EXPECT_EQ(count.blocks, 0);
+        EXPECT_EQ(count.bytes, 0);
+    }
+}
+
+TEST(BackwardMemory, ShortMemoryIsAStatus) {
+    auto nothing = [](void *, size_t, size_t) -> void * { return nullptr; };
+    auto give_back = [](void *, void *, size_t) {};
+    for (const auto &[degree, states] : {std::make_pair(1, true), {2, true}, {2, false}}) {
+        Context context;
+        ASSERT_EQ(holdfast_context_set_allocator(context, nothing, give_back, nullptr), HOLDFAST_OK);
+        Backward p{1, 70, 1, 1, 5, 7, degree, false, Gates::weak, f32, Layout::compact, states, states};
+        if (!states) p.form = HOLDFAST_FORM_PARALLEL;
+        EXPECT_EQ(p.run(context), HOLDFAST_OUT_OF_MEMORY);
+        EXPECT_NE(context.error().find("out of memory"), std::string::npos) << context.error();
+    }
+}
+
+TEST(BackwardMemory, IsAShareOfTheTensors) {
+    // Of forward and backward at T 4096 of 8 heads, K = V = 64: a third of what goes in and out, at most.
+    struct Count {
+        std::mutex mutex;
+        int64_t bytes = 0, most = 0;
+    };
+    auto allocate = [](void *user, size_t bytes, size_t alignment) {
+        Count &c = *(Count *)user;
+        const std::lock_guard<std::mutex> lock(c.mutex);
+        c.bytes += (int64_t)bytes, c.most = std::max(c.most, c.bytes);
+        return std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    };
+    auto deallocate = [](void *user, void *memory, size_t bytes) {
+        Count &c = *(Count *)user;
+        const std::lock_guard<std::mutex> lock(c.mutex);
+        c.bytes -= (int64_t)bytes;
+        std::free(memory);
+    };
+    Count count;
+    Context context("", 2);
+    ASSERT_EQ(holdfast_context_set_allocator(context, allocate, deallocate, &count), HOLDFAST_OK);
+    Backward p{1, 4096, 8, 1, 64, 64};
+    ASSERT_EQ(p.forward(context), HOLDFAST_OK) << context.error();
+    ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+    const int64_t tensors = 8 * p.T * p.H * 64 * (int64_t)sizeof(float);
+    RecordProperty("share", std::to_string((double)count.most / (double)tensors));
+    EXPECT_LE(count.most, tensors * 3 / 10);
+}
+
+}  // namespace

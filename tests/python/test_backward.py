@@ -1,0 +1,256 @@
+"""Gradients: retention_backward() against closed forms, and against PyTorch's derivatives of all pairs of tokens."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+
+import holdfast
+import numpy as np
+import pytest
+import reference
+from exporter import Exporter, Namespaced
+from holdfast import Gradients, retention, retention_backward
+from reference import assert_close
+from test_dtypes import BFLOAT16, FLOAT16, KINDS, bfloat16_bits, numbers_of, widened
+
+# Relative RMS against float64: gradients of decays are differences of larger sums.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def gradients_of(problem):
+    """gradients_of(B, T, H, group, K, V, decay) makes inputs, and gradients of results, as keyword arguments."""
+
+    def make(B, T, H, group, K, V, decay="token"):
+        p = problem(B, T, H * group, K, V, decay)
+        few = slice(0, H)
+        random = np.random.default_rng(7)
+        log_decay = p.log_decay if decay is None else p.log_decay[..., few]
+        return {
+            "dout": random.standard_normal((B, T, H * group, V), np.float32),
+            "q": p.q,
+            "k": p.k[:, :, few],
+            "v": p.v[:, :, few],
+            "log_decay": log_decay,
+            "initial_state": p.initial_state[:, few],
+            "dfinal_state": random.standard_normal((B, H, K, V), np.float32),
+        }
+
+    return make
+
+
+@pytest.mark.parametrize("decay", ["head", "token"])
+@pytest.mark.parametrize("T", [0, 1, 64, 195, 700])
+@pytest.mark.parametrize("B, H, group, K, V", [(2, 3, 1, 7, 5), (1, 2, 1, 64, 64), (1, 1, 3, 33, 100)])
+def test_agrees_with_the_reference(gradients_of, B, T, H, group, K, V, decay):
+    call = gradients_of(B, T, H, group, K, V, decay)
+    got = retention_backward(**call)
+    *expected, dinitial_state = reference.retention_backward(scale=K**-0.5, **call)
+    if decay == "head":
+        expected[3] = expected[3].sum((0, 1))
+    for name, actual, values in zip(Gradients._fields, got, (*expected, dinitial_state), strict=False):
+        assert actual.dtype == np.float32, name
+        assert_close(actual, values, TOLERANCE)
+    assert got.initial_sum_of_keys is None
+
+
+@pytest.mark.parametrize("form", ["auto", "parallel", "chunkwise", "recurrent"])
+@pytest.mark.parametrize("decay", [None, "head", "token"])
+@pytest.mark.parametrize("degree, normalize", [(1, False), (1, True), (2, None), (2, False), (3, False), (4, None)])
+def test_agrees_with_pytorch(gradients_of, degree, normalize, decay, form):
+    torch = pytest.importorskip("torch")
+    call = gradients_of(2, 70, 2, 2, 6, 5, decay)
+    del call["initial_state"], call["dfinal_state"]
+    if degree % 2:
+        call.update(q=np.abs(call["q"]) + 0.1, k=np.abs(call["k"]) + 0.1)  # sums of weights stay away from 0
+    names = ["q", "k", "v"] if decay is None else ["q", "k", "v", "log_decay"]
+    leaves = {name: torch.tensor(call[name], dtype=torch.float64, requires_grad=True) for name in names}
+    q, k, v = (leaves[name] for name in ("q", "k", "v"))
+    k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+    scores = (torch.einsum("bihd,bjhd->bhij", q, k) * 6**-0.5) ** degree
+    if decay is not None:
+        per_token = leaves["log_decay"].expand(2, 70, 2).repeat_interleave(2, 2)
+        until = per_token.cumsum(1).permute(0, 2, 1)
+        scores = scores * torch.exp((until[..., :, None] - until[..., None, :]).tril())
+    weights = scores.tril()
+    if normalize or (normalize is None and degree > 1):
+        weights = weights / weights.sum(-1, keepdim=True)
+    torch.einsum("bhij,bjhe->bihe", weights, v).backward(torch.tensor(call["dout"], dtype=torch.float64))
+
+    options = {"degree": degree, "normalize": normalize, "form": form}
+    out = retention(call["q"], call["k"], call["v"], call["log_decay"], **options)
+    got = retention_backward(**call, out=out, **options)
+    for name in names:
+        assert_close(getattr(got, name), leaves[name].grad.numpy(), TOLERANCE)
+    assert all(getattr(got, name) is None for name in Gradients._fields if name not in names)
+
+
+@pytest.mark.parametrize("expansion", ["tight", "tiled"])
+@pytest.mark.parametrize("state_layout", ["kv", "vk"])
+def test_a_cut_sequence_hands_over_gradients_of_its_states(gradients_of, state_layout, expansion):
+    call = gradients_of(1, 90, 2, 1, 16, 8)
+    del call["initial_state"], call["dfinal_state"]
+    options = {"degree": 2, "state_layout": state_layout, "expansion": expansion}
+    rows = ("q", "k", "v", "log_decay")
+    out = retention(*(call[name] for name in rows), **options)
+    whole = retention_backward(**call, out=out, **options)
+    first, second = ({name: x[:, part] for name, x in call.items()} for part in (slice(0, 40), slice(40, 90)))
+    _, state, sums = retention(*(first[name] for name in rows), return_state=True, **options)
+    states = {"initial_state": state, "initial_sum_of_keys": sums}
+    tail = retention_backward(**second, out=out[:, 40:], **states, **options)
+    assert tail.initial_state.shape == state.shape and tail.initial_sum_of_keys.shape == sums.shape
+    head = retention_backward(
+        **first,
+        out=out[:, :40],
+        dfinal_state=tail.initial_state,
+        dfinal_sum_of_keys=tail.initial_sum_of_keys,
+        **options,
+    )
+    for name in rows:
+        together = np.concatenate([getattr(head, name), getattr(tail, name)], axis=1)
+        assert_close(together, getattr(whole, name), TOLERANCE)
+
+
+def test_packed_sequences(gradients_of):
+    call = gradients_of(1, 150, 2, 2, 24, 16)
+    starts = [0, 60, 60, 61, 150]
+    states = np.random.default_rng(3).standard_normal((2, 4, 2, 24, 16), np.float32)
+    call.update(initial_state=states[0], dfinal_state=states[1])
+    packed = retention_backward(**call, cu_seqlens=np.array(starts))
+    for n, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        part = {name: x[n : n + 1] if "state" in name else x[:, begin:end] for name, x in call.items()}
+        alone = retention_backward(**part)
+        for name in ("q", "k", "v", "log_decay"):
+            np.testing.assert_array_equal(getattr(packed, name)[:, begin:end], getattr(alone, name))
+        np.testing.assert_array_equal(packed.initial_state[n : n + 1], alone.initial_state)
+
+
+def test_what_is_wanted(gradients_of):
+    call = gradients_of(2, 70, 2, 1, 16, 8)
+    everything = retention_backward(**call)
+    for wanted in ([], ["q"], ("k", "v"), {"log_decay", "initial_state"}, iter(["v", "q"])):
+        names = list(wanted)
+        some = retention_backward(**call, wanted=names)
+        for name in Gradients._fields:
+            if name in names:
+                np.testing.assert_array_equal(getattr(some, name), getattr(everything, name))
+            else:
+                assert getattr(some, name) is None
+    del call["initial_state"]
+    assert retention_backward(**call).initial_state is None
+    assert retention_backward(**call, wanted=["initial_state"]).initial_state.shape == (2, 2, 16, 8)
+
+
+@pytest.mark.parametrize("dtype, kind", KINDS)
+def test_16_bits(gradients_of, dtype, kind):
+    call = gradients_of(1, 70, 2, 2, 24, 16)
+    make = {"float16": FLOAT16, "bfloat16": BFLOAT16}[dtype][kind][0]
+    rows = ("dout", "q", "k", "v")
+    arrays = dict(call)
+    for name in rows:
+        stored = bfloat16_bits(call[name]) if dtype == "bfloat16" else np.ascontiguousarray(call[name]).astype("f2")
+        call[name] = widened(stored) if dtype == "bfloat16" else stored.astype("f4")
+        arrays[name] = make(np.ascontiguousarray(stored))
+    expected = reference.retention_backward(scale=24**-0.5, **call)
+    got = retention_backward(**arrays)
+    for actual, values in zip(got[:3], expected[:3], strict=True):
+        assert_close(numbers_of(dtype, kind, actual), values, {"float16": 4e-4, "bfloat16": 2.5e-3}[dtype])
+    for actual, values in zip(got[3:5], expected[3:], strict=True):
+        assert_close(np.asarray(actual), values, TOLERANCE)
+
+
+def test_kinds_of_arrays(gradients_of):
+    call = gradients_of(1, 20, 2, 1, 8, 8)
+    expected = retention_backward(**call)
+    views = {name: memoryview(x) for name, x in call.items()}
+    for got in (retention_backward(**views), retention_backward(**{n: Exporter(x) for n, x in call.items()})):
+        for name in Gradients._fields[:5]:
+            assert isinstance(getattr(got, name), np.ndarray)
+            np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    got = retention_backward(**{n: Namespaced(x) for n, x in call.items()})
+    assert all(isinstance(x, Namespaced) for x in got[:5])
+    torch = pytest.importorskip("torch")
+    got = retention_backward(**{n: torch.from_numpy(np.ascontiguousarray(x)) for n, x in call.items()})
+    for name in Gradients._fields[:5]:
+        assert isinstance(getattr(got, name), torch.Tensor)
+        np.testing.assert_array_equal(getattr(got, name).numpy(), getattr(expected, name))
+
+
+def test_inputs_are_borrowed_and_read_only(gradients_of):
+    call = gradients_of(1, 20, 2, 1, 8, 8)
+    whole = np.zeros((1, 20, 2, 32), np.float32)
+    whole[..., :8], whole[..., 8:16], whole[..., 16:24] = call["q"], call["k"], call["v"]
+    expected = retention_backward(**call)
+    call.update(q=whole[..., :8], k=whole[..., 8:16], v=whole[..., 16:24])
+    for x in call.values():
+        x.flags.writeable = False
+    got = retention_backward(**call)
+    for actual, values in zip(got[:5], expected[:5], strict=True):
+        np.testing.assert_array_equal(actual, values)
+
+
+def test_other_threads_run_meanwhile(gradients_of):
+    call = gradients_of(1, 2000, 4, 1, 64, 64)
+    expected, results = retention_backward(**call), [None] * 4
+
+    def work(n):
+        results[n] = retention_backward(**call)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got in results:
+        for actual, values in zip(got[:5], expected[:5], strict=True):
+            np.testing.assert_array_equal(actual, values)
+
+
+def test_bitwise_equal_for_any_number_of_threads(gradients_of):
+    call = gradients_of(2, 500, 3, 1, 32, 32, "head")
+    results = []
+    for threads in (0, 1, 3, 8):
+        holdfast.set_num_threads(threads)
+        results.append(retention_backward(**call))
+    for got in results[1:]:
+        for actual, values in zip(got[:5], results[0][:5], strict=True):
+            np.testing.assert_array_equal(actual, values)
+
+
+def test_the_listener_hears_of_it(gradients_of):
+    lines = []
+    holdfast.set_verbose(lines.append)
+    retention_backward(**gradients_of(1, 40, 1, 1, 64, 64))
+    assert len(lines) == 1 and lines[0].startswith("backward: chunkwise_backward_f32"), lines
+
+
+def test_refusals(gradients_of):
+    call = gradients_of(2, 5, 3, 1, 8, 6)
+
+    def refused(error, text, **changes):
+        with pytest.raises(error) as caught:
+            retention_backward(**{**call, **changes})
+        assert type(caught.value) is error and text in str(caught.value), str(caught.value)
+
+    refused(TypeError, "dout is of type NoneType; expected an array", dout=None)
+    refused(TypeError, "q is of type list; expected an array", q=[1.0])
+    refused(ValueError, "dout [B, T, H, V] has T = 4; expected 5, that of out", dout=call["dout"][:, :4])
+    refused(ValueError, "k [B, T, Hk, K] has K = 7; expected 8, that of q", k=call["k"][..., :7])
+    refused(ValueError, "dfinal_state [N, Hk, D, V] has N = 1", dfinal_state=call["dfinal_state"][:1])
+    refused(ValueError, "out is NULL; expected a tensor [B, T, H, V]", normalize=True, initial_state=None)
+    refused(ValueError, "wanted has 'x'; expected names of 'q', 'k'", wanted=["q", "x"])
+    refused(ValueError, "dlog_decay is given and log_decay is NULL", log_decay=None, wanted=["log_decay"])
+    refused(ValueError, "dinitial_sum_of_keys is given, and degree 1", wanted=["initial_sum_of_keys"])
+    refused(ValueError, "degree is 5; expected 1, 2, 3 or 4", degree=5)
+    refused(ValueError, "form is 'fast'; expected one of", form="fast")
+    refused(ValueError, "log_decay[0, 0, 0] is 1; expected a number <= 0", log_decay=np.ones((2, 5, 3), np.float32))
+    refused(NotImplementedError, "dout has dtype float64; expected float32", dout=call["dout"].astype("f8"))
+    refused(ValueError, "dout has dtype float16; expected float32, that of q", dout=call["dout"].astype("f2"))
+
+
+def test_the_signature_is_the_specified_one():
+    assert " ".join(inspect.signature(retention_backward).parameters) == (
+        "dout q k v log_decay out scale degree normalize form chunk_size initial_state initial_sum_of_keys "
+        "dfinal_state dfinal_sum_of_keys cu_seqlens wanted state_layout expansion"
+    )
