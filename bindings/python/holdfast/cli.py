@@ -25,6 +25,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         bench.add_arguments(bench_parser)
         return bench.run(parser.parse_args(arguments))
+    train_parser = commands.add_parser("train", help="train a language model of bytes (needs PyTorch)")
+    generate_parser = commands.add_parser("generate", help="continue a prompt with a trained model (needs PyTorch)")
+    plot_parser = commands.add_parser("plot", help="draw the losses of runs (needs matplotlib)")
+    try:
+        if "train" in arguments[:1]:
+            from . import train
+
+            train.add_arguments(train_parser)
+            return train.run(train_parser, list(arguments[1:]))
+        if "generate" in arguments[:1]:
+            from . import generate
+
+            generate.add_arguments(generate_parser)
+            return generate.run(parser.parse_args(arguments))
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "tqdm"):
+            raise
+        sys.exit(f"holdfast {arguments[0]}: {error}")
+    if "plot" in arguments[:1]:
+        from . import plot
+
+        plot.add_arguments(plot_parser)
+        return plot.run(parser.parse_args(arguments))
 
     args = parser.parse_args(arguments)
     print(json.dumps(info(), indent=2) if args.json else info_text(info()))

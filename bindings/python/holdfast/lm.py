@@ -1,5 +1,5 @@
-"""Language models for PyTorch whose layers are those of `holdfast.nn`: `RetentionLM`, made from a `Config` or the name of a
-preset, `State`, all that it remembers of a text, and `generate` and `stream`, which continue prompts.
+"""Language models for PyTorch whose layers are those of `holdfast.nn`: `RetentionLM`, made from a `Config` or the name
+of a preset, and `State`, all that it remembers of a text.
 
     model = RetentionLM("demo")                     # or Config(dim=512, layers=8, heads=8, attention="power")
     logits = model(tokens)                          # [B, T] -> [B, T, vocab_size]
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -83,9 +84,9 @@ class Config:
         return (self.attention,) * self.layers if isinstance(self.attention, str) else self.attention
 
 
-# Those of RetNet's paper, table 1: d, layers, keys of 256 and values of 512 a head, 12 d^2 weights a layer; its vocabulary is not
-# named, this one is GPT-2's up to a multiple of 128.
-_PAPER = {"vocab_size": 50304, "attention": "retnet", "conv_width": 0, "head_norm": "layer"}
+# Those of RetNet's paper: d, layers, keys of 256 and values of 512 a head, 12 d^2 weights a layer. Its vocabulary is
+# not named; this one is GPT-2's, up to a multiple of 128.
+_PAPER = {"vocab_size": 50304, "attention": "retnet", "conv_width": 0, "head_norm": "layer", "tie_embeddings": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 32, "layers": 2, "heads": 2},
     "demo": {"dim": 128, "layers": 4, "heads": 2},
@@ -100,8 +101,8 @@ _FORMAT, _VERSION = "holdfast state", 1
 
 
 class State:
-    """All that a model remembers of `batch` texts: `layers`, a dictionary of tensors for each layer, whose first axis is the
-    batch. Calls of the model advance it in place; `clone` keeps what it was."""
+    """All that a model remembers of `batch` texts: `layers`, a dictionary of tensors for each layer, whose first axis
+    is the batch. Calls of the model advance it in place; `clone` keeps what it was."""
 
     def __init__(self, layers: list[LayerState]) -> None:
         self.layers = layers
@@ -144,12 +145,20 @@ class State:
     @classmethod
     def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> State:
         """What `save` has written. ValueError for another file, or one of a later version."""
+        return cls(load_versioned(path, _FORMAT, _VERSION, device)["layers"])
+
+
+def load_versioned(path: str | PathLike[str], format: str, version: int, device: Any) -> dict[str, Any]:
+    """A dictionary that torch.save has written, with its format and version; nothing in it is run."""
+    try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a state that holdfast.lm has saved")
-        if saved["version"] > _VERSION:
-            raise ValueError(f"{path} is of version {saved['version']}; this version of Holdfast reads up to {_VERSION}")
-        return cls(saved["layers"])
+    except (pickle.UnpicklingError, EOFError, RuntimeError):
+        saved = None
+    if not isinstance(saved, dict) or saved.get("format") != format:
+        raise ValueError(f"{path} is not a {format}")
+    if saved["version"] > version:
+        raise ValueError(f"{path} is of version {saved['version']}; this version of Holdfast reads up to {version}")
+    return saved
 
 
 class FeedForward(nn.Module):
@@ -229,7 +238,7 @@ class RetentionLM(nn.Module):
             self.head.weight = self.embedding.weight
 
     def reset_parameters(self) -> None:
-        """Weights keep the size of what they are given; blocks start small, so that their sum does not grow with their number."""
+        """Weights keep the size of what they are given; blocks start small, so that their sum does too."""
         config = self.config
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5 if config.tie_embeddings else 1.0)
         nn.init.normal_(self.head.weight, std=config.dim**-0.5)

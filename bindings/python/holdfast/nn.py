@@ -1,17 +1,19 @@
-"""Layers for PyTorch that stand where a transformer has its attention: `MultiScaleRetention` (RetNet), `GatedRetention`,
-`PowerRetention`, `SoftmaxAttention` to compare with, and `CausalSelfAttention`, which takes the place of nanoGPT's.
+"""Layers for PyTorch that stand where a transformer has its attention: `MultiScaleRetention` (RetNet),
+`GatedRetention`, `PowerRetention`, `SoftmaxAttention` to compare with, and `CausalSelfAttention`, which takes the place
+of nanoGPT's.
 
 All are called alike, `y = layer(x, state)`, x and y [B, T, dim]:
 
     layer(x)                    a whole sequence, from nothing: training
     state = layer.new_state(B)
-    layer(x, state)             any number of tokens, from the state on, which is then that of the last token: a prompt, a
-                                piece of a long text, or one token (T = 1), which runs as one step in place
+    layer(x, state)             any number of tokens, from the state on, which is then that of the last token: a prompt,
+                                a piece of a long text, or one token (T = 1), which runs as one step in place
     layer(x, form=...)          "parallel", "chunkwise", "recurrent": the same values to rounding, in another way
     layer(x, cu_seqlens=...)    sequences packed one after the other into B = 1; a state has one row for each of them
 
-A state is a dictionary of tensors whose first axis is the batch. Gradients flow through it where it is not detached. Its
-tensors and all decays and angles are float32 whatever the type of the layer. `holdfast.lm` makes models of these layers.
+A state is a dictionary of tensors whose first axis is the batch. Gradients flow through it where it is not detached.
+Its tensors and all decays and angles are float32 whatever the type of the layer. `holdfast.lm` makes models of these
+layers.
 """
 
 from __future__ import annotations
@@ -316,8 +318,8 @@ class _Retention(_Layer):
 
 
 class MultiScaleRetention(_Retention):
-    """RetNet's layer (Sun et al. 2023, arXiv:2307.08621): a constant decay for each head, queries and keys rotated in pairs,
-    the norm of each head, a swish gate.
+    """RetNet's layer (Sun et al. 2023, arXiv:2307.08621): a constant decay for each head, queries and keys rotated in
+    pairs, the norm of each head, a swish gate.
 
         S_t = gamma_h S_{t-1} + k_t^T v_t        out_t = K^-1/2 q_t S_t        y = out_proj(norm(out) swish(g_proj(x)))
 
@@ -428,7 +430,8 @@ class GatedRetention(_Gated):
 
 
 class PowerRetention(_Gated):
-    """Power retention (Kumar et al. 2025, arXiv:2507.04239): weights are powers of q.k, divided by their sum as softmax's are.
+    """Power retention (Kumar et al. 2025, arXiv:2507.04239): weights are powers of q.k, divided by their sum as
+    those of softmax are.
 
         out_t = sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts        w_ts = (q_t.k_s)^p a_{s+1} .. a_t
         a_t = sigmoid(decay_proj(x_t) + offset), near 0.999 at the start        y = out_proj(out)
@@ -477,7 +480,7 @@ def _weak_logits(heads: int) -> Tensor:
 class SoftmaxAttention(_Layer):
     """Causal softmax attention by PyTorch, called as the other layers are: to compare them with, and to mix with them.
 
-    State: "keys", "values" [B, room, Hk, size]: those of all tokens, room for more at the end. It grows with the text."""
+    State: "keys", "values" [B, room, Hk, size]: those of all tokens, and room for more. It grows with the text."""
 
     def __init__(
         self,
@@ -557,8 +560,8 @@ class CausalSelfAttention(nn.Module):
 
     Args:
         config: anything with n_embd, n_head, and, where they are to be other than False and 0, bias and dropout.
-        attention: "power" (PowerRetention without rotation: nanoGPT adds positions), "gated" or "retnet" (retention with
-            decays of the token, or constant ones, and the norm of each head).
+        attention: "power" (PowerRetention without rotation: nanoGPT adds positions), "gated" or "retnet" (retention
+            with decays of the token, or constant ones, and the norm of each head).
         degree: of "power".
         gating: decays of the token; False: none. Not for "retnet".
         chunk_size: as in `holdfast.retention`."""
