@@ -1,5 +1,5 @@
-"""holdfast.nn: each layer against its formula in float64, values and gradients; its forms, states and packed sequences against
-each other."""
+"""holdfast.nn: each layer against its formula in float64, values and gradients; its forms, states and packed sequences
+against each other."""
 
 from __future__ import annotations
 
@@ -21,9 +21,19 @@ OUT, GRADIENT = 1e-5, 1e-4
 LAYERS = {
     "retnet": lambda: hn.MultiScaleRetention(DIM, HEADS),
     "retnet, layer norm": lambda: hn.MultiScaleRetention(
-        DIM, HEADS, kv_heads=2, key_size=16, value_size=8, norm="layer", norm_weight=True, decay="linspace", conv_width=4
+        DIM,
+        HEADS,
+        kv_heads=2,
+        key_size=16,
+        value_size=8,
+        norm="layer",
+        norm_weight=True,
+        decay="linspace",
+        conv_width=4,
     ),
-    "retnet, bare": lambda: hn.MultiScaleRetention(DIM, HEADS, decay="none", rotation=None, norm=None, swish_gate=False),
+    "retnet, bare": lambda: hn.MultiScaleRetention(
+        DIM, HEADS, decay="none", rotation=None, norm=None, swish_gate=False
+    ),
     "retnet, gate alone": lambda: hn.MultiScaleRetention(DIM, HEADS, rotation="rope", norm=None),
     "gated": lambda: hn.GatedRetention(DIM, HEADS, conv_width=4),
     "gated, groups": lambda: hn.GatedRetention(DIM, HEADS, kv_heads=1, value_size=24, rotation="retnet", chunk_size=5),
@@ -54,7 +64,7 @@ def inputs(batch: int = 2, length: int = T) -> torch.Tensor:
     return torch.randn(batch, length, DIM, generator=torch.Generator().manual_seed(1))
 
 
-# ---- Formulas ----------------------------------------------------------------------------------------------------------
+# ---- Formulas --------------------------------------------------------------------------------------------------------
 
 
 def convolved(conv: hn.CausalConvolution, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +150,7 @@ def test_formula(layer):
         assert_close(gradient, their, GRADIENT)
 
 
-# ---- Forms, states, packed sequences -----------------------------------------------------------------------------------
+# ---- Forms, states, packed sequences ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -254,7 +264,7 @@ def test_checkpoint_and_meta(layer):
     assert all(b.device.type == "cpu" for b in empty.buffers())
 
 
-# ---- Single layers -----------------------------------------------------------------------------------------------------
+# ---- Single layers ---------------------------------------------------------------------------------------------------
 
 
 def test_gates_start():
@@ -332,7 +342,7 @@ def test_causal_self_attention_in_nanogpt():
     assert converted.constants.dtype == torch.float32 and converted(inputs().bfloat16()).isfinite().all()
 
 
-# ---- Errors ------------------------------------------------------------------------------------------------------------
+# ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
