@@ -38,6 +38,18 @@ holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
     TARGETS avx512 avx2 generic)
 
+holdfast_kernel(chunkwise_backward DTYPES f32 CHUNKS 32
+    SIZES 32x32 64x64 128x128 128x256
+    TARGETS avx512 avx2)
+
+holdfast_kernel(chunkwise_backward DTYPES f16 bf16 CHUNKS 32
+    SIZES 64x64
+    TARGETS avx512 avx2)
+
+holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
+    SIZES any
+    TARGETS avx512 avx2 generic)
+
 # Small kernels: all types for all sizes that chunkwise is tuned for in fp32.
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256 256x512
@@ -54,6 +66,11 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
 # One variant for every degree and size, normalized or not, with or without states and weights: at 64x64 it is as fast as one
 # compiled for that. Blocks of 64 rows: keys are read once for each of them, and a strip of weights stays in L1.
 holdfast_kernel(parallel DTYPES f32 f16 bf16 CHUNKS 64
+    SIZES any
+    TARGETS avx512 avx2 generic)
+
+# Its gradient, likewise: one variant for every degree and size, of pairs of blocks.
+holdfast_kernel(parallel_backward DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic)
 
@@ -137,6 +154,12 @@ holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS cuda metal opencl vulkan
     PARAMS degree=0 any_state_strides=true)
+
+# Its gradient.
+holdfast_kernel(power_backward DTYPES f32 f16 bf16 CHUNKS 64
+    SIZES any
+    TARGETS avx512 avx2 generic
+    PARAMS degree=0)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES 64x64

@@ -64,8 +64,9 @@ public:
         f = chunkwise(cq, ck, cv, cg, cs, at, D, scale, size);
         f.q_stored = sq, f.k_stored = sk, f.v_stored = sv;
 
-        // Each row of the result is written once, by the chunk that holds it.
-        f.over_result = RDom(0, size.chunk, 0, count, "over_result");
+        // Each row of the result is written once, by the chunk that holds it. Without heads of queries there are none, and what
+        // computes them costs nothing: a call for states alone.
+        f.over_result = RDom(0, size.chunk, 0, select(out.dim(2).extent() > 0, count, 0), "over_result");
         RVar row = f.over_result.x, in = f.over_result.y;
         f.over_result.where(row < at.length(in));
         out(e, t, g, h, b) = undef(stored_type(dtype));

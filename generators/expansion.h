@@ -40,6 +40,24 @@ struct Expansion {
         return result;
     }
 
+    /// The element that factor s is, and what product(f, element) is without it: its derivative by that, for one s after the other
+    /// of an RDom. Autodiff of product() would go over the features once for each factor.
+    Halide::Expr element_of(const Halide::Expr &s, const Halide::Expr &f) const {
+        using namespace Halide;
+        Expr element = factors.back()(f);
+        for (int n = (int)factors.size() - 2; n >= 0; n--) element = select(s == n, factors[n](f), element);
+        return unsafe_promise_clamped(element, 0, open ? key_extent : key_extent - 1);
+    }
+    template<class Element>
+    Halide::Expr without(const Halide::Expr &s, const Halide::Expr &f, const Element &element) const {
+        using namespace Halide;
+        Expr result = weight(f);
+        for (int n = 0; n < (int)factors.size(); n++)
+            result = result * select(s == n, 1.0f,
+                                     element(unsafe_promise_clamped(factors[n](f), 0, open ? key_extent : key_extent - 1)));
+        return result;
+    }
+
     /// x to the power p, which is `run_time_degree` where that is open.
     Halide::Expr power(const Halide::Expr &x, const Halide::Expr &run_time_degree) const {
         Halide::Expr result = x;

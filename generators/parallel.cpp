@@ -71,42 +71,61 @@ ParallelWeights weights(const ParallelFuncs &f, const ParallelCall &call, const 
         return factor ? select(factor < call.degree, x, 1.0f) : x;
     });
 
-    w.over_past_key_feature = RDom(0, call.key_extent, name("over_past_key_feature"));
-    RVar feature = w.over_past_key_feature;
-    w.past_scores = Func(name("past_scores"));
-    w.past_scores(i, j, n, c, g, h, b) += w.queries(feature, i, c, g, h, b) * f.k(feature, j, n, h, b);
-    w.past = Func(name("past_weights"));
-    w.past(i, j, n, c, g, h, b) = power(w.past_scores(i, j, n, c, g, h, b), call.degree) * w.key_decay(j, n, c, h, b);
-    w.over_own_key_feature = RDom(0, call.key_extent, name("over_own_key_feature"));
-    feature = w.over_own_key_feature;
-    w.own_scores = Func(name("own_scores"));
-    w.own_scores(i, j, c, g, h, b) += w.queries(feature, i, c, g, h, b) * f.k(feature, j, c, h, b);
-    w.own = Func(name("own_weights"));
-    w.own(i, j, c, g, h, b) = power(w.own_scores(i, j, c, g, h, b), call.degree) * w.mask(i, j, c, h, b);
+    auto queries = [&](const Expr &d) { return w.queries(d, i, c, g, h, b); };
+    const ParallelPair past = parallel_pair({n, c, g, h, b}, queries, [&](const Expr &d) { return f.k(d, j, n, h, b); },
+                                            w.key_decay(j, n, c, h, b), call, sizes, "past", suffix);
+    w.past_scores = past.scores, w.past = past.weights, w.past_block_sum = past.sum;
+    w.over_past_key_feature = past.over_key_feature, w.over_summed_key = past.over_summed_key;
+    const ParallelPair own = parallel_pair({c, g, h, b}, queries, [&](const Expr &d) { return f.k(d, j, c, h, b); },
+                                           w.mask(i, j, c, h, b), call, sizes, "own", suffix);
+    w.own_scores = own.scores, w.own = own.weights, w.own_sum = own.sum;
+    w.over_own_key_feature = own.over_key_feature, w.over_summed_own_key = own.over_summed_key;
 
     w.over_summed_feature = RDom(0, C, 0, sums, name("over_summed_feature"));
     w.initial_block_sum = Func(name("initial_block_sum"));
     w.initial_block_sum(i, u, c, g, h, b) +=
         w.phi(i, w.over_summed_feature.x, u, c, g, h, b) * f.keys_in(u * C + w.over_summed_feature.x, h, b);
-    w.over_summed_key = RDom(0, C, 0, sums, name("over_summed_key"));
-    w.past_block_sum = Func(name("past_block_sum"));
-    w.past_block_sum(i, n, c, g, h, b) += w.past(i, w.over_summed_key.x, n, c, g, h, b);
     w.over_past_block = RDom(0, blocks, name("over_past_block"));
     w.over_past_block.where(w.over_past_block < opaque(c));
     w.over_initial_block = RDom(0, (call.features + C - 1) / C, 0, call.states_in, name("over_initial_block"));
     w.past_sum = Func(name("past_sum"));
     w.past_sum(i, c, g, h, b) += w.initial_decay(c, h, b) * w.initial_block_sum(i, w.over_initial_block.x, c, g, h, b);
     w.past_sum(i, c, g, h, b) += w.past_block_sum(i, w.over_past_block, c, g, h, b);
-    w.over_summed_own_key = RDom(0, C, 0, sums, name("over_summed_own_key"));
-    w.own_sum = Func(name("own_sum"));
-    w.own_sum(i, c, g, h, b) += w.own(i, w.over_summed_own_key.x, c, g, h, b);
     Expr sum = w.row_decay(i, c, h, b) * w.past_sum(i, c, g, h, b) + w.own_sum(i, c, g, h, b);
     w.factor = Func(name("factor"));
-    w.factor(i, c, g, h, b) = select(call.normalized != 0, 1.0f / sum, power(call.scale / w.unit(i, c, g, h, b), call.degree));
+    w.factor(i, c, g, h, b) = select(call.normalized != 0, 1.0f / sum, scale_of_row(w, call));
     return w;
 }
 
 }  // namespace
+
+ParallelPair parallel_pair(const std::vector<Var> &blocks, const ParallelOperand &query, const ParallelOperand &key,
+                           const Expr &decay, const ParallelCall &call, const ParallelSizes &sizes, const std::string &prefix,
+                           const std::string &suffix) {
+    auto name = [&](const char *stage) { return prefix + stage + suffix; };
+    auto at = [&](std::vector<Expr> args) {
+        args.insert(args.end(), blocks.begin(), blocks.end());
+        return args;
+    };
+    ParallelPair p;
+    p.over_key_feature = RDom(0, call.key_extent, "over_" + name("_key_feature"));
+    p.scores = Func(name("_scores"));
+    p.scores(at({i, j})) += query(p.over_key_feature) * key(p.over_key_feature);
+    p.weights = Func(name("_weights"));
+    p.weights(at({i, j})) = power(p.scores(at({i, j})), call.degree) * decay;
+    p.over_summed_key = RDom(0, sizes.block, 0, select(call.normalized != 0, 1, 0), "over_" + name("_summed_key"));
+    p.sum = Func(name("_block_sum"));
+    p.sum(at({i})) += p.weights(at({i, p.over_summed_key.x}));
+    return p;
+}
+
+Expr decay_of_key(const ParallelWeights &w) {
+    return select(n < c, w.row_decay(i, c, h, b) * w.key_decay(j, n, c, h, b), w.mask(i, j, c, h, b));
+}
+
+Expr scale_of_row(const ParallelWeights &w, const ParallelCall &call) {
+    return power(call.scale / w.unit(i, c, g, h, b), call.degree);
+}
 
 ParallelFuncs parallel(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Func &state_in,
                        const Func &keys_in, const ParallelCall &call, const ParallelSizes &sizes) {
@@ -155,10 +174,8 @@ ParallelFuncs parallel(const Func &q, const Func &k, const Func &v, const Func &
     f.shown_scores(i, j, n, c, g, h, b) +=
         f.shown.queries(f.over_shown_key_feature, i, c, g, h, b) * k(f.over_shown_key_feature, j, n, h, b);
     f.weights_shown = Func("weights_shown");
-    Expr decay_of_key =
-        select(n < c, f.shown.row_decay(i, c, h, b) * f.shown.key_decay(j, n, c, h, b), f.shown.mask(i, j, c, h, b));
     f.weights_shown(i, j, n, c, g, h, b) =
-        power(f.shown_scores(i, j, n, c, g, h, b), call.degree) * decay_of_key * f.shown.factor(i, c, g, h, b);
+        power(f.shown_scores(i, j, n, c, g, h, b), call.degree) * decay_of_key(f.shown) * f.shown.factor(i, c, g, h, b);
 
     // The final state: keys as a row after the last one would see them.
     f.over_end_distance = RDom(1, blocks, "over_end_distance");

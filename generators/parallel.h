@@ -19,6 +19,10 @@
 #include "Halide.h"
 #include "expansion.h"
 
+#include <functional>
+#include <string>
+#include <vector>
+
 namespace holdfast {
 
 struct ParallelSizes {
@@ -41,6 +45,24 @@ struct ParallelCall {
     Halide::Expr features;    // of an expanded key, of the initial state
     Halide::Expr states_in;   // initial states given: 1 or 0
 };
+
+/// A block of rows against a block of keys, its own or an earlier one. The blocks are the last arguments.
+struct ParallelPair {
+    Halide::Func scores;             // (i,j,..): queries . keys
+    Halide::Func weights;            // (i,j,..): scores^p * what the rows see of each key
+    Halide::Func sum;                // (i,..): of the weights
+    Halide::RDom over_key_feature;   // scores: d
+    Halide::RDom over_summed_key;    // sum:    (j, once, or never where sums do not count)
+};
+
+/// Element d of row i, or of key j, of a pair.
+using ParallelOperand = std::function<Halide::Expr(const Halide::Expr &d)>;
+
+/// `blocks`: the last arguments of its stages. Operands and decay, what rows see of a key, are in terms of i, j and these. Names
+/// begin with `prefix` and end in `suffix`.
+ParallelPair parallel_pair(const std::vector<Halide::Var> &blocks, const ParallelOperand &query, const ParallelOperand &key,
+                           const Halide::Expr &decay, const ParallelCall &call, const ParallelSizes &sizes,
+                           const std::string &prefix, const std::string &suffix = "");
 
 /// Weights of the rows of block c on the keys of block n: of an earlier one (past), and of the rows' own. Without row_decay (past)
 /// and factor (both).
@@ -119,6 +141,12 @@ struct ParallelFuncs {
     Halide::Func weights_out;  // (j,t,s,g,h,b): 0; update 0 over (over_weights.x = j, .y = i, .z = n, .w = c)
     Halide::RDom over_result, over_weights;
 };
+
+/// What row i of block c sees of key j of block n <= c.
+Halide::Expr decay_of_key(const ParallelWeights &w);
+
+/// What rows are multiplied by where their weights are not normalized: scale^p, of queries times unit.
+Halide::Expr scale_of_row(const ParallelWeights &w, const ParallelCall &call);
 
 /// Fills all but what the generator sets. state_in and keys_in of the call are (e,d,s,h,b) and (d,s,h,b), s < states_in.
 ParallelFuncs parallel(const Halide::Func &q, const Halide::Func &k, const Halide::Func &v, const Halide::Func &log_decay,

@@ -82,22 +82,29 @@ PowerFuncs power(const Func &q, const Func &k, const Func &v, const Func &log_de
 
     // From the state.
     const int block = sizes.block;
-    const Expr blocks = simplify((p.phi.features + block - 1) / block);
-    const bool whole = can_prove(p.phi.features % block == 0);
-    auto row_of = [&](const Expr &f) { return whole ? f : min(f, p.phi.features - 1); };  // past the last one phi is 0
-    p.over_feature = RDom(0, block, "over_feature");
-    p.num_block = Func("num_block");
-    Expr feature = u * block + p.over_feature;
-    p.num_block(e, u, i, g, h, b) += p.phi_q(feature, i, g, h, b) * state_in(e, row_of(feature), h, b);
-    p.over_block = RDom(0, blocks, "over_block");
     p.num_inter = Func("num_inter");
-    p.num_inter(e, i, g, h, b) += p.num_block(e, p.over_block, i, g, h, b);
-    p.over_feature_weight = RDom(0, block * options.normalize, "over_feature_weight");
-    p.den_block = Func("den_block");
-    feature = u * block + p.over_feature_weight;
-    p.den_block(u, i, g, h, b) += p.phi_q(feature, i, g, h, b) * keys_in(row_of(feature), h, b);
     p.den_inter = Func("den_inter");
-    p.den_inter(i, g, h, b) += p.den_block(p.over_block, i, g, h, b);
+    if (block) {
+        const Expr blocks = simplify((p.phi.features + block - 1) / block);
+        const bool whole = can_prove(p.phi.features % block == 0);
+        auto row_of = [&](const Expr &f) { return whole ? f : min(f, p.phi.features - 1); };  // past the last one phi is 0
+        p.over_feature = RDom(0, block, "over_feature");
+        p.num_block = Func("num_block");
+        Expr feature = u * block + p.over_feature;
+        p.num_block(e, u, i, g, h, b) += p.phi_q(feature, i, g, h, b) * state_in(e, row_of(feature), h, b);
+        p.over_block = RDom(0, blocks, "over_block");
+        p.num_inter(e, i, g, h, b) += p.num_block(e, p.over_block, i, g, h, b);
+        p.over_feature_weight = RDom(0, block * options.normalize, "over_feature_weight");
+        p.den_block = Func("den_block");
+        feature = u * block + p.over_feature_weight;
+        p.den_block(u, i, g, h, b) += p.phi_q(feature, i, g, h, b) * keys_in(row_of(feature), h, b);
+        p.den_inter(i, g, h, b) += p.den_block(p.over_block, i, g, h, b);
+    } else {
+        p.over_feature = RDom(0, p.phi.features, "over_feature");
+        p.num_inter(e, i, g, h, b) += p.phi_q(p.over_feature, i, g, h, b) * state_in(e, p.over_feature, h, b);
+        p.over_feature_weight = RDom(0, p.phi.features * options.normalize, "over_feature_weight");
+        p.den_inter(i, g, h, b) += p.phi_q(p.over_feature_weight, i, g, h, b) * keys_in(p.over_feature_weight, h, b);
+    }
     p.row = Func("row");
     p.row(i, g, h, b) = select(options.normalize != 0, 1.0f / (p.den_inter(i, g, h, b) + p.den_intra(i, g, h, b)),
                                raised(options.scale / p.unit(i, g, h, b)));

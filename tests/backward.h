@@ -88,6 +88,12 @@ struct Backward {
     /// Of q, k, v, g (log_decay), s (initial state) and z (its sum of keys) those that are wanted.
     std::string wanted = std::string("qkv") + (gates == Gates::none ? "" : "g") + (final ? normalize ? "sz" : "s" : "");
 
+    /// Of kernels of chunks of so many tokens.
+    double share(int64_t chunk) const {
+        const int64_t chunks = T / std::max<int64_t>(chunk, 1) + 2;
+        return is_power() ? tolerance::of_power_gradient_spread(K, V, D, G * chunk, chunks)
+                          : tolerance::of_gradient_spread(K, V, G * chunk, chunks);
+    }
     bool is_power() const { return degree > 1 || normalize; }
     bool wants(char what) const { return wanted.find(what) != std::string::npos; }
 
@@ -130,8 +136,7 @@ struct Backward {
     /// Everything that is wanted is what the reference says, for kernels of chunks of so many tokens.
     void expect_reference(int64_t chunk) const {
         const BackwardReference want = reference(chunk);
-        const double share =
-            tolerance::of_backward_spread(K, V, is_power() ? D : 0, chunk, T / std::max<int64_t>(chunk, 1) + 2);
+        const double share = this->share(chunk);
         auto expect = [&](char what, const char *name, const Array &got, const BackwardReference::Values &values, Dtype type) {
             if (!wants(what))
                 EXPECT_TRUE(same_bits(got, Array(got).forget())) << name << " is not wanted, and was written";
@@ -165,7 +170,7 @@ struct Backward {
             auto rows = [&](const Array &a) { return strided(a, b * a.stride[0] + from * a.stride[1]); };
             BackwardReference one;
             const double used_scale = scale != 0 ? scale : 1 / std::sqrt((double)K);
-            if (is_power()) {
+            if (is_power() || G == 0) {  // the other one divides by G
                 reference::PowerInputs in{1, length, H, G, K, V, degree, normalize};
                 in.q = rows(q), in.k = rows(k), in.v = rows(v), in.log_decay = rows(log_decay), in.scale = used_scale;
                 in.initial_state = strided(state), in.initial_keys = strided(sum), in.states = initial || final;

@@ -30,11 +30,16 @@ inline double of_power_spread(int64_t K, int64_t D, int64_t chunk, int64_t decay
     return of_spread(K + (int64_t)std::sqrt(D), chunk, decays);
 }
 
-/// Largest error of any element of a gradient, as a share of its spread (reference/backward.h, power_backward.h). It passes through
-/// as many sums as an output does, forward and back: over K and over V, over two chunks, and over D features where they are expanded;
-/// and both the state and its gradient have been multiplied and added to `decays` times.
-inline double of_backward_spread(int64_t K, int64_t V, int64_t D, int64_t chunk, int64_t decays) {
-    return of_spread(K + V + (int64_t)std::sqrt(D), 2 * chunk, 2 * decays);
+/// The same for gradients (reference/backward.h). An element passes through a sum over features of values or keys, one over `rows`
+/// of a chunk, all queries of a group, and one more over features: with those of states as many terms as an output, and for
+/// decays products of such elements are summed over features and rows once more.
+inline double of_gradient_spread(int64_t K, int64_t V, int64_t rows, int64_t decays) {
+    return of_spread(K + V, 2 * rows, decays);
+}
+
+/// The same for power retention, whose state's gradient is a sum over features too (reference/power_backward.h).
+inline double of_power_gradient_spread(int64_t K, int64_t V, int64_t D, int64_t rows, int64_t decays) {
+    return of_power_spread(K + V, D, 2 * rows, 2 * decays);
 }
 
 /// The same of variants that round operands (holdfast_variant): every term is a product of which one factor is the nearest sum of
@@ -74,6 +79,8 @@ inline double relative_rms_of_out(const test::Dtype &dtype) {
 /// bf16 at most, and 2^-23 in fp16.
 inline double relative_rms_of_state(const test::Dtype &dtype) { return dtype == test::bf16 ? 4e-6 : relative_rms; }
 constexpr double relative_rms_between_forms = 1e-6;
+/// Of every gradient in fp32.
+constexpr double relative_rms_of_gradient = 1e-5;
 /// Of normalised out of degree 2, fp32, for gates of every strength.
 constexpr double relative_rms_of_power = 5e-7;
 

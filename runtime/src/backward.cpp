@@ -135,8 +135,8 @@ void run_backward(holdfast_context &c, const BackwardProblem &p, const Choice &c
     announce(c, "backward", plan.variant, choice.why, p,
              "chunks of " + std::to_string(plan.chunk) + ", a state kept every " + std::to_string(plan.segment) + " tokens",
              pieces);
-    if (pieces == 0) return;
     DecaySums sums(p);
+    if (pieces == 0) return sums.finish();
     c.for_each(pieces,
                [&](Workspace &workspace, int64_t n) { run_heads(p, plan, workspace, n / plan.groups, n % plan.groups, sums); });
     sums.finish();

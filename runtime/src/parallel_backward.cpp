@@ -12,8 +12,8 @@ void run_parallel_backward(holdfast_context &c, const BackwardProblem &p, const 
     check_kernel_strides(p, p.T);
     const int64_t heads = p.N * p.Hk;
     announce(c, "backward", variant, choice.why, p, "parallel form", heads);
-    if (heads == 0) return;
     DecaySums sums(p);
+    if (heads == 0) return sums.finish();
     c.for_each(heads, [&](Workspace &workspace, int64_t n) {
         const int64_t s = n / p.Hk, h = n % p.Hk, T = p.length(s);
         if (T == 0) return;

@@ -163,8 +163,8 @@ void run_power_backward(holdfast_context &c, const BackwardProblem &p, const Cho
         how += plan.all ? ", all states kept" : ", a state kept every " + std::to_string(plan.segment(longest)) + " of them";
     }
     announce(c, "backward", plan.variant, choice.why, p, how, heads);
-    if (heads == 0) return;
     DecaySums sums(p);
+    if (heads == 0) return sums.finish();
     c.for_each(heads, [&](Workspace &workspace, int64_t n) {
         Chain chain(p, plan, workspace, n / p.Hk, n % p.Hk);
         chain.run();

@@ -105,11 +105,12 @@ void check_memory(Tensors inputs, Tensors outputs, std::initializer_list<std::pa
             if (t->rank) check_same_device(*t, **inputs.begin());
 }
 
-/// A tensor of rows that has the extents and the type of `same`, "that of " whom.
-Tensor checked_rows(const TensorSpec &spec, const DLTensor *tensor, const Tensor &same, const char *whose) {
+/// A tensor of rows that has q's type and these extents, "that of " whom.
+Tensor checked_rows(const Tensor &q, const TensorSpec &spec, const DLTensor *tensor, std::initializer_list<int64_t> extents,
+                    const char *whose) {
     const Tensor t = check_tensor(spec, tensor);
-    for (int axis = 0; axis < t.rank; axis++) check_extent(spec, t, axis, same.shape[axis], whose);
-    check_same_dtype(t, same), check_rows(t);
+    for (int axis = 0; axis < t.rank; axis++) check_extent(spec, t, axis, extents.begin()[axis], whose);
+    check_same_dtype(t, q), check_rows(t);
     return t;
 }
 
@@ -282,12 +283,10 @@ BackwardProblem checked_problem(const holdfast_backward_args *args) {
     BackwardProblem p{checked(same, Call::backward), {}, {}, {}, {}, {}, {}, {}, {}, {}};
 
     constexpr TensorSpec::Types floats = TensorSpec::floats;
-    Tensor of_out = p.q;  // as far as its type and extents
-    of_out.shape[3] = p.V;
-    p.dout = checked_rows({"dout", "BTHV", floats}, call.dout, of_out, "that of out");
-    if (call.dq) p.dq = checked_rows({"dq", "BTHK", floats}, call.dq, p.q, "that of q");
-    if (call.dk) p.dk = checked_rows({"dk", "BThK", floats}, call.dk, p.k, "that of k");
-    if (call.dv) p.dv = checked_rows({"dv", "BThV", floats}, call.dv, p.v, "that of v");
+    p.dout = checked_rows(p.q, {"dout", "BTHV", floats}, call.dout, {p.B, p.T, p.H, p.V}, "that of out");
+    if (call.dq) p.dq = checked_rows(p.q, {"dq", "BTHK", floats}, call.dq, {p.B, p.T, p.H, p.K}, "that of q");
+    if (call.dk) p.dk = checked_rows(p.q, {"dk", "BThK", floats}, call.dk, {p.B, p.T, p.Hk, p.K}, "that of k");
+    if (call.dv) p.dv = checked_rows(p.q, {"dv", "BThV", floats}, call.dv, {p.B, p.T, p.Hk, p.V}, "that of v");
     if (call.dlog_decay) {
         if (!p.log_decay.rank)
             fail(HOLDFAST_INVALID_ARGUMENT, "dlog_decay is given and log_decay is NULL; expected both, or dlog_decay NULL");

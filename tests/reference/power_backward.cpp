@@ -13,9 +13,7 @@ struct Sums {
     std::vector<double> &value, &spread;
     int64_t row;  // the first element
 
-    void add(int64_t n, double term, double of_term) const {
-        value[row + n] += term, spread[row + n] += square(of_term);
-    }
+    void add(int64_t n, double term, double of_term) const { value[row + n] += term, spread[row + n] += square(of_term); }
     void add(int64_t n, double term) const { add(n, term, term); }
     Sums at(int64_t first) const { return {value, spread, first}; }
 };
@@ -109,18 +107,19 @@ PowerGradients power_backward(const PowerInputs &in, const Strided &dout, const 
                         const double value = out.data ? out(b, t, head, e) : computed.out[((b * T + t) * H * G + head) * V + e];
                         dden -= value * dnum[e], of_dden += square(value * dnum[e]);
                     }
-                    of_dden = std::sqrt(of_dden);
+                    of_dden = std::sqrt(of_dden) + std::abs(dden) / 2;
                     if (in.normalize) wrong_by += std::sqrt(of_den) / std::abs(den);
 
                     // Weights: each is on the way of all gates from its key, exclusive, to the row.
                     std::vector<double> through(t + 1), of_through(t + 1);
                     for (int64_t j = 0; j <= t; j++) {
-                        double dweight = dden, of_dweight = square(of_dden);
+                        double by_value = 0, of_dweight = square(of_dden);
                         for (int64_t e = 0; e < V; e++) {
-                            dweight += dnum[e] * v[j][e], of_dweight += square(dnum[e] * v[j][e]);
+                            by_value += dnum[e] * v[j][e], of_dweight += square(dnum[e] * v[j][e]);
                             dv(j).add(e, weight(j) * dnum[e], (of_weight(j) + std::abs(weight(j)) * wrong_by) * dnum[e]);
                         }
-                        of_dweight = std::sqrt(of_dweight);
+                        const double dweight = by_value + dden;  // it may be nothing beside its halves
+                        of_dweight = std::sqrt(of_dweight) + std::abs(by_value) / 2;
                         const double ddot = p * std::pow(dot[j], p - 1) * since[j] * dweight;
                         double of_ddot = p * most(j, p - 1) * since[j] * of_dweight * wrong_by;
                         if (p > 1) of_ddot += p * (p - 1) * of_dot[j] * most(j, p - 2) * since[j] * std::abs(dweight);
@@ -136,14 +135,16 @@ PowerGradients power_backward(const PowerInputs &in, const Strided &dout, const 
                     if (in.states) {
                         std::vector<double> dphi(D), of_dphi(D);
                         for (int64_t f = 0; f < D; f++) {
-                            dphi[f] = from_start * z[f] * dden, of_dphi[f] = square(from_start * z[f] * of_dden);
+                            double by_value = 0;
+                            of_dphi[f] = square(from_start * z[f] * of_dden);
                             dz.add(f, phi[f] * from_start * dden, phi[f] * from_start * of_dden * wrong_by);
                             for (int64_t e = 0; e < V; e++) {
                                 const double term = from_start * S[f * V + e] * dnum[e];
-                                dphi[f] += term, of_dphi[f] += square(term);
+                                by_value += term, of_dphi[f] += square(term);
                                 dS.add(f * V + e, phi[f] * from_start * dnum[e], phi[f] * from_start * dnum[e] * wrong_by);
                             }
-                            of_dphi[f] = std::sqrt(of_dphi[f]) * wrong_by;
+                            dphi[f] = by_value + from_start * z[f] * dden;
+                            of_dphi[f] = (std::sqrt(of_dphi[f]) + std::abs(by_value) / 2) * wrong_by;
                             passing += phi[f] * dphi[f], of_passing += square(phi[f] * of_dphi[f]);
                         }
                         through_phi(features, q, dphi, of_dphi, dq);
@@ -204,8 +205,7 @@ PowerGradients power_backward(const PowerInputs &in, const Strided &dout, const 
                     for (int64_t d = 0; d < K; d++) {
                         around += square(k[t][d]) * r.dk_spread[dk(t).row + d];
                         for (int64_t g = 0; g < G; g++)
-                            around += square(in.q(b, t, h * G + g, d)) *
-                                      r.dq_spread[((b * T + t) * H * G + h * G + g) * K + d];
+                            around += square(in.q(b, t, h * G + g, d)) * r.dq_spread[((b * T + t) * H * G + h * G + g) * K + d];
                     }
                 for (int64_t t = first; t < end; t++) dgate(t).add(0, 0, std::sqrt(around) / p);
             }

@@ -115,7 +115,7 @@ def retention(
     if return_state:
         results += (state, sum_of_keys) if normalized else (state,)
     if return_weights:
-        results += (weights.detach(),)
+        results += (weights,)
     return results if len(results) > 1 else out
 
 
@@ -503,15 +503,16 @@ _define(
 
 
 def _save_retention(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, scale, degree, normalize, form, chunk_size, _, _, state_layout, expansion = inputs
+    *tensors, scale, degree, normalize, form, chunk_size, return_state, _, state_layout, expansion = inputs
     ctx.save_for_backward(*tensors, output[0] if normalize else None)
     ctx.options = (scale, degree, normalize, form, chunk_size, state_layout, expansion)
     ctx.set_materialize_grads(False)
+    _, state, sum_of_keys, weights = output
+    empty = [x for x, there in ((state, return_state), (sum_of_keys, return_state and normalize)) if not there]
+    ctx.mark_non_differentiable(*empty, weights)
 
 
-def _differentiate_retention(ctx: Any, dout, dstate, dsum_of_keys, dweights):
-    if dweights is not None:
-        raise NotImplementedError("weights are differentiated, and have no gradient; expected weights.detach()")
+def _differentiate_retention(ctx: Any, dout, dstate, dsum_of_keys, _):
     *tensors, out = ctx.saved_tensors
     q, v = tensors[0], tensors[2]
     if dout is None:
@@ -632,9 +633,10 @@ def _head_norm_gate_gradients(dout, x, gate, weight, norm, eps, wanted):
 def _head_norm_gate_backward_kernel(dout, x, gate, weight, norm, eps, wanted):
     [dout] = _rows(*_plain(dout))
     x, gate, weight = _plain(x, gate, weight)
-    names = tuple(name for name, want in zip(("x", "gate", "weight"), wanted, strict=True) if want)
-    gradients = holdfast.head_norm_gate_backward(dout, x, gate, weight, norm, eps, wanted=names)
-    return tuple(x.new_empty((0,)) if y is None else y for y in gradients)
+    gradients = _head_norm_gate_gradients(dout, x, gate, weight, norm, eps, wanted)
+    dx, dgate, dweight = (y if want else False for y, want in zip(gradients, wanted, strict=True))
+    holdfast.head_norm_gate_backward(dout, x, gate, weight, norm, eps, dx=dx, dgate=dgate, dweight=dweight)
+    return gradients
 
 
 _define(

@@ -1,0 +1,77 @@
+// The gradient of the chunkwise algorithm compiled just in time: without any schedule, and with every registered one, for each
+// target of cmake/targets.cmake that this machine runs. Small chunks and sizes, where every index is an edge.
+#include "../../generators/chunkwise_backward.h"
+#include "../../schedules/schedule.h"
+#include "../backward_call.h"
+#include "targets.h"
+
+namespace {
+using namespace Halide;
+using namespace test;
+using holdfast::ChunkwiseBackwardFuncs;
+using holdfast::ChunkwiseSizes;
+using Schedules = holdfast::Schedule<ChunkwiseBackwardFuncs, ChunkwiseSizes>;
+
+struct Instance {
+    std::string schedule;
+    NamedTarget target;
+    ChunkwiseSizes sizes;
+    Size size;  // what the kernel is called with
+    Dtype dtype;
+};
+std::string name(const Instance &i) {
+    auto extent = [](int n) { return n ? std::to_string(n) : std::string("any"); };
+    return i.schedule + "_" + i.target.name + "_C" + extent(i.sizes.chunk) + "_K" + extent(i.sizes.key) + "_V" +
+           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile) + "_" + i.dtype.name;
+}
+void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+
+std::vector<Instance> instances() {
+    std::vector<Instance> list = {
+        {"none", targets().back(), {4, 3, 5, 4}, {3, 5}, f32},  // chunk, K, V, causal tile
+        {"none", targets().back(), {4, 4, 4, 2}, {4, 4}, f32},  // sums of the same extent
+        {"none", targets().back(), {4, 0, 0, 2}, {5, 3}, bf16},
+    };
+    const std::vector<std::pair<ChunkwiseSizes, Size>> scheduled = {
+        {{4, 3, 5, 2}, {3, 5}}, {{7, 0, 0, 7}, {9, 17}}, {{32, 32, 32, 8}, {32, 32}}, {{64, 32, 64, 16}, {32, 64}}};
+    for (const auto &schedule : Schedules::all())
+        for (const NamedTarget &named : targets())
+            for (const auto &[sizes, size] : scheduled)
+                for (const Dtype &dtype : all_dtypes) {
+                    const bool types = sizes.chunk == (schedule.rank == 0 ? 7 : 32) && shows_types(schedule.rank, named);
+                    if ((dtype == f32 || types) && compiled_for(schedule.rank, named) && schedule.matches(named.target, sizes))
+                        list.push_back({schedule.name, named, sizes, size, dtype});
+                }
+    return list;
+}
+
+class ChunkwiseBackward : public testing::TestWithParam<Instance> {};
+
+TEST_P(ChunkwiseBackward, MatchesReference) {
+    const Instance &instance = GetParam();
+    const ChunkwiseSizes &sizes = instance.sizes;
+    if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
+    try {
+        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
+        const Callable kernel = create_callable_from_generator(context, "chunkwise_backward",
+                                                               {{"dtype", instance.dtype.name},
+                                                                {"chunk", std::to_string(sizes.chunk)},
+                                                                {"key_size", std::to_string(sizes.key)},
+                                                                {"value_size", std::to_string(sizes.value)},
+                                                                {"causal_tile", std::to_string(sizes.causal_tile)},
+                                                                {"forced_schedule", instance.schedule}});
+        for (const KernelCase &c : kernel_cases(sizes.chunk)) {
+            if (c.states_alone) continue;
+            BackwardCall(c, sizes.chunk, instance.size, instance.dtype).expect_reference(kernel);
+            if (c.name == "groups")
+                for (const Wants &wants : some_wants())
+                    BackwardCall(c, sizes.chunk, instance.size, instance.dtype, wants).expect_reference(kernel);
+        }
+    } catch (const Halide::Error &e) {
+        FAIL() << e.what();
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(, ChunkwiseBackward, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+
+}  // namespace

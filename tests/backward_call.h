@@ -1,0 +1,155 @@
+// Calls of a chunkwise_backward kernel by its own C signature, against the reference: for kernels compiled ahead of time or just
+// in time.
+#pragma once
+#include "kernel_call.h"
+#include "reference/backward.h"
+
+namespace test {
+
+/// The gradients that a call asks for, beside that of the initial state. What it does not ask for stays as it was.
+struct Wants {
+    bool dq = true, dk = true, dv = true, dlog_decay = true;
+};
+inline std::string name(const Wants &w) {
+    std::string list;
+    for (const auto &[want, text] : {std::make_pair(w.dq, "dq"), {w.dk, "dk"}, {w.dv, "dv"}, {w.dlog_decay, "dlog_decay"}})
+        if (want) list += (list.empty() ? "" : "_") + std::string(text);
+    return list.empty() ? "none" : list;
+}
+
+/// One gradient left out, one alone, and none.
+inline std::vector<Wants> some_wants() {
+    std::vector<Wants> list = {{false, false, false, false}};
+    for (int n = 0; n < 4; n++)
+        for (bool alone : {false, true}) list.push_back({(n == 0) == alone, (n == 1) == alone, (n == 2) == alone, (n == 3) == alone});
+    return list;
+}
+
+class BackwardCall {
+public:
+    BackwardCall(const KernelCase &c, int C, Size size, const Dtype &dtype = f32, const Wants &wants = {})
+        : c(c), dtype(dtype), wants(wants), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C),
+          starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()), N((int64_t)c.lengths.size()),
+          q(rows_of(c.group, K)), k(rows_of(1, K)), v(rows_of(1, V)),
+          log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)), state_in(states()), dout(rows_of(c.group, V)),
+          dstate_out(states()), dq(rows_of(c.group, K)), dk(rows_of(1, K)), dv(rows_of(1, V)),
+          dlog_decay({c.B, T, c.H}, strides({c.B, T, c.H}, c.layout, false)), dstate_in(states()) {
+        for (Array *x : {&dq, &dk, &dv, &dlog_decay, &dstate_in}) x->forget();
+        for (Array *x : {&q, &k, &v, &dout}) round_to(dtype, *x);
+    }
+
+    /// kernel(q, k, v, log_decay, state_in, dout, dstate_out, chunks, count, scale, want_dq, want_dk, want_dv, want_dlog_decay, dq,
+    /// dk, dv, dlog_decay, dstate_in) returns 0, the gradients of the reference, and writes nothing else.
+    template<class Kernel>
+    void expect_reference(const Kernel &kernel) {
+        SCOPED_TRACE(c.name + ", wanted: " + name(wants));
+        run(kernel);
+        const double share = tolerance::of_gradient_spread(K, V, c.group * chunk, table.count);
+        for (int64_t s = 0; s < N; s++) {
+            SCOPED_TRACE("sequence " + std::to_string(s));
+            const reference::Inputs in = inputs(s);
+            const reference::Strided from_out = rows(dout, starts[s]), from_state = states(dstate_out, s);
+            const reference::Gradients want = reference::retention_backward(in, from_out, from_state);
+            const reference::Gradients spread = reference::spread_backward(in, from_out, from_state);
+            auto of = [&](const Array &rows) { return slice(rows, 1, starts[s], c.lengths[s]); };
+            if (wants.dq) expect_close("dq", of(dq), want.q, spread.q, share, dtype);
+            if (wants.dk) expect_close("dk", of(dk), want.k, spread.k, share, dtype);
+            if (wants.dv) expect_close("dv", of(dv), want.v, spread.v, share, dtype);
+            if (wants.dlog_decay) expect_close("dlog_decay", of(dlog_decay), want.log_decay, spread.log_decay, share);
+            expect_close("dstate_in", slice(dstate_in, 1, s, 1), want.initial_state, spread.initial_state, share);
+        }
+    }
+
+    /// The largest of the root mean square errors of the gradients, each relative to its values; of one sequence.
+    template<class Kernel>
+    double relative_error(const Kernel &kernel) {
+        run(kernel);
+        const reference::Gradients want =
+            reference::retention_backward(inputs(0), rows(dout, 0), states(dstate_out, 0));
+        return std::max({relative_rms(dq.values(), want.q), relative_rms(dk.values(), want.k), relative_rms(dv.values(), want.v),
+                         relative_rms(dlog_decay.values(), want.log_decay),
+                         relative_rms(dstate_in.values(), want.initial_state)});
+    }
+
+private:
+    const KernelCase c;
+    const Dtype dtype;
+    const Wants wants;
+    const int64_t K, V, chunk;
+    const Index starts;
+    ChunkTable table;
+    const int64_t T, N;
+    Random random;
+    Array q, k, v, log_decay, state_in, dout, dstate_out, dq, dk, dv, dlog_decay, dstate_in;
+    const float scale = 0.25f;
+
+    template<class Kernel>
+    void run(const Kernel &kernel) {
+        using Buffer = Halide::Runtime::Buffer<void>;
+        Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, dout), tq(dtype, dq), tk(dtype, dk), tv(dtype, dv);
+        Buffer bq = in_groups(rows(sq, q), 2, c.group), bk = rows(sk, k), bv = rows(sv, v), bg = gates(log_decay),
+               bs = states(state_in), bo = in_groups(rows(so, dout), 2, c.group), bz = states(dstate_out);
+        Buffer rq = in_groups(rows(tq, dq), 2, c.group), rk = rows(tk, dk), rv = rows(tv, dv), rg = gates(dlog_decay),
+               rs = states(dstate_in);
+        Halide::Runtime::Buffer<int32_t> chunks(table.columns.data(), ChunkTable::fields, table.slots);
+        const Array *inputs[] = {&q, &k, &v, &log_decay, &state_in, &dout, &dstate_out};
+        const std::vector<Array> inputs_before = {q, k, v, log_decay, state_in, dout, dstate_out};
+        const std::vector<Array> results_before = {dq, dk, dv, dlog_decay};
+        // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
+        for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bo, &bz, &rq, &rk, &rv, &rg, &rs}) buffer->set_host_dirty();
+        chunks.set_host_dirty();
+        ASSERT_EQ(kernel(bq, bk, bv, bg, bs, bo, bz, chunks, (int32_t)table.count, scale, (int32_t)wants.dq, (int32_t)wants.dk,
+                         (int32_t)wants.dv, (int32_t)wants.dlog_decay, rq, rk, rv, rg, rs),
+                  0);
+        for (Buffer *buffer : {&rq, &rk, &rv, &rg, &rs}) ASSERT_EQ(buffer->copy_to_host(), 0);
+        const bool wanted[] = {wants.dq, wants.dk, wants.dv, wants.dlog_decay};
+        Stored *stored[] = {&tq, &tk, &tv};
+        for (int n = 0; n < 3; n++) {
+            EXPECT_TRUE(stored[n]->gaps_intact()) << "memory between the rows of gradient " << n << " was written";
+            EXPECT_TRUE(wanted[n] || stored[n]->unchanged()) << "gradient " << n << " was written";
+            if (wanted[n]) stored[n]->load();
+        }
+        Array *results[] = {&dq, &dk, &dv, &dlog_decay};
+        for (int n = 0; n < 4; n++) {
+            EXPECT_TRUE(results[n]->gaps_intact()) << "memory between the rows of gradient " << n << " was written";
+            EXPECT_TRUE(wanted[n] || results[n]->same_memory(results_before[n])) << "gradient " << n << " was written";
+        }
+        EXPECT_TRUE(dstate_in.gaps_intact()) << "memory between the states was written";
+        for (int n = 0; n < 7; n++) EXPECT_TRUE(inputs[n]->same_memory(inputs_before[n])) << "input " << n << " was written";
+        for (const Stored *x : {&sq, &sk, &sv, &so}) EXPECT_TRUE(x->unchanged()) << "an input was written";
+    }
+
+    reference::Inputs inputs(int64_t s) {
+        reference::Inputs in{c.B, c.lengths[s], c.H * c.group, K, V, c.group};
+        in.q = rows(q, starts[s]), in.k = rows(k, starts[s]), in.v = rows(v, starts[s]);
+        in.log_decay = rows(log_decay, starts[s]);
+        in.initial_state = states(state_in, s);
+        in.scale = scale;
+        return in;
+    }
+
+    static Index starts_of(const Index &lengths) {
+        Index starts = {0};
+        for (int64_t length : lengths) starts.push_back(starts.back() + length);
+        return starts;
+    }
+    Array rows_of(int64_t group, int64_t size) { return Array({c.B, T, c.H * group, size}, c.layout).fill(random); }
+    Array states() { return Array({c.B, N, c.H, K, V}, c.layout).fill(random); }
+
+    Halide::Runtime::Buffer<void> rows(Stored &stored, const Array &a) const {
+        return view(stored.data(), dtype, a, {3, 1, 2, 0});
+    }
+    static Halide::Runtime::Buffer<void> gates(Array &a) { return view(a.data(), f32, a, {1, 2, 0}); }
+    static Halide::Runtime::Buffer<void> states(Array &a) { return view(a.data(), f32, a, {4, 3, 1, 2, 0}); }
+
+    static reference::Strided rows(const Array &a, int64_t from) {
+        const Index &s = a.stride;
+        return {a.data() + from * s[1], {s[0], s[1], s[2], s.size() > 3 ? s[3] : 0}};
+    }
+    static reference::Strided states(const Array &a, int64_t sequence) {
+        const Index &s = a.stride;
+        return {a.data() + sequence * s[1], {s[0], s[2], s[3], s[4]}};
+    }
+};
+
+}  // namespace test

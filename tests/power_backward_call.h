@@ -1,0 +1,226 @@
+// Calls of power_backward by its own C signature, chunk by chunk from the last to the first, against the reference: for kernels compiled
+// ahead of time or just in time.
+#pragma once
+#include "check.h"
+#include "reference/power_backward.h"
+#include "shapes.h"
+#include "stored.h"
+#include "view.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+namespace test {
+
+/// T tokens in calls of so many: the states between them are the reference's, the gradients those of the call after.
+struct PowerBackwardCase {
+    std::string name;
+    Index calls;
+    int64_t B, H, G;  // heads of keys, query heads to each
+    Layout layout;
+    Gates gates;
+    bool normalize;
+    bool want_dq = true, want_dk = true, want_dv = true, want_dlog_decay = true;
+    enum class Contents { random, positive, ones } contents = Contents::random;
+    double size_of_keys = 1;
+};
+
+/// Everything that a kernel with chunks of C tokens may meet.
+inline std::vector<PowerBackwardCase> power_backward_cases(int C, const Dtype &dtype) {
+    using Case = PowerBackwardCase;
+    std::vector<Case> cases;
+    for (Gates gates : all_gates)
+        cases.push_back(
+            {std::string("gates_") + name(gates), {C, C / 2 + 1}, 1, 2, 1, Layout::padded, gates, gates != Gates::none});
+    for (Layout layout : layouts)
+        cases.push_back(
+            {std::string("layout_") + name(layout), {C - 1, 1}, 2, 1, 2, layout, Gates::weak, layout != Layout::swapped});
+    cases.push_back({"plain_resets", {C, C / 2 + 1}, 1, 1, 2, Layout::padded, Gates::resets, false});
+    for (int unwanted = 0; unwanted < 5; unwanted++)
+        cases.push_back({"unwanted_" + std::to_string(unwanted),
+                         {C / 2},
+                         1,
+                         1,
+                         2,
+                         Layout::padded,
+                         Gates::weak,
+                         unwanted % 2 == 0,
+                         unwanted != 0 && unwanted != 4,
+                         unwanted != 1 && unwanted != 4,
+                         unwanted != 2 && unwanted != 4,
+                         unwanted != 3 && unwanted != 4});
+    cases.push_back({"positive", {C, C}, 1, 1, 3, Layout::compact, Gates::weak, true});
+    cases.back().contents = Case::Contents::positive;
+    cases.push_back({"ones", {C, C, 2}, 1, 1, 1, Layout::compact, Gates::none, true});
+    cases.back().contents = Case::Contents::ones;
+    for (double size : {dtype == f16 ? 1e-2 : 1e-8, dtype == f16 ? 1e2 : 1e6}) {
+        cases.push_back({size < 1 ? "tiny" : "huge", {C, C / 2}, 1, 1, 1, Layout::compact, Gates::weak, true});
+        cases.back().contents = Case::Contents::positive, cases.back().size_of_keys = size;
+    }
+    return cases;
+}
+
+class PowerBackwardCall {
+public:
+    /// Kernels for a known V want states without gaps between rows.
+    PowerBackwardCall(const PowerBackwardCase &c, Size size, int degree, const Dtype &dtype = f32, bool dense_states = false)
+        : c(c), degree(degree), dtype(dtype), K(size.K), V(size.V), D((int64_t)reference::monomials(K, degree).size()),
+          T(total(c.calls)), q(array({c.B, T, c.H * c.G, K}, c.size_of_keys)), k(array({c.B, T, c.H, K}, c.size_of_keys)),
+          v(array({c.B, T, c.H, V}, 1)), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
+          state(array({c.B, c.H, D, V}, std::pow(c.size_of_keys, degree), dense_states)), keys(sums_of_keys()),
+          out(array({c.B, T, c.H * c.G, V}, 1).forget()), dout(array(out.shape, 1)),
+          // of a size that is lost neither behind what the rows give, nor they behind it
+          dstate(array(state.shape, std::pow(c.size_of_keys, -degree), dense_states)),
+          dkeys(array(keys.shape, std::pow(c.size_of_keys, -degree))) {
+        for (Array *x : {&q, &k, &v, &dout}) round_to(dtype, *x);
+    }
+
+    /// kernel(q, k, v, log_decay, state_in, keys_in, out, dout, dstate_out, dkeys_out, degree, normalize, scale, want_dq, want_dk,
+    /// want_dv, want_dlog_decay, dq, dk, dv, dlog_decay, dstate_in, dkeys_in) returns 0 for every chunk, and together they do what
+    /// the reference does.
+    template<class Kernel>
+    void expect_reference(const Kernel &kernel) {
+        SCOPED_TRACE(c.name + ", degree " + std::to_string(degree));
+        // What the forward returned, and the states before each call.
+        std::vector<Array> states = {state}, sums = {keys};
+        for (int64_t t = 0, n = 0; n < (int64_t)c.calls.size(); t += c.calls[n++]) {
+            const reference::PowerResult chunk = reference::power(inputs(t, c.calls[n], states.back(), sums.back()));
+            int64_t element = 0;
+            each({c.B, c.calls[n], c.H * c.G, V},
+                 [&](Index i) { i[1] += t, out(i) = (float)dtype.round((float)chunk.out[element++]); });
+            Array next = state, next_sum = keys;
+            element = 0, each(state.shape, [&](const Index &i) { next(i) = (float)chunk.state[element++]; });
+            element = 0, each(keys.shape, [&](const Index &i) { next_sum(i) = (float)chunk.keys[element++]; });
+            states.push_back(next), sums.push_back(next_sum);
+        }
+        const int64_t longest = *std::max_element(c.calls.begin(), c.calls.end());
+        const reference::PowerGradients want = reference::power_backward(
+            inputs(0, T, state, keys), strided(dout), strided(dstate), strided(dkeys), strided(out), longest);
+
+        // What does not count is NaN.
+        if (!c.normalize) keys.forget(), dkeys.forget(), out.forget();
+        const Array inputs[] = {q, k, v, log_decay, out, dout};
+        Array dq(q.shape, c.layout), dk(k.shape, c.layout), dv(v.shape, c.layout), dlog_decay(log_decay.shape, c.layout);
+        Array next_dstate = dstate, next_dkeys = dkeys;
+        for (Array *x : {&dq, &dk, &dv, &dlog_decay, &next_dstate, &next_dkeys}) x->forget();
+        Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out), sdo(dtype, dout);
+        Stored sdq(dtype, dq), sdk(dtype, dk), sdv(dtype, dv);
+        int64_t t = T;
+        for (int64_t n = (int64_t)c.calls.size() - 1; n >= 0; n--) {
+            const int64_t tokens = c.calls[n];
+            t -= tokens;
+            Buffer bq = rows(sq, q, t, tokens, c.G), bk = rows(sk, k, t, tokens), bv = rows(sv, v, t, tokens);
+            Buffer bo = rows(so, out, t, tokens, c.G), bdo = rows(sdo, dout, t, tokens, c.G);
+            Buffer bdq = rows(sdq, dq, t, tokens, c.G), bdk = rows(sdk, dk, t, tokens), bdv = rows(sdv, dv, t, tokens);
+            Buffer bg = gates(log_decay, t, tokens), bdg = gates(dlog_decay, t, tokens);
+            if (!c.normalize) sums[n].forget();
+            Buffer bs = view(states[n].data(), f32, states[n], {3, 2, 1, 0}),
+                   bc = view(sums[n].data(), f32, sums[n], {2, 1, 0});
+            Buffer bds = view(dstate.data(), f32, dstate, {3, 2, 1, 0}), bdc = view(dkeys.data(), f32, dkeys, {2, 1, 0});
+            Buffer bnds = view(next_dstate.data(), f32, next_dstate, {3, 2, 1, 0});
+            Buffer bndc = view(next_dkeys.data(), f32, next_dkeys, {2, 1, 0});
+            // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
+            for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bc, &bo, &bdo, &bds, &bdc, &bdq, &bdk, &bdv, &bdg, &bnds, &bndc})
+                buffer->set_host_dirty();
+            ASSERT_EQ(kernel(bq, bk, bv, bg, bs, bc, bo, bdo, bds, bdc, degree, (int)c.normalize, scale, (int)c.want_dq,
+                             (int)c.want_dk, (int)c.want_dv, (int)c.want_dlog_decay, bdq, bdk, bdv, bdg, bnds, bndc),
+                      0);
+            for (Buffer *buffer : {&bdq, &bdk, &bdv, &bdg, &bnds, &bndc}) ASSERT_EQ(buffer->copy_to_host(), 0);
+            std::swap(dstate, next_dstate), std::swap(dkeys, next_dkeys);
+        }
+        const double share = tolerance::of_power_spread(K, D, longest, (int64_t)c.calls.size());
+        auto expect = [&](const char *what, bool wanted, Array &got, Stored *stored, const std::vector<double> &value,
+                          const std::vector<double> &spread) {
+            if (wanted) {
+                if (stored) stored->load();
+                return expect_close(what, got, value, spread, share, stored ? dtype : f32);
+            }
+            Array untouched = got;
+            EXPECT_TRUE(same_bits(got, untouched.forget()) && (!stored || stored->unchanged()))
+                << what << " is not wanted and was written";
+        };
+        expect("dq", c.want_dq, dq, &sdq, want.dq, want.dq_spread);
+        expect("dk", c.want_dk, dk, &sdk, want.dk, want.dk_spread);
+        expect("dv", c.want_dv, dv, &sdv, want.dv, want.dv_spread);
+        expect("dlog_decay", c.want_dlog_decay, dlog_decay, nullptr, want.dlog_decay, want.dlog_decay_spread);
+        expect("dstate", true, dstate, nullptr, want.dstate, want.dstate_spread);
+        if (c.normalize) expect("dkeys", true, dkeys, nullptr, want.dkeys, want.dkeys_spread);
+        EXPECT_TRUE(dq.gaps_intact() && dk.gaps_intact() && dv.gaps_intact() && sdq.gaps_intact() && sdk.gaps_intact() &&
+                    sdv.gaps_intact() && dlog_decay.gaps_intact() && dstate.gaps_intact() && dkeys.gaps_intact())
+            << "memory between the rows was written";
+        const Array *after[] = {&q, &k, &v, &log_decay, &out, &dout};
+        for (int n = 0; n < 6; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
+        const Stored *stored[] = {&sq, &sk, &sv, &so, &sdo};
+        for (int n = 0; n < 5; n++) EXPECT_TRUE(stored[n]->unchanged()) << "input " << n << " was written";
+    }
+
+private:
+    using Buffer = Halide::Runtime::Buffer<void>;
+    const PowerBackwardCase c;
+    const int degree;
+    const Dtype dtype;
+    const int64_t K, V, D, T;
+    Random random;
+    Array q, k, v, log_decay, state, keys, out, dout, dstate, dkeys;
+    const float scale = 0.25f;
+
+    static int64_t total(const Index &lengths) {
+        int64_t sum = 0;
+        for (int64_t n : lengths) sum += n;
+        return sum;
+    }
+    Array array(const Index &shape, double size, bool dense = false) {
+        const double low = c.contents == PowerBackwardCase::Contents::random && !(degree % 2 && c.normalize) ? -1 : 0.5;
+        const Layout layout = dense ? Layout::compact : c.layout;
+        if (c.contents == PowerBackwardCase::Contents::ones) return Array(shape, layout).fill(1);
+        return Array(shape, layout).fill(random, low * size, size);
+    }
+    /// Of many keys, as in power_call.h.
+    Array sums_of_keys() {
+        Array sums(Index{c.B, c.H, D}, c.layout);
+        each({c.B, c.H}, [&](const Index &i) {
+            std::vector<double> sum(D);
+            for (int n = 0; n < 8; n++) {
+                std::vector<double> key(K);
+                for (double &x : key)
+                    x = c.contents == PowerBackwardCase::Contents::ones ? 1 : random(degree % 2 ? 0.5 : -1, 1) * c.size_of_keys;
+                const std::vector<double> features = reference::phi(key, degree);
+                for (int64_t f = 0; f < D; f++) sum[f] += features[f];
+            }
+            for (int64_t f = 0; f < D; f++) sums({i[0], i[1], f}) = (float)sum[f];
+        });
+        return sums;
+    }
+    reference::PowerInputs inputs(int64_t t, int64_t tokens, const Array &from, const Array &sum) const {
+        reference::PowerInputs in{c.B, tokens, c.H, c.G, K, V, degree, c.normalize};
+        in.q = strided(q, t), in.k = strided(k, t), in.v = strided(v, t), in.log_decay = strided(log_decay, t);
+        in.initial_state = strided(from), in.initial_keys = strided(sum);
+        in.scale = scale;
+        return in;
+    }
+
+    /// Halide's view of tokens t .. t + n - 1: (d or e, t, [g,] h, b).
+    Buffer rows(Stored &stored, const Array &a, int64_t t, int64_t n, int64_t group = 0) const {
+        const int64_t bytes = dtype == f32 ? sizeof(float) : sizeof(uint16_t);
+        Array part({a.shape[0], n, a.shape[2], a.shape[3]}, Index{0, 0, 0, 0});  // its extents alone count
+        part.stride = a.stride;
+        char *first = (char *)stored.data() + t * a.stride[1] * bytes;
+        if (!group) return view(first, dtype, part, {3, 1, 2, 0});
+        part.shape = {a.shape[0], n, a.shape[2] / group, group, a.shape[3]};
+        part.stride = {a.stride[0], a.stride[1], a.stride[2] * group, a.stride[2], a.stride[3]};
+        return view(first, dtype, part, {4, 1, 3, 2, 0});
+    }
+    static Buffer gates(Array &a, int64_t t, int64_t n) {
+        Buffer buffer = view(a.data() + t * a.stride[1], f32, a, {1, 2, 0});
+        buffer.raw_buffer()->dim[0].extent = (int32_t)n;
+        return buffer;
+    }
+    static reference::Strided strided(const Array &a, int64_t t = 0) {
+        reference::Strided x{a.data() + (t ? t * a.stride[1] : 0), {}};
+        std::copy(a.stride.begin(), a.stride.end(), x.stride.begin());
+        return x;
+    }
+};
+
+}  // namespace test
