@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -152,7 +151,9 @@ def load_versioned(path: str | PathLike[str], format: str, version: int, device:
     """A dictionary that torch.save has written, with its format and version; nothing in it is run."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError):
+    except OSError:
+        raise
+    except Exception:  # many kinds: any bytes may be read as instructions that make no sense
         saved = None
     if not isinstance(saved, dict) or saved.get("format") != format:
         raise ValueError(f"{path} is not a {format}")

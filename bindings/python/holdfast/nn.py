@@ -359,7 +359,7 @@ class MultiScaleRetention(_Retention):
             raise ValueError(f"decay is {decay!r}; expected 'retnet', 'linspace' or 'none'")
         self.decay = decay
         if value_size is None:
-            value_size = 2 * (dim // heads if key_size is None else key_size)
+            value_size = 2 * (dim // max(heads, 1) if key_size is None else key_size)
         super().__init__(
             dim, heads, kv_heads=kv_heads, key_size=key_size, value_size=value_size, conv_width=conv_width,
             rotation=rotation, degree=1, normalize=False, norm=norm, norm_weight=norm_weight, eps=eps,
