@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -194,6 +196,16 @@ def test_presets(preset, millions):
         mixer, dim = model.blocks[0].mixer, model.config.dim
         assert (mixer.key_size, mixer.value_size) == (256, 512)
         assert sum(p.numel() for p in model.blocks[0].parameters() if p.ndim == 2) == 12 * dim**2
+
+
+def test_documented_examples(tmp_path, monkeypatch, capsys):
+    """Python in docs/training.md runs."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {})
 
 
 def test_config():

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from . import plot
+from . import plot, set_num_threads
 from .extras import require
 from .text import Text, bits_per_byte
 
@@ -207,10 +207,9 @@ class World:
 
     def __enter__(self) -> World:
         if self.threads:
-            from . import set_num_threads
-
             torch.set_num_threads(self.threads)
-            set_num_threads(self.threads)
+        if self.threads or self.distributed:  # processes share the cores, as torchrun has told PyTorch
+            set_num_threads(torch.get_num_threads())
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed:
