@@ -281,7 +281,7 @@ def test_gates_start():
     h = inputs()
     assert (power._log_decay(h).exp() - 0.999).abs().max() < 5e-4
     expected = 1 - 2.0 ** (-5 - torch.arange(HEADS))
-    assert torch.allclose(gated._log_decay(h).exp(), expected.expand(2, T, HEADS), atol=5e-3)
+    assert torch.allclose(gated._log_decay(h).exp(), expected.expand(2, T, HEADS), atol=1e-2)
     for layer in (power, gated):  # as nanoGPT initialises a model
         torch.nn.init.zeros_(layer.decay_proj.bias)
     assert (power._log_decay(h).exp() - 0.999).abs().max() < 5e-4

@@ -320,7 +320,8 @@ def test_generate(data, tmp_path, capsys):
         (["--attention", "retnet", "--disable-gating"], "--attention retnet has no gates"),
         (["--attention", "power", "--degree", "7"], "degree 7"),
         (["--attention", "gated,gated,gated"], "attention has 3 names"),
-        (["--learning-rate", "1e30", "--steps", "20"], "the loss is "),
+        (["--learning-rate", "1e30", "--steps", "20"], "; a smaller --learning-rate may help"),
+        (["--learning-rate", "1e30", "--steps", "20", "--attention", "softmax"], "the loss is nan at step"),
         (["--resume", "/nowhere/run"], "No such file"),
     ],
 )

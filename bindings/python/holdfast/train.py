@@ -328,7 +328,10 @@ class Run:
         for n, part in enumerate(tokens.chunk(world.size * args.accumulate)[world.rank :: world.size]):
             last = n == args.accumulate - 1
             with contextlib.nullcontext() if last or not world.distributed else self._no_sync():
-                part_loss = self.loss(part.to(world.device)) / args.accumulate
+                try:
+                    part_loss = self.loss(part.to(world.device)) / args.accumulate
+                except ValueError as error:  # of a kernel: numbers that overflowed are not a decay
+                    raise ValueError(f"step {self.step + 1}: {error}; a smaller --learning-rate may help") from error
                 part_loss.backward()
             loss += part_loss.detach()
         limit = args.clip or math.inf
@@ -472,7 +475,7 @@ def make_optimizer(model: RetentionLM, args: argparse.Namespace) -> torch.optim.
 
 
 def read_checkpoint(path: Path, device: Any = "cpu") -> dict[str, Any]:
-    """What a run has saved, from its folder or the file. OSError, or ValueError for another file or a later version's."""
+    """What a run has saved, from its folder or the file. OSError, or ValueError for another file or a later one."""
     file = path / "checkpoint.pt" if path.is_dir() else path
     return load_versioned(file, FORMAT, VERSION, device)
 
