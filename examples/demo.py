@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import resource
+import subprocess
 import sys
 import sysconfig
 import time
@@ -31,7 +32,7 @@ matplotlib.use("Agg")  # draws without a screen
 
 import matplotlib.pyplot as plt
 import numpy as np
-from holdfast import cli, decay, info, peers, retention, retention_step, set_verbose
+from holdfast import decay, info, peers, retention, retention_step, set_verbose
 from holdfast.bench import usable_cores
 from holdfast.peers import Inputs
 from tqdm import tqdm
@@ -47,7 +48,20 @@ LARGEST_DIFFERENCE = 1e-4
 LONGEST_ATTENTION = 8192  # drawn: half a second per call; four times as much for twice the length
 PROMPT = "def main(arguments):\n"
 GENERATED = 400  # bytes
-TRAINING = ["--preset", "demo", "--context", "512", "--batch", "4", "--steps", "1000000", "--validate-every", "0"]
+TRAINING = [
+    "--preset",
+    "demo",
+    "--context",
+    "512",
+    "--batch",
+    "4",
+    "--steps",
+    "1000000",
+    "--validate-every",
+    "0",
+    "--save-every",
+    "1000000",
+]
 LONG = ["--context", "4096", "--batch", "1"]  # beside softmax attention, whose time grows with it
 
 
@@ -251,15 +265,16 @@ def draw(text: np.ndarray, project: Projections, torch_chunkwise: TorchChunkwise
     print(f"picture of time against length: {path}{alone}")
 
 
-def train(output: Path, minutes: float, *options: str) -> float:
-    """Train a language model, as `holdfast train` does; returns the bits per byte of the validation files."""
-    from holdfast import train
+def command(*arguments: str) -> None:
+    """`holdfast` as a user calls it, in a process of its own: PyTorch's threads wait there as they are told to."""
+    sys.stdout.flush()
+    if status := subprocess.run([sys.executable, "-m", "holdfast", *arguments]).returncode:
+        sys.exit(status)
 
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    arguments = [*TRAINING, "--minutes", str(minutes), "--save-every", "1000000", "--output", str(output), *options]
-    if train.run(parser, arguments):
-        sys.exit(1)
+
+def train(output: Path, minutes: float, *options: str) -> float:
+    """Train a language model; returns the bits per byte of the validation files."""
+    command("train", *TRAINING, "--minutes", str(minutes), "--output", str(output), *options)
     log = (output / "log.jsonl").read_text().splitlines()
     return json.loads(log[-1])["validation_bits_per_byte"]
 
@@ -281,9 +296,7 @@ def language_model(output: Path, minutes: float) -> None:
     for name, value in bits.items():
         print(f"  {name:45} {value:.3f}")
     print(f"{GENERATED} bytes after the prompt, as they come (holdfast generate {output / 'model'}):")
-    options = ["--prompt", PROMPT, "--bytes", str(GENERATED)]
-    if cli.main(["generate", str(output / "model"), *options]):
-        sys.exit(1)
+    command("generate", str(output / "model"), "--prompt", PROMPT, "--bytes", str(GENERATED))
     compare_steps(output / "model", text.validation[:1024])
 
 
@@ -311,7 +324,7 @@ def compare_softmax(output: Path, minutes: float) -> None:
     for attention in ("gated", "softmax"):
         bits = train(output / attention, minutes, *LONG, "--attention", attention)
         print(f"  {attention:10} {bits:.3f} bits per byte of the validation files")
-    cli.main(["plot", str(output / "gated"), str(output / "softmax"), "--output", str(output / "softmax.png")])
+    command("plot", str(output / "gated"), str(output / "softmax"), "--output", str(output / "softmax.png"))
 
 
 def main() -> None:

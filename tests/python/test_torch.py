@@ -164,7 +164,8 @@ def check(p, options, dtype=torch.float32):
         if mine.get(name) is not None:
             wanted = torch.zeros_like(exact[name]) if exact[name].grad is None else exact[name].grad
             assert mine[name].grad.dtype == mine[name].dtype
-            assert_close(mine[name].grad, wanted, GRADIENT[mine[name].dtype if name in "qkv" else torch.float32])
+            rounded = name in "qkv" or len(results) == 3  # all gradients come from out as it is kept, where it is normalized
+            assert_close(mine[name].grad, wanted, GRADIENT[dtype if rounded else torch.float32])
 
 
 # ---- Retention: values and gradients ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot_parser = commands.add_parser("plot", help="draw the losses of runs (needs matplotlib)")
     try:
         if "train" in arguments[:1]:
+            # PyTorch's idle threads would spin, on cores that Holdfast's could use, and the other way round. Read when it is loaded.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             from . import train
 
             train.add_arguments(train_parser)
