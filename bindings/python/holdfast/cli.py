@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot_parser = commands.add_parser("plot", help="draw the losses of runs (needs matplotlib)")
     try:
         if "train" in arguments[:1]:
-            # PyTorch's idle threads would spin, on cores that Holdfast's could use, and the other way round. Read when it is loaded.
+            # PyTorch's idle threads would spin, on cores that Holdfast's could use. It reads this when it is loaded.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             from . import train
 
