@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `holdfast train` has it
 
 import holdfast
 import holdfast.nn
@@ -83,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="10m")
     parser.add_argument("--attention", choices=ATTENTIONS[:3], default="retnet")
+    parser.add_argument("--value-size", type=int, help="of a head (default: the preset's)")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5)
@@ -92,7 +96,7 @@ def main() -> None:
     torch.set_num_threads(cores)
     holdfast.set_num_threads(cores)
     torch.manual_seed(0)
-    model = RetentionLM(args.preset, attention=args.attention)
+    model = RetentionLM(args.preset, attention=args.attention, value_size=args.value_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
     rows = torch.randint(model.config.vocab_size, (args.batch, args.context + 1))
 

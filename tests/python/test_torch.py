@@ -1,4 +1,4 @@
-"""holdfast.torch: values and gradients against formulas in float64, and that PyTorch takes its operators for its own."""
+"""holdfast.torch: values and gradients against formulas in float64, and what PyTorch does with operators of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import holdfast
 import numpy as np
@@ -16,15 +15,15 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import holdfast.torch as ht  # noqa: E402
 
-# Relative RMS against formulas in float64, of inputs that are rounded before. Gradients in fp32: the specification's number. In 16
-# bits a result is rounded once, and a gradient has what comes of a rounded out besides.
+# Relative RMS against formulas in float64, of inputs that are rounded before. Gradients in fp32: the specification's
+# number. In 16 bits a result is rounded once, and a gradient has what comes of a rounded out besides.
 OUT = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}
 GRADIENT = {torch.float32: 1e-5, torch.float16: 8e-4, torch.bfloat16: 5e-3}
 
 INPUTS = ("q", "k", "v", "log_decay", "initial_state", "initial_sum_of_keys")
 
 
-# ---- Formulas ----------------------------------------------------------------------------------------------------------
+# ---- Formulas -------------------------------------------------------------------------------------------------------
 
 
 def phi(x, degree):
@@ -91,7 +90,7 @@ def normed(x, gate=None, weight=None, norm="rms", eps=1e-6):
     return y if gate is None else y * gate * torch.sigmoid(gate)
 
 
-# ---- Problems ----------------------------------------------------------------------------------------------------------
+# ---- Problems -------------------------------------------------------------------------------------------------------
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -99,10 +98,12 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def problem(
-    *, B=2, T=40, H=2, Hk=2, K=8, V=6, decay="token", degree=1, state=False, sequences=None, dtype=torch.float32, **options
+    *, B=2, T=40, H=2, Hk=2, K=8, V=6, decay="token", degree=1, state=False, sequences=None, dtype=torch.float32,
+    **options,
 ):  # fmt: skip
-    """Inputs by name. Decays are weak, so that what is carried from chunk to chunk matters. Queries and keys of power retention
-    point the same way: where a sum of weights is close to 0 gradients are of any size, and so is their rounding."""
+    """Inputs by name. Decays are weak, so that what is carried from chunk to chunk matters. Queries and keys of power
+    retention point the same way: where a sum of weights is close to 0 gradients are of any size, and so is their
+    rounding."""
     normalize = options.get("normalize", degree > 1)
     shift = 1 if normalize else 0
     N, D = (len(sequences) - 1 if sequences else B), holdfast.state_size(K, degree)
@@ -137,14 +138,6 @@ def assert_close(actual, expected, tolerance):
         assert error <= tolerance, f"relative RMS {error:.2e}, expected at most {tolerance:.0e}"
 
 
-def loss_of(results, seed=10):
-    """A sum of all results, each weighted by numbers of both signs that their own type holds."""
-    return sum(
-        (x * normal(*x.shape, seed=seed + n).to(x.dtype if x.dtype.itemsize == 2 else torch.float32).to(x.dtype)).sum()
-        for n, x in enumerate(results)
-    )
-
-
 def check(p, options, dtype=torch.float32):
     """Values and every gradient of ht.retention with all results, against the formula's."""
     mine, exact = leaves(p), leaves(p, dtype=torch.float64)
@@ -164,11 +157,11 @@ def check(p, options, dtype=torch.float32):
         if mine.get(name) is not None:
             wanted = torch.zeros_like(exact[name]) if exact[name].grad is None else exact[name].grad
             assert mine[name].grad.dtype == mine[name].dtype
-            rounded = name in "qkv" or len(results) == 3  # all gradients come from out as it is kept, where it is normalized
+            rounded = name in "qkv" or len(results) == 3  # normalized: gradients come from out as it is kept, rounded
             assert_close(mine[name].grad, wanted, GRADIENT[dtype if rounded else torch.float32])
 
 
-# ---- Retention: values and gradients ---------------------------------------------------------------------------------
+# ---- Retention: values and gradients --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [None, "head", "token"])
@@ -306,7 +299,7 @@ def test_results_are_new_tensors():
     assert state.data_ptr() != p["initial_state"].data_ptr()
 
 
-# ---- A step --------------------------------------------------------------------------------------------------------------
+# ---- A step ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("degree", [1, 2])
@@ -360,7 +353,7 @@ def test_a_step_has_no_gradient():
         ht.retention_step(**{name: x.clone() for name, x in token.items()})
 
 
-# ---- Rotation, norm and gate -------------------------------------------------------------------------------------------
+# ---- Rotation, norm and gate ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -372,11 +365,12 @@ def test_rotate(interleaved, positions, dtype):
     if positions == "batch":
         where["positions"] = where["positions"].reshape(2, 5)
     mine, exact = x.clone().requires_grad_(), x.double().requires_grad_()
-    out, expected = ht.rotate(mine, theta, interleaved=interleaved, **where), None
+    out = ht.rotate(mine, theta, interleaved=interleaved, **where)
     expected = rotated(exact, theta, interleaved=interleaved, **where)
     assert_close(out, expected, OUT[dtype])
-    loss_of([out]).backward()
-    loss_of([expected.to(dtype)]).backward()
+    dout = normal(*out.shape, seed=10, dtype=dtype)
+    out.backward(dout)
+    expected.backward(dout.double())
     assert_close(mine.grad, exact.grad, OUT[dtype])
 
 
@@ -404,14 +398,15 @@ def test_head_norm_gate(norm, gated, weight, dtype):
     out, expected = ht.head_norm_gate(**mine, norm=norm, eps=1e-3), normed(**exact, norm=norm, eps=1e-3)
     assert out.dtype == dtype
     assert_close(out, expected, OUT[dtype])
-    loss_of([out]).backward()
-    loss_of([expected.to(dtype)]).backward()
+    dout = normal(*out.shape, seed=10, dtype=dtype)
+    out.backward(dout)
+    expected.backward(dout.double())
     for name in p:
         assert mine[name].grad.dtype == mine[name].dtype
         assert_close(mine[name].grad, exact[name].grad, GRADIENT[mine[name].dtype])
 
 
-# ---- Derivatives as PyTorch takes them -----------------------------------------------------------------------------------
+# ---- Derivatives as PyTorch takes them ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("degree", [1, 2])
@@ -443,6 +438,33 @@ def test_func_grad_of_what_stands_around():
         assert_close(a, b, GRADIENT[torch.float32])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_func_vmap():
+    p, options = problem(B=3, T=5, state=True)
+    inputs = tuple(p[name] for name in ("q", "k", "v"))
+
+    def one(q, k, v, log_decay=p["log_decay"][0]):
+        return ht.retention(q[None], k[None], v[None], log_decay[None], **options)[0]
+
+    each = torch.stack([one(*x) for x in zip(*inputs, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(one)(*inputs), each)
+    per_sample = torch.func.vmap(torch.func.grad(lambda *x: one(*x).square().sum()))(*inputs)
+    mine = leaves(p)
+    sum(one(*x).square().sum() for x in zip(*(mine[name] for name in ("q", "k", "v")), strict=True)).backward()
+    torch.testing.assert_close(per_sample, mine["q"].grad)
+
+
+def test_func_grad_within_compile():
+    p, options = problem(T=5)
+
+    def loss(q):
+        return ht.retention(q, p["k"], p["v"], p["log_decay"], **options).square().sum()
+
+    compiled = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(p["q"]), torch.func.grad(loss)(p["q"]))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("function", ["retention", "head_norm_gate"])
 def test_second_derivatives(function):
     p, options = problem(T=5)
@@ -456,7 +478,7 @@ def test_second_derivatives(function):
         dq.square().sum().backward()
 
 
-# ---- torch.library, torch.compile, torch.export, autocast ----------------------------------------------------------------
+# ---- torch.library, torch.compile, torch.export, autocast -----------------------------------------------------------
 
 
 def operators():
@@ -474,7 +496,7 @@ def operators():
     second = (None, 2, True, "chunkwise", 4, True, False, "vk", "tight")
     packed_vk = {**packed, "initial_state": packed["initial_state"].mT.contiguous()}
     dout, dstate, dsum = normal(1, 6, 4, 3), normal(2, 2, 3, 10), normal(2, 2, 10)
-    backward = (None, 1, False, "auto", None, "kv", "tight")
+    some, backward = [True, True, True, False, True, False], (None, 1, False, "auto", None, "kv", "tight")
     out, _, sum_of_keys = ht.power_retention(**packed, return_state=True)
     token = tuple(x[:, 0] for x in inputs(p, False)[:4])
     return {
@@ -483,21 +505,24 @@ def operators():
         "power retention": (ops.retention, (*inputs(packed_vk), *second)),
         "backward": (
             ops.retention_backward,
-            (normal(2, 6, 2, 3), None, None, *inputs(p, False), None, *backward, [True, True, True, False, True, False]),
+            (normal(2, 6, 2, 3), None, None, *inputs(p, False), None, *backward, some),
         ),
         "power backward": (
             ops.retention_backward,
-            (dout, dstate, dsum, *inputs(packed_vk, False), out, *second[:5], "vk", "tight", [True, False, True, True, True, True]),
+            (dout, dstate, dsum, *inputs(packed_vk, False), out, *second[:5], "vk", "tight", 6 * [True]),
         ),
         "step": (ops.retention_step, (*token, p["initial_state"], None, None, 1, False, "kv", "tight")),
         "power step": (
             ops.retention_step,
-            (*(x[:1, 0] for x in inputs(packed, False)[:4]), packed["initial_state"][:1].clone(), sum_of_keys[:1].clone(),
-             None, 2, True, "kv", "tight"),
+            (*(x[:, 0] for x in inputs(packed, False)[:4]), packed["initial_state"][:1].clone(),
+             sum_of_keys[:1].clone(), None, 2, True, "kv", "tight"),
         ),
         "rotate": (ops.rotate, (x.clone().requires_grad_(), ht.theta(8), 3, True, None)),
         "rotate positions": (ops.rotate, (x.clone().requires_grad_(), ht.theta(8), 0, False, torch.arange(5))),
-        "head_norm_gate": (ops.head_norm_gate, tuple(leaves({0: x, 1: gate, 2: normal(3, 8)}, (0, 1, 2)).values()) + ("layer", 1e-5)),
+        "head_norm_gate": (
+            ops.head_norm_gate,
+            (*leaves({0: x, 1: gate, 2: normal(3, 8)}, (0, 1, 2)).values(), "layer", 1e-5),
+        ),
         "head_norm_gate alone": (ops.head_norm_gate, (x.clone().requires_grad_(), None, None, "rms", 1e-5)),
         "norm backward": (
             ops.head_norm_gate_backward,
@@ -662,11 +687,11 @@ def test_training_reaches_the_formulas_losses(layer):
     exact.load_state_dict(mine.state_dict())
     x, y = normal(2, 30, 16), normal(2, 30, 16, seed=1)
     losses = []
-    for module, x, y in ((mine, x, y), (exact, x.double(), y.double())):
+    for module, given, wanted in ((mine, x, y), (exact, x.double(), y.double())):
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
         for _ in range(10):
             optimizer.zero_grad()
-            loss = (module(x) - y).square().mean()
+            loss = (module(given) - wanted).square().mean()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -688,7 +713,7 @@ def test_cuda(degree):
         assert_close(actual.cpu(), expected, OUT[torch.float32])
 
 
-# ---- Errors ----------------------------------------------------------------------------------------------------------------
+# ---- Errors ---------------------------------------------------------------------------------------------------------
 
 
 def ones(*shape):
@@ -707,7 +732,7 @@ def ones(*shape):
         (ValueError, "k has stride 8 on its last axis", {"k": ones(2, 5, 8, 8)[..., :2].mT}),
         (ValueError, "log_decay[0, 0, 0] is 1; expected a number <= 0", {"log_decay": ones(2, 5, 2)}),
         (ValueError, "initial_state [N, Hk, D, V] has D = 7; expected 8", {"initial_state": ones(2, 2, 7, 6)}),
-        (NotImplementedError, "q has dtype float64; expected float32, float16 or bfloat16", {"q": ones(2, 5, 2, 8).double()}),
+        (NotImplementedError, "q has dtype float64; expected float32, float16", {"q": ones(2, 5, 2, 8).double()}),
         (NotImplementedError, "log_decay has dtype bfloat16; expected float32", {"log_decay": -ones(2).bfloat16()}),
         (ValueError, "form is 'fast'; expected one of 'auto'", {"form": "fast"}),
         (ValueError, "degree is 5; expected 1, 2, 3 or 4", {"degree": 5}),
@@ -731,9 +756,10 @@ def test_errors(error, text, changes):
 @pytest.mark.parametrize(
     "error, text, call",
     [
-        (TypeError, "state is of type NoneType; expected a torch.Tensor", lambda x: ht.retention_step(x, x, x, None, None)),
+        (TypeError, "state is of type NoneType; expected a torch", lambda x: ht.retention_step(x, x, x, x, None)),
         (ValueError, "q has 4 dimensions; expected 3, [B, H, K]", lambda x: ht.retention_step(x, x, x, None, x)),
-        (ValueError, "state [B, Hk, D, V] has D = 2; expected 8", lambda x: ht.retention_step(x[0], x[0], x[0], None, x)),
+        (ValueError, "state [B, Hk, D, V] has D = 2; expected 8",
+         lambda x: ht.retention_step(x[0], x[0], x[0], None, x)),
         (ValueError, "degree is 0; expected 1", lambda x: ht.retention_step(x[0], x[0], x[0], None, x, degree=0)),
         (TypeError, "theta is of type NoneType; expected a torch.Tensor", lambda x: ht.rotate(x, None)),
         (TypeError, "'float' object cannot be interpreted as an integer", lambda x: ht.rotate(x, x, 0.5)),
@@ -745,7 +771,8 @@ def test_errors(error, text, changes):
         (ValueError, "norm is 'max'; expected 'rms' or 'layer'", lambda x: ht.head_norm_gate(x, norm="max")),
         (TypeError, "eps is of type NoneType; expected a number", lambda x: ht.head_norm_gate(x, eps=None)),
         (ValueError, "eps is -1", lambda x: ht.head_norm_gate(x, eps=-1)),
-        (NotImplementedError, "weight has dtype float16; expected float32", lambda x: ht.head_norm_gate(x, None, x[0, 0, 0].half())),
+        (NotImplementedError, "weight has dtype float16; expected float32",
+         lambda x: ht.head_norm_gate(x, None, x[0, 0, 0].half())),
         (NotImplementedError, "requires grad; expected q.detach(), or holdfast.torch",
          lambda x: holdfast.retention(x.clone().requires_grad_(), x, x)),
     ],
@@ -754,6 +781,27 @@ def test_errors_of_the_others(error, text, call):
     with pytest.raises(error) as caught:
         call(ones(2, 2, 2, 8))
     assert type(caught.value) is error and text in str(caught.value)
+
+
+def test_without_what_is_private_of_pytorch():
+    """Gradients then come by torch.library.register_autograd."""
+    script = """
+import sys, torch
+sys.modules["torch._functorch.utils"] = None
+import holdfast.torch as ht
+assert ht._SingleLevelFunction is None
+q, gate = (torch.linspace(-1, 2, 24).reshape(1, 3, 2, 4).requires_grad_() for _ in range(2))
+theta = ht.theta(4)
+out = ht.head_norm_gate(ht.retention(ht.rotate(q, theta), ht.rotate(q, theta), q, ht.decay(2)), gate)
+out.square().sum().backward()
+print([*q.grad.flatten().tolist(), *gate.grad.flatten().tolist()])
+"""
+    without = script.replace('sys.modules["torch._functorch.utils"] = None', "").replace("is None", "is not None")
+    printed = [
+        subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True).stdout
+        for text in (script, without)
+    ]
+    assert printed[0] == printed[1] and len(printed[0].split(",")) == 48
 
 
 def test_without_pytorch():

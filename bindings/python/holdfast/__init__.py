@@ -203,10 +203,11 @@ def power_retention(
     expansion: Literal["tight", "tiled"] = "tight",
     out: Array | None = None,
 ) -> Any:
-    """`retention` with the defaults of power retention (Kumar et al. 2025, arXiv:2507.04239): weights are powers of q.k,
-    of degree 2 to 4, divided by their sum:
+    """`retention` with the defaults of power retention (Kumar et al. 2025, arXiv:2507.04239): weights are powers of
+    q.k, of degree 2 to 4, divided by their sum:
 
-        out_t = sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts       w_ts = (q_t.k_s)^p exp(log_decay_{s+1} + .. + log_decay_t)
+        out_t = sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts
+        w_ts = (q_t.k_s)^p exp(log_decay_{s+1} + .. + log_decay_t)
 
     The sum of weights stands where softmax has its own, and beside a state a sum of keys, so with `return_state` the
     result is (out, state, sum_of_keys). A normalized out does not depend on `scale`. An odd degree keeps the sign of

@@ -1,5 +1,5 @@
-"""Holdfast's functions on PyTorch's tensors, differentiable: `retention`, `power_retention`, `rotate`, `head_norm_gate`, and
-`retention_step`, which advances a state in place.
+"""Holdfast's functions on PyTorch's tensors, differentiable: `retention`, `power_retention`, `rotate` and
+`head_norm_gate`, and `retention_step`, which advances a state in place.
 
 Names, arguments, shapes and formulas are those of `holdfast`, except that there is no `out`: results are new tensors.
 Each function is a custom operator, `torch.ops.holdfast.*`, so torch.compile (fullgraph), torch.export, autocast and
@@ -35,8 +35,8 @@ import numpy as np
 from torch import Tensor
 
 try:
-    # What torch.library.register_autograd makes refuses torch.func.grad (PyTorch's issue 170834; 2.13 has it), because it is an
-    # autograd.Function, which works above the dispatcher. Below it, one transform at a time, this one does.
+    # What torch.library.register_autograd makes refuses torch.func.grad (PyTorch's issue 170834; 2.13 has it), because
+    # it is an autograd.Function, which works above the dispatcher. Below it, one transform at a time, this one does.
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
 except ImportError:  # private, and may go
@@ -278,7 +278,7 @@ def convert_state(state: Tensor, key_size: int, expansion: Literal["tight", "til
 
 _DEVICES = ("cpu", "cuda")
 
-# ---- Arguments -------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------------------------------
 
 
 def _check_tensors(**arguments: Any) -> None:
@@ -338,7 +338,7 @@ def _float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float()
 
 
-# ---- Operators -------------------------------------------------------------------------------------------------------
+# ---- Operators ------------------------------------------------------------------------------------------------------
 #
 # As they are registered here a call of retention_step costs 4 microseconds; by torch.library.custom_op it costs 50.
 
@@ -465,9 +465,7 @@ def _retention_gradients(
 ):  # fmt: skip
     """Gradients, not computed; those that are not wanted are empty."""
     inputs = (q, k, v, log_decay, initial_state, initial_sum_of_keys)
-    return tuple(
-        x.new_empty(x.shape) if want else q.new_empty((0,)) for x, want in zip(inputs, wanted, strict=True)
-    )
+    return tuple(x.new_empty(x.shape) if want else q.new_empty((0,)) for x, want in zip(inputs, wanted, strict=True))
 
 
 _INPUTS = ("q", "k", "v", "log_decay", "initial_state", "initial_sum_of_keys")
@@ -518,9 +516,7 @@ def _differentiate_retention(ctx: Any, dout, dstate, dsum_of_keys, _):
     if dout is None:
         dout = q.new_zeros((*q.shape[:3], v.shape[3]))
     wanted = _wanted(ctx, len(_INPUTS))
-    gradients = torch.ops.holdfast.retention_backward(
-        dout, dstate, dsum_of_keys, *tensors, out, *ctx.options, wanted
-    )
+    gradients = torch.ops.holdfast.retention_backward(dout, dstate, dsum_of_keys, *tensors, out, *ctx.options, wanted)
     # And none for cu_seqlens and the nine options.
     return *(x if want else None for x, want in zip(gradients, wanted, strict=True)), *(None,) * 10
 
