@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train_parser = commands.add_parser("train", help="train a language model of bytes (needs PyTorch)")
     generate_parser = commands.add_parser("generate", help="continue a prompt with a trained model (needs PyTorch)")
     plot_parser = commands.add_parser("plot", help="draw the losses of runs (needs matplotlib)")
+    # PyTorch's idle threads would spin, on cores that Holdfast's could use. It reads this when it is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if "train" in arguments[:1]:
-            # PyTorch's idle threads would spin, on cores that Holdfast's could use. It reads this when it is loaded.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             from . import train
 
             train.add_arguments(train_parser)
