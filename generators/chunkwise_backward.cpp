@@ -113,13 +113,13 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
         propagate_adjoints(loss, one, {{0, chunks.count - 1}, {0, extents.heads - 1}, {0, extents.batch - 1}});
 
     // The adjoint of a sum that the stages before it read is that of its update.
-    r.dout_staged = grad(r.f.out), r.dinter = grad(r.f.inter, 0), r.dstate_from_inter = grad(before);
+    r.dout_staged = grad(r.f.out), r.dintra = grad(r.f.intra, 0);
+    r.dinter = grad(r.f.inter, 0), r.dstate_from_inter = grad(before);
     r.dweights = grad(r.f.weights), r.dscores = grad(r.f.scores, 0);
     r.dcontribution = grad(r.f.contribution, 0), r.dkeys_decayed = grad(r.f.keys_decayed);
     r.dq = grad(q), r.dk = grad(k), r.dv = grad(v);
-    const Func dintra = grad(r.f.intra, 0);
     Unguard unguard(value_extent, extents.value);
-    for (const auto &[name, adjoint] : {std::make_pair("out", r.dout_staged), {"inter", r.dinter}, {"intra", dintra},
+    for (const auto &[name, adjoint] : {std::make_pair("out", r.dout_staged), {"inter", r.dinter}, {"intra", r.dintra},
                                         {"state", r.dstate_from_inter}, {"weights", r.dweights}, {"scores", r.dscores},
                                         {"contribution", r.dcontribution}, {"keys_decayed", r.dkeys_decayed},
                                         {"q", r.dq}, {"k", r.dk}, {"v", r.dv}}) {
@@ -131,7 +131,7 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
     // Keys until row i, rows from key j on; whole tiles of them, as in the forward's sum.
     if (sizes.causal_tile < C) {
         const auto tile = [&](const Expr &row) { return row / sizes.causal_tile * sizes.causal_tile; };
-        const int dq = update_reading(r.dq, r.dscores), dk = update_reading(r.dk, r.dscores), dv = update_reading(r.dv, dintra);
+        const int dq = update_reading(r.dq, r.dscores), dk = update_reading(r.dk, r.dscores), dv = update_reading(r.dv, r.dintra);
         // A variable of a derived sum is known by its name alone.
         const auto first = [](const Func &f, int update) { return Internal::Variable::make(Int(32), Func(f).rvars(update)[0].name()); };
         where(r.dq, dq, first(r.dq, dq) < tile(r.dq.update_args(dq)[1]) + sizes.causal_tile);

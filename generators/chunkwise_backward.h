@@ -20,6 +20,7 @@ struct ChunkwiseBackwardFuncs {
 
     // Adjoints of stages of f, derived. A product is an update of its own, f += a * b.
     Halide::Func dout_staged;        // (e,i,c,g,h,b): equal to dout
+    Halide::Func dintra;             // (e,i,c,g,h,b): likewise
     Halide::Func dinter;             // (e,i,c,g,h,b): row_decay * dout
     Halide::Func dstate_from_inter;  // (e,d,c,h,b): W, dinter . q
     Halide::Func dweights;           // (j,i,c,g,h,b): dout . v

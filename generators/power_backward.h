@@ -40,24 +40,25 @@ struct PowerBackwardFuncs {
     Halide::Func from_queries;       // (e,f,h,b): dstate_in by rows of the chunk
     Halide::Func keys_from_queries;  // (f,h,b): dkeys_in by them
 
-    Halide::Func dqueries_state;        // (d,i,g,h,b): by phi_q, without its decay
-    Halide::Func dkeys_state;           // (d,j,h,b): by phi_k, without its decay
-    Halide::Func dquery;                // (d,i,g,h,b): of queries, which have their unit
-    Halide::Func dq, dkey;              // (d,i,g,h,b) (d,j,h,b): of q and k
-    Halide::Func along_row;             // (i,h,b): <q, dq>, of a group
-    Halide::Func along_key, along_end;  // (j,h,b): <k, dk> by rows; by the final state
-    Halide::Func along_state;           // (e,h,b): <state_in, dstate_out> of a value feature
-    Halide::Func along_keys;            // (h,b): <keys_in, dkeys_out>
-    Halide::Func kept;                  // (h,b): what the whole chunk's decay is the factor of
-    Halide::Func dgates;                // (i,h,b)
-    Halide::Func dstate, dkeys_sum;     // (e,f,h,b) (f,h,b)
+    Halide::Func dqueries_state;                // (d,i,g,h,b): by phi_q, without its decay
+    Halide::Func dkeys_state;                   // (d,j,h,b): by phi_k, without its decay
+    Halide::Func dquery;                        // (d,i,g,h,b): of queries, which have their unit
+    Halide::Func dq, dkey;                      // (d,i,g,h,b) (d,j,h,b): of q and k
+    Halide::Func along_row;                     // (i,h,b): <q, dq>, of a group
+    Halide::Func along_key, along_end;          // (j,h,b): <k, dk> by rows; by the final state
+    Halide::Func along_block, along_state;      // (e,u,h,b) (e,h,b): <state_in, dstate_out>, of a block of features and of all
+    Halide::Func along_keys_block, along_keys;  // (u,h,b) (h,b): <keys_in, dkeys_out>, likewise
+    Halide::Func kept;                          // (h,b): what the whole chunk's decay is the factor of
+    Halide::Func dgates;                        // (i,h,b)
+    Halide::Func dstate, dkeys_sum;             // (e,f,h,b) (f,h,b)
 
     Halide::RDom over_feature_weight, over_block, over_key_weight;  // den_block, den_inter, den_intra
     Halide::RDom over_value;                                        // from_out: e
     Halide::RDom over_factor_q, over_factor_k;                      // dqueries_state, dkeys_state: (s, f)
     Halide::RDom over_query_element, over_key_element;              // along_row: (d, g); along_key, along_end: d
-    Halide::RDom over_state, over_keys, over_kept;                  // along_state: f; along_keys: f; kept: e
-    Halide::RDom over_row;                                          // dgates: r in [0, C)
+    Halide::RDom over_state, over_keys, over_state_block;  // along_block, along_keys_block: f in the block; both sums: u
+    Halide::RDom over_kept;                                // kept: e
+    Halide::RDom over_row;                                 // dgates: r in [0, C)
 
     // set by the generator: what leaves the kernel. The first four have one update, over a domain that is empty where they are not
     // wanted.

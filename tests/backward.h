@@ -173,7 +173,7 @@ struct Backward {
             if (is_power() || G == 0) {  // the other one divides by G
                 reference::PowerInputs in{1, length, H, G, K, V, degree, normalize};
                 in.q = rows(q), in.k = rows(k), in.v = rows(v), in.log_decay = rows(log_decay), in.scale = used_scale;
-                in.initial_state = strided(state), in.initial_keys = strided(sum), in.states = initial || final;
+                in.initial_state = strided(state), in.initial_keys = strided(sum), in.states = initial || final || wants('s');
                 const reference::Strided given = normalize ? rows(out) : reference::Strided();
                 reference::PowerGradients r =
                     reference::power_backward(in, rows(dout), strided(dstate), strided(dsum), given, chunk);

@@ -89,8 +89,8 @@ bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.b
 
 /// What the library takes for the argument of that name.
 std::string expected_dtypes(const std::string &name) {
-    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights", "dout"}, *const integers[] = {
-                                                                                                  "positions", "cu_seqlens"};
+    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights", "dout", "dx", "dgate"};
+    static const char *const integers[] = {"positions", "cu_seqlens"};
     auto is_of = [&](const auto &names) { return std::find(std::begin(names), std::end(names), name) != std::end(names); };
     return is_of(rows) ? "float32, float16 or bfloat16" : is_of(integers) ? "int32 or int64" : "float32";
 }
@@ -640,42 +640,66 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
     return out;
 }
 
-/// Makes `out`, unless it is given, a new array of the shape and type of x, and borrows it. For an x of another rank than 4, which
-/// the library refuses, there is none.
-void borrow_out(Array &array, py::object &out, const DLTensor &x, uint64_t stream) {
+/// Makes `out`, unless it is given, a new array of the shape and type of x, and borrows it. For an x of another rank than 4, or 1 and 2
+/// of weights, which the library refuses, there is none.
+void borrow_out(Array &array, py::object &out, const DLTensor &x, uint64_t stream, const char *name = "out",
+                bool of_weight = false) {
     const bool given = !out.is_none();
     auto small = [](int64_t extent) { return extent >= 0 && extent <= std::numeric_limits<int32_t>::max(); };
     if (!given) {
-        if (x.ndim != 4 || !x.shape || !std::all_of(x.shape, x.shape + 4, small)) return;
-        out = empty_array(x.dtype, x.shape[0], x.shape[1], x.shape[2], x.shape[3]);
+        if (of_weight ? x.ndim != 1 && x.ndim != 2 : x.ndim != 4) return;
+        if (!x.shape || !std::all_of(x.shape, x.shape + x.ndim, small)) return;
+        out = x.ndim == 1   ? empty_array(x.dtype, x.shape[0])
+              : x.ndim == 2 ? empty_array(x.dtype, x.shape[0], x.shape[1])
+                            : empty_array(x.dtype, x.shape[0], x.shape[1], x.shape[2], x.shape[3]);
     }
-    array.borrow("out", out, 4, true, stream);
+    array.borrow(name, out, of_weight ? 1 : 4, true, stream);
     if (!given) array.get()->dtype = x.dtype;
 }
 
-/// out: a NumPy array as from forward(), except for one that is given. `stream` as for forward().
-py::object rotate(py::handle x, py::handle theta, int64_t offset, py::handle positions, bool interleaved, py::object out,
-                  uint64_t stream) {
+/// Rotation, of x to out, or its gradient, of dout to dx. out: a NumPy array as from forward(), except for one that is given.
+/// `stream` as for forward().
+py::object turn(bool backward, py::handle x, py::handle theta, int64_t offset, py::handle positions, bool interleaved,
+                py::object out, uint64_t stream) {
     Array x_array, theta_array, positions_array, out_array;
-    x_array.borrow("x", x, 4, false, stream);
+    x_array.borrow(backward ? "dout" : "x", x, 4, false, stream);
     theta_array.borrow("theta", theta, 1, false, stream);
     if (!positions.is_none()) positions_array.borrow("positions", positions, 1, false, stream);
-    borrow_out(out_array, out, *x_array.get(), stream);
-
-    holdfast_rotate_args args = {};
-    args.struct_size = sizeof args;
-    args.x = x_array.get();
-    args.theta = theta_array.get();
-    args.positions = positions_array.get();
-    args.offset = offset;
-    args.interleaved = interleaved;
-    Nowhere nowhere(4, *args.x);
-    args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
+    borrow_out(out_array, out, *x_array.get(), stream, backward ? "dx" : "out");
+    const DLTensor *from = x_array.get();
+    Nowhere nowhere(4, *from);
+    DLTensor *to = out_array.get() ? out_array.get() : &nowhere.tensor;
 
     holdfast_context *c = context();
-    holdfast_context_set_stream(c, args.x->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
-    if (holdfast_status status = without_gil(holdfast_rotate, c, args)) raise_status(status, holdfast_last_error(c));
+    holdfast_context_set_stream(c, from->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    auto run = [&](auto function, auto args) {
+        args.struct_size = sizeof args;
+        args.theta = theta_array.get();
+        args.positions = positions_array.get();
+        args.offset = offset;
+        args.interleaved = interleaved;
+        if (holdfast_status status = without_gil(function, c, args)) raise_status(status, holdfast_last_error(c));
+    };
+    if (backward) {
+        holdfast_rotate_backward_args args = {};
+        args.dout = from, args.dx = to;
+        run(holdfast_rotate_backward, args);
+    } else {
+        holdfast_rotate_args args = {};
+        args.x = from, args.out = to;
+        run(holdfast_rotate, args);
+    }
     return out;
+}
+
+py::object rotate(py::handle x, py::handle theta, int64_t offset, py::handle positions, bool interleaved, py::object out,
+                  uint64_t stream) {
+    return turn(false, x, theta, offset, positions, interleaved, std::move(out), stream);
+}
+
+py::object rotate_backward(py::handle dout, py::handle theta, int64_t offset, py::handle positions, bool interleaved,
+                           py::object dx, uint64_t stream) {
+    return turn(true, dout, theta, offset, positions, interleaved, std::move(dx), stream);
 }
 
 void convert_state(int64_t key_size, py::handle from, int from_expansion, py::handle to, int to_expansion, int rank) {
@@ -711,6 +735,43 @@ py::object head_norm_gate(py::handle x, py::handle gate, py::handle weight, bool
     holdfast_context_set_stream(c, args.x->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
     if (holdfast_status status = without_gil(holdfast_head_norm_gate, c, args)) raise_status(status, holdfast_last_error(c));
     return out;
+}
+
+/// gradients: of x, gate and weight; each None: not wanted, True: made, as from rotate(), or given. They are returned.
+py::tuple head_norm_gate_backward(py::handle dout, py::handle x, py::handle gate, py::handle weight, bool layer_norm,
+                                  double eps, const py::tuple &gradients, uint64_t stream) {
+    Array dout_array, x_array, gate_array, weight_array, arrays[3];
+    dout_array.borrow("dout", dout, 4, false, stream);
+    x_array.borrow("x", x, 4, false, stream);
+    if (!gate.is_none()) gate_array.borrow("gate", gate, 4, false, stream);
+    if (!weight.is_none()) weight_array.borrow("weight", weight, 1, false, stream);
+    py::object results[3];
+    const char *const names[] = {"dx", "dgate", "dweight"};
+    for (int n = 0; n < 3; n++) {
+        results[n] = gradients[n];
+        if (results[n].is_none()) continue;
+        const bool made = results[n].is(py::bool_(true));
+        if (made) results[n] = py::none();
+        borrow_out(arrays[n], results[n], n == 2 && made ? *weight_array.get() : *x_array.get(), stream, names[n], n == 2);
+    }
+
+    holdfast_head_norm_gate_backward_args args = {};
+    args.struct_size = sizeof args;
+    args.x = x_array.get();
+    args.gate = gate_array.get();
+    args.weight = weight_array.get();
+    args.dout = dout_array.get();
+    args.dx = arrays[0].get();
+    args.dgate = arrays[1].get();
+    args.dweight = arrays[2].get();
+    args.norm = layer_norm ? HOLDFAST_NORM_LAYER : HOLDFAST_NORM_RMS;
+    args.eps = (float)eps;
+
+    holdfast_context *c = context();
+    holdfast_context_set_stream(c, args.x->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    if (holdfast_status status = without_gil(holdfast_head_norm_gate_backward, c, args))
+        raise_status(status, holdfast_last_error(c));
+    return py::make_tuple(results[0], results[1], results[2]);
 }
 
 std::vector<holdfast_backend> all_backends() {
@@ -784,9 +845,11 @@ PYBIND11_MODULE(_holdfast, m) {
     m.def("bfloat16_capsule", bfloat16_capsule);
     m.def("step", step);
     m.def("rotate", rotate);
+    m.def("rotate_backward", rotate_backward);
     m.def("convert_state", convert_state);
     m.def("state_size", holdfast_state_size);
     m.def("head_norm_gate", head_norm_gate);
+    m.def("head_norm_gate_backward", head_norm_gate_backward);
     m.def("backends", backends);
     m.def("variants", variants);
     m.def("version", holdfast_version);

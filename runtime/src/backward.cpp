@@ -64,8 +64,7 @@ public:
     void advance(Workspace &workspace, int64_t n) {
         if (!plan.states || n + 1 >= segments) return;
         look_at(n);
-        // Without heads of queries.
-        for (HeadRows *queries : {&rows.q, &rows.out}) queries->axes[2].extent = 0;
+        rows.with_queries(false);
         const ChunkTable table({0, tokens(n)}, plan.forward_chunk);
         Buffer chunks(table.columns.data(), int32, {{0, ChunkTable::fields, 1}, {0, table.slots, ChunkTable::fields}});
         State from = state(n), to = state(n + 1);
@@ -73,7 +72,7 @@ public:
         check_returned(
             run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &from, &chunks, table.count, p.scale, &rows.out, &to),
             plan.forward, workspace);
-        for (HeadRows *queries : {&rows.q, &rows.out}) queries->axes[2].extent = (int32_t)p.group();
+        rows.with_queries(true);
     }
 
     /// The gradients of the rows of segment n, and that of the state at its start, which takes the place of `next`.

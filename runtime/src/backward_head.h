@@ -13,17 +13,22 @@ class BackwardHead {
 public:
     HeadRows q, k, v, out, dout, dq, dk, dv;
     Buffer log_decay, dlog_decay;  // (t, 1, 1)
+    const int32_t group;           // heads of queries; where there are none, one of zeros, which kernels need
     int32_t want_dq, want_dk, want_dv, want_dlog_decay;
 
     /// At most `tokens` are looked at at a time.
     BackwardHead(const BackwardProblem &p, Workspace &workspace, int64_t s, int64_t h, int64_t tokens)
-        : q(p.q, p.entry(s), p.start(s), h, p.group()), k(p.k, p.entry(s), p.start(s), h), v(p.v, p.entry(s), p.start(s), h),
-          out(rows(p.out, p.dout, p, s, h, p.group())), dout(p.dout, p.entry(s), p.start(s), h, p.group()),
-          dq(rows(p.dq, p.q, p, s, h, p.group())), dk(rows(p.dk, p.k, p, s, h)), dv(rows(p.dv, p.v, p, s, h)),
-          log_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}),
-          dlog_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}), want_dq(p.dq.rank > 0), want_dk(p.dk.rank > 0),
-          want_dv(p.dv.rank > 0), want_dlog_decay(p.dlog_decay.rank > 0), p(p), s(s), h(h), row(workspace, std::max(p.K, p.V)),
+        : q(queries(p.q, p, s, h)), k(keys(p.k, p, s, h)), v(keys(p.v, p, s, h)),
+          out(queries(p.out.rank ? p.out : p.dout, p, s, h)), dout(queries(p.dout, p, s, h)),
+          dq(queries(p.dq.rank ? p.dq : p.q, p, s, h)), dk(keys(p.dk.rank ? p.dk : p.k, p, s, h)),
+          dv(keys(p.dv.rank ? p.dv : p.v, p, s, h)), log_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}),
+          dlog_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}), group(heads(p)),
+          want_dq(p.dq.rank > 0 && p.group() > 0), want_dk(p.dk.rank > 0), want_dv(p.dv.rank > 0),
+          want_dlog_decay(p.dlog_decay.rank > 0), p(p), s(s), h(h), row(workspace, std::max(p.K, p.V)),
           decays(workspace, per_head() ? tokens : 1) {
+        std::fill_n(row.floats(), std::max(p.K, p.V), 0.0f);
+        if (p.group() == 0)
+            for (HeadRows *rows : {&q, &out, &dout}) rows->all_at(row.floats());
         if (!want_dq) dq.all_at(row.floats());
         if (!want_dk) dk.all_at(row.floats());
         if (!want_dv) dv.all_at(row.floats());
@@ -32,6 +37,10 @@ public:
         if (per_head()) dlog_decay.axes[0].stride = 1;
     }
 
+    /// With heads of queries, or without: for states alone.
+    void with_queries(bool are_there) {
+        for (HeadRows *rows : {&q, &out}) rows->axes[2].extent = are_there ? group : 0;
+    }
     /// Tokens t .. t + tokens - 1 of the sequence.
     void look_at(int64_t t, int64_t tokens) {
         for (HeadRows *rows : {&q, &k, &v, &out, &dout, &dq, &dk, &dv}) rows->look_at(t, tokens);
@@ -57,12 +66,12 @@ private:
 
     bool per_head() const { return p.dlog_decay.rank == 1; }
 
-    /// Of `x`, or of one like it where that is not there.
-    static HeadRows rows(const Tensor &x, const Tensor &like, const BackwardProblem &p, int64_t s, int64_t h) {
-        return HeadRows(x.rank ? x : like, p.entry(s), p.start(s), h);
+    static int32_t heads(const BackwardProblem &p) { return (int32_t)std::max<int64_t>(p.group(), 1); }
+    static HeadRows queries(const Tensor &x, const BackwardProblem &p, int64_t s, int64_t h) {
+        return HeadRows(x, p.entry(s), p.start(s), h, heads(p));
     }
-    static HeadRows rows(const Tensor &x, const Tensor &like, const BackwardProblem &p, int64_t s, int64_t h, int64_t group) {
-        return HeadRows(x.rank ? x : like, p.entry(s), p.start(s), h, group);
+    static HeadRows keys(const Tensor &x, const BackwardProblem &p, int64_t s, int64_t h) {
+        return HeadRows(x, p.entry(s), p.start(s), h);
     }
 };
 

@@ -103,6 +103,8 @@ Choice choose_for_backward(const holdfast_context &c, const BackwardProblem &p) 
 }
 
 void backward(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
+    if (p.normalized && p.H == 0 && p.Hk > 0)  // kernels divide by sums of weights, of which there are none
+        fail(HOLDFAST_UNSUPPORTED, "q has H = 0, k has Hk = ", p.Hk, " and out is normalized; expected heads of queries");
     if (!p.wants_any()) return;
     if (backward_from_weights(p)) return run_parallel_backward(c, p, choice);
     is_power(p) ? run_power_backward(c, p, choice) : run_backward(c, p, choice);

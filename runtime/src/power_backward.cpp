@@ -128,13 +128,13 @@ private:
     /// The state at the end of a chunk, from that at its start.
     void advance(int64_t chunk, float *from, float *to) {
         look_at(chunk);
-        for (HeadRows *queries : {&rows.q, &rows.out}) queries->axes[2].extent = 0;  // without heads of queries
+        rows.with_queries(false);
         Buffer state_in = state_of(from), sum_in = sum_of(from), state_out = state_of(to), sum_out = sum_of(to);
         const auto run = std::get<PowerKernel *>(plan.forward.run);
         check_returned(run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &state_in, &sum_in, p.degree, p.normalized,
                            p.scale, &rows.out, &state_out, &sum_out),
                        plan.forward, workspace);
-        for (HeadRows *queries : {&rows.q, &rows.out}) queries->axes[2].extent = (int32_t)p.group();
+        rows.with_queries(true);
     }
 
     /// The gradients of a chunk, from its state and the gradient of that at its end; and that of the state.

@@ -128,8 +128,11 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &target)
         along.compute_root().bound(j, 0, sizes.chunk).vectorize(j, lanes);
         along.update().reorder(j, w.over_key_element.x).vectorize(j, lanes);
     }
-    w.along_state.compute_root().vectorize(e, vec, tail).update().reorder(e, w.over_state.x).vectorize(e, vec, tail);
+    w.along_state.compute_root().vectorize(e, vec, tail).update().reorder(e, w.over_state_block.x).vectorize(e, vec, tail);
+    w.along_block.compute_at(w.along_state, w.over_state_block.x).vectorize(e, vec, tail);
+    w.along_block.update().reorder(e, w.over_state.x).vectorize(e, vec, tail);
     w.along_keys.compute_root();
+    w.along_keys_block.compute_at(w.along_keys, w.over_state_block.x);
     w.kept.compute_root();
     w.dgates.compute_root().bound(i, 0, sizes.chunk).vectorize(i, lanes);
     w.dgates.update().reorder(i, w.over_row.x).vectorize(i, lanes);

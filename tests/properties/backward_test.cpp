@@ -468,17 +468,6 @@ TEST_P(PowerBackward, PackedSequences) {
     }
 }
 
-TEST_P(PowerBackward, StatesKeptInPartGiveTheSameBits) {
-    // More threads, each with all of its states, would take too much: some are then computed again.
-    const int64_t T = 10 * chunk() + 3;
-    Backward one = problem(1, T, 8), many = one;
-    ASSERT_EQ(holdfast_context_set_threads(context, 1), HOLDFAST_OK);
-    ASSERT_EQ(one.run(context), HOLDFAST_OK) << context.error();
-    ASSERT_EQ(holdfast_context_set_threads(context, 8), HOLDFAST_OK);
-    ASSERT_EQ(many.run(context), HOLDFAST_OK) << context.error();
-    for (size_t n = 0; n < 6; n++) EXPECT_TRUE(same_bits(*one.gradients()[n], *many.gradients()[n])) << n;
-}
-
 TEST_P(PowerBackward, WhatIsNotWantedCostsTheOthersNothing) {
     for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_PARALLEL}) {
         const bool states = form == HOLDFAST_FORM_CHUNKWISE;
@@ -545,6 +534,53 @@ INSTANTIATE_TEST_SUITE_P(, PowerBackward,
                              return std::get<0>(info.param) + "_degree" + std::to_string(c.degree) +
                                     (c.normalize ? "_normalized_K" : "_K") + std::to_string(c.K);
                          });
+
+TEST(PowerBackwardStates, GoThroughWithoutQueries) {
+    Context context;
+    for (int degree : {2, 3}) {
+        SCOPED_TRACE(degree);
+        Backward p{2, 70, 1, 0, 5, 7, degree, false};
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        p.expect_reference(64);
+    }
+    Backward p{2, 70, 2, 0, 5, 7, 1, true};
+    EXPECT_EQ(p.run(context), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(context.error().find("q has H = 0, k has Hk = 2 and out is normalized; expected"), std::string::npos)
+        << context.error();
+}
+
+TEST(PowerBackwardStates, KeptInPartGiveTheSameBits) {
+    // More threads, each with all of its states, would take too much: some are then computed again.
+    Context context;
+    Backward one{1, 643, 8, 1, 16, 9, 2}, many = one;
+    one.wanted = many.wanted = "qg";
+    ASSERT_EQ(holdfast_context_set_threads(context, 1), HOLDFAST_OK);
+    ASSERT_EQ(one.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_NE(context.messages.back().find("all states kept"), std::string::npos) << context.messages.back();
+    ASSERT_EQ(holdfast_context_set_threads(context, 8), HOLDFAST_OK);
+    ASSERT_EQ(many.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_NE(context.messages.back().find("a state kept every 4 of them"), std::string::npos) << context.messages.back();
+    EXPECT_TRUE(same_bits(one.dq, many.dq) && same_bits(one.dlog_decay, many.dlog_decay));
+    one.expect_reference(64);
+}
+
+TEST(PowerBackwardForms, AutoIsParallelWhereThatIsLess) {
+    Context context;
+    auto kernel_of = [&](Backward p) {
+        p.form = HOLDFAST_FORM_AUTO;
+        EXPECT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        p.expect_reference(64);
+        return context.messages.back().substr(0, context.messages.back().find('_'));
+    };
+    Backward p{1, 70, 1, 1, 32, 32, 2, true, Gates::weak, f32, Layout::compact, false, false};
+    EXPECT_EQ(kernel_of(p), "backward: parallel");
+    Backward in_chunks = p, of_a_state = p, final_one = p, first_wanted = p;
+    in_chunks.chunk_size = 16, of_a_state.initial = true, final_one.final = true, first_wanted.wanted += "s";
+    for (const Backward &other : {in_chunks, of_a_state, final_one, first_wanted})
+        EXPECT_EQ(kernel_of(other), "backward: power");
+    Backward few_features{1, 70, 1, 1, 5, 5, 1, true, Gates::weak, f32, Layout::compact, false, false};
+    EXPECT_EQ(kernel_of(few_features), "backward: power");
+}
 
 TEST(PowerBackwardStates, EveryLayoutAndOrder) {
     Context context;

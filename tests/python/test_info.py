@@ -50,7 +50,8 @@ def test_the_selected_variants_are_those_that_run(problem):
     holdfast.set_verbose(lines.append)
     selected = [v for v in holdfast.info()["variants"] if v["selected"]]
     kernels = {"chunkwise", "parallel", "recurrent", "power", "power_step", "rotate", "head_norm_gate"}
-    assert {v["kernel"] for v in selected} == kernels
+    gradients = {"chunkwise_backward", "parallel_backward", "power_backward", "head_norm_gate_backward"}
+    assert {v["kernel"] for v in selected} == kernels | gradients
     assert all(v["runs_here"] for v in selected)
     for variant in selected:
         [backend] = [name for name, b in holdfast.info()["backends"].items() if variant["target"] in b["targets"]]
@@ -64,9 +65,16 @@ def test_the_selected_variants_are_those_that_run(problem):
         around = {
             "rotate": lambda x: holdfast.rotate(x, holdfast.theta(6)),
             "head_norm_gate": lambda x: holdfast.head_norm_gate(x),
+            "head_norm_gate_backward": lambda x: holdfast.head_norm_gate_backward(x, x),
         }
         if call := around.get(variant["kernel"]):
             call(of_dtype(np.zeros((1, 2, 1, 6), np.float32)))
+        elif variant["kernel"] in gradients:
+            rows = [of_dtype(x) for x in (p.out, p.q, p.k, p.v)]
+            form, _, _ = variant["kernel"].partition("_")
+            form, options = ("chunkwise" if form == "power" else form), {"degree": variant["degree"] or 2}
+            options = {} if variant["kernel"] == "chunkwise_backward" else {**options, "out": rows[0]}
+            holdfast.retention_backward(*rows, form=form, **options)
         elif variant["kernel"] == "power_step" and backend != "cpu":
             rows = (of_dtype(x[:, 0]) for x in (p.q, p.k, p.v))
             holdfast.retention_step(*rows, None, p.initial_state, np.ones((1, 1, 5), np.float32), normalize=True)

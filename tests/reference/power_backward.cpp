@@ -111,7 +111,7 @@ PowerGradients power_backward(const PowerInputs &in, const Strided &dout, const 
                     if (in.normalize) wrong_by += std::sqrt(of_den) / std::abs(den);
 
                     // Weights: each is on the way of all gates from its key, exclusive, to the row.
-                    std::vector<double> through(t + 1), of_through(t + 1);
+                    std::vector<double> through(t + 1), of_through(t + 1), den_by_q(K), unused(K);
                     for (int64_t j = 0; j <= t; j++) {
                         double by_value = 0, of_dweight = square(of_dden);
                         for (int64_t e = 0; e < V; e++) {
@@ -125,6 +125,7 @@ PowerGradients power_backward(const PowerInputs &in, const Strided &dout, const 
                         if (p > 1) of_ddot += p * (p - 1) * of_dot[j] * most(j, p - 2) * since[j] * std::abs(dweight);
                         for (int64_t d = 0; d < K; d++) {
                             dq.add(d, ddot * k[j][d], of_ddot * k[j][d]);
+                            den_by_q[d] += p * std::pow(dot[j], p - 1) * since[j] * k[j][d];
                             dk(j).add(d, ddot * q[d], of_ddot * q[d]);
                         }
                         through[j] = weight(j) * dweight;
@@ -148,14 +149,16 @@ PowerGradients power_backward(const PowerInputs &in, const Strided &dout, const 
                             passing += phi[f] * dphi[f], of_passing += square(phi[f] * of_dphi[f]);
                         }
                         through_phi(features, q, dphi, of_dphi, dq);
+                        std::vector<double> den_by_phi = z;
+                        for (double &x : den_by_phi) x *= from_start;
+                        through_phi(features, q, den_by_phi, den_by_phi, {den_by_q, unused, 0});
                     }
                     for (int64_t t0 = 0; t0 <= t; t0++) {
                         dgate(t0).add(0, passing, std::sqrt(of_passing));
                         passing += through[t0], of_passing += square(of_through[t0]);
                     }
                     for (int64_t d = 0; d < K; d++) {  // an error that all terms have does not average out
-                        const double common = (wrong_by - 1) * r.dq[dq.row + d];
-                        r.dq_spread[dq.row + d] += square(common);
+                        r.dq_spread[dq.row + d] += square((wrong_by - 1) * r.dq[dq.row + d]) + square(of_dden * den_by_q[d]);
                     }
                 }
 

@@ -2,8 +2,8 @@
 
 `retention` computes, `power_retention` with the defaults of that, and `retention_backward` the gradients;
 `retention_step` does one token, with the state in place; `decay` makes RetNet's decays. `rotate` turns queries and keys
-by their positions, by the angles of `theta`, and `head_norm_gate` is what follows retention. `holdfast.torch` has the
-same for PyTorch, differentiable.
+by their positions, by the angles of `theta`, and `head_norm_gate` is what follows retention; `rotate_backward` and
+`head_norm_gate_backward` are their gradients. `holdfast.torch` has the same for PyTorch, differentiable.
 `info` says what was compiled and what would run here; `set_num_threads`, `set_target`, `set_backend` and `set_verbose`
 set options for all calls of the process.
 
@@ -48,12 +48,14 @@ __all__ = [
     "decay",
     "get_num_threads",
     "head_norm_gate",
+    "head_norm_gate_backward",
     "info",
     "power_retention",
     "retention",
     "retention_backward",
     "retention_step",
     "rotate",
+    "rotate_backward",
     "set_backend",
     "set_num_threads",
     "set_target",
@@ -462,12 +464,44 @@ def rotate(
 
     Raises: see the module; TypeError for an offset that is not an int, ValueError for one beyond 64 bits.
     """
-    first = index(offset)
-    if not -(2**63) <= first < 2**63:
-        raise ValueError(f"offset is {first}; expected an int of 64 bits")
     given, stream = _out_on_gpu(x, out)
-    result = _holdfast.rotate(x, theta, first, positions, bool(interleaved), given, stream)
+    result = _holdfast.rotate(x, theta, _offset(offset), positions, bool(interleaved), given, stream)
     return _like(x, result) if given is None else result
+
+
+def rotate_backward(
+    dout: Array,
+    theta: Array,
+    offset: int = 0,
+    interleaved: bool = False,
+    *,
+    positions: Array | None = None,
+    dx: Array | None = None,
+) -> Any:
+    """The gradient of `rotate` with respect to x: turns each pair by the opposite angle.
+
+        angle = theta_j position
+        dx_0 = dout_0 cos(angle) + dout_1 sin(angle)
+        dx_1 = dout_1 cos(angle) - dout_0 sin(angle)
+
+    As exact as `rotate`, at every position.
+
+    Args:
+        dout: gradient of out [B, T, H, K].
+        theta, offset, interleaved, positions: as `rotate` got them.
+        dx: written in place and returned itself, [B, T, H, K]; may be dout.
+
+    Returns:
+        dx [B, T, H, K]: a new array of dout's kind, as from `retention`, unless `dx` is given.
+
+    dout and dx have one dtype: float32, float16 or bfloat16. All arrays are on one device, of any strides but with a
+    contiguous last axis (positions: any strides). `dx` may be exactly dout, and shares no memory with anything else.
+
+    Raises: as `rotate`.
+    """
+    given, stream = _out_on_gpu(dout, dx, "dout")
+    result = _holdfast.rotate_backward(dout, theta, _offset(offset), positions, bool(interleaved), given, stream)
+    return _like(dout, result) if given is None else result
 
 
 def head_norm_gate(
@@ -502,13 +536,61 @@ def head_norm_gate(
 
     Raises: see the module.
     """
-    if norm not in ("rms", "layer"):
-        raise ValueError(f"norm is {norm!r}; expected 'rms' or 'layer'")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float, np.integer, np.floating)):
-        raise TypeError(f"eps is of type {type(eps).__name__}; expected a number")
+    layer_norm, eps = _norm(norm, eps)
     given, stream = _out_on_gpu(x, out)
-    result = _holdfast.head_norm_gate(x, gate, weight, norm == "layer", float(eps), given, stream)
+    result = _holdfast.head_norm_gate(x, gate, weight, layer_norm, eps, given, stream)
     return _like(x, result) if given is None else result
+
+
+def head_norm_gate_backward(
+    dout: Array,
+    x: Array,
+    gate: Array | None = None,
+    weight: Array | None = None,
+    norm: Literal["rms", "layer"] = "rms",
+    eps: float = 1e-6,
+    *,
+    dx: Array | bool = True,
+    dgate: Array | bool = True,
+    dweight: Array | bool = True,
+) -> tuple[Any, Any, Any]:
+    """The gradients of `head_norm_gate`. With n = y / d the row normed by d = sqrt(mean(x^2) + eps), for norm "layer"
+    sqrt(variance(x) + eps), p = 1 / (1 + exp(-gate)) and s = gate p, of every row of V features:
+
+        u = dout weight s
+        dx = (u - n mean(u n)) / d                           norm "rms"
+        dx = (u - mean(u) - n mean(u n)) / d                 norm "layer"
+        dgate = dout weight n p (1 + gate (1 - p))
+        dweight = sum of dout n s                            over all tokens and entries; of a weight [V] over heads too
+
+    Nothing of the call of `head_norm_gate` is needed but its arguments.
+
+    Args:
+        dout: gradient of out [B, T, H, V].
+        x, gate, weight, norm, eps: as `head_norm_gate` got them.
+        dx, dgate, dweight: True: wanted, where there is such an argument. False: not wanted, and costs nothing. Or an
+            array that is written in place and returned itself.
+
+    Returns:
+        (dx, dgate, dweight), each of the shape of what it is the gradient of: new arrays of the kind of x, and of
+        weight, as from `retention`, unless they are given; None for what is not wanted or not there.
+
+    dout, x, gate, dx and dgate have one dtype: float32, float16 or bfloat16; weight and dweight are float32. All is
+    computed in float32, and dx and dgate are rounded once. All arrays are on one device, of any strides but with a
+    contiguous last axis. Gradients share no memory with anything else.
+
+    Raises: see the module.
+    """
+    layer_norm, eps = _norm(norm, eps)
+    there = ((dx, x), (dgate, gate), (dweight, weight))
+    wanted = [None if d is False or (d is True and of is None) else d for d, of in there]
+    _, stream = _out_on_gpu(x, True)
+    if _gpu(x) is not None:
+        wanted = [_out_on_gpu(of, None)[0] if d is True else d for d, (_, of) in zip(wanted, there, strict=True)]
+    results = _holdfast.head_norm_gate_backward(dout, x, gate, weight, layer_norm, eps, tuple(wanted), stream)
+    made = zip(results, wanted, (x, x, weight), strict=True)
+    dx, dgate, dweight = (_like(of, result) if d is True else result for result, d, of in made)
+    return dx, dgate, dweight
 
 
 def theta(key_size: int, convention: Literal["retnet", "rope"] = "retnet") -> np.ndarray:
@@ -727,12 +809,28 @@ def _library(name: str, x: Any, needed: bool) -> Any:
     return None
 
 
-def _out_on_gpu(x: Any, out: Any) -> tuple[Any, int]:
+def _offset(offset: int) -> int:
+    first = index(offset)
+    if not -(2**63) <= first < 2**63:
+        raise ValueError(f"offset is {first}; expected an int of 64 bits")
+    return first
+
+
+def _norm(norm: str, eps: float) -> tuple[bool, float]:
+    """Whether it is layer norm, and eps."""
+    if norm not in ("rms", "layer"):
+        raise ValueError(f"norm is {norm!r}; expected 'rms' or 'layer'")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, np.integer, np.floating)):
+        raise TypeError(f"eps is of type {type(eps).__name__}; expected a number")
+    return norm == "layer", float(eps)
+
+
+def _out_on_gpu(x: Any, out: Any, name: str = "x") -> tuple[Any, int]:
     """(out, stream) of a call whose out has the shape of x: on a GPU made by x's library, if it is not given."""
     if (device := _gpu(x)) is None:
         return out, 1
     if out is None:
-        out = _library("x", x, True).empty(tuple(x.shape), dtype=x.dtype, device=x.device)
+        out = _library(name, x, True).empty(tuple(x.shape), dtype=x.dtype, device=x.device)
     return out, _cuda_stream(x) if device in _CUDA else 0
 
 
