@@ -115,6 +115,16 @@ holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
     TARGETS cuda metal opencl vulkan
     PARAMS any_state_strides=true)
 
+holdfast_kernel(chunkwise_backward DTYPES f32 CHUNKS 64
+    SIZES 64x64
+    TARGETS metal opencl
+    PARAMS any_state_strides=true)
+
+holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
+    SIZES any
+    TARGETS metal opencl
+    PARAMS any_state_strides=true)
+
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES 64x64 128x128 any
     TARGETS cuda metal opencl vulkan
