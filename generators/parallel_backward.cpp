@@ -132,9 +132,11 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
         inside.push_back({block, last});
     }
     const Derivative grad = propagate_adjoints(loss, one, all);
+    // Where autodiff finds none it may as well say zero.
     auto adjoint = [&](const Func &of, int update, const char *what) {
         Func derived = grad(of, update);
-        _halide_user_assert(derived.defined()) << "autodiff found no adjoint of " << what << "\n";
+        _halide_user_assert(derived.defined() && (derived.has_update_definition() || !Internal::is_const_zero(derived.value())))
+            << "autodiff found no adjoint of " << what << "\n";
         return derived;
     };
     x.dweights = adjoint(x.pair.weights, -1, "the weights of a pair");
