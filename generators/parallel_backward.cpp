@@ -17,7 +17,7 @@ Func hole(const char *name, const std::vector<Var> &args) {
     return f;
 }
 
-/// What stands where a hole was, in terms of its arguments.
+/// What is put where a hole, or any other Func, is called, in terms of its arguments.
 struct Filling {
     Func hole;
     Expr value;
@@ -67,17 +67,17 @@ void fill(const std::vector<Func> &roots, const std::vector<Filling> &fillings, 
         Expr mutate(const Expr &x) override {
             if (inner) return IRGraphMutator::mutate(x);
             inner = true;
-            const Expr plain = Unguard(inside).mutate(substitute_in_all_lets(remove_likelies(x)));
-            const Expr filled = common_subexpression_elimination(simplify(IRGraphMutator::mutate(plain)));
+            const Expr filled = IRGraphMutator::mutate(x);
             inner = false;
-            return filled;
+            return common_subexpression_elimination(
+                simplify(Unguard(inside).mutate(substitute_in_all_lets(remove_likelies(filled)))));
         }
         Expr visit(const Call *op) override {
             for (const Filling &f : fillings) {
                 if (op->call_type != Call::Halide || op->name != f.hole.name()) continue;
                 std::map<std::string, Expr> args;
                 for (size_t m = 0; m < op->args.size(); m++) args[f.hole.args()[m].name()] = op->args[m];
-                return substitute(args, f.value);
+                return mutate(substitute(args, f.value));
             }
             return IRGraphMutator::visit(op);
         }
@@ -159,11 +159,13 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
     x.dden = Func("dden");
     x.dden(i, c, g, h, b) = select(call.normalized != 0, -x.out_dout(i, c, g, h, b) * x.factor(i, c, g, h, b), 0.0f);
 
+    const Func passed_on = adjoint(num, 0, "the values of a pair's rows");  // dnum: schedules look for that from its users
     fill({x.dqueries, x.dkeys, x.dvalues, x.pair.sum},
          {{queries, w.queries(d, i, c, g, h, b)},
           {keys, k(d, j, n, h, b)},
           {values, v(e, j, n, h, b)},
           {decay, decay_of_key(w)},
+          {passed_on, passed_on.value()},
           {dnum, x.dnum(e, i, c, g, h, b)},
           {dden, x.dden(i, c, g, h, b)}},
          inside);
@@ -195,14 +197,15 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
     x.over_feature_of_q = RDom(0, call.key_extent, 0, group, "over_feature_of_q");
     x.over_feature_of_k = RDom(0, call.key_extent, "over_feature_of_k");
     RVar feature = x.over_feature_of_q.x, query = x.over_feature_of_q.y;
-    x.ddecay = Func("ddecay");
-    x.ddecay(i, c, h, b) = 0.0f;
-    x.ddecay(i, c, h, b) += w.queries(feature, i, c, query, h, b) * x.dq(feature, i, c, query, h, b);
+    x.q_dq = Func("q_dq");
+    x.q_dq(i, c, h, b) += w.queries(feature, i, c, query, h, b) * x.dq(feature, i, c, query, h, b);
     feature = x.over_feature_of_k;
-    x.ddecay(i, c, h, b) -= k(feature, i, c, h, b) * x.dk(feature, i, c, h, b);
+    x.k_dk = Func("k_dk");
+    x.k_dk(i, c, h, b) += k(feature, i, c, h, b) * x.dk(feature, i, c, h, b);
     x.over_after = RDom(0, C, "over_after");
     x.ddecay_after = Func("ddecay_after");
-    x.ddecay_after(i, c, h, b) += select(x.over_after >= i, x.ddecay(x.over_after, c, h, b), 0.0f);
+    x.ddecay_after(i, c, h, b) +=
+        select(x.over_after >= i, x.q_dq(x.over_after, c, h, b) - x.k_dk(x.over_after, c, h, b), 0.0f);
     x.over_distance = RDom(1, blocks, "over_distance");
     RVar distance = x.over_distance;
     x.ddecay_of_end = Func("ddecay_of_end");

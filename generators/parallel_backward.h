@@ -45,11 +45,11 @@ struct ParallelBackwardFuncs {
     Halide::Func dq;                  // (d,i,c,g,h,b): sum of dqueries, update 0
     Halide::Func dk, dv;              // (d,j,n,h,b) (e,j,n,h,b): sums of dkeys and dvalues, update 0
     Halide::RDom over_dq, over_dk, over_dv;  // (once or never, n, c, g), n <= c: the same names, for one loop
-    Halide::Func ddecay;           // (i,c,h,b): p dG
-    Halide::Func ddecay_after;     // (i,c,h,b): sum of ddecay from row i to the end of its block
-    Halide::Func ddecay_of_end;    // (s,h,b): sum of ddecay of the last s blocks
+    Halide::Func q_dq, k_dk;       // (i,c,h,b): <q_i, dq_i> of all queries that share a key, and <k_i, dk_i>; p dG is the difference
+    Halide::Func ddecay_after;     // (i,c,h,b): sum of p dG from row i to the end of its block
+    Halide::Func ddecay_of_end;    // (s,h,b): sum of p dG of the last s blocks
     Halide::Func dlog_decay;       // (i,c,h,b)
-    Halide::RDom over_feature_of_q, over_feature_of_k;  // ddecay, updates 0 and 1: (d, g) and d
+    Halide::RDom over_feature_of_q, over_feature_of_k;  // q_dq: (d, g); k_dk: d
     Halide::RDom over_after;                            // ddecay_after: row
     Halide::RDom over_distance;                         // ddecay_of_end: s, a serial scan
 

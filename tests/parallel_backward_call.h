@@ -61,7 +61,8 @@ public:
         SCOPED_TRACE(c.name);
         reference::PowerInputs in{c.B, c.T, c.H, c.R, K, V, c.degree, c.normalized};
         in.q = strided(q), in.k = strided(k), in.v = strided(v), in.log_decay = strided(log_decay);
-        in.scale = scale, in.states = false;
+        static const float zero = 0;
+        in.initial_state = {&zero, {}}, in.initial_keys = {&zero, {}}, in.scale = scale, in.states = false;
         const std::vector<double> values = reference::power(in).out;
         int64_t n = 0;
         each(out.shape, [&](const Index &i) { out(i) = (float)dtype.round((float)values[n++]); });
