@@ -77,7 +77,8 @@ public:
         Stored sdq(dtype, dq), sdk(dtype, dk), sdv(dtype, dv);
         Buffer bq = queries(sq, q), bk = keys(sk, k), bv = keys(sv, v), bo = queries(so, out), bdo = queries(sdo, dout);
         Buffer bdq = queries(sdq, dq), bdk = keys(sdk, dk), bdv = keys(sdv, dv);
-        Buffer bg = view(log_decay.data(), f32, log_decay, {1, 2, 0}), bdg = view(dlog_decay.data(), f32, dlog_decay, {1, 2, 0});
+        Buffer bg = view(log_decay.data(), f32, log_decay, {1, 2, 0}),
+               bdg = view(dlog_decay.data(), f32, dlog_decay, {1, 2, 0});
         // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
         for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bo, &bdo, &bdq, &bdk, &bdv, &bdg}) buffer->set_host_dirty();
         ASSERT_EQ(kernel(bq, bk, bv, bg, bo, bdo, c.degree, (int)c.normalized, scale, (int)c.dq, (int)c.dk, (int)c.dv,
