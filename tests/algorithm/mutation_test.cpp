@@ -152,7 +152,7 @@ INSTANTIATE_TEST_SUITE_P(, PowerMutations, testing::ValuesIn(of_power), [](const
 // ---- The parallel form -------------------------------------------------------------------------------------------------
 
 const Mutation of_parallel[] = {
-    {"sign_of_keys_in_gates", "ddecay", "dk_sum", negated, "dlog_decay"},
+    {"sign_of_gates", "dlog_decay_of_rows", "ddecay_after", negated, "dlog_decay"},
     {"gates_off_by_one", "ddecay_after", "ddecay", off_by_one(0), "dlog_decay"},
     {"no_later_blocks_in_gates", "dlog_decay_of_rows", "ddecay_of_end", missing, "dlog_decay"},
     {"sign_of_denominators", "dden", "out_dout", negated, "dq"},
