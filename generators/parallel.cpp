@@ -72,12 +72,14 @@ ParallelWeights weights(const ParallelFuncs &f, const ParallelCall &call, const 
     });
 
     auto queries = [&](const Expr &d) { return w.queries(d, i, c, g, h, b); };
-    const ParallelPair past = parallel_pair({n, c, g, h, b}, queries, [&](const Expr &d) { return f.k(d, j, n, h, b); },
-                                            w.key_decay(j, n, c, h, b), call, sizes, "past", suffix);
+    const ParallelPair past = parallel_pair(
+        {n, c, g, h, b}, queries, [&](const Expr &d) { return f.k(d, j, n, h, b); }, w.key_decay(j, n, c, h, b), call, sizes,
+        "past", suffix);
     w.past_scores = past.scores, w.past = past.weights, w.past_block_sum = past.sum;
     w.over_past_key_feature = past.over_key_feature, w.over_summed_key = past.over_summed_key;
-    const ParallelPair own = parallel_pair({c, g, h, b}, queries, [&](const Expr &d) { return f.k(d, j, c, h, b); },
-                                           w.mask(i, j, c, h, b), call, sizes, "own", suffix);
+    const ParallelPair own = parallel_pair(
+        {c, g, h, b}, queries, [&](const Expr &d) { return f.k(d, j, c, h, b); }, w.mask(i, j, c, h, b), call, sizes, "own",
+        suffix);
     w.own_scores = own.scores, w.own = own.weights, w.own_sum = own.sum;
     w.over_own_key_feature = own.over_key_feature, w.over_summed_own_key = own.over_summed_key;
 

@@ -48,11 +48,11 @@ struct ParallelCall {
 
 /// A block of rows against a block of keys, its own or an earlier one. The blocks are the last arguments.
 struct ParallelPair {
-    Halide::Func scores;             // (i,j,..): queries . keys
-    Halide::Func weights;            // (i,j,..): scores^p * what the rows see of each key
-    Halide::Func sum;                // (i,..): of the weights
-    Halide::RDom over_key_feature;   // scores: d
-    Halide::RDom over_summed_key;    // sum:    (j, once, or never where sums do not count)
+    Halide::Func scores;            // (i,j,..): queries . keys
+    Halide::Func weights;           // (i,j,..): scores^p * what the rows see of each key
+    Halide::Func sum;               // (i,..): of the weights
+    Halide::RDom over_key_feature;  // scores: d
+    Halide::RDom over_summed_key;   // sum:    (j, once, or never where sums do not count)
 };
 
 /// Element d of row i, or of key j, of a pair.

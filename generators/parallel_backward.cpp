@@ -17,7 +17,7 @@ Func hole(const char *name, const std::vector<Var> &args) {
     return f;
 }
 
-/// What stands where a hole was, in terms of its arguments.
+/// What is put where a hole, or any other Func, is called, in terms of its arguments.
 struct Filling {
     Func hole;
     Expr value;
@@ -40,7 +40,8 @@ void fill(const std::vector<Func> &roots, const std::vector<Filling> &fillings, 
         bool never(const Expr &x, const Expr &bound, bool above) const {
             const auto *variable = x.as<Variable>();
             for (const Inside &in : inside)
-                if (variable && variable->name == in.variable.name() && can_prove(bound == (above ? in.last : Expr(0)))) return true;
+                if (variable && variable->name == in.variable.name() && can_prove(bound == (above ? in.last : Expr(0))))
+                    return true;
             return false;
         }
         Expr visit(const Min *op) override {
@@ -67,17 +68,17 @@ void fill(const std::vector<Func> &roots, const std::vector<Filling> &fillings, 
         Expr mutate(const Expr &x) override {
             if (inner) return IRGraphMutator::mutate(x);
             inner = true;
-            const Expr plain = Unguard(inside).mutate(substitute_in_all_lets(remove_likelies(x)));
-            const Expr filled = common_subexpression_elimination(simplify(IRGraphMutator::mutate(plain)));
+            const Expr filled = IRGraphMutator::mutate(x);
             inner = false;
-            return filled;
+            return common_subexpression_elimination(
+                simplify(Unguard(inside).mutate(substitute_in_all_lets(remove_likelies(filled)))));
         }
         Expr visit(const Call *op) override {
             for (const Filling &f : fillings) {
                 if (op->call_type != Call::Halide || op->name != f.hole.name()) continue;
                 std::map<std::string, Expr> args;
                 for (size_t m = 0; m < op->args.size(); m++) args[f.hole.args()[m].name()] = op->args[m];
-                return substitute(args, f.value);
+                return mutate(substitute(args, f.value));
             }
             return IRGraphMutator::visit(op);
         }
@@ -108,9 +109,9 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
     const Func queries = hole("queries_of_pair", {d, i, n, c, g, h, b}), keys = hole("keys_of_pair", {d, j, n, c, g, h, b}),
                values = hole("values_of_pair", {e, j, n, c, g, h, b}), decay = hole("decay_of_pair", {i, j, n, c, g, h, b}),
                dnum = hole("dnum_of_pair", {e, i, n, c, g, h, b}), dden = hole("dden_of_pair", {i, n, c, g, h, b});
-    x.pair = parallel_pair({n, c, g, h, b}, [&](const Expr &d) { return queries(d, i, n, c, g, h, b); },
-                           [&](const Expr &d) { return keys(d, j, n, c, g, h, b); }, decay(i, j, n, c, g, h, b), call, sizes,
-                           "pair");
+    x.pair = parallel_pair(
+        {n, c, g, h, b}, [&](const Expr &d) { return queries(d, i, n, c, g, h, b); },
+        [&](const Expr &d) { return keys(d, j, n, c, g, h, b); }, decay(i, j, n, c, g, h, b), call, sizes, "pair");
     const RDom over_key(0, C, "over_key_of_pair");
     Func num("num_of_pair");
     num(e, i, n, c, g, h, b) += x.pair.weights(i, over_key, n, c, g, h, b) * values(e, over_key, n, c, g, h, b);
@@ -119,8 +120,7 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
     const RDom over_num(0, value_extent, 0, C, "over_num"), over_den(0, C, "over_den");
     Func loss("loss"), one("one");
     loss(n, c, g, h, b) = 0.0f;
-    loss(n, c, g, h, b) +=
-        num(over_num.x, over_num.y, n, c, g, h, b) * dnum(over_num.x, over_num.y, n, c, g, h, b);
+    loss(n, c, g, h, b) += num(over_num.x, over_num.y, n, c, g, h, b) * dnum(over_num.x, over_num.y, n, c, g, h, b);
     loss(n, c, g, h, b) += x.pair.sum(over_den, n, c, g, h, b) * dden(over_den, n, c, g, h, b);
     one(n, c, g, h, b) = 1.0f;
     // The last ones stand for whatever there is, and are gone when guards are. Padding is zero, so that d and e may well go beyond.
@@ -132,9 +132,11 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
         inside.push_back({block, last});
     }
     const Derivative grad = propagate_adjoints(loss, one, all);
+    // Where autodiff finds none it may as well say zero.
     auto adjoint = [&](const Func &of, int update, const char *what) {
         Func derived = grad(of, update);
-        _halide_user_assert(derived.defined()) << "autodiff found no adjoint of " << what << "\n";
+        _halide_user_assert(derived.defined() && (derived.has_update_definition() || !Internal::is_const_zero(derived.value())))
+            << "autodiff found no adjoint of " << what << "\n";
         return derived;
     };
     x.dweights = adjoint(x.pair.weights, -1, "the weights of a pair");
@@ -149,8 +151,8 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
     x.sum = Func("sum");
     x.sum(i, c, g, h, b) += x.pair.sum(i, x.over_block, c, g, h, b);
     x.factor = Func("factor_of_row");
-    x.factor(i, c, g, h, b) = select(
-        c * C + i < call.tokens, select(call.normalized != 0, 1.0f / x.sum(i, c, g, h, b), scale_of_row(w, call)), 0.0f);
+    x.factor(i, c, g, h, b) =
+        select(c * C + i < call.tokens, select(call.normalized != 0, 1.0f / x.sum(i, c, g, h, b), scale_of_row(w, call)), 0.0f);
     x.over_value = RDom(0, value_extent, 0, select(call.normalized != 0, 1, 0), "over_value");
     x.out_dout = Func("out_dout");
     x.out_dout(i, c, g, h, b) += out(x.over_value.x, i, c, g, h, b) * dout(x.over_value.x, i, c, g, h, b);
@@ -159,11 +161,13 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
     x.dden = Func("dden");
     x.dden(i, c, g, h, b) = select(call.normalized != 0, -x.out_dout(i, c, g, h, b) * x.factor(i, c, g, h, b), 0.0f);
 
+    const Func passed_on = adjoint(num, 0, "the values of a pair's rows");  // dnum: schedules look for that from its users
     fill({x.dqueries, x.dkeys, x.dvalues, x.pair.sum},
          {{queries, w.queries(d, i, c, g, h, b)},
           {keys, k(d, j, n, h, b)},
           {values, v(e, j, n, h, b)},
           {decay, decay_of_key(w)},
+          {passed_on, passed_on.value()},
           {dnum, x.dnum(e, i, c, g, h, b)},
           {dden, x.dden(i, c, g, h, b)}},
          inside);
@@ -195,14 +199,15 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
     x.over_feature_of_q = RDom(0, call.key_extent, 0, group, "over_feature_of_q");
     x.over_feature_of_k = RDom(0, call.key_extent, "over_feature_of_k");
     RVar feature = x.over_feature_of_q.x, query = x.over_feature_of_q.y;
-    x.ddecay = Func("ddecay");
-    x.ddecay(i, c, h, b) = 0.0f;
-    x.ddecay(i, c, h, b) += w.queries(feature, i, c, query, h, b) * x.dq(feature, i, c, query, h, b);
+    x.q_dq = Func("q_dq");
+    x.q_dq(i, c, h, b) += w.queries(feature, i, c, query, h, b) * x.dq(feature, i, c, query, h, b);
     feature = x.over_feature_of_k;
-    x.ddecay(i, c, h, b) -= k(feature, i, c, h, b) * x.dk(feature, i, c, h, b);
+    x.k_dk = Func("k_dk");
+    x.k_dk(i, c, h, b) += k(feature, i, c, h, b) * x.dk(feature, i, c, h, b);
     x.over_after = RDom(0, C, "over_after");
     x.ddecay_after = Func("ddecay_after");
-    x.ddecay_after(i, c, h, b) += select(x.over_after >= i, x.ddecay(x.over_after, c, h, b), 0.0f);
+    x.ddecay_after(i, c, h, b) +=
+        select(x.over_after >= i, x.q_dq(x.over_after, c, h, b) - x.k_dk(x.over_after, c, h, b), 0.0f);
     x.over_distance = RDom(1, blocks, "over_distance");
     RVar distance = x.over_distance;
     x.ddecay_of_end = Func("ddecay_of_end");
@@ -210,8 +215,7 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
     x.ddecay_of_end(s, h, b) = 0.0f;
     x.ddecay_of_end(distance, h, b) = x.ddecay_of_end(distance - 1, h, b) + x.ddecay_after(0, blocks - distance, h, b);
     x.dlog_decay = Func("dlog_decay_of_rows");
-    x.dlog_decay(i, c, h, b) =
-        (x.ddecay_after(i, c, h, b) + x.ddecay_of_end(blocks - 1 - c, h, b)) / cast<float>(call.degree);
+    x.dlog_decay(i, c, h, b) = (x.ddecay_after(i, c, h, b) + x.ddecay_of_end(blocks - 1 - c, h, b)) / cast<float>(call.degree);
     return x;
 }
 

@@ -24,17 +24,17 @@ struct ParallelWanted {
 
 /// Variables as in parallel.h.
 struct ParallelBackwardFuncs {
-    ParallelFuncs f;           // gates and queries are those of f.weights
-    Halide::Func out;          // (e,i,c,g,h,b): input, what the forward returned; looked at where normalized
-    Halide::Func dout;         // (e,i,c,g,h,b): input, 0 past the end
-    ParallelPair pair;         // last arguments n,c,g,h,b, n <= c: all but factor
-    Halide::Func sum;          // (i,c,g,h,b): of all weights of a row
-    Halide::Func factor;       // (i,c,g,h,b): 1 / sum, or what stands for (scale / unit)^p; 0 past the end
-    Halide::Func out_dout;     // (i,c,g,h,b): <out, dout>
-    Halide::Func dnum;         // (e,i,c,g,h,b): dout * factor
-    Halide::Func dden;         // (i,c,g,h,b)
-    Halide::RDom over_block;   // sum:      n <= c
-    Halide::RDom over_value;   // out_dout: (e, once, or never where sums do not count)
+    ParallelFuncs f;          // gates and queries are those of f.weights
+    Halide::Func out;         // (e,i,c,g,h,b): input, what the forward returned; looked at where normalized
+    Halide::Func dout;        // (e,i,c,g,h,b): input, 0 past the end
+    ParallelPair pair;        // last arguments n,c,g,h,b, n <= c: all but factor
+    Halide::Func sum;         // (i,c,g,h,b): of all weights of a row
+    Halide::Func factor;      // (i,c,g,h,b): 1 / sum, or what stands for (scale / unit)^p; 0 past the end
+    Halide::Func out_dout;    // (i,c,g,h,b): <out, dout>
+    Halide::Func dnum;        // (e,i,c,g,h,b): dout * factor
+    Halide::Func dden;        // (i,c,g,h,b)
+    Halide::RDom over_block;  // sum:      n <= c
+    Halide::RDom over_value;  // out_dout: (e, once, or never where sums do not count)
 
     // Derived adjoints of a pair's stages of the same name. Of queries: without unit.
     Halide::Func dweights, dscores;  // (i,j,n,c,g,h,b); dweights: an update for each product, of values and of sums
@@ -42,14 +42,14 @@ struct ParallelBackwardFuncs {
     Halide::Func dkeys;              // (d,j,n,c,g,h,b)
     Halide::Func dvalues;            // (e,j,n,c,g,h,b)
 
-    Halide::Func dq;                  // (d,i,c,g,h,b): sum of dqueries, update 0
-    Halide::Func dk, dv;              // (d,j,n,h,b) (e,j,n,h,b): sums of dkeys and dvalues, update 0
+    Halide::Func dq;                         // (d,i,c,g,h,b): sum of dqueries, update 0
+    Halide::Func dk, dv;                     // (d,j,n,h,b) (e,j,n,h,b): sums of dkeys and dvalues, update 0
     Halide::RDom over_dq, over_dk, over_dv;  // (once or never, n, c, g), n <= c: the same names, for one loop
-    Halide::Func ddecay;           // (i,c,h,b): p dG
-    Halide::Func ddecay_after;     // (i,c,h,b): sum of ddecay from row i to the end of its block
-    Halide::Func ddecay_of_end;    // (s,h,b): sum of ddecay of the last s blocks
-    Halide::Func dlog_decay;       // (i,c,h,b)
-    Halide::RDom over_feature_of_q, over_feature_of_k;  // ddecay, updates 0 and 1: (d, g) and d
+    Halide::Func q_dq, k_dk;  // (i,c,h,b): <q_i, dq_i> of all queries that share a key, and <k_i, dk_i>; p dG is the difference
+    Halide::Func ddecay_after;                          // (i,c,h,b): sum of p dG from row i to the end of its block
+    Halide::Func ddecay_of_end;                         // (s,h,b): sum of p dG of the last s blocks
+    Halide::Func dlog_decay;                            // (i,c,h,b)
+    Halide::RDom over_feature_of_q, over_feature_of_k;  // q_dq: (d, g); k_dk: d
     Halide::RDom over_after;                            // ddecay_after: row
     Halide::RDom over_distance;                         // ddecay_of_end: s, a serial scan
 

@@ -140,7 +140,9 @@ PowerBackwardFuncs power_backward(const Func &q, const Func &k, const Func &v, c
     const Derivative derivative = propagate_adjoints(all, one, everywhere);
     auto derived = [&](const char *name, const Func &of) {
         const Func adjoint = derivative(of, of.num_update_definitions() - 1);
-        _halide_user_assert(adjoint.defined()) << "autodiff has no " << name << "\n";
+        const bool there =
+            adjoint.defined() && (adjoint.num_update_definitions() > 0 || !Internal::is_const_zero(adjoint.value()));
+        _halide_user_assert(there) << "autodiff has no " << name << "\n";
         return adjoint;
     };
     w.dweights = derived("dweights", p.weights), w.dscores = derived("dscores", p.scores);

@@ -18,50 +18,52 @@
 
 namespace holdfast {
 
-/// Variables as in power.h, and s factor of a feature. x_d is derived for what p calls x, in chunk coordinates.
+/// Variables as in power.h, in chunk coordinates, and s factor of a feature. dx is the gradient of what p calls x, after its decay and
+/// unit.
 struct PowerBackwardFuncs {
-    PowerFuncs p;                        // the chunk; of it, what is looked at: see below
-    Halide::Func dout, out;              // (e,i,g,h,b): inputs; dout 0 past the end of the chunk; out counts where normalized
+    PowerFuncs p;                        // the chunk; what is computed of it are its gates, operands, phi, scores and weights
+    Halide::Func dout, out;              // (e,i,g,h,b): inputs; dout is 0 past the end, and out counts where it is normalized
     Halide::Func dstate_out, dkeys_out;  // (e,f,h,b) (f,h,b): inputs
-    Halide::Func den_block;              // (u,i,g,h,b) of power.h, in blocks as there, where normalized
-    Halide::Func den_inter;              // (i,g,h,b)
-    Halide::Func den_intra;              // (i,g,h,b)
+    Halide::Func den_block;              // (u,i,g,h,b): sums of weights, as those of power.h, with its blocks
+    Halide::Func den_inter, den_intra;   // (i,g,h,b)
     Halide::Func row;                    // (i,g,h,b)
     Halide::Func dnum;                   // (e,i,g,h,b): dout * row
     Halide::Func from_out;               // (i,g,h,b): <out, dout>
     Halide::Func dden;                   // (i,g,h,b): -from_out * row, or 0
 
-    // Derived. What each sums over: RVars of their updates.
-    Halide::Func dweights, dscores;  // (j,i,g,h,b)
-    Halide::Func dqueries;           // (d,i,g,h,b): by scores
-    Halide::Func dkeys;              // (d,j,h,b): by scores
-    Halide::Func dvalues;            // (e,j,h,b): by weights; by phi_k
-    Halide::Func dphi_q, dphi_k;     // (f,i,g,h,b) (f,j,h,b): of phi with its decay
-    Halide::Func from_queries;       // (e,f,h,b): dstate_in by rows of the chunk
-    Halide::Func keys_from_queries;  // (f,h,b): dkeys_in by them
+    // Derived by autodiff, each a sum whose variables are the RVars of its updates.
+    Halide::Func dweights;           // (j,i,g,h,b): over e; and dden
+    Halide::Func dscores;            // (j,i,g,h,b)
+    Halide::Func dqueries;           // (d,i,g,h,b): over j, by scores
+    Halide::Func dkeys;              // (d,j,h,b): over (i,g), by scores
+    Halide::Func dvalues;            // (e,j,h,b): over (i,g), by weights; over f, by phi_k
+    Halide::Func dphi_q;             // (f,i,g,h,b): over e; and by the sum of keys
+    Halide::Func dphi_k;             // (f,j,h,b): over e
+    Halide::Func from_queries;       // (e,f,h,b): over (i,g), the state at the start by rows of the chunk
+    Halide::Func keys_from_queries;  // (f,h,b): over (i,g), its sum of keys
 
     Halide::Func dqueries_state;                // (d,i,g,h,b): by phi_q, without its decay
     Halide::Func dkeys_state;                   // (d,j,h,b): by phi_k, without its decay
-    Halide::Func dquery;                        // (d,i,g,h,b): of queries, which have their unit
+    Halide::Func dquery;                        // (d,i,g,h,b): both; of queries, which have their unit
     Halide::Func dq, dkey;                      // (d,i,g,h,b) (d,j,h,b): of q and k
+    Halide::Func dstate, dkeys_sum;             // (e,f,h,b) (f,h,b): of the initial state and sum of keys
     Halide::Func along_row;                     // (i,h,b): <q, dq>, of a group
-    Halide::Func along_key, along_end;          // (j,h,b): <k, dk> by rows; by the final state
-    Halide::Func along_block, along_state;      // (e,u,h,b) (e,h,b): <state_in, dstate_out>, of a block of features and of all
+    Halide::Func along_key, along_end;          // (j,h,b): <k, dk> by rows; by the final state, without its decay
+    Halide::Func along_block, along_state;      // (e,u,h,b) (e,h,b): <state_in, dstate_out> of a block of features; of all
     Halide::Func along_keys_block, along_keys;  // (u,h,b) (h,b): <keys_in, dkeys_out>, likewise
-    Halide::Func kept;                          // (h,b): what the whole chunk's decay is the factor of
-    Halide::Func dgates;                        // (i,h,b)
-    Halide::Func dstate, dkeys_sum;             // (e,f,h,b) (f,h,b)
+    Halide::Func kept;                          // (h,b): what the chunk's whole decay is the factor of
+    Halide::Func dgates;                        // (i,h,b): of log_decay
 
     Halide::RDom over_feature_weight, over_block, over_key_weight;  // den_block, den_inter, den_intra
     Halide::RDom over_value;                                        // from_out: e
-    Halide::RDom over_factor_q, over_factor_k;                      // dqueries_state, dkeys_state: (s, f)
-    Halide::RDom over_query_element, over_key_element;              // along_row: (d, g); along_key, along_end: d
-    Halide::RDom over_state, over_keys, over_state_block;  // along_block, along_keys_block: f in the block; both sums: u
+    Halide::RDom over_factor_q, over_factor_k;                      // dqueries_state, dkeys_state: (s,f)
+    Halide::RDom over_query_element, over_key_element;              // along_row: (d,g); along_key, along_end: d
+    Halide::RDom over_state, over_keys, over_state_block;  // along_block, along_keys_block: f in the block; their sums: u
     Halide::RDom over_kept;                                // kept: e
     Halide::RDom over_row;                                 // dgates: r in [0, C)
 
-    // set by the generator: what leaves the kernel. The first four have one update, over a domain that is empty where they are not
-    // wanted.
+    // set by the generator: what leaves the kernel, in the caller's type and layout. The first four have one update, over a domain
+    // that is empty where they are not wanted.
     Halide::Func result_dq, result_dk, result_dv, result_dlog_decay;  // (d,i,g,h,b) (d,j,h,b) (e,j,h,b) (i,h,b)
     Halide::RDom wanted_dq, wanted_dk, wanted_dv, wanted_dlog_decay;  // d, d, e, i
     Halide::Func dstate_in, dkeys_in;                                 // (e,f,h,b) (f,h,b)
@@ -72,7 +74,7 @@ struct PowerExtents {
     Halide::Expr key, features, value, group, heads, batch;
 };
 
-/// `keys_in` and `dkeys_out` are 0 where options.normalize is.
+/// keys_in and dkeys_out are 0 where options.normalize is.
 PowerBackwardFuncs power_backward(const Halide::Func &q, const Halide::Func &k, const Halide::Func &v,
                                   const Halide::Func &log_decay, const Halide::Func &state_in, const Halide::Func &keys_in,
                                   const Halide::Func &out, const Halide::Func &dout, const Halide::Func &dstate_out,

@@ -61,7 +61,8 @@ public:
         SCOPED_TRACE(c.name);
         reference::PowerInputs in{c.B, c.T, c.H, c.R, K, V, c.degree, c.normalized};
         in.q = strided(q), in.k = strided(k), in.v = strided(v), in.log_decay = strided(log_decay);
-        in.scale = scale, in.states = false;
+        static const float zero = 0;
+        in.initial_state = {&zero, {}}, in.initial_keys = {&zero, {}}, in.scale = scale, in.states = false;
         const std::vector<double> values = reference::power(in).out;
         int64_t n = 0;
         each(out.shape, [&](const Index &i) { out(i) = (float)dtype.round((float)values[n++]); });
@@ -76,7 +77,8 @@ public:
         Stored sdq(dtype, dq), sdk(dtype, dk), sdv(dtype, dv);
         Buffer bq = queries(sq, q), bk = keys(sk, k), bv = keys(sv, v), bo = queries(so, out), bdo = queries(sdo, dout);
         Buffer bdq = queries(sdq, dq), bdk = keys(sdk, dk), bdv = keys(sdv, dv);
-        Buffer bg = view(log_decay.data(), f32, log_decay, {1, 2, 0}), bdg = view(dlog_decay.data(), f32, dlog_decay, {1, 2, 0});
+        Buffer bg = view(log_decay.data(), f32, log_decay, {1, 2, 0}),
+               bdg = view(dlog_decay.data(), f32, dlog_decay, {1, 2, 0});
         // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
         for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bo, &bdo, &bdq, &bdk, &bdv, &bdg}) buffer->set_host_dirty();
         ASSERT_EQ(kernel(bq, bk, bv, bg, bo, bdo, c.degree, (int)c.normalized, scale, (int)c.dq, (int)c.dk, (int)c.dv,

@@ -79,8 +79,6 @@ struct Rows : Buffer {
         first = x.at<uint8_t>(p.entry(part.sequence), p.start(part.sequence), of_queries ? part.head * p.group() : part.head);
         if (of_values) first += part.column * type.bytes();
     }
-    /// All rows in one place, for what is not wanted.
-    void write_to(const Scratch &row) { first = (uint8_t *)row.floats(), axes[1].stride = 0; }
     void look_at(int64_t t, int64_t tokens) {
         host = first + t * axes[1].stride * (int64_t)type.bytes();
         axes[1].extent = (int32_t)tokens;
@@ -105,8 +103,6 @@ const float *log_decay_of(const Problem &p, const Part &part, int64_t t) {
 void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const Part &part, Workspace &workspace) {
     Carried carried(p, part, workspace);
     Rows q(p.q, p, part, true), k(p.k, p, part, false), v(p.v, p, part, false), out(p.out.rank ? p.out : p.v, p, part, true);
-    std::optional<Scratch> unwanted;
-    if (!p.out.rank) out.write_to(unwanted.emplace(workspace, part.columns));
     const int32_t stride = p.log_decay.rank == 3 ? (int32_t)p.log_decay.stride[1] : 0, V = (int32_t)part.columns;
     const int32_t D = (int32_t)carried.tight;
     Buffer log_decay(nullptr, float32, {{0, 0, stride}, {0, 1, 0}, {0, 1, 0}});
@@ -238,7 +234,7 @@ int64_t feature_block(int64_t D) {
 
 void run_power(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
     for (const Tensor *t : {&p.q, &p.out})
-        if (!fits(p.group(), t->stride[2]))
+        if (p.group() && !fits(p.group(), t->stride[2]))
             fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[2],
                  " on axis 2, between heads that share keys; expected ", std::numeric_limits<int32_t>::max() / 2 / p.group(),
                  " at most");
@@ -271,8 +267,8 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
 }
 
 void run_power_states(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
-    Problem states = p;  // keys in the place of queries, which are more and do not matter
-    states.form = HOLDFAST_FORM_CHUNKWISE, states.q = p.k, states.H = p.Hk, states.out = {};
+    Problem states = p;  // keys in the place of queries, of whose heads there are none
+    states.form = HOLDFAST_FORM_CHUNKWISE, states.q = p.k, states.H = 0, states.out = {};
     run_power(c, call, states, choice);
 }
 

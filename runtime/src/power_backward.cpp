@@ -1,7 +1,8 @@
 // The kernel power_backward, of a chunk: a sequence is a chain of calls for each head, from the last chunk to the first, with the
 // gradients of its state and sum of keys going from one call to the next. The states that the chunks begin with come from the forward
-// kernel, power. Where all of them are too much memory, one is kept for each segment of about as many chunks as there are segments,
-// and those between are made again, segment by segment: a root of the memory for one more walk forward, of states alone.
+// kernel, power. Where all of them are too much memory, one is kept for each segment of some chunks, and those between are made again,
+// segment by segment: with as many chunks in a segment as there are segments, a root of the memory for one more walk forward, of states
+// alone.
 #include "power_backward.h"
 
 #include "backward_head.h"
@@ -27,7 +28,7 @@ struct Plan {
     int64_t D;                         // features of the kernels' states
     int64_t slot;                      // floats of a state and its sum of keys
     bool states;                       // the gradients that are wanted need the states
-    bool all;                          // states are kept
+    double most_states;                // that a thread may keep
 
     Plan(const BackwardProblem &p, const Choice &choice, const holdfast_context &context)
         : variant(power_variant("power_backward", p, choice, p.V)),
@@ -38,17 +39,19 @@ struct Plan {
         constexpr int64_t line = 16;  // floats
         slot = (D * (p.V + 1) + line - 1) / line * line;
         states = p.dq.rank || p.dlog_decay.rank || p.normalized;
+        // All threads together a quarter of the tensors, at most.
         double bytes = 0;
         for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv})
             if (t->rank) bytes += (double)t->shape[0] * t->shape[1] * t->shape[2] * t->shape[3] * t->dtype.bytes();
-        const double of_all = (double)chunks(p.longest()) * slot * sizeof(float) * context.threads_for(p.N * p.Hk);
-        all = of_all <= bytes / 4;
+        most_states = bytes / 4 / ((double)slot * sizeof(float) * context.threads_for(p.N * p.Hk));
     }
     int64_t chunks(int64_t T) const { return (T + chunk - 1) / chunk; }
-    /// Chunks in a segment of T tokens.
+    /// Chunks in a segment of T tokens: as few as memory allows, since fewer states are made twice, up to what takes least.
     int64_t segment(int64_t T) const {
         const int64_t count = chunks(T);
-        return all || count == 0 ? count : (int64_t)std::ceil(std::sqrt((double)count));
+        int64_t n = 1;
+        while (n * n < count && (double)((count + n - 1) / n + n - 1) > most_states) n++;
+        return n;
     }
 };
 
@@ -57,10 +60,9 @@ class Chain {
 public:
     Chain(const BackwardProblem &p, const Plan &plan, Workspace &workspace, int64_t s, int64_t h)
         : p(p), plan(plan), workspace(workspace), s(s), h(h), T(p.length(s)), chunks(plan.chunks(T)),
-          segment(plan.states ? std::max<int64_t>(plan.segment(T), 1) : 1),
-          segments(plan.states ? (chunks + segment - 1) / segment : 0), rows(p, workspace, s, h, plan.chunk),
-          kept(workspace, plan.slot * std::max<int64_t>(segments, 1)), between(workspace, plan.slot * (segment - 1) + 1),
-          gradient_memory(workspace, plan.slot * 2) {
+          segment(plan.states ? plan.segment(T) : 1), segments(plan.states ? (chunks + segment - 1) / segment : 0),
+          rows(p, workspace, s, h, plan.chunk), kept(workspace, plan.slot * std::max<int64_t>(segments, 1)),
+          between(workspace, plan.slot * (segment - 1) + 1), gradient_memory(workspace, plan.slot * 2) {
         std::fill_n(kept.floats(), plan.slot, 0.0f);
         std::fill_n(gradient_memory.floats(), 2 * plan.slot, 0.0f);
         put(p.initial_state, p.initial_sum, kept.floats(), Of::states);
@@ -159,8 +161,8 @@ void run_power_backward(holdfast_context &c, const BackwardProblem &p, const Cho
     const int64_t heads = p.N * p.Hk;
     std::string how = "chunks of " + std::to_string(plan.chunk);
     if (plan.states) {
-        const int64_t longest = p.longest();
-        how += plan.all ? ", all states kept" : ", a state kept every " + std::to_string(plan.segment(longest)) + " of them";
+        const int64_t segment = plan.segment(p.longest());
+        how += segment == 1 ? ", all states kept" : ", a state kept every " + std::to_string(segment) + " of them";
     }
     announce(c, "backward", plan.variant, choice.why, p, how, heads);
     DecaySums sums(p);

@@ -42,14 +42,14 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &, const Target &target
     w.mask.compute_at(rows).vectorize(i, vec, tail);
     w.key_decay.compute_at(rows).vectorize(j, vec, tail);
     w.unit.compute_root();
-    w.queries.clone_in(f.ddecay);  // inlined there
+    w.queries.clone_in(f.q_dq);  // inlined there
     w.queries.compute_at(rows);
     f.dnum.compute_at(rows).vectorize(e, vec, tail);
     product(f.pair.scores, rows);
     f.sum.update().reorder(i, f.over_block);
     f.pair.sum.compute_at(f.sum, f.over_block).update().reorder(i, f.pair.over_summed_key.x).vectorize(i, vec, tail);
 
-    for (Func gates : {f.ddecay, f.ddecay_after, f.ddecay_of_end}) gates.compute_root();
+    for (Func gates : {f.q_dq, f.k_dk, f.ddecay_after, f.ddecay_of_end}) gates.compute_root();
     const std::pair<Func, RDom> results[] = {
         {f.result_dq, f.over_result_dq}, {f.result_dk, f.over_result_dk}, {f.result_dv, f.over_result_dv}};
     for (const auto &[result, over] : results) {

@@ -100,9 +100,9 @@ const Mutation of_chunkwise[] = {
     {"no_state_in_gates", "dlog_decay_chunks", "end_product", missing, "dlog_decay"},
     {"no_gradient_of_the_final_state", "dstate", "dstate_end", missing, "dstate_in"},
     {"decay_of_chunks_off_by_one", "dstate", "chunk_decay", off_by_one(0), "dstate_in"},
-    {"sign_of_values_from_states", "v_chunks", "dstate_next", negated, "dv"},
+    {"sign_of_values_from_states", "v_chunks", "contribution", negated, "dv"},
     {"decay_of_keys_off_by_one", "k_chunks", "key_decay", off_by_one(0), "dk"},
-    {"no_state_for_queries", "q_chunks", "state", missing, "dq"},
+    {"sign_of_states_for_queries", "q_chunks", "state", negated, "dq"},
 };
 
 class ChunkwiseMutations : public testing::TestWithParam<Mutation> {};
@@ -125,7 +125,7 @@ INSTANTIATE_TEST_SUITE_P(, ChunkwiseMutations, testing::ValuesIn(of_chunkwise),
 
 const Mutation of_power[] = {
     {"sign_of_keys_in_gates", "dgates", "along_key", negated, "dlog_decay"},
-    {"gates_off_by_one", "dgates", "along_row", off_by_one(0), "dlog_decay"},
+    {"gates_off_by_one", "dgates", "along_key", off_by_one(0), "dlog_decay"},
     {"no_state_in_gates", "dgates", "kept", missing, "dlog_decay"},
     {"no_gradient_of_the_final_state", "dstate", "dstate_end", missing, "dstate"},
     {"no_gradient_of_the_final_sum", "dkeys_sum", "dkeys_end", missing, "dkeys"},

@@ -119,9 +119,10 @@ TEST_P(PowerStep, MatchesReference) {
                                                                 {"forced_schedule", instance.schedule}});
         for (int degree : instance.degrees)
             for (const PowerCase &c : power_cases(8, f32))
-                PowerCall(c, instance.size, degree).expect_reference(token_by_token([&](auto &&...arguments) {
-                    return kernel(arguments...);
-                }));
+                if (!c.no_queries)
+                    PowerCall(c, instance.size, degree).expect_reference(token_by_token([&](auto &&...arguments) {
+                        return kernel(arguments...);
+                    }));
     } catch (const Halide::Error &e) {
         FAIL() << e.what();
     }

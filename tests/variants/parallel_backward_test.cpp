@@ -59,8 +59,9 @@ TEST_P(ParallelBackward, MatchesReference) {
     if (!reason.empty()) GTEST_SKIP() << reason;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     const Variant &variant = instance.variant;
-    ParallelBackwardCall(instance.backward_case, instance.size, variant.dtype)
-        .expect_reference([&](auto &&...arguments) { return variant.run(nullptr, arguments...); });
+    ParallelBackwardCall(instance.backward_case, instance.size, variant.dtype).expect_reference([&](auto &&...arguments) {
+        return variant.run(nullptr, arguments...);
+    });
 }
 
 INSTANTIATE_TEST_SUITE_P(, ParallelBackward, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });

@@ -487,9 +487,9 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is. States are computed again,
  *  first of all, and kept in workspace until the walk back is done: for degree 1 without normalization one for some chunks (at K =
  *  V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. For a degree above 1 or
- *  normalization all states between chunks where those of all threads are less than a quarter of the call's tensors; else about
- *  2 sqrt(T / chunk) of them a thread, of which those between are computed a second time, which takes about a sixth longer. The
- *  parallel form keeps some blocks of rows a thread. Threads beyond one for each sequence and head of keys have nothing to do.
+ *  normalization as many of the states between chunks as with those of all threads fit into a quarter of the call's tensors, but at
+ *  least about 2 sqrt(T / chunk) a thread; the others are computed a second time, which takes up to a sixth longer. The parallel form
+ *  keeps some blocks of rows a thread. Threads beyond one for each sequence and head of keys have nothing to do.
  *
  *  T = 0: dinitial_state = dfinal_state, and dlog_decay per head is 0. Not-a-numbers and infinities stay in their sequence and group of
  *  heads, but for dlog_decay per head, which is of all sequences.
