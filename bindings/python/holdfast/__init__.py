@@ -572,8 +572,8 @@ def head_norm_gate_backward(
             array that is written in place and returned itself.
 
     Returns:
-        (dx, dgate, dweight), each of the shape of what it is the gradient of: new arrays of the kind of x, and of
-        weight, as from `retention`, unless they are given; None for what is not wanted or not there.
+        (dx, dgate, dweight), each of the shape of what it is the gradient of: new arrays of x's kind, as from
+        `retention`, unless they are given; None for what is not wanted or not there.
 
     dout, x, gate, dx and dgate have one dtype: float32, float16 or bfloat16; weight and dweight are float32. All is
     computed in float32, and dx and dgate are rounded once. All arrays are on one device, of any strides but with a
@@ -585,11 +585,15 @@ def head_norm_gate_backward(
     there = ((dx, x), (dgate, gate), (dweight, weight))
     wanted = [None if d is False or (d is True and of is None) else d for d, of in there]
     _, stream = _out_on_gpu(x, True)
-    if _gpu(x) is not None:
-        wanted = [_out_on_gpu(of, None)[0] if d is True else d for d, (_, of) in zip(wanted, there, strict=True)]
+    if _gpu(x) is not None and any(d is True for d in wanted):
+        library = _library("x", x, True)
+        shapes = [(x.shape, x.dtype)] * 2 + [(getattr(weight, "shape", ()), library.float32)]
+        wanted = [
+            library.empty(tuple(shape), dtype=dtype, device=x.device) if d is True else d
+            for d, (shape, dtype) in zip(wanted, shapes, strict=True)
+        ]
     results = _holdfast.head_norm_gate_backward(dout, x, gate, weight, layer_norm, eps, tuple(wanted), stream)
-    made = zip(results, wanted, (x, x, weight), strict=True)
-    dx, dgate, dweight = (_like(of, result) if d is True else result for result, d, of in made)
+    dx, dgate, dweight = (_like(x, r) if d is True else r for r, d in zip(results, wanted, strict=True))
     return dx, dgate, dweight
 
 
