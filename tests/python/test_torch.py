@@ -531,7 +531,19 @@ def operators():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", operators())
+OPERATORS = (
+    "retention", "retention with weights", "power retention", "backward", "power backward", "step", "power step",
+    "rotate", "rotate positions", "head_norm_gate", "head_norm_gate alone", "norm backward",
+)  # fmt: skip
+
+
+def test_all_operators_are_checked():
+    assert tuple(operators()) == OPERATORS
+    checked = {operator._qualified_op_name for operator, _ in operators().values()}
+    assert checked == {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("holdfast::")}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name):
     operator, arguments = operators()[name]
     done = torch.library.opcheck(operator.default, arguments)
