@@ -126,6 +126,23 @@ def test_parallel(size, gate):
     assert_close(layer(x, torchscale.RetNetRelPos(config())(T)), expected.numpy(), TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("row_scale", [True, False])
+def test_16_bits(dtype, row_scale):
+    layer, x = layer_and_input(100.0, row_scale=row_scale)  # outputs of retention are beyond float16's range
+    layer, x = layer.to(dtype), x.to(dtype)
+    p = layer.state_dict()
+    q, k, v = heads_of(p, x)
+    plain = q @ k.mT * decays(T) @ v
+    assert plain.abs().max() > 1e5
+    expected = finished(p, x, parallel(q, k, v) if row_scale else plain, EPS)
+    out = layer(x, torchscale.RetNetRelPos(config())(T))
+    assert out.dtype == dtype
+    assert_close(
+        out.float(), expected.numpy(), {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    )  # some ten roundings
+
+
 @pytest.mark.parametrize("size", [0.2, 1.0])
 @pytest.mark.parametrize("chunk", [4, 8, T])
 def test_chunkwise(size, chunk):

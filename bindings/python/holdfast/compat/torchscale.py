@@ -147,6 +147,9 @@ class MultiScaleRetention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
         k = self.k_proj(x).unflatten(-1, (self.num_heads, -1))
         v = self.v_proj(x).unflatten(-1, (self.num_heads, -1))
+        # Outputs of retention, and weights, may be beyond float16's range before they are divided.
+        wide = torch.float32 if q.dtype == torch.float16 else q.dtype
+        q, k, v, gate = (y.to(wide) for y in (q, k, v, self.g_proj(x)))
         q, k = (_torch.rotate(y, rel_pos.theta, rel_pos.start, interleaved=True) for y in (q, k))
         if incremental_state is not None:
             out = self._recurrent(q, k, v, rel_pos, incremental_state)
@@ -154,7 +157,8 @@ class MultiScaleRetention(nn.Module):
             out = self._chunkwise(q, k, v, rel_pos)
         else:
             out = self._parallel(q, k, v, rel_pos)
-        return self.out_proj(_torch.norm(out, self.g_proj(x), self.gate_fn, "rms", self.eps).flatten(-2))
+        out = _torch.norm(out, gate, self.gate_fn, "rms", self.eps)
+        return self.out_proj(out.flatten(-2).to(x.dtype))
 
     def _parallel(self, q: Tensor, k: Tensor, v: Tensor, rel_pos: RelPos) -> Tensor:
         if not self.row_scale:
