@@ -47,11 +47,13 @@ holdfast_kernel(chunkwise_backward DTYPES f32 CHUNKS 32
 
 holdfast_kernel(chunkwise_backward DTYPES f16 bf16 CHUNKS 32
     SIZES 64x64
-    TARGETS avx512 avx2)
+    TARGETS avx512 avx2
+    UNSANITIZED f16 bf16)
 
 holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
-    TARGETS avx512 avx2 generic)
+    TARGETS avx512 avx2 generic
+    UNSANITIZED f16 bf16)
 
 # Small kernels: all types for all sizes that chunkwise is tuned for in fp32.
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
@@ -76,7 +78,8 @@ holdfast_kernel(parallel DTYPES f32 f16 bf16 CHUNKS 64
 # Its gradient, likewise: one variant for every degree and size, of pairs of blocks.
 holdfast_kernel(parallel_backward DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
-    TARGETS avx512 avx2 generic)
+    TARGETS avx512 avx2 generic
+    UNSANITIZED f16 bf16)
 
 # On GPUs a block of threads has all of a block of rows, with its weights in shared memory.
 holdfast_kernel(parallel DTYPES f32 CHUNKS 32
@@ -172,7 +175,8 @@ holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
 holdfast_kernel(power_backward DTYPES f16 bf16 CHUNKS 64
     SIZES 64x64
     TARGETS avx512 avx2
-    PARAMS degree=2)
+    PARAMS degree=2
+    UNSANITIZED f16 bf16)
 
 holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
     SIZES 16x64
@@ -182,7 +186,8 @@ holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
 holdfast_kernel(power_backward DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic
-    PARAMS degree=0)
+    PARAMS degree=0
+    UNSANITIZED f16 bf16)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES 64x64
