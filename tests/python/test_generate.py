@@ -22,6 +22,15 @@ MODELS = {
 OUT = 2e-5
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Of PyTorch: for sizes like these more of them take longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=MODELS, scope="module")
 def model(request):
     torch.manual_seed(0)
