@@ -1,6 +1,6 @@
 """A training step of a language model by Holdfast beside the same model whose retention is PyTorch's.
 
-    python bench/training.py [--preset 10m] [--attention retnet] [--context 4096] [--batch 1] [--turns 5]
+    python bench/training.py [--preset 10m] [--attention retnet] [--layers 6] [--context 4096] [--batch 1] [--turns 5]
 
 One model takes turns: with Holdfast's kernels; with PyTorch's chunkwise form in place of `retention` alone, or, for
 "power", the chunked algorithm that Buckman, Gelada and Zhang publish; and with PyTorch in place of rotation, norm and
@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="10m")
     parser.add_argument("--attention", choices=ATTENTIONS[:3], default="retnet")
+    parser.add_argument("--layers", type=int, help="default: the preset's")
     parser.add_argument("--value-size", type=int, help="of a head (default: the preset's)")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=1)
@@ -96,7 +97,8 @@ def main() -> None:
     torch.set_num_threads(cores)
     holdfast.set_num_threads(cores)
     torch.manual_seed(0)
-    model = RetentionLM(args.preset, attention=args.attention, value_size=args.value_size)
+    changes = {name: value for name in ("layers", "value_size") if (value := getattr(args, name)) is not None}
+    model = RetentionLM(args.preset, attention=args.attention, **changes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
     rows = torch.randint(model.config.vocab_size, (args.batch, args.context + 1))
 
@@ -116,10 +118,11 @@ def main() -> None:
 
     power = args.attention == "power"
     segment = power_segment if power else functional_segment
+    step()  # warms up
     tried = {}
     for chunk in POWER_CHUNKS if power else (*CHUNKS, 256):
         candidate = chunkwise(chunk, segment)
-        tried[chunk] = min(seconds(retention=candidate)[0] for _ in range(2))
+        tried[chunk] = min(seconds(retention=candidate)[0] for _ in range(1 if power else 2))
     chunk = min(tried, key=tried.__getitem__)
     theirs = chunkwise(chunk, segment)
     variants: dict[str, dict[str, Callable[..., Any]]] = {
@@ -135,7 +138,7 @@ def main() -> None:
             best[name] = min(best[name], taken)
     print(
         f"a step of {model.parameters_count / 1e6:.1f} M parameters, {args.attention}, {args.batch} x {args.context} "
-        f"tokens, fp32, {cores} threads, PyTorch {torch.__version__}, its chunks {chunk}:"
+        f"tokens, {model.config.layers} layers, fp32, {cores} threads, PyTorch {torch.__version__}, its chunks {chunk}:"
     )
     for name, value in best.items():
         print(f"  {name:20} {1e3 * value:8.0f} ms  {value / best['Holdfast']:5.2f}  loss {losses[name]:.5f}")

@@ -48,21 +48,8 @@ LARGEST_DIFFERENCE = 1e-4
 LONGEST_ATTENTION = 8192  # drawn: half a second per call; four times as much for twice the length
 PROMPT = "def main(arguments):\n"
 GENERATED = 400  # bytes
-TRAINING = [
-    "--preset",
-    "demo",
-    "--context",
-    "512",
-    "--batch",
-    "4",
-    "--steps",
-    "1000000",
-    "--validate-every",
-    "0",
-    "--save-every",
-    "1000000",
-]
-LONG = ["--context", "4096", "--batch", "1"]  # beside softmax attention, whose time grows with it
+TRAINING = "--preset demo --context 512 --batch 1 --steps 1000000 --validate-every 0 --save-every 1000000".split()
+LONG = ["--context", "4096"]  # beside softmax attention, whose time grows with it
 
 
 def standard_library(size: int) -> np.ndarray:

@@ -22,6 +22,15 @@ MODELS = {
 OUT = 2e-5
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Of PyTorch: for sizes like these more of them take longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=MODELS, scope="module")
 def model(request):
     torch.manual_seed(0)
@@ -186,7 +195,7 @@ def test_seeded():
 
 @pytest.mark.parametrize(
     ("preset", "millions"),
-    [("demo", 0.9), ("10m", 10.8), ("retnet-1.3b", 1311), ("retnet-2.7b", 2645), ("retnet-6.7b", 6649)],
+    [("demo", 0.66), ("10m", 10.8), ("retnet-1.3b", 1311), ("retnet-2.7b", 2645), ("retnet-6.7b", 6649)],
 )
 def test_presets(preset, millions):
     with torch.device("meta"):

@@ -88,7 +88,7 @@ class Config:
 _PAPER = {"vocab_size": 50304, "attention": "retnet", "conv_width": 0, "head_norm": "layer", "tie_embeddings": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 32, "layers": 2, "heads": 2},
-    "demo": {"dim": 128, "layers": 4, "heads": 2},
+    "demo": {"dim": 128, "layers": 4, "heads": 2, "ffn_size": 256},
     "10m": {"dim": 384, "layers": 6, "heads": 6, "attention": "retnet", "conv_width": 0},
     "125m": {"vocab_size": 50304, "dim": 768, "layers": 12, "heads": 12},
     "retnet-1.3b": {**_PAPER, "dim": 2048, "layers": 24, "heads": 8},

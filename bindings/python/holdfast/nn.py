@@ -94,7 +94,8 @@ def advance(x: Tensor, state: LayerState, packed: Packed | None) -> None:
 class CausalConvolution(nn.Module):
     """A short convolution along time, each channel by itself: y_t = sum_w weight_w x_{t - w}, w from 0 to width - 1.
 
-    It starts as the identity. State "inputs" [B, width - 1, dim]: the last tokens."""
+    It starts near the identity, but with a look back: a model that has to find the tokens before first learns later.
+    State "inputs" [B, width - 1, dim]: the last tokens."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class CausalConvolution(nn.Module):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            self.weight.zero_()
+            self.weight.normal_(std=0.3)
             self.weight[0] = 1
 
     def extra_repr(self) -> str:

@@ -48,7 +48,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[st
 
 
 def draw(runs: Sequence[Path], path: Path, x: str = "step") -> None:
-    """Bits per byte of training, thin, and of validation, with marks."""
+    """Bits per byte of training, thin, each the mean of a fiftieth of the run, and of validation, with marks."""
     logs = [(run, *read(run)) for run in runs]
     require("matplotlib", "train").use("Agg")  # draws without a screen
     plt = require("matplotlib.pyplot", "train")
@@ -59,9 +59,11 @@ def draw(runs: Sequence[Path], path: Path, x: str = "step") -> None:
         attention = config["attention"] if isinstance(config["attention"], str) else ",".join(config["attention"])
         label = f"{run if run.is_dir() else run.parent}: {attention}, {description['parameters'] / 1e6:.1f} M"
         color = f"C{number}"
-        axes.plot(*_points(steps, x, "bits_per_byte"), color=color, alpha=0.35, linewidth=1)
+        where, training = _points(steps, x, "bits_per_byte")
+        training = _smooth(training, max(1, len(training) // 50))
+        axes.plot(where, training, color=color, alpha=0.5, linewidth=1)
         axes.plot(*_points(validations, x, "validation_bits_per_byte"), "o-", color=color, markersize=4, label=label)
-        values = [e["bits_per_byte"] for e in steps] + [e["validation_bits_per_byte"] for e in validations]
+        values = training + [e["validation_bits_per_byte"] for e in validations]
         lowest += [min(values)] if values else []
         highest += [sorted(values)[int(0.97 * (len(values) - 1))]] if values else []
     if lowest:  # the first steps' losses, which are of nothing learnt, would flatten the rest
@@ -73,6 +75,11 @@ def draw(runs: Sequence[Path], path: Path, x: str = "step") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _smooth(values: list[float], width: int) -> list[float]:
+    """The mean of each value and up to width - 1 before it."""
+    return [sum(part) / len(part) for part in (values[max(0, n - width + 1) : n + 1] for n in range(len(values)))]
 
 
 def _points(entries: list[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:

@@ -378,7 +378,7 @@ class Run:
         self.trained.eval()
         windows = self.text.windows(self.args.context, bytes)
         whole = [w for w in windows if len(w) == self.args.context + 1]
-        at_a_time = max(1, min(self.args.batch, 8192 // self.args.context))
+        at_a_time = max(1, 8192 // self.args.context)
         batches = [whole[n : n + at_a_time] for n in range(0, len(whole), at_a_time)]
         batches += [[w] for w in windows if len(w) <= self.args.context]
         nats, count = 0.0, 0
