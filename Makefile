@@ -10,9 +10,9 @@ export CMAKE_COLOR_DIAGNOSTICS ?= OFF
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
-demo: environment-demo ## Stream megabytes of real text through a retention layer: speed, memory, differences, a picture
+demo: environment-demo ## Stream megabytes of real text through a retention layer, train a language model on it; ARGS are passed on
 	@$(call build,demo)
-	PYTHONPATH=$(CURDIR)/build/demo/python python examples/demo.py
+	PYTHONPATH=$(CURDIR)/build/demo/python python examples/demo.py $(ARGS)
 
 test: ## What CI checks: variants of each kind, then sanitizers, then Python
 	@$(MAKE) --no-print-directory --keep-going test-ci test-asan test-tsan test-python

@@ -294,36 +294,48 @@ private:
 /// Rows of features, what is done to them, and what this should give for some tokens.
 class RowsProblem {
 public:
-    enum Call { rotate_halves, rotate_interleaved, rms_norm, layer_norm };
-    static constexpr const char *names[] = {"halves", "interleaved", "rms_gated", "layer_gated"};
+    enum Call { rotate_halves, rotate_interleaved, rotate_backward, rms_norm, layer_norm, rms_backward, layer_backward };
+    static constexpr const char *names[] = {"halves",      "interleaved",        "halves_backward",     "rms_gated",
+                                            "layer_gated", "rms_gated_backward", "layer_gated_backward"};
+    static const char *kernel(Call call) {
+        return call < rms_norm ? "rotate" : call < rms_backward ? "head_norm_gate" : "head_norm_gate_backward";
+    }
 
     RowsProblem(Call call, int64_t T, int64_t H, int64_t size, const Dtype &dtype)
         : call(call), T(T), H(H), size(size), dtype(dtype), x({1, T, H, size}), gate({1, T, H, size}), out({1, T, H, size}),
-          factors({size}), unused({1}) {
+          factors({size}), dfactors({size}), dout({1, backward() ? T : 1, H, size}), dgate(dout.shape, dtype) {
         std::mt19937 random(1);
-        for (Tensor *t : {&x, &gate, &unused}) t->fill(random, -1.7f, 1.7f);
+        for (Tensor *t : {&x, &gate, &dout}) t->fill(random, -1.7f, 1.7f);
         for (int64_t j = 0; j < size; j++)
             factors.data()[j] = call < rms_norm ? std::pow(10000.0f, -2.0f * j / size) : 1 + 0.1f * j;
-        stored.emplace(dtype, x, gate, unused, out);
+        stored.emplace(dtype, x, gate, dout, out);
         angles = factors.view, half = size / 2, angles.shape = &half;
     }
 
     holdfast_status run(holdfast_context *context) {
+        const holdfast_norm norm = call == rms_norm || call == rms_backward ? HOLDFAST_NORM_RMS : HOLDFAST_NORM_LAYER;
+        if (call == rotate_backward) {
+            const holdfast_rotate_backward_args args = {sizeof args, stored->q(), &angles, nullptr, stored->out(), offset, 0};
+            return holdfast_rotate_backward(context, &args);
+        }
+        if (backward()) {
+            const holdfast_head_norm_gate_backward_args args = {
+                sizeof args,   stored->q(), stored->k(),    &factors.view, stored->v(),
+                stored->out(), &dgate.view, &dfactors.view, norm,          eps};
+            return holdfast_head_norm_gate_backward(context, &args);
+        }
         if (call < rms_norm) {
             const holdfast_rotate_args args = {
                 sizeof args, stored->q(), &angles, nullptr, stored->out(), offset, call == rotate_interleaved};
             return holdfast_rotate(context, &args);
         }
-        const holdfast_head_norm_gate_args args = {sizeof args,
-                                                   stored->q(),
-                                                   stored->k(),
-                                                   &factors.view,
-                                                   stored->out(),
-                                                   call == rms_norm ? HOLDFAST_NORM_RMS : HOLDFAST_NORM_LAYER,
-                                                   eps};
+        const holdfast_head_norm_gate_args args = {sizeof args,   stored->q(), stored->k(), &factors.view,
+                                                   stored->out(), norm,        eps};
         return holdfast_head_norm_gate(context, &args);
     }
-    double bytes() const { return (call < rms_norm ? 2.0 : 3.0) * (double)(dtype == f32 ? 4 : 2) * (double)x.size; }
+    double bytes() const {
+        return (call < rms_norm ? 2.0 : backward() ? 5.0 : 3.0) * (double)(dtype == f32 ? 4 : 2) * (double)x.size;
+    }
 
     /// Largest relative RMS error of a row of the first and the last token.
     std::pair<double, double> errors() {
@@ -335,12 +347,22 @@ public:
             for (int64_t j = 0; j < size / 2 && call < rms_norm; j++) {
                 const int64_t first = call == rotate_interleaved ? 2 * j : j,
                               second = call == rotate_interleaved ? first + 1 : j + size / 2;
+                const auto rotation = reference::rotation(factors.data()[j], offset + row / H);
                 const auto turned =
-                    std::complex<double>(in[first], in[second]) * reference::rotation(factors.data()[j], offset + row / H);
+                    std::complex<double>(in[first], in[second]) * (call == rotate_backward ? std::conj(rotation) : rotation);
                 expected[first] = turned.real(), expected[second] = turned.imag();
             }
             auto doubles = [&](const float *p) { return std::vector<double>(p, p + size); };
-            if (call >= rms_norm)
+            if (backward()) {
+                const reference::NormedRowGradient gradient =
+                    reference::head_norm_gate_backward(doubles(in), doubles(gates), doubles(factors.data()),
+                                                       doubles(dout.data() + row * size), call == layer_backward, true, eps);
+                std::vector<float> dgates(size);
+                for (int64_t e = 0; e < size; e++)
+                    dgates[e] = dtype == f32 ? dgate.data()[row * size + e] : (float)dtype.decode(dgate.bits()[row * size + e]);
+                error = worse(error, Problem::relative_rms(dgates.data(), size, gradient.dgate, size));
+                expected = gradient.dx;
+            } else if (call >= rms_norm)
                 expected = reference::head_norm_gate(doubles(in), doubles(gates), doubles(factors.data()), call == layer_norm,
                                                      true, eps)
                                .out;
@@ -354,10 +376,12 @@ private:
     const int64_t T, H, size, offset = 1'000'000;
     const float eps = 1e-6f;
     const Dtype dtype;
-    Tensor x, gate, out, factors, unused;  // factors: theta, or weight
+    Tensor x, gate, out, factors, dfactors, dout, dgate;  // factors: theta, or weight. out: or dx
     std::optional<Stored> stored;
     DLTensor angles;
     int64_t half;
+
+    bool backward() const { return call >= rms_backward; }
 };
 
 /// The problem of this shape. One is kept: benchmarks of a shape are registered one after the other.
@@ -677,13 +701,12 @@ int main(int argc, char **argv) {
     }
     for (const Variant &row : variants)
         for (RowsProblem::Call call :
-             {RowsProblem::rotate_halves, RowsProblem::rotate_interleaved, RowsProblem::rms_norm, RowsProblem::layer_norm})
+             {RowsProblem::rotate_halves, RowsProblem::rotate_interleaved, RowsProblem::rotate_backward, RowsProblem::rms_norm,
+              RowsProblem::layer_norm, RowsProblem::rms_backward, RowsProblem::layer_backward})
             for (int size : {64, 128})
                 for (int64_t T : {256, 4096, 65536})
                     for (int at_most : threads) {
-                        if (!row.is(call < RowsProblem::rms_norm ? "rotate" : "head_norm_gate") || !on_cpu(row) ||
-                            !runs_here(row))
-                            continue;
+                        if (!row.is(RowsProblem::kernel(call)) || !on_cpu(row) || !runs_here(row)) continue;
                         std::ostringstream name;
                         name << row.name << "/" << RowsProblem::names[call] << "/T:" << T << "/H:" << heads << "/size:" << size
                              << "/threads:" << at_most;

@@ -6,7 +6,10 @@
 # (holdfast_variant): row_alignment, the elements at whose multiples rows of q, k, v and out start, and round_operands. Calls
 # with other rows run the next variant that takes them. And degree, that of the power of q.k; 0: any.
 #
-#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] [SIZES KxV ...] TARGETS ... [PARAMS name=value ...])
+# UNSANITIZED are types that builds with a sanitizer leave out: large kernels take 20 seconds each there, and types differ only in
+# how rows are read and written.
+#
+#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] [SIZES KxV ...] TARGETS ... [PARAMS name=value ...] [UNSANITIZED ...])
 
 # Work per token grows with the chunk, the traffic of states (K V floats a chunk) falls with it: measured, 32 is best up to
 # 128x128 and 64 above.
@@ -44,11 +47,13 @@ holdfast_kernel(chunkwise_backward DTYPES f32 CHUNKS 32
 
 holdfast_kernel(chunkwise_backward DTYPES f16 bf16 CHUNKS 32
     SIZES 64x64
-    TARGETS avx512 avx2)
+    TARGETS avx512 avx2
+    UNSANITIZED f16 bf16)
 
 holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
-    TARGETS avx512 avx2 generic)
+    TARGETS avx512 avx2 generic
+    UNSANITIZED f16 bf16)
 
 holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
@@ -72,12 +77,14 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
 # compiled for that. Blocks of 64 rows: keys are read once for each of them, and a strip of weights stays in L1.
 holdfast_kernel(parallel DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
-    TARGETS avx512 avx2 generic)
+    TARGETS avx512 avx2 generic
+    UNSANITIZED f16 bf16)
 
 # Its gradient, likewise: one variant for every degree and size, of pairs of blocks.
 holdfast_kernel(parallel_backward DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
-    TARGETS avx512 avx2 generic)
+    TARGETS avx512 avx2 generic
+    UNSANITIZED f16 bf16)
 
 # On GPUs a block of threads has all of a block of rows, with its weights in shared memory.
 holdfast_kernel(parallel DTYPES f32 CHUNKS 32
@@ -122,8 +129,10 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
 holdfast_kernel(rotate DTYPES f32 f16 bf16
     TARGETS avx512 avx2 cuda metal opencl vulkan generic)
 
-holdfast_kernel(head_norm_gate DTYPES f32 f16 bf16
-    TARGETS avx512 avx2 cuda metal opencl vulkan generic)
+foreach(kernel head_norm_gate head_norm_gate_backward)
+  holdfast_kernel(${kernel} DTYPES f32 f16 bf16
+      TARGETS avx512 avx2 cuda metal opencl vulkan generic)
+endforeach()
 
 # Power retention. The state is large: longer chunks read and write it less often, and their own work grows, and with it what a
 # block of features wants to have in L1. Measured: 64 for all of these; 128 takes 4 to 6% longer. Half of the values, for two
@@ -141,7 +150,8 @@ holdfast_kernel(power DTYPES f32 CHUNKS 64
 holdfast_kernel(power DTYPES f16 bf16 CHUNKS 64
     SIZES 64x64
     TARGETS avx512 avx2
-    PARAMS degree=2)
+    PARAMS degree=2
+    UNSANITIZED f16 bf16)
 
 foreach(degree 3 4)
   holdfast_kernel(power DTYPES f32 CHUNKS 64
@@ -153,7 +163,8 @@ endforeach()
 holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic
-    PARAMS degree=0)
+    PARAMS degree=0
+    UNSANITIZED f16 bf16)
 
 holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
@@ -169,7 +180,8 @@ holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
 holdfast_kernel(power_backward DTYPES f16 bf16 CHUNKS 64
     SIZES 64x64
     TARGETS avx512 avx2
-    PARAMS degree=2)
+    PARAMS degree=2
+    UNSANITIZED f16 bf16)
 
 holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
     SIZES 16x64
@@ -179,7 +191,8 @@ holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
 holdfast_kernel(power_backward DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic
-    PARAMS degree=0)
+    PARAMS degree=0
+    UNSANITIZED f16 bf16)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES 64x64

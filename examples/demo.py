@@ -1,19 +1,22 @@
-"""Stream megabytes of real text through a retention layer, and see how it holds up.
+"""Stream megabytes of real text through a retention layer, and see how it holds up; then train a language model on it.
 
 The text is the source of the running interpreter's standard library, read as bytes. The layer has fixed random weights:
 an embedding of bytes, projections to q, k, v and a decay per token (NumPy), and multi-head retention (Holdfast). It is
 run in blocks with the state carried from one to the next, then, on the beginning of the text, in one call and token by
-token. `make demo` runs this file; PyTorch takes part where it is installed.
+token. The language model has four layers of gated retention; what it makes of files that it has not seen stands beside
+gzip and models that count. `make demo` runs this file; PyTorch, where it is installed, takes part, and trains.
 
-    python examples/demo.py [--megabytes 4] [--heads 8] [--size 64] [--output build/demo]
+    python examples/demo.py [--megabytes 4] [--heads 8] [--size 64] [--minutes 2] [--softmax] [--output build/demo]
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import resource
+import subprocess
 import sys
 import sysconfig
 import time
@@ -43,6 +46,23 @@ EMBEDDING = 128
 # The worst of millions of outputs, over their root mean square: 1e-5 is usual in fp32.
 LARGEST_DIFFERENCE = 1e-4
 LONGEST_ATTENTION = 8192  # drawn: half a second per call; four times as much for twice the length
+PROMPT = "def main(arguments):\n"
+GENERATED = 400  # bytes
+TRAINING = [
+    "--preset",
+    "demo",
+    "--context",
+    "512",
+    "--batch",
+    "4",
+    "--steps",
+    "1000000",
+    "--validate-every",
+    "0",
+    "--save-every",
+    "1000000",
+]
+LONG = ["--context", "4096", "--batch", "1"]  # beside softmax attention, whose time grows with it
 
 
 def standard_library(size: int) -> np.ndarray:
@@ -245,6 +265,68 @@ def draw(text: np.ndarray, project: Projections, torch_chunkwise: TorchChunkwise
     print(f"picture of time against length: {path}{alone}")
 
 
+def command(*arguments: str) -> None:
+    """`holdfast` as a user calls it, in a process of its own: PyTorch's threads wait there as they are told to."""
+    sys.stdout.flush()
+    if status := subprocess.run([sys.executable, "-m", "holdfast", *arguments]).returncode:
+        sys.exit(status)
+
+
+def train(output: Path, minutes: float, *options: str) -> float:
+    """Train a language model; returns the bits per byte of the validation files."""
+    command("train", *TRAINING, "--minutes", str(minutes), "--output", str(output), *options)
+    log = (output / "log.jsonl").read_text().splitlines()
+    return json.loads(log[-1])["validation_bits_per_byte"]
+
+
+def language_model(output: Path, minutes: float) -> None:
+    """Train, compare what a byte takes with other models of the same files, write, and see that the forms agree."""
+    from holdfast.text import Text, gzip_bits, order_bits
+
+    text = Text.read()
+    print(
+        f"a language model of bytes, {minutes:g} minutes on {len(text.training):,} bytes of {text.files:,} files; "
+        f"{len(text.validation):,} bytes, of other files, validate"
+    )
+    bits = {"retention": train(output / "model", minutes)}
+    counted = order_bits(text.training, text.validation, (0, 3))
+    bits |= {f"order {order}, counted in the same training files": value for order, value in counted.items()}
+    bits["gzip -9 of the validation files"] = gzip_bits(text.validation)
+    print("bits per byte of the validation files:")
+    for name, value in bits.items():
+        print(f"  {name:45} {value:.3f}")
+    print(f"{GENERATED} bytes after the prompt, as they come (holdfast generate {output / 'model'}):")
+    command("generate", str(output / "model"), "--prompt", PROMPT, "--bytes", str(GENERATED))
+    compare_steps(output / "model", text.validation[:1024])
+
+
+def compare_steps(run: Path, text: np.ndarray) -> None:
+    """What a text gives in one call, and half of it in one call and then byte by byte."""
+    import torch
+    from holdfast.train import load_model
+
+    model, tokens, half = load_model(run), torch.tensor(text.tolist())[None], len(text) // 2
+    with torch.no_grad():
+        expected = model(tokens, form="parallel")
+        state = model.new_state(1)
+        parts = [model(tokens[:, :half], state)]
+        parts += [model(tokens[:, n : n + 1], state) for n in range(half, len(text))]
+    difference = largest_difference(torch.cat(parts, 1).numpy(), expected.numpy())
+    print(f"logits of {half} bytes in one call and {len(text) - half} one by one, against the parallel form of all:")
+    print(f"  largest difference, over the root mean square: {difference:.1e}")
+    if not difference < LARGEST_DIFFERENCE:
+        sys.exit("demo: the forms differ: something is wrong")
+
+
+def compare_softmax(output: Path, minutes: float) -> None:
+    """The same model with PyTorch's softmax attention, given the same time, at a length where that matters."""
+    print(f"at a context of {LONG[1]} bytes, {minutes:g} minutes each:")
+    for attention in ("gated", "softmax"):
+        bits = train(output / attention, minutes, *LONG, "--attention", attention)
+        print(f"  {attention:10} {bits:.3f} bits per byte of the validation files")
+    command("plot", str(output / "gated"), str(output / "softmax"), "--output", str(output / "softmax.png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -253,7 +335,15 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=64, help="of keys and values of a head (default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, default=Path("build/demo"), help="folder of the picture (default: %(default)s)"
+        "--minutes", type=float, default=2, help="to train the language model for; 0: none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--softmax",
+        action="store_true",
+        help="train it, and one with softmax attention, at a context of 4096 bytes too",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/demo"), help="folder of pictures and runs (default: %(default)s)"
     )
     args = parser.parse_args()
 
@@ -269,6 +359,13 @@ def main() -> None:
     torch_chunkwise = TorchChunkwise(project(text[:BLOCK]))
     compare_torch(text[: 64 * BLOCK], project, torch_chunkwise)
     draw(text, project, torch_chunkwise, args.output / "time_against_length.png")
+    if torch_chunkwise.absent:
+        print(f"no language model is trained: PyTorch is {torch_chunkwise.absent}")
+        return
+    if args.minutes:
+        language_model(args.output, args.minutes)
+        if args.softmax:
+            compare_softmax(args.output, args.minutes)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,12 @@ HeadNormGateFuncs head_norm_gate(const Func &x, const Func &gate, const Func &we
     f.first = Func("first");
     f.first(h, t, b) = x(0, h, t, b);
     // Through an integer, because compilers would else make one subtraction of this and that of the mean, and round first + mean.
-    auto distance = [&](const Expr &e) {
-        return reinterpret<float>(reinterpret<int32_t>(x(e, h, t, b) - f.first(h, t, b)) & ~1);
-    };
+    f.distance = Func("distance");
+    f.distance(e, h, t, b) = reinterpret<float>(reinterpret<int32_t>(x(e, h, t, b) - f.first(h, t, b)) & ~1);
     f.sum = Func("sum");
-    f.sum(h, t, b) += distance(f.over_value);
+    f.sum(h, t, b) += f.distance(f.over_value, h, t, b);
     f.centered = Func("centered");
-    f.centered(e, h, t, b) = select(layer_norm, distance(e) - f.sum(h, t, b) / V, x(e, h, t, b));
+    f.centered(e, h, t, b) = select(layer_norm, f.distance(e, h, t, b) - f.sum(h, t, b) / V, x(e, h, t, b));
     f.squares = Func("squares");
     f.squares(h, t, b) += f.centered(f.over_value, h, t, b) * f.centered(f.over_value, h, t, b);
     f.factor = Func("factor");
@@ -50,10 +49,21 @@ HeadNormGateFuncs head_norm_gate(const Func &x, const Func &gate, const Func &we
     f.weight_or_one(e, h) = 1.0f;
     f.weight_or_one(e, h) = weight(e, h + f.over_weight);
 
-    f.out = Func("normed");
-    Expr g = gate(e, h, t, b), normed = f.centered(e, h, t, b) * f.factor(h, t, b) * f.weight_or_one(e, h);
-    f.out(e, h, t, b) = select(gated, normed * (g / (1.0f + exp_of(-g))), normed);
+    f.normed = Func("normed");
+    f.normed(e, h, t, b) = f.centered(e, h, t, b) * f.factor(h, t, b) * f.weight_or_one(e, h);
+    f.power = Func("power");
+    f.swish = Func("swish");
+    Expr g = gate(e, h, t, b), normed = f.normed(e, h, t, b);
+    f.power(e, h, t, b) = exp_of(-g);
+    f.swish(e, h, t, b) = g / (1.0f + f.power(e, h, t, b));
+    f.out = Func("normed_and_gated");
+    f.out(e, h, t, b) = select(gated, normed * f.swish(e, h, t, b), normed);
     return f;
+}
+
+Expr swish_slope(const Expr &gate, const Expr &power) {
+    Expr sigmoid = 1.0f / (1.0f + power);
+    return sigmoid * (1.0f + gate * select(gate < 0, 1.0f - sigmoid, power * sigmoid));  // 1 - sigmoid, to its last bit
 }
 
 }  // namespace holdfast

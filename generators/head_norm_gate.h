@@ -18,10 +18,14 @@ struct HeadNormGateFuncs {
     Halide::Func weight;         // (e,h): input
     Halide::Func weight_or_one;  // (e,h). Update 0: the weight, where there is one; else it is not read
     Halide::Func first;          // (h,t,b): x of the first feature. Read before anything is written: out may lie where x does
-    Halide::Func sum;            // (h,t,b): of x - first; layer norm
+    Halide::Func distance;       // (e,h,t,b): x - first, but for its last bit
+    Halide::Func sum;            // (h,t,b): of distances; layer norm
     Halide::Func centered;       // (e,h,t,b): x, or what the mean leaves of it
     Halide::Func squares;        // (h,t,b): the sum of centered^2
     Halide::Func factor;         // (h,t,b): 1 / sqrt(variance + eps)
+    Halide::Func normed;         // (e,h,t,b): centered factor weight_or_one
+    Halide::Func power;          // (e,h,t,b): exp(-gate)
+    Halide::Func swish;          // (e,h,t,b): gate / (1 + power)
     Halide::Func out;            // (e,h,t,b)
     Halide::RDom over_value;     // sum, squares: e in [0, V)
     Halide::RDom over_weight;    // weight_or_one: once, or not at all
@@ -35,5 +39,9 @@ struct HeadNormGateFuncs {
 HeadNormGateFuncs head_norm_gate(const Halide::Func &x, const Halide::Func &gate, const Halide::Func &weight,
                                  const Halide::Expr &value_extent, const Halide::Expr &layer_norm, const Halide::Expr &gated,
                                  const Halide::Expr &weighted, const Halide::Expr &eps);
+
+/// The derivative of swish, of a gate and its power. By hand, because autodiff would square 1 + power, which fp32 cannot hold for
+/// gates below -44.
+Halide::Expr swish_slope(const Halide::Expr &gate, const Halide::Expr &power);
 
 }  // namespace holdfast

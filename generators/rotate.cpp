@@ -54,7 +54,7 @@ Tuple cos_and_sin(const Expr &phase) {
 
 }  // namespace
 
-RotateFuncs rotate(const Func &x, const Func &theta, const Func &position) {
+RotateFuncs rotate(const Func &x, const Func &theta, const Func &position, const Expr &backward) {
     Var j("j"), p("p"), h("h"), t("t"), b("b");
     RotateFuncs f;
     f.x = x, f.theta = theta, f.position = position;
@@ -69,7 +69,7 @@ RotateFuncs rotate(const Func &x, const Func &theta, const Func &position) {
 
     f.rotation = Func("rotation");
     Tuple rotation = cos_and_sin(f.phase(j, t, b));
-    f.rotation(j, t, b) = Tuple(rotation[0], select(theta(j) < 0, -rotation[1], rotation[1]));
+    f.rotation(j, t, b) = Tuple(rotation[0], select((theta(j) < 0) != backward, -rotation[1], rotation[1]));
     f.out = Func("rotated");
     Expr cos = f.rotation(j, t, b)[0], sin = f.rotation(j, t, b)[1];
     Expr x_0 = x(j, 0, h, t, b), x_1 = x(j, 1, h, t, b);

@@ -29,6 +29,8 @@ struct RotateFuncs {
     Halide::Expr half_split, interleaved;  // pairs lie so in memory: neighbours in j side by side; both of a pair side by side
 };
 
-RotateFuncs rotate(const Halide::Func &x, const Halide::Func &theta, const Halide::Func &position);
+/// `backward`: by the opposite angles, which is the gradient with respect to x, of out = x.
+RotateFuncs rotate(const Halide::Func &x, const Halide::Func &theta, const Halide::Func &position,
+                   const Halide::Expr &backward);
 
 }  // namespace holdfast

@@ -19,6 +19,7 @@ public:
     Input<Buffer<uint32_t, 3>> position{"position"};  // (2, t, b), any strides: integers as a little-endian machine
     Input<int32_t> position_bits{"position_bits"};    // stores them, of 64 bits; of 32 bits, twice; or 0: not looked at
     Input<uint32_t> start{"start"}, start_upper{"start_upper"};  // where it is 0: the position of token 0, in two halves
+    Input<int32_t> backward{"backward"};                         // condition: turn the other way
     Output<Buffer<void, 5>> out{"out"};                          // (j, p, h, t, b), any strides
 
     void configure() { x.set_type(stored_type(dtype)), out.set_type(stored_type(dtype)); }
@@ -31,7 +32,7 @@ public:
         const Expr given = position(0, t, b), sign = cast<uint32_t>(0) - (given >> 31);
         positions(t, b) = Tuple(select(position_bits == 0, counted, given),
                                 select(position_bits == 0, counted_upper, position_bits == 64, position(1, t, b), sign));
-        f = rotate(rows, thetas, positions);
+        f = rotate(rows, thetas, positions, backward != 0);
         out(j, p, h, t, b) = narrow(dtype, f.out(j, p, h, t, b));
         f.result = out;
         auto strides = [&](int m, int stride) { return x.dim(m).stride() == stride && out.dim(m).stride() == stride; };

@@ -38,6 +38,7 @@ struct RotateCase {
     bool interleaved, in_place;
     int position_bits = 64;  // 0: they begin at `start`
     int64_t start = 0;
+    bool backward = false;
 };
 
 /// `cpu`: also with what Halide's runtime does not copy to a GPU, negative strides and nothing at all. The library never asks it to.
@@ -52,11 +53,13 @@ inline std::vector<RotateCase> rotate_cases(bool cpu) {
             if (cpu || layout != Layout::reversed)
                 cases.push_back({pairs + name(layout), 2, 3, 2, 38, layout, interleaved, false});
         cases.push_back({pairs + "in_place", 1, 5, 3, 38, Layout::padded, interleaved, true});
+        cases.push_back({pairs + "backward", 2, 13, 2, 38, Layout::padded, interleaved, interleaved, 64, 0, true});
     }
     cases.push_back({"one", 1, 1, 1, 64, Layout::compact, false, false});
     cases.push_back({"positions_of_32_bits", 2, 5, 1, 8, Layout::compact, false, false, 32});
     for (int64_t start : {(int64_t)0, ((int64_t)1 << 32) - 2, (int64_t)-3, std::numeric_limits<int64_t>::max() - 4})
         cases.push_back({"from_" + std::to_string(start), 2, 5, 1, 8, Layout::compact, false, false, 0, start});
+    cases.push_back({"backward_from_-3", 2, 5, 1, 8, Layout::compact, false, false, 0, -3, true});
     if (!cpu) return cases;
     cases.push_back({"no_heads", 1, 2, 0, 8, Layout::compact, false, false});
     cases.push_back({"no_tokens", 2, 0, 2, 8, Layout::compact, false, false});
@@ -75,7 +78,7 @@ public:
         round_to(dtype, x);
     }
 
-    /// kernel(x, theta, position, position_bits, start, start_upper, out) returns 0 and does what the reference does.
+    /// kernel(x, theta, position, position_bits, start, start_upper, backward, out) returns 0 and does what the reference does.
     template<class Kernel>
     void expect_reference(const Kernel &kernel) {
         SCOPED_TRACE(c.name);
@@ -83,8 +86,9 @@ public:
         std::vector<double> want, spread;
         each(x.shape, [&](const Index &i) {
             auto feature = [&](int64_t n) { return x({i[0], i[1], i[2], n, i[4]}); };
+            const std::complex<double> rotation = reference::rotation(theta({i[4]}), where[i[0] * c.T + i[1]]);
             const std::complex<double> turned =
-                std::complex<double>(feature(0), feature(1)) * reference::rotation(theta({i[4]}), where[i[0] * c.T + i[1]]);
+                std::complex<double>(feature(0), feature(1)) * (c.backward ? std::conj(rotation) : rotation);
             want.push_back(i[3] ? turned.imag() : turned.real());
             spread.push_back(std::abs(turned));
         });
@@ -104,7 +108,9 @@ public:
         Buffer bp(halide_type_of<uint32_t>(), words.data(), 3, axes);
         for (Buffer *buffer : {&bx, &bo, &bt, &bp}) buffer->set_host_dirty();  // as in kernel_call.h
         Buffer &br = c.in_place ? bx : bo;
-        ASSERT_EQ(kernel(bx, bt, bp, c.position_bits, (uint32_t)c.start, (uint32_t)((uint64_t)c.start >> 32), br), 0);
+        ASSERT_EQ(kernel(bx, bt, bp, c.position_bits, (uint32_t)c.start, (uint32_t)((uint64_t)c.start >> 32),
+                         (int32_t)c.backward, br),
+                  0);
         ASSERT_EQ(br.copy_to_host(), 0);
         Stored &stored = c.in_place ? sx : so;
         stored.load();

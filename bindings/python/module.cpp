@@ -44,7 +44,8 @@ struct Constants {
                                   "The forced target (HOLDFAST_TARGET, set_target) or backend is unknown, or this machine "
                                   "cannot run it, or that of the arrays.",
                                   PyExc_RuntimeError, nullptr));
-    py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__";
+    py::str dlpack = "__dlpack__", dlpack_device = "__dlpack_device__", exchange_api = "__dlpack_c_exchange_api__";
+    py::str requires_grad = "requires_grad";
     py::tuple version = py::make_tuple(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
     py::tuple keywords = py::make_tuple("max_version", "copy"),
               keywords_of_a_gpu = py::make_tuple("max_version", "copy", "stream");
@@ -88,8 +89,8 @@ bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.b
 
 /// What the library takes for the argument of that name.
 std::string expected_dtypes(const std::string &name) {
-    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights", "dout"}, *const integers[] = {
-                                                                                                  "positions", "cu_seqlens"};
+    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights", "dout", "dx", "dgate"};
+    static const char *const integers[] = {"positions", "cu_seqlens"};
     auto is_of = [&](const auto &names) { return std::find(std::begin(names), std::end(names), name) != std::end(names); };
     return is_of(rows) ? "float32, float16 or bfloat16" : is_of(integers) ? "int32 or int64" : "float32";
 }
@@ -125,15 +126,17 @@ public:
     Array(const Array &) = delete;
     ~Array() {
         if (view.obj) PyBuffer_Release(&view);
+        if (exchanged && exchanged->deleter) exchanged->deleter(exchanged);
     }
 
     /// `rank` is what the library expects; it only serves to describe a tensor that its producer does not export. `stream`,
     /// for memory of CUDA: where work with it will be put, as DLPack numbers streams; its producer makes that one wait.
     void borrow(const char *name, py::handle array, int rank, bool writable = false, uint64_t stream = 1) {
         this->stream = stream;
-        if (PyObject_CheckBuffer(array.ptr()) && PyObject_GetBuffer(array.ptr(), &view, PyBUF_RECORDS_RO) == 0)
+        const bool is_buffer = PyObject_CheckBuffer(array.ptr());
+        if (is_buffer && PyObject_GetBuffer(array.ptr(), &view, PyBUF_RECORDS_RO) == 0)
             borrow_buffer(name, writable);
-        else if (!borrow_bfloat16(name, array, writable))
+        else if (!(is_buffer ? borrow_bfloat16(name, array, writable) : exchange(name, array, writable)))
             borrow_dlpack(name, array, rank, writable);
         given = true;
     }
@@ -145,6 +148,7 @@ private:
     bool given = false;
     Py_buffer view{};
     py::object capsule;
+    DLManagedTensorVersioned *exchanged = nullptr;
     uint64_t stream = 1;
     int64_t shape[PyBUF_MAX_NDIM], strides[PyBUF_MAX_NDIM];
 
@@ -180,6 +184,35 @@ private:
         return true;
     }
 
+    /// By the C functions of the array's type, which DLPack has from 1.3 on (PyTorch): no Python runs, and a tensor takes a tenth of the
+    /// time that its __dlpack__() takes. Whether it was borrowed; where it was not, borrow_dlpack() does it, or says what is wrong.
+    bool exchange(const char *name, py::handle array, bool writable) {
+#if DLPACK_MAJOR_VERSION > 1 || DLPACK_MINOR_VERSION >= 3
+        const Constants &c = constants();
+        const py::error_scope keep;  // nothing that fails here is an error
+        const auto table =
+            py::reinterpret_steal<py::object>(PyObject_GetAttr((PyObject *)Py_TYPE(array.ptr()), c.exchange_api.ptr()));
+        if (!table || !PyCapsule_IsValid(table.ptr(), "dlpack_exchange_api")) return false;
+        const auto *api = (const DLPackExchangeAPI *)PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api");
+        const auto requires_grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(array.ptr(), c.requires_grad.ptr()));
+        if (api->header.version.major != DLPACK_MAJOR_VERSION || requires_grad.ptr() == Py_True ||
+            api->managed_tensor_from_py_object_no_sync(array.ptr(), &exchanged) != 0)
+            return false;
+        const DLDevice device = exchanged->dl_tensor.device;
+        if (device.device_type != kDLCPU) {  // no stream is made to wait here: those of one stream alone need none
+            void *current = nullptr;
+            if (device.device_type != kDLCUDA ||
+                api->current_work_stream(device.device_type, device.device_id, &current) != 0 ||
+                (current ? (uint64_t)(uintptr_t)current : 1) != stream)
+                return false;
+        }
+        take(name, *exchanged, writable);
+        return true;
+#else
+        return (void)name, (void)array, (void)writable, false;
+#endif
+    }
+
     void borrow_dlpack(const char *name, py::handle array, int rank, bool writable) {
         export_capsule(name, array);
         if (!capsule) {
@@ -187,20 +220,24 @@ private:
             std::fill_n(shape, rank, 0);
             tensor = {nullptr, tensor.device, rank, float32, shape, nullptr, 0};
         } else if (auto *versioned = (DLManagedTensorVersioned *)pointer("dltensor_versioned")) {
-            if (versioned->version.major != DLPACK_MAJOR_VERSION)
-                raise(PyExc_BufferError, name, " is exported as DLPack ", versioned->version.major, ".",
-                      versioned->version.minor, "; expected ", DLPACK_MAJOR_VERSION);
-            if (writable && versioned->flags & DLPACK_FLAG_BITMASK_READ_ONLY)
-                raise(PyExc_ValueError, name, " is read-only; expected memory to write to");
-            if (writable && versioned->flags & DLPACK_FLAG_BITMASK_IS_COPIED)
-                raise(PyExc_ValueError, name, " exports a copy of itself; expected its own memory, to write to");
-            tensor = versioned->dl_tensor;
+            take(name, *versioned, writable);
         } else if (auto *managed = (DLManagedTensor *)pointer("dltensor")) {
             tensor = managed->dl_tensor;
         } else {
             raise(PyExc_TypeError, name, " is of type ", type_name(array), ", whose __dlpack__ returned an object of type ",
                   type_name(capsule), "; expected a capsule that holds a DLPack tensor");
         }
+    }
+
+    void take(const char *name, const DLManagedTensorVersioned &versioned, bool writable) {
+        if (versioned.version.major != DLPACK_MAJOR_VERSION)
+            raise(PyExc_BufferError, name, " is exported as DLPack ", versioned.version.major, ".", versioned.version.minor,
+                  "; expected ", DLPACK_MAJOR_VERSION);
+        if (writable && versioned.flags & DLPACK_FLAG_BITMASK_READ_ONLY)
+            raise(PyExc_ValueError, name, " is read-only; expected memory to write to");
+        if (writable && versioned.flags & DLPACK_FLAG_BITMASK_IS_COPIED)
+            raise(PyExc_ValueError, name, " exports a copy of itself; expected its own memory, to write to");
+        tensor = versioned.dl_tensor;
     }
 
     // The capsule is not marked as used: its own destructor gives the tensor back when we let go of it.
@@ -240,8 +277,7 @@ private:
             raise(type, name, parts...);
         };
         if (py::getattr(array, "requires_grad", py::none()).ptr() == Py_True)
-            explain(PyExc_NotImplementedError, " requires grad, and gradients are not implemented yet; expected ", name,
-                    ".detach()");
+            explain(PyExc_NotImplementedError, " requires grad; expected ", name, ".detach(), or holdfast.torch, which differentiates");
         if (!on_cpu(array)) return;
         const py::object dtype = py::getattr(array, "dtype", py::none());
         const std::string dtype_name = dtype.is_none() ? "float32" : py::str(dtype), expected = expected_dtypes(name);
@@ -565,7 +601,8 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
 /// out: a NumPy array as from forward(), except for one that is given. The state and the sum of keys are updated in place. `stream` as for
 /// forward().
 py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle state, py::handle scale,
-                py::object out, uint64_t stream, py::handle sum_of_keys, int32_t degree, int32_t normalize) {
+                py::object out, uint64_t stream, py::handle sum_of_keys, int32_t degree, int32_t normalize, int32_t state_layout,
+                int32_t expansion) {
     Array sum_array;
     if (!sum_of_keys.is_none()) sum_array.borrow("sum_of_keys", sum_of_keys, 3, true, stream);
     Array q_array, k_array, v_array, log_decay_array, state_array, out_array;
@@ -586,6 +623,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
     args.scale = scale_argument(scale);
     args.sum_of_keys = sum_array.get();
     args.degree = degree, args.normalize = normalize;
+    args.state_layout = state_layout, args.expansion = expansion;
 
     const DLDataType type = args.q->dtype;
     Nowhere nowhere(3, *args.q);
@@ -602,42 +640,66 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
     return out;
 }
 
-/// Makes `out`, unless it is given, a new array of the shape and type of x, and borrows it. For an x of another rank than 4, which
-/// the library refuses, there is none.
-void borrow_out(Array &array, py::object &out, const DLTensor &x, uint64_t stream) {
+/// Makes `out`, unless it is given, a new array of the shape and type of x, and borrows it. For an x of another rank than 4, or 1 and 2
+/// of weights, which the library refuses, there is none.
+void borrow_out(Array &array, py::object &out, const DLTensor &x, uint64_t stream, const char *name = "out",
+                bool of_weight = false) {
     const bool given = !out.is_none();
     auto small = [](int64_t extent) { return extent >= 0 && extent <= std::numeric_limits<int32_t>::max(); };
     if (!given) {
-        if (x.ndim != 4 || !x.shape || !std::all_of(x.shape, x.shape + 4, small)) return;
-        out = empty_array(x.dtype, x.shape[0], x.shape[1], x.shape[2], x.shape[3]);
+        if (of_weight ? x.ndim != 1 && x.ndim != 2 : x.ndim != 4) return;
+        if (!x.shape || !std::all_of(x.shape, x.shape + x.ndim, small)) return;
+        out = x.ndim == 1   ? empty_array(x.dtype, x.shape[0])
+              : x.ndim == 2 ? empty_array(x.dtype, x.shape[0], x.shape[1])
+                            : empty_array(x.dtype, x.shape[0], x.shape[1], x.shape[2], x.shape[3]);
     }
-    array.borrow("out", out, 4, true, stream);
+    array.borrow(name, out, of_weight ? 1 : 4, true, stream);
     if (!given) array.get()->dtype = x.dtype;
 }
 
-/// out: a NumPy array as from forward(), except for one that is given. `stream` as for forward().
-py::object rotate(py::handle x, py::handle theta, int64_t offset, py::handle positions, bool interleaved, py::object out,
-                  uint64_t stream) {
+/// Rotation, of x to out, or its gradient, of dout to dx. out: a NumPy array as from forward(), except for one that is given.
+/// `stream` as for forward().
+py::object turn(bool backward, py::handle x, py::handle theta, int64_t offset, py::handle positions, bool interleaved,
+                py::object out, uint64_t stream) {
     Array x_array, theta_array, positions_array, out_array;
-    x_array.borrow("x", x, 4, false, stream);
+    x_array.borrow(backward ? "dout" : "x", x, 4, false, stream);
     theta_array.borrow("theta", theta, 1, false, stream);
     if (!positions.is_none()) positions_array.borrow("positions", positions, 1, false, stream);
-    borrow_out(out_array, out, *x_array.get(), stream);
-
-    holdfast_rotate_args args = {};
-    args.struct_size = sizeof args;
-    args.x = x_array.get();
-    args.theta = theta_array.get();
-    args.positions = positions_array.get();
-    args.offset = offset;
-    args.interleaved = interleaved;
-    Nowhere nowhere(4, *args.x);
-    args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
+    borrow_out(out_array, out, *x_array.get(), stream, backward ? "dx" : "out");
+    const DLTensor *from = x_array.get();
+    Nowhere nowhere(4, *from);
+    DLTensor *to = out_array.get() ? out_array.get() : &nowhere.tensor;
 
     holdfast_context *c = context();
-    holdfast_context_set_stream(c, args.x->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
-    if (holdfast_status status = without_gil(holdfast_rotate, c, args)) raise_status(status, holdfast_last_error(c));
+    holdfast_context_set_stream(c, from->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    auto run = [&](auto function, auto args) {
+        args.struct_size = sizeof args;
+        args.theta = theta_array.get();
+        args.positions = positions_array.get();
+        args.offset = offset;
+        args.interleaved = interleaved;
+        if (holdfast_status status = without_gil(function, c, args)) raise_status(status, holdfast_last_error(c));
+    };
+    if (backward) {
+        holdfast_rotate_backward_args args = {};
+        args.dout = from, args.dx = to;
+        run(holdfast_rotate_backward, args);
+    } else {
+        holdfast_rotate_args args = {};
+        args.x = from, args.out = to;
+        run(holdfast_rotate, args);
+    }
     return out;
+}
+
+py::object rotate(py::handle x, py::handle theta, int64_t offset, py::handle positions, bool interleaved, py::object out,
+                  uint64_t stream) {
+    return turn(false, x, theta, offset, positions, interleaved, std::move(out), stream);
+}
+
+py::object rotate_backward(py::handle dout, py::handle theta, int64_t offset, py::handle positions, bool interleaved,
+                           py::object dx, uint64_t stream) {
+    return turn(true, dout, theta, offset, positions, interleaved, std::move(dx), stream);
 }
 
 void convert_state(int64_t key_size, py::handle from, int from_expansion, py::handle to, int to_expansion, int rank) {
@@ -673,6 +735,43 @@ py::object head_norm_gate(py::handle x, py::handle gate, py::handle weight, bool
     holdfast_context_set_stream(c, args.x->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
     if (holdfast_status status = without_gil(holdfast_head_norm_gate, c, args)) raise_status(status, holdfast_last_error(c));
     return out;
+}
+
+/// gradients: of x, gate and weight; each None: not wanted, True: made, as from rotate(), or given. They are returned.
+py::tuple head_norm_gate_backward(py::handle dout, py::handle x, py::handle gate, py::handle weight, bool layer_norm,
+                                  double eps, const py::tuple &gradients, uint64_t stream) {
+    Array dout_array, x_array, gate_array, weight_array, arrays[3];
+    dout_array.borrow("dout", dout, 4, false, stream);
+    x_array.borrow("x", x, 4, false, stream);
+    if (!gate.is_none()) gate_array.borrow("gate", gate, 4, false, stream);
+    if (!weight.is_none()) weight_array.borrow("weight", weight, 1, false, stream);
+    py::object results[3];
+    const char *const names[] = {"dx", "dgate", "dweight"};
+    for (int n = 0; n < 3; n++) {
+        results[n] = gradients[n];
+        if (results[n].is_none()) continue;
+        const bool made = results[n].is(py::bool_(true));
+        if (made) results[n] = py::none();
+        borrow_out(arrays[n], results[n], n == 2 && made ? *weight_array.get() : *x_array.get(), stream, names[n], n == 2);
+    }
+
+    holdfast_head_norm_gate_backward_args args = {};
+    args.struct_size = sizeof args;
+    args.x = x_array.get();
+    args.gate = gate_array.get();
+    args.weight = weight_array.get();
+    args.dout = dout_array.get();
+    args.dx = arrays[0].get();
+    args.dgate = arrays[1].get();
+    args.dweight = arrays[2].get();
+    args.norm = layer_norm ? HOLDFAST_NORM_LAYER : HOLDFAST_NORM_RMS;
+    args.eps = (float)eps;
+
+    holdfast_context *c = context();
+    holdfast_context_set_stream(c, args.x->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    if (holdfast_status status = without_gil(holdfast_head_norm_gate_backward, c, args))
+        raise_status(status, holdfast_last_error(c));
+    return py::make_tuple(results[0], results[1], results[2]);
 }
 
 std::vector<holdfast_backend> all_backends() {
@@ -746,9 +845,11 @@ PYBIND11_MODULE(_holdfast, m) {
     m.def("bfloat16_capsule", bfloat16_capsule);
     m.def("step", step);
     m.def("rotate", rotate);
+    m.def("rotate_backward", rotate_backward);
     m.def("convert_state", convert_state);
     m.def("state_size", holdfast_state_size);
     m.def("head_norm_gate", head_norm_gate);
+    m.def("head_norm_gate_backward", head_norm_gate_backward);
     m.def("backends", backends);
     m.def("variants", variants);
     m.def("version", holdfast_version);

@@ -106,7 +106,7 @@ extern "C" holdfast_status holdfast_head_norm_gate(holdfast_context *context, co
         const Variant &variant = variant_for("head_norm_gate", call.x, choice);
         if (call.weight.rank == 2) Tokens::check_axis(call.weight, 0);
         if (choice.backend != Backend::cpu) {
-            announce(c, variant, choice.why, call.x);
+            announce(c, "head_norm_gate", variant, choice.why, call.x);
             const GpuCall on_gpu{
                 variant, {&call.x, &call.gate, &call.weight, &call.out}, [&](const Run &run) { call.issue(run); }};
             if (!call.x.empty()) on_gpu.run(c);
@@ -115,7 +115,7 @@ extern "C" holdfast_status holdfast_head_norm_gate(holdfast_context *context, co
         const Tensor given = call.x;
         const Rows rows(&call.x, &call.out, call.gate.rank ? &call.gate : nullptr);
         const Tokens tokens(rows);
-        announce(c, variant, choice.why, given, tokens.pieces());
+        announce(c, "head_norm_gate", variant, choice.why, given, tokens.pieces());
         if (!tokens.pieces()) return;
         const auto work = [&](Workspace &workspace, int64_t n) {
             tokens.each(n, [&](int64_t b, int64_t t, int64_t count) { call.run(workspace, variant, b, t, count); });

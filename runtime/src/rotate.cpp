@@ -1,5 +1,5 @@
-// holdfast_rotate: on the CPU the rotation kernel on some tokens at a time, whose positions are written out for it; on a GPU on as
-// many as it can address.
+// holdfast_rotate and its gradient: on the CPU the rotation kernel on some tokens at a time, whose positions are written out for it;
+// on a GPU on as many as it can address.
 #include "args.h"
 #include "buffers.h"
 #include "gpu.h"
@@ -27,7 +27,7 @@ struct Positions {
 
 struct Call {
     Tensor x, out, theta;
-    bool interleaved;
+    bool interleaved, backward;
     Positions positions;
 
     Buffer rows(const Tensor &t, int64_t tokens) const {
@@ -47,8 +47,9 @@ struct Call {
         x_rows.host = x.at<uint8_t>(b, t), out_rows.host = out.at<uint8_t>(b, t);
         Buffer angles(theta.data, float32, {{0, (int32_t)theta.shape[0], 1}});
         Buffer position(memory, uint32, {{0, 2, 1}, {0, (int32_t)tokens, 2}, {0, 1, 0}});
-        check_returned(std::get<RotateKernel *>(variant.run)(&workspace, &x_rows, &angles, &position, 64, 0, 0, &out_rows),
-                       variant, workspace);
+        check_returned(
+            std::get<RotateKernel *>(variant.run)(&workspace, &x_rows, &angles, &position, 64, 0, 0, backward, &out_rows),
+            variant, workspace);
     }
 
     /// On a GPU. Positions that are not given are counted by the kernel.
@@ -82,13 +83,18 @@ struct Call {
             const uint64_t start = (uint64_t)positions.offset + (uint64_t)t;
             run.check(run.variant.name,
                       std::get<RotateKernel *>(run.variant.run)(&run.workspace, &x_rows, &theta_row, &position, bits,
-                                                                (uint32_t)start, (uint32_t)(start >> 32), &out_rows));
+                                                                (uint32_t)start, (uint32_t)(start >> 32), backward, &out_rows));
         });
         outs.fetch(run, out);
     }
 };
 
-Positions checked_positions(const holdfast_rotate_args &args, const Tensor &x) {
+/// A rotation, or its gradient: from what is called x or dout, by "that of x", to out or dx.
+struct Names {
+    const char *call, *x, *of_x, *out;
+};
+
+Positions checked_positions(const holdfast_rotate_args &args, const Names &names, const Tensor &x) {
     const int64_t T = x.shape[1];
     if (!args.positions) {
         if (T && args.offset > std::numeric_limits<int64_t>::max() - (T - 1))
@@ -103,26 +109,27 @@ Positions checked_positions(const holdfast_rotate_args &args, const Tensor &x) {
     if (!shared && args.positions->ndim != 2)
         fail(HOLDFAST_INVALID_ARGUMENT, "positions has ", args.positions->ndim, " dimensions; expected 1, [T], or 2, [B, T]");
     const Tensor given = check_tensor(spec, args.positions);
-    for (int n = 0; n < given.rank; n++) check_extent(spec, given, n, x.shape[shared ? 1 : n], "that of x");
+    for (int n = 0; n < given.rank; n++) check_extent(spec, given, n, x.shape[shared ? 1 : n], names.of_x);
     return {given, 0, {shared ? 0 : given.stride[0], given.stride[given.rank - 1]}};
 }
 
-Call checked_call(const holdfast_rotate_args &args) {
-    const TensorSpec x_spec{"x", "BTHK", TensorSpec::floats}, out_spec{"out", "BTHK", TensorSpec::floats},
+Call checked_call(const holdfast_rotate_args &args, const Names &names, bool backward) {
+    const TensorSpec x_spec{names.x, "BTHK", TensorSpec::floats}, out_spec{names.out, "BTHK", TensorSpec::floats},
         theta_spec{"theta", "J"};
     Tensor x = check_tensor(x_spec, args.x), out = check_tensor(out_spec, args.out);
     const int64_t K = x.shape[3];
     if (K < 2 || K % 2)
-        fail(HOLDFAST_INVALID_ARGUMENT, "x [B, T, H, K] has K = ", K, "; expected pairs of features, an even number of them");
-    for (int n = 0; n < 4; n++) check_extent(out_spec, out, n, x.shape[n], "that of x");
+        fail(HOLDFAST_INVALID_ARGUMENT, names.x, " [B, T, H, K] has K = ", K,
+             "; expected pairs of features, an even number of them");
+    for (int n = 0; n < 4; n++) check_extent(out_spec, out, n, x.shape[n], names.of_x);
     check_same_dtype(out, x);
     check_rows(x), check_rows(out);
     const Tensor theta = check_tensor(theta_spec, args.theta);
     if (theta.shape[0] != K / 2)
-        fail(HOLDFAST_INVALID_ARGUMENT, "theta has ", theta.shape[0], " elements; expected ", K / 2,
-             ", one for each pair of x");
+        fail(HOLDFAST_INVALID_ARGUMENT, "theta has ", theta.shape[0], " elements; expected ", K / 2, ", one for each pair of ",
+             names.x);
     check_rows(theta);
-    Positions positions = checked_positions(args, x);
+    Positions positions = checked_positions(args, names, x);
 
     check_distinct_elements(out);
     if (!same_elements(out, x)) check_no_overlap(out, x);
@@ -136,7 +143,32 @@ Call checked_call(const holdfast_rotate_args &args) {
         const float value = ((const float *)theta.data)[j];
         if (!std::isfinite(value)) fail(HOLDFAST_INVALID_ARGUMENT, "theta[", j, "] is ", value, "; expected a finite number");
     }
-    return {x, out, theta, args.interleaved != 0, positions};
+    return {x, out, theta, args.interleaved != 0, backward, positions};
+}
+
+void run(holdfast_context &c, const Names &names, Call call) {
+    const Choice choice = choose_backend(c, home_of(call.x));
+    const Variant &variant = variant_for("rotate", call.x, choice);
+    if (choice.backend != Backend::cpu) {
+        announce(c, names.call, variant, choice.why, call.x);
+        const GpuCall on_gpu{
+            variant, {&call.x, &call.theta, &call.positions.given, &call.out}, [&](const Run &run) { call.issue(run); }};
+        if (!call.x.empty()) on_gpu.run(c);
+        return;
+    }
+    const Tensor given = call.x;
+    const Rows rows(&call.x, &call.out);
+    if (rows.turned) std::swap(call.positions.stride[0], call.positions.stride[1]);
+    const Tokens tokens(rows);
+    announce(c, names.call, variant, choice.why, given, tokens.pieces());
+    if (!tokens.pieces()) return;
+    const auto work = [&](Workspace &workspace, int64_t n) {
+        const Scratch positions(workspace, 2 * Tokens::most_at_once);
+        tokens.each(n, [&](int64_t b, int64_t t, int64_t count) {
+            call.run(workspace, variant, b, t, count, (int64_t *)positions.floats());
+        });
+    };
+    c.for_each(tokens.pieces(), std::cref(work));
 }
 
 }  // namespace
@@ -147,28 +179,19 @@ using namespace holdfast;
 extern "C" holdfast_status holdfast_rotate(holdfast_context *context, const holdfast_rotate_args *args) {
     return guarded(context, [&](holdfast_context &c) {
         constexpr size_t first_version = offsetof(holdfast_rotate_args, interleaved) + sizeof(int32_t);
-        Call call = checked_call(checked_args(args, "holdfast_rotate_args", first_version));
-        const Choice choice = choose_backend(c, home_of(call.x));
-        const Variant &variant = variant_for("rotate", call.x, choice);
-        if (choice.backend != Backend::cpu) {
-            announce(c, variant, choice.why, call.x);
-            const GpuCall on_gpu{
-                variant, {&call.x, &call.theta, &call.positions.given, &call.out}, [&](const Run &run) { call.issue(run); }};
-            if (!call.x.empty()) on_gpu.run(c);
-            return;
-        }
-        const Tensor given = call.x;
-        const Rows rows(&call.x, &call.out);
-        if (rows.turned) std::swap(call.positions.stride[0], call.positions.stride[1]);
-        const Tokens tokens(rows);
-        announce(c, variant, choice.why, given, tokens.pieces());
-        if (!tokens.pieces()) return;
-        const auto work = [&](Workspace &workspace, int64_t n) {
-            const Scratch positions(workspace, 2 * Tokens::most_at_once);
-            tokens.each(n, [&](int64_t b, int64_t t, int64_t count) {
-                call.run(workspace, variant, b, t, count, (int64_t *)positions.floats());
-            });
-        };
-        c.for_each(tokens.pieces(), std::cref(work));
+        const Names names{"rotate", "x", "that of x", "out"};
+        run(c, names, checked_call(checked_args(args, "holdfast_rotate_args", first_version), names, false));
+    });
+}
+
+extern "C" holdfast_status holdfast_rotate_backward(holdfast_context *context, const holdfast_rotate_backward_args *args) {
+    return guarded(context, [&](holdfast_context &c) {
+        constexpr size_t first_version = offsetof(holdfast_rotate_backward_args, interleaved) + sizeof(int32_t);
+        const Names names{"rotate_backward", "dout", "that of dout", "dx"};
+        const holdfast_rotate_backward_args given = checked_args(args, "holdfast_rotate_backward_args", first_version);
+        holdfast_rotate_args same{};
+        same.x = given.dout, same.theta = given.theta, same.positions = given.positions, same.out = given.dx;
+        same.offset = given.offset, same.interleaved = given.interleaved;
+        run(c, names, checked_call(same, names, true));
     });
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <sstream>
 #include <utility>
 
@@ -13,12 +14,12 @@ namespace holdfast {
 
 /// Rows [B, T, H, *] of a call. With T = 1 the first two axes change places, so that a call of a kernel has many tokens.
 struct Rows {
-    Tensor *tensors[3];  // null: not there
+    Tensor *tensors[5];  // null: not there
     bool turned;
     int64_t B, T, H;
 
-    explicit Rows(Tensor *first, Tensor *second, Tensor *third = nullptr)
-        : tensors{first, second, third}, turned(first->shape[1] == 1) {
+    explicit Rows(Tensor *first, Tensor *second, Tensor *third = nullptr, Tensor *fourth = nullptr, Tensor *fifth = nullptr)
+        : tensors{first, second, third, fourth, fifth}, turned(first->shape[1] == 1) {
         for (Tensor *t : tensors)
             if (t && turned) std::swap(t->shape[0], t->shape[1]), std::swap(t->stride[0], t->stride[1]);
         B = first->shape[0], T = first->shape[1], H = first->shape[2];
@@ -29,8 +30,12 @@ struct Rows {
 class Tokens {
 public:
     static constexpr int64_t most_at_once = 1024;
+    static constexpr int64_t worth_a_thread = 512 * 1024;  // bytes: to wake a thread takes as long as to move so many
 
-    explicit Tokens(const Rows &rows) : T(rows.T), all(rows.H ? rows.B * rows.T : 0) {
+    /// At most so many pieces; at most so many bytes at once, but one token.
+    explicit Tokens(const Rows &rows, int64_t most_pieces = std::numeric_limits<int64_t>::max(),
+                    int64_t most_bytes = std::numeric_limits<int64_t>::max())
+        : T(rows.T), all(rows.H ? rows.B * rows.T : 0) {
         int64_t bytes = 0;
         for (const Tensor *t : rows.tensors) {
             if (!t) continue;
@@ -38,7 +43,9 @@ public:
             const int64_t heads = check_axis(*t, 2);
             if (span(*t, 1) > 0) at_once = std::min<int64_t>(at_once, 1 + (reach - heads) / std::llabs(t->stride[1]));
         }
+        at_once = std::min(at_once, std::max<int64_t>(most_bytes / std::max<int64_t>(bytes, 1), 1));
         count = (int64_t)std::min<double>(all, all ? 1 + (double)all * bytes / worth_a_thread : 0);
+        count = std::min(count, most_pieces);
     }
 
     /// Elements from the first to the last along an axis that a call of a kernel has all of. Throws UNSUPPORTED.
@@ -63,8 +70,7 @@ public:
     }
 
 private:
-    static constexpr int64_t worth_a_thread = 512 * 1024;  // bytes: to wake a thread takes as long as to move so many
-    static constexpr int64_t reach = 1 << 29;              // elements: 2^31 bytes, at most
+    static constexpr int64_t reach = 1 << 29;  // elements: 2^31 bytes, at most
     int64_t T, all, count, at_once = most_at_once;
 
     static int64_t span(const Tensor &t, int axis) {
@@ -82,13 +88,13 @@ inline const Variant &variant_for(const char *kernel, const Tensor &rows, const 
     return select_variant(kernel, rows.dtype.name, 0, 0, 0, choice.backend, choice.forced);
 }
 
-/// Tell the context's listener, if there is one, what runs on [B, T, H, *]; on a CPU in how many pieces.
-inline void announce(const holdfast_context &c, const Variant &variant, const char *why, const Tensor &rows,
+/// Tell the context's listener, if there is one, what runs for `call` ("rotate") on [B, T, H, *]; on a CPU in how many pieces.
+inline void announce(const holdfast_context &c, const char *call, const Variant &variant, const char *why, const Tensor &rows,
                      int64_t pieces = 0) {
     if (!c.verbose) return;
     std::ostringstream line;
-    line << variant.kernel << ": " << variant.name << " (" << why << "), B " << rows.shape[0] << ", T " << rows.shape[1]
-         << ", H " << rows.shape[2] << ", size " << rows.shape[3] << ", " << workers(c, variant, rows, pieces);
+    line << call << ": " << variant.name << " (" << why << "), B " << rows.shape[0] << ", T " << rows.shape[1] << ", H "
+         << rows.shape[2] << ", size " << rows.shape[3] << ", " << workers(c, variant, rows, pieces);
     c.verbose(c.verbose_user, line.str().c_str());
 }
 

@@ -39,10 +39,16 @@ using RecurrentKernel = int(const void *user_context, halide_buffer_t *q, halide
                             halide_buffer_t *out);
 
 using RotateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *theta, halide_buffer_t *position,
-                         int32_t position_bits, uint32_t start, uint32_t start_upper, halide_buffer_t *out);
+                         int32_t position_bits, uint32_t start, uint32_t start_upper, int32_t backward, halide_buffer_t *out);
 
 using HeadNormGateKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *gate, halide_buffer_t *weight,
                                int32_t layer_norm, int32_t gated, int32_t weighted, float eps, halide_buffer_t *out);
+
+using HeadNormGateBackwardKernel = int(const void *user_context, halide_buffer_t *x, halide_buffer_t *gate,
+                                       halide_buffer_t *weight, halide_buffer_t *dout, int32_t layer_norm, int32_t gated,
+                                       int32_t weighted, float eps, int32_t want_dx, int32_t want_dgate, int32_t want_dweight,
+                                       int32_t add_dweight, halide_buffer_t *dx, halide_buffer_t *dgate,
+                                       halide_buffer_t *dweight);
 
 using PowerKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
                         halide_buffer_t *log_decay, halide_buffer_t *state_in, halide_buffer_t *keys_in, int32_t degree,
@@ -81,7 +87,8 @@ struct Variant {
     int degree;                       // 0: any, or the kernel knows none
     const Target *target;
     std::variant<ChunkwiseKernel *, ChunkwiseBackwardKernel *, ParallelKernel *, ParallelBackwardKernel *, RecurrentKernel *,
-                 RotateKernel *, HeadNormGateKernel *, PowerKernel *, PowerStepKernel *, PowerBackwardKernel *>
+                 RotateKernel *, HeadNormGateKernel *, HeadNormGateBackwardKernel *, PowerKernel *, PowerStepKernel *,
+                 PowerBackwardKernel *>
         run;  // that of `kernel`
 };
 

@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <functional>
 #include <set>
 #include <sstream>
 
@@ -1070,6 +1071,47 @@ TEST(Cuda, RotationsAndNormsAreOneLaunchAndNothingElse) {
             ASSERT_EQ(run(), HOLDFAST_OK) << context.error();
             EXPECT_TRUE(driver.record().empty());
         }
+}
+
+TEST(Cuda, GradientsOfRotationsAndNormsAreLaunchesAndNothingElse) {
+    Driver driver;
+    void *stream = driver.stream(driver.context(0));
+    variants(nullptr);
+    Context context;
+    ASSERT_EQ(holdfast_context_set_stream(context, stream), HOLDFAST_OK);
+    AroundCall call, gradients;
+    for (DLTensor *t : {&gradients.x, &gradients.gate, &gradients.out, &gradients.weight})
+        t->data = (char *)t->data + ((uint64_t)1 << 50);
+    const holdfast_rotate_backward_args rotate = {sizeof rotate, &call.x, &call.theta, nullptr, &gradients.x, 5, 0};
+    holdfast_head_norm_gate_backward_args norm = {};
+    norm.struct_size = sizeof norm, norm.x = &call.x, norm.dout = &gradients.out, norm.eps = 1e-6f;
+    auto launches = [&](const std::function<holdfast_status()> &run) {
+        EXPECT_EQ(run(), HOLDFAST_OK) << context.error();  // loads kernels, and has memory grow
+        driver.clear();
+        EXPECT_EQ(run(), HOLDFAST_OK) << context.error();
+        const auto record = driver.record();
+        EXPECT_EQ(others(record), std::set<std::string>());
+        for (const std::string &line : of(record, "cuLaunchKernel"))
+            EXPECT_EQ(line.substr(line.find("stream")), "stream " + text(stream));
+        return (int)of(record, "cuLaunchKernel").size();
+    };
+    auto of_norm = [&] { return launches([&] { return holdfast_head_norm_gate_backward(context, &norm); }); };
+    EXPECT_EQ(launches([&] { return holdfast_rotate_backward(context, &rotate); }), 1);
+    norm.dx = &gradients.x;
+    EXPECT_EQ(of_norm(), 3);  // the sums of squares, the weights, dx
+    norm.norm = HOLDFAST_NORM_LAYER;
+    EXPECT_EQ(of_norm(), 4);
+    norm.gate = &call.gate, norm.dgate = &gradients.gate;
+    EXPECT_EQ(of_norm(), 5);
+    norm.weight = &call.weight, norm.dweight = &gradients.weight;
+    EXPECT_EQ(of_norm(), 10);
+    for (DLTensor *t : {&call.x, &call.gate, &gradients.x, &gradients.gate, &gradients.out}) t->shape[1] = 0;
+    norm.dweight = nullptr;
+    driver.clear();
+    ASSERT_EQ(holdfast_head_norm_gate_backward(context, &norm), HOLDFAST_OK) << context.error();
+    EXPECT_TRUE(driver.record().empty());
+    norm.dweight = &gradients.weight;
+    EXPECT_GE(of_norm(), 1);  // zeros
 }
 
 TEST(Cuda, RotationsAndNormsOfTheHostAreCopiedWhenAskedFor) {

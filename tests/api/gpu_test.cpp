@@ -107,6 +107,49 @@ void expect_normed(const Array &x, const Array &gate, const Array &weight, const
     EXPECT_TRUE(out.gaps_intact()) << "memory between the elements was written";
 }
 
+TEST(Backends, GradientsOfRotationsAndNormsCopyWhatIsOnTheCpu) {
+    for (const char *name : {"metal", "opencl", "vulkan"}) {
+        if (!runs(name)) continue;
+        for (const Dtype &dtype : all_dtypes)
+            for (Layout layout : {Layout::compact, Layout::reversed}) {
+                SCOPED_TRACE(std::string(name) + ", " + dtype.name + ", " + test::name(layout));
+                Context context;
+                ASSERT_EQ(holdfast_context_set_backend(context, name), HOLDFAST_OK);
+                const bool all = layout == Layout::compact;
+                Random random;
+                const Index shape = {3, 2, 2, 10};
+                Array x = Array(shape, layout).fill(random), gate(shape, layout), dout = Array(shape, layout).fill(random);
+                Array dx = Array(shape, layout).forget(), dgate = dx, theta = thetas(5, random);
+                Array weight = Array({2, 10}, layout).fill(random, -2, 2), dweight = Array({2, 10}, layout).forget();
+                fill_gates(gate, random);
+                for (Array *a : {&x, &gate, &dout}) round_to(dtype, *a);
+                const int64_t offset = -((int64_t)1 << 32) - 1;
+                ASSERT_EQ((Rotation{dout, theta, dx, offset, all, dtype, nullptr, true}).run(context), HOLDFAST_OK)
+                    << context.error();
+                expect_rotated(dout, theta, dx, all, [&](int64_t, int64_t t) { return offset + t; }, dtype, true);
+                EXPECT_EQ(context.messages.back().find("rotate_backward: rotate_"), 0u) << context.messages.back();
+
+                HeadNormGateBackward call{x, {}, {}, dout, dx.forget(), {}, {}, all ? HOLDFAST_NORM_RMS : HOLDFAST_NORM_LAYER};
+                call.dtype = dtype;
+                if (all) call.gate = gate, call.weight = weight, call.dgate = dgate, call.dweight = dweight;
+                ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+                if (!all) weight.fill(1);
+                expect_gradients(x, gate, weight, dout, &dx, all ? &dgate : nullptr, all ? &dweight : nullptr, !all, all, 1e-6f,
+                                 dtype);
+                EXPECT_TRUE(dx.gaps_intact() && dgate.gaps_intact() && dweight.gaps_intact());
+                EXPECT_EQ(context.messages.back().find(std::string("head_norm_gate_backward: head_norm_gate_backward_") +
+                                                       dtype.name + "_" + name + " (backend forced"),
+                          0u)
+                    << context.messages.back();
+                // Of no tokens: zeros.
+                Array none({2, 0, 2, 10}), shared = Array({10}).fill(1), dshared = Array({10}).forget();
+                HeadNormGateBackward of_none{none, {}, shared, none, none, {}, dshared, HOLDFAST_NORM_RMS, 0, dtype};
+                EXPECT_EQ(of_none.run(context), HOLDFAST_OK) << context.error();
+                for (float value : dshared.values()) EXPECT_EQ(value, 0);
+            }
+    }
+}
+
 TEST(Backends, RotationsAndNormsCopyWhatIsOnTheCpu) {
     for (const char *name : {"metal", "opencl", "vulkan"}) {
         if (!runs(name)) continue;
@@ -164,6 +207,13 @@ TEST(Backends, MoreTokensThanOneLaunchTakes) {
     Array weight = Array({1, 2}).fill(random, -2, 2);
     ASSERT_EQ((HeadNormGate{x, {}, weight, out}).run(context), HOLDFAST_OK) << context.error();
     expect_normed(x, x, weight, out, false, false, f32);
+    // What a weight's gradient sums up of the first launch goes on in the second. Entries as tokens: the same.
+    for (const Index &shape : {Index{1, T, 1, 2}, {T, 1, 1, 2}}) {
+        Array rows = Array(shape).fill(random), dout = Array(shape).fill(random), dx = Array(shape).forget();
+        Array shared = Array({2}).fill(1), dweight = Array({2}).forget();
+        ASSERT_EQ((HeadNormGateBackward{rows, {}, shared, dout, dx, {}, dweight}).run(context), HOLDFAST_OK) << context.error();
+        expect_gradients(rows, rows, Array({1, 2}).fill(1), dout, &dx, nullptr, &dweight, false, false, 1e-6f, f32);
+    }
 }
 
 TEST(Backends, PowerRetentionCopiesWhatIsOnTheCpu) {
@@ -622,6 +672,47 @@ TEST_P(Tensors, AreNormedWhereTheyLie) {
                 expect_message(std::string(", on ") + device->name);
                 d.expect_released();
             }
+}
+
+TEST_P(Tensors, HaveGradientsWhereTheyLie) {
+    for (const Dtype &dtype : all_dtypes)
+        for (int heads : {0, 1, 2}) {  // that have weights: none, all the same, each its own
+            SCOPED_TRACE(std::string(dtype.name) + ", weights " + std::to_string(heads));
+            Random random;
+            const Layout layout = heads ? Layout::padded : Layout::compact;
+            const Index shape = {2, 67, 2, 33};
+            Array x = Array(shape, layout).fill(random), gate(shape, layout), dout = Array(shape, layout).fill(random);
+            Array dx = Array(shape, layout).forget(), dgate = dx, weight = Array({2, 33}).fill(random, -2, 2);
+            Array dweight = heads == 1 ? Array({33}).forget() : Array({2, 33}).forget();
+            each(weight.shape, [&](const Index &i) {
+                if (heads < 2) weight(i) = heads ? weight({0, i[1]}) : 1;
+            });
+            fill_gates(gate, random);
+            for (Array *a : {&x, &gate, &dout}) round_to(dtype, *a);
+            OnDevice d(*device, {x, gate, weight, dout, dx, dgate, dweight}, dtype, {0, 1, 3, 4, 5});
+            DLTensor weights = d.tensors[2];
+            if (heads == 1) weights.ndim = 1, weights.shape++, weights.strides++;
+            holdfast_head_norm_gate_backward_args args = {};
+            args.struct_size = sizeof args, args.x = &d.tensors[0], args.gate = heads ? &d.tensors[1] : nullptr;
+            args.weight = heads ? &weights : nullptr, args.dout = &d.tensors[3], args.dx = &d.tensors[4];
+            args.dgate = heads ? &d.tensors[5] : nullptr, args.dweight = heads ? &d.tensors[6] : nullptr;
+            args.norm = heads == 1 ? HOLDFAST_NORM_LAYER : HOLDFAST_NORM_RMS, args.eps = 1e-6f;
+            ASSERT_EQ(holdfast_head_norm_gate_backward(context, &args), HOLDFAST_OK) << context.error();
+            d.fetch({4, 5, 6});
+            expect_gradients(x, gate, weight, dout, &dx, heads ? &dgate : nullptr, heads ? &dweight : nullptr, heads == 1,
+                             heads, 1e-6f, dtype);
+            expect_message(std::string(", on ") + device->name);
+            d.expect_released();
+        }
+    Random random;
+    Array dout = Array({2, 3, 2, 10}).fill(random), theta = thetas(5, random);
+    const Array before = dout;
+    OnDevice d(*device, {dout, theta}, f32, {0});
+    holdfast_rotate_backward_args args = {};
+    args.struct_size = sizeof args, args.dout = args.dx = &d.tensors[0], args.theta = &d.tensors[1], args.offset = 7;
+    ASSERT_EQ(holdfast_rotate_backward(context, &args), HOLDFAST_OK) << context.error();
+    d.fetch({0});
+    expect_rotated(before, theta, dout, false, [](int64_t, int64_t t) { return 7 + t; }, f32, true);
 }
 
 TEST_P(Tensors, OfPowerRetentionAreUsedWhereTheyLie) {

@@ -25,7 +25,9 @@ int main(void) {
       (function)holdfast_forward,
       (function)holdfast_step,
       (function)holdfast_rotate,
+      (function)holdfast_rotate_backward,
       (function)holdfast_head_norm_gate,
+      (function)holdfast_head_norm_gate_backward,
   };
   size_t n;
   static holdfast_forward_args args;

@@ -90,6 +90,32 @@ TEST(Forms, AgreeOver4096Tokens) {
     EXPECT_LE(relative_rms(tokens.out.values(), whole.out.values()), tolerance::relative_rms_between_forms);
 }
 
+// One call of a million tokens of one head: no drift, and workspace as for a thousand.
+TEST(LongSequence, AMillionTokens) {
+    auto workspace_of = [](int64_t T) {
+        size_t bytes = 0;
+        auto allocate = [](void *sum, size_t bytes, size_t alignment) {
+            *(size_t *)sum += bytes;
+            return std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+        };
+        Context context("", 1);
+        EXPECT_EQ(holdfast_context_set_allocator(
+                      context, allocate, [](void *, void *memory, size_t) { std::free(memory); }, &bytes),
+                  HOLDFAST_OK);
+        for (Gates gates : {Gates::weak, Gates::per_head}) {
+            Problem p{1, T, 1, 8, 8, gates};
+            if (gates == Gates::per_head) p.log_decay.fill((float)std::log1p(-0x1p-12));  // RetNet's slowest of 8
+            run(p.forward(), context);
+            const reference::Result want = reference::retention(p.inputs());
+            EXPECT_LE(relative_rms(p.out.values(), want.out), tolerance::relative_rms) << name(gates);
+            EXPECT_LE(relative_rms(p.final_state.values(), want.state), tolerance::relative_rms) << name(gates);
+        }
+        context.destroy();
+        return bytes;
+    };
+    EXPECT_EQ(workspace_of(1 << 20), workspace_of(1 << 10));
+}
+
 // Every tensor of a problem moved to where `stride` spreads it over gigabytes, and called there: the same bits must come out.
 void expect_same_far_apart(Problem p, const std::vector<Index> &strides) {
     Context context;

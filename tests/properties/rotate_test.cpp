@@ -1,4 +1,4 @@
-// What holdfast_rotate promises, for every target of the CPU that runs here and every type.
+// What holdfast_rotate and holdfast_rotate_backward promise, for every target of the CPU that runs here and every type.
 #include "../allocations.h"
 #include "../tokens.h"
 
@@ -28,8 +28,9 @@ protected:
     }
     /// `out` is x turned by theta position(b, t).
     template<class Position>
-    void expect_rotated(const Array &x, const Array &theta, const Array &out, bool interleaved, const Position &position) {
-        test::expect_rotated(x, theta, out, interleaved, position, dtype);
+    void expect_rotated(const Array &x, const Array &theta, const Array &out, bool interleaved, const Position &position,
+                        bool backward = false) {
+        test::expect_rotated(x, theta, out, interleaved, position, dtype, backward);
     }
 };
 
@@ -74,9 +75,46 @@ TEST_P(RotateTest, PositionsAreThoseGiven) {
             }
 }
 
+TEST_P(RotateTest, BackwardTurnsTheOtherWay) {
+    const Array theta = thetas(5, random);
+    constexpr int64_t least = std::numeric_limits<int64_t>::min();
+    for (const Index &shape : {Index{2, 7, 2, 10}, {9, 1, 2, 10}})
+        for (Layout layout : layouts)
+            for (bool interleaved : {false, true})
+                for (int64_t offset : {(int64_t)1'000'000, (int64_t)-7, least}) {
+                    SCOPED_TRACE(text(shape) + name(layout) + (interleaved ? ", interleaved" : "") + ", offset " +
+                                 std::to_string(offset));
+                    Array dout = rows(shape, layout), dx = Array(shape, layout).forget(), angles = theta;
+                    const Array before = dout;
+                    run({dout, angles, dx, offset, interleaved, f32, nullptr, true});
+                    EXPECT_TRUE(dout.same_memory(before));
+                    expect_rotated(dout, theta, dx, interleaved, [&](int64_t, int64_t t) { return offset + t; }, true);
+                    run({dout, angles, {}, offset, interleaved, f32, nullptr, true});
+                    EXPECT_TRUE(same_bits(dx, dout)) << "in place";
+                }
+}
+
+// <dout, rotate(x)> = <rotate_backward(dout), x>, at positions that are given.
+TEST_P(RotateTest, BackwardIsTheGradient) {
+    Array theta = thetas(20, random), x = rows({2, 6, 3, 40}), dout = rows(x.shape), out = Array(x.shape).forget(), dx = out;
+    std::vector<int64_t> where = positions(12, random);
+    int64_t shape[] = {2, 6};
+    DLTensor given = {where.data(), {kDLCPU, 0}, 2, {kDLInt, 64, 1}, shape, nullptr, 0};
+    run({x, theta, out, 0, false, f32, &given});
+    run({dout, theta, dx, 0, false, f32, &given, true});
+    expect_rotated(dout, theta, dx, false, [&](int64_t b, int64_t t) { return where[6 * b + t]; }, true);
+    double forward = 0, backward = 0, size = 0;
+    each(x.shape, [&](const Index &i) {
+        forward += (double)dout(i) * out(i), backward += (double)dx(i) * x(i), size += std::abs((double)dx(i) * x(i));
+    });
+    EXPECT_NEAR(forward, backward, (2 * tolerance::of_rotation + 2 * dtype.rounding_of(1)) * size);
+}
+
 TEST_P(RotateTest, PositionZeroChangesNothing) {
     Array theta = thetas(20, random), x = rows({3, 1, 2, 40}), out = Array(x.shape).forget();
     run({x, theta, out});
+    EXPECT_TRUE(same_bits(x, out));
+    run({x, theta, out.forget(), 0, false, f32, nullptr, true});
     EXPECT_TRUE(same_bits(x, out));
 }
 

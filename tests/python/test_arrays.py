@@ -296,8 +296,14 @@ def test_resident_memory_does_not_grow(problem):
             thread.start()
             thread.join()
 
+    # A round may happen to find one context more alive than the last one did, of 8 MB, and keep its memory; what is lost is
+    # lost in every round. Far below what 200 contexts or 200 results (64 KiB each and more) would take.
     call_on_threads(20)
-    before = resident_bytes()
-    call_on_threads(200)
-    # Far below what 200 contexts or 200 results (64 KiB each and more) would take.
-    assert resident_bytes() - before < 4 << 20
+    growth = []
+    for _ in range(5):
+        before = resident_bytes()
+        call_on_threads(200)
+        growth.append(resident_bytes() - before)
+        if growth[-1] < 4 << 20:
+            return
+    raise AssertionError(f"memory grew in every round, by {growth} bytes")

@@ -69,6 +69,12 @@ def test_readme_python(tmp_path: Path) -> None:
     assert float(run([sys.executable, "-c", example], tmp_path, PYTHONPATH=str(BUILD / "python"))) < 1e-4
 
 
+def test_pytorch_page(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    ((_, _, example),) = blocks("docs/pytorch.md", "python")
+    assert float(run([sys.executable, "-c", example], tmp_path, PYTHONPATH=str(BUILD / "python"))) < 1e-4
+
+
 def test_readme_c(tmp_path: Path) -> None:
     ((_, _, example),) = blocks("README.md", "c")
     (tmp_path / "example.c").write_text(example)

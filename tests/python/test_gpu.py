@@ -44,17 +44,21 @@ def test_a_backend_can_be_forced(name, problem):
         np.testing.assert_allclose(np.einsum("bhij,bjhe->bihe", weights, p.v), want, rtol=1e-5, atol=1e-6)
         q, k, v = (x[:, 0] for x in (p.q, p.k, p.v))
         token = holdfast.retention_step(q, k, v, None, power_state, power_sum, degree=2)
-        x, theta = p.q[..., :4], holdfast.theta(4)
+        x, theta, weight = p.q[..., :4], holdfast.theta(4), np.arange(4, dtype=np.float32)
         turned, normed = holdfast.rotate(x, theta, 3), holdfast.head_norm_gate(x, p.q)
+        back, gradients = holdfast.rotate_backward(x, theta, 3), holdfast.head_norm_gate_backward(x, x, p.q, weight)
         holdfast.set_backend(None)
         np.testing.assert_allclose(turned, holdfast.rotate(x, theta, 3), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(normed, holdfast.head_norm_gate(x, p.q), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(back, holdfast.rotate_backward(x, theta, 3), rtol=1e-5, atol=1e-6)
+        for got, wanted in zip(gradients, holdfast.head_norm_gate_backward(x, x, p.q, weight), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
         want, want_state, want_sum = holdfast.retention(p.q, p.k, p.v, degree=2, return_state=True)
         np.testing.assert_allclose(power, want, rtol=1e-4, atol=1e-5)
         want = holdfast.retention_step(q, k, v, None, want_state, want_sum, degree=2)
         np.testing.assert_allclose(token, want, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(power_state, want_state, rtol=1e-4, atol=1e-5)
-        del lines[-4:]
+        del lines[-6:]
         assert all("tensors copied from the CPU and back" in line for line in lines[1:])
         assert [line.split(":")[0] for line in lines] == [
             *["forward"] * 2,
@@ -63,6 +67,8 @@ def test_a_backend_can_be_forced(name, problem):
             "step",
             "rotate",
             "head_norm_gate",
+            "rotate_backward",
+            "head_norm_gate_backward",
         ]
     else:
         with pytest.raises(holdfast.TargetUnavailable, match="which cannot run here") as error:
@@ -89,6 +95,10 @@ def test_new_arrays_need_a_library():
         holdfast.rotate(x, x)
     with pytest.raises(NotImplementedError, match="x is on a GPU and of type Exporter"):
         holdfast.head_norm_gate(x)
+    with pytest.raises(NotImplementedError, match="dout is on a GPU and of type Exporter"):
+        holdfast.rotate_backward(x, x)
+    with pytest.raises(NotImplementedError, match="x is on a GPU and of type Exporter"):
+        holdfast.head_norm_gate_backward(x, x)
 
 
 SCRIPT = """
@@ -150,9 +160,13 @@ for _ in range(2):
         assert type(x) is Library and x.shape == (1, 40, 2, 8) and x.array[0, 0, 0, 0] == 7
 out = on_gpu(1, 40, 2, 8)
 assert holdfast.rotate(q, theta, out=out) is out and holdfast.head_norm_gate(out, out=out) is out
+assert holdfast.rotate_backward(out, theta, dx=out) is out
 record = stub.stub_record().decode().splitlines()
-assert len([line for line in record if line.startswith("cuLaunchKernel")]) == 6, record
+assert len([line for line in record if line.startswith("cuLaunchKernel")]) == 7, record
 assert not [line for line in record if "Memcpy" in line or "Synchronize" in line or "Alloc" in line], record
+gradients = holdfast.head_norm_gate_backward(q, q, q, on_gpu(2, 8))
+assert [type(x) for x in gradients] == [Library] * 3
+assert [x.shape for x in gradients] == [(1, 40, 2, 8), (1, 40, 2, 8), (2, 8)], [x.shape for x in gradients]
 try:
     holdfast.retention_step(q, q, q, None, state)
 except ValueError as error:

@@ -50,7 +50,7 @@ def test_the_selected_variants_are_those_that_run(problem):
     holdfast.set_verbose(lines.append)
     selected = [v for v in holdfast.info()["variants"] if v["selected"]]
     kernels = {"chunkwise", "parallel", "recurrent", "power", "power_step", "rotate", "head_norm_gate"}
-    gradients = {"chunkwise_backward", "parallel_backward", "power_backward"}
+    gradients = {"chunkwise_backward", "parallel_backward", "power_backward", "head_norm_gate_backward"}
     assert {v["kernel"] for v in selected} == kernels | gradients
     assert all(v["runs_here"] for v in selected)
     for variant in selected:
@@ -65,6 +65,7 @@ def test_the_selected_variants_are_those_that_run(problem):
         around = {
             "rotate": lambda x: holdfast.rotate(x, holdfast.theta(6)),
             "head_norm_gate": lambda x: holdfast.head_norm_gate(x),
+            "head_norm_gate_backward": lambda x: holdfast.head_norm_gate_backward(x, x),
         }
         if call := around.get(variant["kernel"]):
             call(of_dtype(np.zeros((1, 2, 1, 6), np.float32)))

@@ -168,6 +168,51 @@ def test_power(problem, degree, normalize):
         assert np.all(np.abs(token - expected[:, t]) <= 2e-5 * spread[:, t])
 
 
+FORMS = ["auto", "parallel", "chunkwise", "recurrent"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_by_hand(form):
+    # Two tokens of one head, K = 2, V = 1, decay 1/2, scale 1:
+    #   S_1 = [1 2]^T 3 = [3 6]^T             out_1 = [1 1] S_1 = 9
+    #   S_2 = S_1 / 2 + [4 0]^T 5 = [21.5 3]^T  out_2 = [2 -1] S_2 = 40
+    q = np.array([[1, 1], [2, -1]], "f").reshape(1, 2, 1, 2)
+    k = np.array([[1, 2], [4, 0]], "f").reshape(1, 2, 1, 2)
+    v = np.array([3, 5], "f").reshape(1, 2, 1, 1)
+    half = np.log([0.5], dtype="f")
+    out, state = holdfast.retention(q, k, v, half, scale=1, form=form, return_state=True)
+    assert_close(out[0, :, 0, 0], np.array([9, 40]), 1e-6)
+    assert_close(state[0, 0, :, 0], np.array([21.5, 3]), 1e-6)
+
+    # Degree 2, divided by the sum of weights: w_11 = 3^2, w_21 = (2 - 2)^2 / 2, w_22 = 8^2; without a decay, of q = k = 1.
+    out = holdfast.retention(q, k, v, half, degree=2, form=form)
+    assert_close(out[0, :, 0, 0], np.array([3, 5]), 1e-6)
+    ones = np.ones((1, 2, 1, 1), "f")
+    out, state, keys = holdfast.retention(ones, ones, v, degree=2, form=form, return_state=True)
+    assert_close(out[0, :, 0, 0], np.array([3, 4]), 1e-6)
+    assert_close(state[0, 0, :, 0], np.array([8]), 1e-6)
+    assert_close(keys[0, 0], np.array([2]), 1e-6)
+
+
+@pytest.mark.parametrize("degree, normalize", [(1, False), (1, True), (2, True), (2, False), (3, False), (4, True)])
+@pytest.mark.parametrize("form", FORMS)
+def test_decode_after_prefill(problem, form, degree, normalize):
+    T, prompt = 50, 43
+    p = problem(2, T, 3, 6, 5)
+    options = {"degree": degree, "normalize": normalize}
+    whole, *carried = holdfast.retention(p.q, p.k, p.v, p.log_decay, form="chunkwise", return_state=True, **options)
+    head = [x[:, :prompt] for x in (p.q, p.k, p.v, p.log_decay)]
+    out, *states = holdfast.retention(*head, form=form, return_state=True, **options)
+    tokens = [holdfast.retention_step(*(x[:, t] for x in (p.q, p.k, p.v, p.log_decay)), *states, **options)
+              for t in range(prompt, T)]  # fmt: skip
+    # What is divided by may nearly vanish: the sum of weights of an odd degree, and that of small (q.k)^4, of which states have
+    # the terms.
+    limit = 1e-3 if normalize and degree != 2 else 1e-5
+    assert_close(np.concatenate([out, np.stack(tokens, axis=1)], axis=1), whole.astype("d"), limit)
+    for state, expected in zip(states, carried, strict=True):
+        assert_close(state, expected.astype("d"), 1e-5)
+
+
 @pytest.mark.parametrize("scale", [1, -0.25, np.float32(3)])
 def test_scale(problem, scale):
     p = problem(1, 70, 2, 16, 8)

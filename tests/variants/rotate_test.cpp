@@ -13,7 +13,7 @@ struct Variant {
     Dtype dtype;
     const char *backend;
     int (*run)(const void *user_context, halide_buffer_t *x, halide_buffer_t *theta, halide_buffer_t *position,
-               int32_t position_bits, uint32_t start, uint32_t start_upper, halide_buffer_t *out);
+               int32_t position_bits, uint32_t start, uint32_t start_upper, int32_t backward, halide_buffer_t *out);
 };
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, ...) \
     {#name, dtype, backend_of(#target), name},

@@ -1,8 +1,9 @@
 """Holdfast: retention kernels compiled ahead of time.
 
-`retention` computes, and `retention_backward` its gradients; `retention_step` does one token, with the state in place;
-`decay` makes RetNet's decays. `rotate` turns queries and keys by their positions, by the angles of `theta`, and
-`head_norm_gate` is what follows retention.
+`retention` computes, `power_retention` with the defaults of that, and `retention_backward` the gradients;
+`retention_step` does one token, with the state in place; `decay` makes RetNet's decays. `rotate` turns queries and keys
+by their positions, by the angles of `theta`, and `head_norm_gate` is what follows retention; `rotate_backward` and
+`head_norm_gate_backward` are their gradients. `holdfast.torch` has the same for PyTorch, differentiable.
 `info` says what was compiled and what would run here; `set_num_threads`, `set_target`, `set_backend` and `set_verbose`
 set options for all calls of the process.
 
@@ -28,7 +29,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from math import comb
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -48,11 +48,14 @@ __all__ = [
     "decay",
     "get_num_threads",
     "head_norm_gate",
+    "head_norm_gate_backward",
     "info",
+    "power_retention",
     "retention",
     "retention_backward",
     "retention_step",
     "rotate",
+    "rotate_backward",
     "set_backend",
     "set_num_threads",
     "set_target",
@@ -182,6 +185,45 @@ def retention(
     return made
 
 
+def power_retention(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array | None = None,
+    *,
+    scale: float | None = None,
+    degree: int = 2,
+    normalize: bool = True,
+    form: Literal["auto", "parallel", "chunkwise", "recurrent"] = "auto",
+    chunk_size: int | None = None,
+    initial_state: Array | None = None,
+    initial_sum_of_keys: Array | None = None,
+    cu_seqlens: Array | None = None,
+    return_state: bool = False,
+    return_weights: bool = False,
+    state_layout: Literal["kv", "vk"] = "kv",
+    expansion: Literal["tight", "tiled"] = "tight",
+    out: Array | None = None,
+) -> Any:
+    """`retention` with the defaults of power retention (Kumar et al. 2025, arXiv:2507.04239): weights are powers of
+    q.k, of degree 2 to 4, divided by their sum:
+
+        out_t = sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts
+        w_ts = (q_t.k_s)^p exp(log_decay_{s+1} + .. + log_decay_t)
+
+    The sum of weights stands where softmax has its own, and beside a state a sum of keys, so with `return_state` the
+    result is (out, state, sum_of_keys). A normalized out does not depend on `scale`. An odd degree keeps the sign of
+    q.k, and the sum of weights may vanish: out is then infinite or not a number. Arguments, results and errors are
+    those of `retention`.
+    """
+    return retention(
+        q, k, v, log_decay, scale=scale, degree=degree, normalize=normalize, form=form, chunk_size=chunk_size,
+        initial_state=initial_state, initial_sum_of_keys=initial_sum_of_keys, cu_seqlens=cu_seqlens,
+        return_state=return_state, return_weights=return_weights, state_layout=state_layout, expansion=expansion,
+        out=out,
+    )  # fmt: skip
+
+
 class Gradients(NamedTuple):
     """Of a loss, for the arguments of `retention` of these names, and of their shapes; None for what was not wanted."""
 
@@ -291,6 +333,8 @@ def retention_step(
     scale: float | None = None,
     degree: int = 1,
     normalize: bool | None = None,
+    state_layout: Literal["kv", "vk"] = "kv",
+    expansion: Literal["tight", "tiled"] = "tight",
     out: Array | None = None,
 ) -> Any:
     """One token of `retention`, the state updated in place (decay first, then write): what a model does for each token
@@ -311,6 +355,8 @@ def retention_step(
         scale: multiplies q.k, before the power; finite, not 0. None: K^-1/2.
         degree: p, the power of q.k: 1 to 4.
         normalize: divide by the sum of weights. None: degree > 1.
+        state_layout: of the state: "kv", [.., D, V], or "vk", [.., V, D].
+        expansion: order of the D features of expanded keys, as for `retention`.
         out: written in place and returned itself, [B, H, V].
 
     Returns:
@@ -323,18 +369,20 @@ def retention_step(
     Raises: see the module. A positive or NaN decay is a ValueError. After an error other than MemoryError and
     RuntimeError the state is as it was.
     """
-    power, normalized = 1, 0
-    if (degree, normalize) != (1, None):
-        power, normalized = _degree(degree), _option("normalize", normalize, _NORMALIZE)
+    options = _STEP
+    if (degree, normalize, state_layout, expansion) != _STEP_DEFAULTS:
+        options = (
+            _degree(degree),
+            _option("normalize", normalize, _NORMALIZE),
+            _option("state_layout", state_layout, _STATE_LAYOUTS),
+            _option("expansion", expansion, _EXPANSIONS),
+        )
     stream, given = 1, out
     if (device := _gpu(q)) is not None:
         given = _on_gpu(q, k, v, False, out, None, None, "B")[0]
         stream = _cuda_stream(q) if device in _CUDA else 0
-    result = _holdfast.step(q, k, v, log_decay, state, scale, given, stream, sum_of_keys, power, normalized)
+    result = _holdfast.step(q, k, v, log_decay, state, scale, given, stream, sum_of_keys, *options)
     return _like(q, result) if given is None else result
-
-
-_EXPANSIONS = {"tight": 0, "tiled": 1}
 
 
 def state_size(key_size: int, degree: int = 1, expansion: Literal["tight", "tiled"] = "tight") -> int:
@@ -416,12 +464,44 @@ def rotate(
 
     Raises: see the module; TypeError for an offset that is not an int, ValueError for one beyond 64 bits.
     """
-    first = index(offset)
-    if not -(2**63) <= first < 2**63:
-        raise ValueError(f"offset is {first}; expected an int of 64 bits")
     given, stream = _out_on_gpu(x, out)
-    result = _holdfast.rotate(x, theta, first, positions, bool(interleaved), given, stream)
+    result = _holdfast.rotate(x, theta, _offset(offset), positions, bool(interleaved), given, stream)
     return _like(x, result) if given is None else result
+
+
+def rotate_backward(
+    dout: Array,
+    theta: Array,
+    offset: int = 0,
+    interleaved: bool = False,
+    *,
+    positions: Array | None = None,
+    dx: Array | None = None,
+) -> Any:
+    """The gradient of `rotate` with respect to x: turns each pair by the opposite angle.
+
+        angle = theta_j position
+        dx_0 = dout_0 cos(angle) + dout_1 sin(angle)
+        dx_1 = dout_1 cos(angle) - dout_0 sin(angle)
+
+    As exact as `rotate`, at every position.
+
+    Args:
+        dout: gradient of out [B, T, H, K].
+        theta, offset, interleaved, positions: as `rotate` got them.
+        dx: written in place and returned itself, [B, T, H, K]; may be dout.
+
+    Returns:
+        dx [B, T, H, K]: a new array of dout's kind, as from `retention`, unless `dx` is given.
+
+    dout and dx have one dtype: float32, float16 or bfloat16. All arrays are on one device, of any strides but with a
+    contiguous last axis (positions: any strides). `dx` may be exactly dout, and shares no memory with anything else.
+
+    Raises: as `rotate`.
+    """
+    given, stream = _out_on_gpu(dout, dx, "dout")
+    result = _holdfast.rotate_backward(dout, theta, _offset(offset), positions, bool(interleaved), given, stream)
+    return _like(dout, result) if given is None else result
 
 
 def head_norm_gate(
@@ -456,13 +536,61 @@ def head_norm_gate(
 
     Raises: see the module.
     """
-    if norm not in ("rms", "layer"):
-        raise ValueError(f"norm is {norm!r}; expected 'rms' or 'layer'")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float, np.integer, np.floating)):
-        raise TypeError(f"eps is of type {type(eps).__name__}; expected a number")
+    layer_norm, eps = _norm(norm, eps)
     given, stream = _out_on_gpu(x, out)
-    result = _holdfast.head_norm_gate(x, gate, weight, norm == "layer", float(eps), given, stream)
+    result = _holdfast.head_norm_gate(x, gate, weight, layer_norm, eps, given, stream)
     return _like(x, result) if given is None else result
+
+
+def head_norm_gate_backward(
+    dout: Array,
+    x: Array,
+    gate: Array | None = None,
+    weight: Array | None = None,
+    norm: Literal["rms", "layer"] = "rms",
+    eps: float = 1e-6,
+    *,
+    dx: Array | bool = True,
+    dgate: Array | bool = True,
+    dweight: Array | bool = True,
+) -> tuple[Any, Any, Any]:
+    """The gradients of `head_norm_gate`. With n = y / d the row normed by d = sqrt(mean(x^2) + eps), for norm "layer"
+    sqrt(variance(x) + eps), p = 1 / (1 + exp(-gate)) and s = gate p, of every row of V features:
+
+        u = dout weight s
+        dx = (u - n mean(u n)) / d                           norm "rms"
+        dx = (u - mean(u) - n mean(u n)) / d                 norm "layer"
+        dgate = dout weight n p (1 + gate (1 - p))
+        dweight = sum of dout n s                            over all tokens and entries; of a weight [V] over heads too
+
+    Nothing of the call of `head_norm_gate` is needed but its arguments.
+
+    Args:
+        dout: gradient of out [B, T, H, V].
+        x, gate, weight, norm, eps: as `head_norm_gate` got them.
+        dx, dgate, dweight: True: wanted, where there is such an argument. False: not wanted, and costs nothing. Or an
+            array that is written in place and returned itself.
+
+    Returns:
+        (dx, dgate, dweight), each of the shape of what it is the gradient of: new arrays of the kind of x, and of
+        weight, as from `retention`, unless they are given; None for what is not wanted or not there.
+
+    dout, x, gate, dx and dgate have one dtype: float32, float16 or bfloat16; weight and dweight are float32. All is
+    computed in float32, and dx and dgate are rounded once. All arrays are on one device, of any strides but with a
+    contiguous last axis. Gradients share no memory with anything else.
+
+    Raises: see the module.
+    """
+    layer_norm, eps = _norm(norm, eps)
+    there = ((dx, x), (dgate, gate), (dweight, weight))
+    wanted = [None if d is False or (d is True and of is None) else d for d, of in there]
+    _, stream = _out_on_gpu(x, True)
+    if _gpu(x) is not None:
+        wanted = [_out_on_gpu(of, None)[0] if d is True else d for d, (_, of) in zip(wanted, there, strict=True)]
+    results = _holdfast.head_norm_gate_backward(dout, x, gate, weight, layer_norm, eps, tuple(wanted), stream)
+    made = zip(results, wanted, (x, x, weight), strict=True)
+    dx, dgate, dweight = (_like(of, result) if d is True else result for result, d, of in made)
+    return dx, dgate, dweight
 
 
 def theta(key_size: int, convention: Literal["retnet", "rope"] = "retnet") -> np.ndarray:
@@ -586,13 +714,14 @@ def set_verbose(listener: Callable[[str], object] | None) -> None:
 
 
 _DEFAULTS = (1, None, "auto", False, "kv", "tight")
-
+_STEP_DEFAULTS = (1, None, "kv", "tight")
 
 # As in holdfast.h.
 _NORMALIZE = {None: 0, False: 1, True: 2}
 _FORMS = {"auto": 0, "parallel": 1, "chunkwise": 2, "recurrent": 3}
 _STATE_LAYOUTS = {"kv": 0, "vk": 1}
 _EXPANSIONS = {"tight": 0, "tiled": 1}
+_STEP = (1, 0, 0, 0)  # _STEP_DEFAULTS
 
 
 def _option(name: str, value: Any, numbers: dict[Any, int]) -> int:
@@ -609,12 +738,18 @@ def _degree(degree: Any) -> int:
     return int(degree)
 
 
-def _expanded_size(q: Any, degree: int, expansion: str) -> int:
+def _key_size(q: Any) -> int:
+    return int(q.shape[-1]) if getattr(q, "shape", ()) else 1
+
+
+def _expanded_size(key_size: int, degree: int, expansion: str) -> int:
     """D of holdfast.h: features of an expanded key."""
-    key_size = int(q.shape[-1]) if getattr(q, "shape", ()) else 1
     if expansion == "tiled":
-        return 256 * comb(key_size // 16 + 1, 2)
-    return comb(key_size + degree - 1, degree)
+        return 128 * (key_size // 16) * (key_size // 16 + 1)
+    size = 1
+    for factor in range(degree):  # of whole numbers each time: key_size may be a symbol of PyTorch's
+        size = size * (key_size + factor) // (factor + 1)
+    return size
 
 
 def _options(
@@ -628,7 +763,7 @@ def _options(
         _option("form", form, _FORMS),
         _option("state_layout", state_layout, _STATE_LAYOUTS),
         _option("expansion", expansion, _EXPANSIONS),
-        0 if power == 1 else _expanded_size(q, power, expansion),
+        0 if power == 1 else _expanded_size(_key_size(q), power, expansion),
         normalized == 2 or (normalized == 0 and power > 1),
         bool(return_weights),
     )
@@ -640,8 +775,8 @@ _GPUS = (*_CUDA, 4, 7, 8)  # kDLOpenCL, kDLVulkan, kDLMetal
 
 def _gpu(q: Any) -> int | None:
     """DLPack's type of the GPU that q is on; None where it is not, or does not say."""
-    if isinstance(q, np.ndarray) or not hasattr(q, "__dlpack_device__"):
-        return None
+    if isinstance(q, np.ndarray) or getattr(q, "is_cpu", None) is True or not hasattr(q, "__dlpack_device__"):
+        return None  # is_cpu: PyTorch's, and quicker
     try:
         device = int(q.__dlpack_device__()[0])
     except Exception:  # the library says what is wrong
@@ -674,12 +809,28 @@ def _library(name: str, x: Any, needed: bool) -> Any:
     return None
 
 
-def _out_on_gpu(x: Any, out: Any) -> tuple[Any, int]:
+def _offset(offset: int) -> int:
+    first = index(offset)
+    if not -(2**63) <= first < 2**63:
+        raise ValueError(f"offset is {first}; expected an int of 64 bits")
+    return first
+
+
+def _norm(norm: str, eps: float) -> tuple[bool, float]:
+    """Whether it is layer norm, and eps."""
+    if norm not in ("rms", "layer"):
+        raise ValueError(f"norm is {norm!r}; expected 'rms' or 'layer'")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, np.integer, np.floating)):
+        raise TypeError(f"eps is of type {type(eps).__name__}; expected a number")
+    return norm == "layer", float(eps)
+
+
+def _out_on_gpu(x: Any, out: Any, name: str = "x") -> tuple[Any, int]:
     """(out, stream) of a call whose out has the shape of x: on a GPU made by x's library, if it is not given."""
     if (device := _gpu(x)) is None:
         return out, 1
     if out is None:
-        out = _library("x", x, True).empty(tuple(x.shape), dtype=x.dtype, device=x.device)
+        out = _library(name, x, True).empty(tuple(x.shape), dtype=x.dtype, device=x.device)
     return out, _cuda_stream(x) if device in _CUDA else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         bench.add_arguments(bench_parser)
         return bench.run(parser.parse_args(arguments))
+    train_parser = commands.add_parser("train", help="train a language model of bytes (needs PyTorch)")
+    generate_parser = commands.add_parser("generate", help="continue a prompt with a trained model (needs PyTorch)")
+    plot_parser = commands.add_parser("plot", help="draw the losses of runs (needs matplotlib)")
+    # PyTorch's idle threads would spin, on cores that Holdfast's could use. It reads this when it is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        if "train" in arguments[:1]:
+            from . import train
+
+            train.add_arguments(train_parser)
+            return train.run(train_parser, list(arguments[1:]))
+        if "generate" in arguments[:1]:
+            from . import generate
+
+            generate.add_arguments(generate_parser)
+            return generate.run(parser.parse_args(arguments))
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "tqdm"):
+            raise
+        sys.exit(f"holdfast {arguments[0]}: {error}")
+    if "plot" in arguments[:1]:
+        from . import plot
+
+        plot.add_arguments(plot_parser)
+        return plot.run(parser.parse_args(arguments))
 
     args = parser.parse_args(arguments)
     print(json.dumps(info(), indent=2) if args.json else info_text(info()))

@@ -148,7 +148,8 @@ HOLDFAST_API holdfast_status holdfast_context_set_verbose(holdfast_context *cont
 typedef struct holdfast_variant {
     const char *name;       /**< e.g. "chunkwise_f32_c64_k64_v64_avx512" */
     const char *kernel;     /**< "chunkwise", "parallel", "recurrent", "power", "power_step", "rotate" or "head_norm_gate"; of
-                                 gradients "chunkwise_backward", "parallel_backward" or "power_backward" */
+                                 gradients "chunkwise_backward", "parallel_backward", "power_backward" or
+                                 "head_norm_gate_backward" */
     const char *dtype;      /**< of q, k, v, x, gate and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
     const char *target;     /**< what holdfast_context_set_target takes */
     int32_t chunk;          /**< tokens in a chunk, at most; 0: the kernel has no chunks */
@@ -544,6 +545,30 @@ typedef struct holdfast_rotate_args {
  *  Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_rotate(holdfast_context *context, const holdfast_rotate_args *args);
 
+/** Arguments of holdfast_rotate_backward: those of holdfast_rotate with the gradients of out and x in their places. */
+typedef struct holdfast_rotate_backward_args {
+    size_t struct_size;        /**< sizeof(holdfast_rotate_backward_args) */
+    const DLTensor *dout;      /**< gradient of out [B, T, H, K] */
+    const DLTensor *theta;     /**< as in holdfast_rotate_args, and so are the others */
+    const DLTensor *positions; /**< [T] or [B, T]; NULL: offset + t */
+    DLTensor *dx;              /**< gradient of x [B, T, H, K], written */
+    int64_t offset;
+    int32_t interleaved;
+} holdfast_rotate_backward_args;
+
+/** The gradient of holdfast_rotate with respect to x: each pair is turned by the opposite angle.
+ *
+ *      angle = theta_j position
+ *      dx_0 = dout_0 cos(angle) + dout_1 sin(angle)
+ *      dx_1 = dout_1 cos(angle) - dout_0 sin(angle)
+ *
+ *  The same kernels with the sine of the other sign: angles are as exact, for every position of 64 bits, and rotating x and then out
+ *  by the same arguments gives x to rounding. dx may be exactly dout (the same elements in the same places); else it overlaps no
+ *  other tensor. Everything else is as for holdfast_rotate: shapes, types, devices, strides, bits, threads, launches.
+ *
+ *  @returns like holdfast_rotate. Thread-safety: that of the context. */
+HOLDFAST_API holdfast_status holdfast_rotate_backward(holdfast_context *context, const holdfast_rotate_backward_args *args);
+
 /** What holdfast_head_norm_gate takes from each row and divides it by. */
 typedef enum holdfast_norm {
     HOLDFAST_NORM_RMS = 0,  /**< nothing; the root of the mean of the squares (RetNet's reference) */
@@ -585,6 +610,51 @@ typedef struct holdfast_head_norm_gate_args {
  *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_head_norm_gate(holdfast_context *context, const holdfast_head_norm_gate_args *args);
+
+/** Arguments of holdfast_head_norm_gate_backward. Set struct_size to sizeof(holdfast_head_norm_gate_backward_args) and everything not
+ *  used to zero; the struct grows at its end.
+ *
+ *  Extents, devices, offsets and strides are as for holdfast_head_norm_gate_args. x, gate, dout, dx and dgate have one type, float32,
+ *  float16 or bfloat16; weight and dweight are float32. A gradient that is NULL is not wanted, and costs nothing. */
+typedef struct holdfast_head_norm_gate_backward_args {
+    size_t struct_size;     /**< sizeof(holdfast_head_norm_gate_backward_args) */
+    const DLTensor *x;      /**< what holdfast_head_norm_gate got [B, T, H, V] */
+    const DLTensor *gate;   /**< likewise [B, T, H, V]; NULL: no gate */
+    const DLTensor *weight; /**< likewise, float32, [V] or [H, V]; NULL: ones */
+    const DLTensor *dout;   /**< gradient of out [B, T, H, V] */
+    DLTensor *dx;           /**< gradient of x [B, T, H, V], written; NULL: not wanted */
+    DLTensor *dgate;        /**< gradient of gate [B, T, H, V], written; NULL: not wanted. Only where gate is given */
+    DLTensor *dweight;      /**< gradient of weight, of its shape, written; NULL: not wanted. Only where weight is given */
+    int32_t norm;           /**< a holdfast_norm */
+    float eps;              /**< added to the mean square, or to the variance; finite, at least 0 */
+} holdfast_head_norm_gate_backward_args;
+
+/** The gradient of holdfast_head_norm_gate. With y as there, n = y / d the row normed by d = sqrt(mean(x^2) + eps), of layer norm
+ *  sqrt(variance(x) + eps), p = 1 / (1 + exp(-gate)) and s = gate p, of every row of V features:
+ *
+ *      u = dout weight s
+ *      dx = (u - n mean(u n)) / d                             HOLDFAST_NORM_RMS
+ *      dx = (u - mean(u) - n mean(u n)) / d                   HOLDFAST_NORM_LAYER
+ *      dgate = dout weight n p (1 + gate (1 - p))
+ *      dweight = the sum of dout n s over all tokens and batch entries; of a weight [V] over all heads too
+ *
+ *  Nothing of the forward call is needed but its inputs. All of it is in fp32; dx and dgate are rounded once to their type. On the
+ *  CPU dweight is summed up in fp32 over at most 1024 tokens, and of these sums in double; on a GPU in fp32, of sums over 64 tokens.
+ *  The same call on the same machine and target gives the same bits, for any number of threads; so do dx and dgate of some of its
+ *  tokens or heads alone. Numbers that fp32 cannot hold are as for holdfast_head_norm_gate.
+ *
+ *  Aliasing: inputs may share memory with one another. Outputs overlap no other tensor.
+ *
+ *  On the CPU one thread works on up to half a megabyte of rows, and for dweight on at least 1/256 of all. Workspace is half a
+ *  megabyte for each thread (more where one token has more), and for dweight 256 rows [H, V] of doubles at most; after the first call
+ *  a context allocates nothing more. On a GPU: a launch for the sums of rows, of layer norm two, and one for the weights; one for dx, one for dgate, and
+ *  five for dweight; for up to 2^15 batch entries and tokens of each, in 2^31 bytes, at once. Device memory of a few floats for each
+ *  token and head, and for dweight V for each 64 tokens and head, is the context's, which on CUDA allocates it when it has to grow.
+ *
+ *  @returns like holdfast_head_norm_gate; HOLDFAST_INVALID_ARGUMENT also for dgate without gate, and dweight without weight.
+ *  Thread-safety: that of the context. */
+HOLDFAST_API holdfast_status holdfast_head_norm_gate_backward(holdfast_context *context,
+                                                              const holdfast_head_norm_gate_backward_args *args);
 
 #ifdef __cplusplus
 }
