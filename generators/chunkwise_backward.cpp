@@ -77,8 +77,8 @@ void where(const Func &f, int update, const Expr &condition) {
 }  // namespace
 
 ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Func &v, const Func &log_decay,
-                                          const Func &state_in, const Func &dout, const Func &dstate_out,
-                                          const Chunks &chunks, const ChunkwiseBackwardExtents &extents, const Expr &scale,
+                                          const Func &state_in, const Func &dout, const Func &dstate_out, const Chunks &chunks,
+                                          const ChunkwiseBackwardExtents &extents, const Expr &scale,
                                           const ChunkwiseSizes &sizes) {
     const int C = sizes.chunk;
     Var b("b"), h("h"), c("c"), i("i"), j("j"), d("d"), e("e");
@@ -119,10 +119,17 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
     r.dcontribution = grad(r.f.contribution, 0), r.dkeys_decayed = grad(r.f.keys_decayed);
     r.dq = grad(q), r.dk = grad(k), r.dv = grad(v);
     Unguard unguard(value_extent, extents.value);
-    for (const auto &[name, adjoint] : {std::make_pair("out", r.dout_staged), {"inter", r.dinter}, {"intra", r.dintra},
-                                        {"state", r.dstate_from_inter}, {"weights", r.dweights}, {"scores", r.dscores},
-                                        {"contribution", r.dcontribution}, {"keys_decayed", r.dkeys_decayed},
-                                        {"q", r.dq}, {"k", r.dk}, {"v", r.dv}}) {
+    for (const auto &[name, adjoint] : {std::make_pair("out", r.dout_staged),
+                                        {"inter", r.dinter},
+                                        {"intra", r.dintra},
+                                        {"state", r.dstate_from_inter},
+                                        {"weights", r.dweights},
+                                        {"scores", r.dscores},
+                                        {"contribution", r.dcontribution},
+                                        {"keys_decayed", r.dkeys_decayed},
+                                        {"q", r.dq},
+                                        {"k", r.dk},
+                                        {"v", r.dv}}) {
         _halide_user_assert(adjoint.defined()) << "autodiff has no adjoint of " << name << "\n";
         adjoint.function().mutate(&unguard);
     }
@@ -131,12 +138,19 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
     // Keys until row i, rows from key j on; whole tiles of them, as in the forward's sum.
     if (sizes.causal_tile < C) {
         const auto tile = [&](const Expr &row) { return row / sizes.causal_tile * sizes.causal_tile; };
-        const int dq = update_reading(r.dq, r.dscores), dk = update_reading(r.dk, r.dscores), dv = update_reading(r.dv, r.dintra);
+        const int dq = update_reading(r.dq, r.dscores), dk = update_reading(r.dk, r.dscores),
+                  dv = update_reading(r.dv, r.dintra);
         // A variable of a derived sum is known by its name alone.
-        const auto first = [](const Func &f, int update) { return Internal::Variable::make(Int(32), Func(f).rvars(update)[0].name()); };
+        const auto first = [](const Func &f, int update) {
+            return Internal::Variable::make(Int(32), Func(f).rvars(update)[0].name());
+        };
         where(r.dq, dq, first(r.dq, dq) < tile(r.dq.update_args(dq)[1]) + sizes.causal_tile);
         where(r.dk, dk, first(r.dk, dk) >= tile(r.dk.update_args(dk)[1]));
         where(r.dv, dv, first(r.dv, dv) >= tile(r.dv.update_args(dv)[1]));
+        // What the mask makes zero need not be summed: in blocks of two tiles, as wide as vectors are.
+        const int block = 2 * sizes.causal_tile;
+        const std::vector<Var> at = r.dweights.args();
+        if (C % block == 0) where(r.dweights, 0, at[0] / block <= at[1] / block);
     }
 
     // The scan, which leaves out the final states, and back.
@@ -147,7 +161,8 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
     r.dstate = Func("dstate");
     r.dstate(e, d, c, h, b) = undef<float>();
     r.dstate(e, d, chunks.count + r.over_sequence, h, b) = dstate_out(e, d, r.over_sequence, h, b);
-    r.dstate(e, d, in, h, b) = decayed(r.f.chunk_decay(in, h, b), r.dstate(e, d, chunks.next(in), h, b), r.dstate_from_inter(e, d, in, h, b));
+    r.dstate(e, d, in, h, b) =
+        decayed(r.f.chunk_decay(in, h, b), r.dstate(e, d, chunks.next(in), h, b), r.dstate_from_inter(e, d, in, h, b));
     r.dstate_next = Func("dstate_next");
     r.dstate_next(e, d, c, h, b) = r.dstate(e, d, chunks.next(c), h, b);
     holes.back().first = r.dstate_next;
@@ -156,7 +171,8 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
     // Gates. <S, dS> of the state after the chunk without that state.
     r.over_query = RDom(0, extents.key, 0, extents.group, "over_query");
     r.row_product = Func("row_product");
-    r.row_product(i, c, h, b) += q(r.over_query.x, i, c, r.over_query.y, h, b) * r.dq(r.over_query.x, i, c, r.over_query.y, h, b);
+    r.row_product(i, c, h, b) +=
+        q(r.over_query.x, i, c, r.over_query.y, h, b) * r.dq(r.over_query.x, i, c, r.over_query.y, h, b);
     r.over_key = RDom(0, extents.key, "over_key_product");
     r.key_product = Func("key_product");
     r.key_product(j, c, h, b) += k(r.over_key, j, c, h, b) * r.dk(r.over_key, j, c, h, b);

@@ -38,9 +38,10 @@ struct ChunkwiseBackwardFuncs {
     Halide::RDom over_chunk;     // dstate, update 1: of chunk count - 1 - over_chunk
 
     // Gates.
-    Halide::Func row_product;    // (i,c,h,b): q . dq, of all queries of the group
-    Halide::Func key_product;    // (j,c,h,b): k . dk
-    Halide::Func state_product;  // (d,c,h,b): <S, dS> of the state after the chunk, in two parts: of the state before it, its decay
+    Halide::Func row_product;  // (i,c,h,b): q . dq, of all queries of the group
+    Halide::Func key_product;  // (j,c,h,b): k . dk
+    Halide::Func
+        state_product;  // (d,c,h,b): <S, dS> of the state after the chunk, in two parts: of the state before it, its decay
     Halide::Func added_product;  // (d,c,h,b): left out; and of what the chunk adds
     Halide::Func end_product;    // (c,h,b): both
     Halide::Func dlog_decay;     // (i,c,h,b)
@@ -65,8 +66,8 @@ struct ChunkwiseBackwardExtents {
 
 /// dq, dk and dv sum over (g and) keys or queries in the chunk up to the end, or from the start, of a causal tile.
 ChunkwiseBackwardFuncs chunkwise_backward(const Halide::Func &q, const Halide::Func &k, const Halide::Func &v,
-                                          const Halide::Func &log_decay, const Halide::Func &state_in,
-                                          const Halide::Func &dout, const Halide::Func &dstate_out, const Chunks &chunks,
+                                          const Halide::Func &log_decay, const Halide::Func &state_in, const Halide::Func &dout,
+                                          const Halide::Func &dstate_out, const Chunks &chunks,
                                           const ChunkwiseBackwardExtents &extents, const Halide::Expr &scale,
                                           const ChunkwiseSizes &sizes);
 

@@ -14,28 +14,28 @@ public:
     GeneratorParam<int> chunk{"chunk", 64};
     GeneratorParam<int> key_size{"key_size", 64}, value_size{"value_size", 64};  // 0: any
     GeneratorParam<int> causal_tile{"causal_tile", 8};                           // 0: the chunk
-    GeneratorParam<bool> any_state_strides{"any_state_strides", false};  // also along e: states may be value-major
-    GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};  // schedule.h
+    GeneratorParam<bool> any_state_strides{"any_state_strides", false};          // also along e: states may be value-major
+    GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};          // schedule.h
 
     // Layout: as in chunkwise_generator.cpp. A call is a segment of each sequence: its state at the start, the gradient of that
     // at its end.
-    Input<Buffer<void, 5>> q{"q"};                        // (d, t, g, h, b)
-    Input<Buffer<void, 4>> k{"k"};                        // (d, t, h, b)
-    Input<Buffer<void, 4>> v{"v"};                        // (e, t, h, b)
-    Input<Buffer<float, 3>> log_decay{"log_decay"};       // (t, h, b), any strides
-    Input<Buffer<float, 5>> state_in{"state_in"};         // (e, d, s, h, b)
-    Input<Buffer<void, 5>> dout{"dout"};                  // (e, t, g, h, b)
-    Input<Buffer<float, 5>> dstate_out{"dstate_out"};     // (e, d, s, h, b)
-    Input<Buffer<int32_t, 2>> chunks{"chunks"};           // (field, slot): chunks.h
-    Input<int> count{"count"};                            // chunks, final slots not counted
+    Input<Buffer<void, 5>> q{"q"};                     // (d, t, g, h, b)
+    Input<Buffer<void, 4>> k{"k"};                     // (d, t, h, b)
+    Input<Buffer<void, 4>> v{"v"};                     // (e, t, h, b)
+    Input<Buffer<float, 3>> log_decay{"log_decay"};    // (t, h, b), any strides
+    Input<Buffer<float, 5>> state_in{"state_in"};      // (e, d, s, h, b)
+    Input<Buffer<void, 5>> dout{"dout"};               // (e, t, g, h, b)
+    Input<Buffer<float, 5>> dstate_out{"dstate_out"};  // (e, d, s, h, b)
+    Input<Buffer<int32_t, 2>> chunks{"chunks"};        // (field, slot): chunks.h
+    Input<int> count{"count"};                         // chunks, final slots not counted
     Input<float> scale{"scale"};
-    Input<int> want_dq{"want_dq"}, want_dk{"want_dk"};    // 1 or 0: not computed and not written
+    Input<int> want_dq{"want_dq"}, want_dk{"want_dk"};  // 1 or 0: not computed and not written
     Input<int> want_dv{"want_dv"}, want_dlog_decay{"want_dlog_decay"};
-    Output<Buffer<void, 5>> dq{"dq"};                     // (d, t, g, h, b)
-    Output<Buffer<void, 4>> dk{"dk"};                     // (d, t, h, b), summed over g
-    Output<Buffer<void, 4>> dv{"dv"};                     // (e, t, h, b), likewise
-    Output<Buffer<float, 3>> dlog_decay{"dlog_decay"};    // (t, h, b), any strides, likewise
-    Output<Buffer<float, 5>> dstate_in{"dstate_in"};      // (e, d, s, h, b); may not alias an input
+    Output<Buffer<void, 5>> dq{"dq"};                   // (d, t, g, h, b)
+    Output<Buffer<void, 4>> dk{"dk"};                   // (d, t, h, b), summed over g
+    Output<Buffer<void, 4>> dv{"dv"};                   // (e, t, h, b), likewise
+    Output<Buffer<float, 3>> dlog_decay{"dlog_decay"};  // (t, h, b), any strides, likewise
+    Output<Buffer<float, 5>> dstate_in{"dstate_in"};    // (e, d, s, h, b); may not alias an input
 
     void configure() {
         const Type type = stored_type(dtype);
@@ -92,8 +92,8 @@ public:
         dv(e, time(r.over_dv, dv, 1), h, b) = narrow(dtype, r.dv(e, r.over_dv.x, r.over_dv.y, h, b));
         // A decay that keeps nothing has gradient 0, not the rounding of a sum.
         dlog_decay(t, h, b) = undef<float>();
-        dlog_decay(time(r.over_gate, dlog_decay, 0), h, b) =
-            select(cg(r.over_gate.x, r.over_gate.y, h, b) > least_log_decay, r.dlog_decay(r.over_gate.x, r.over_gate.y, h, b), 0.0f);
+        dlog_decay(time(r.over_gate, dlog_decay, 0), h, b) = select(cg(r.over_gate.x, r.over_gate.y, h, b) > least_log_decay,
+                                                                    r.dlog_decay(r.over_gate.x, r.over_gate.y, h, b), 0.0f);
         dstate_in(e, d, s, h, b) = r.dstate(e, d, at.first(s), h, b);
         r.result_dq = dq, r.result_dk = dk, r.result_dv = dv, r.result_dlog_decay = dlog_decay, r.dstate_in = dstate_in;
 

@@ -21,7 +21,8 @@ inline std::string name(const Wants &w) {
 inline std::vector<Wants> some_wants() {
     std::vector<Wants> list = {{false, false, false, false}};
     for (int n = 0; n < 4; n++)
-        for (bool alone : {false, true}) list.push_back({(n == 0) == alone, (n == 1) == alone, (n == 2) == alone, (n == 3) == alone});
+        for (bool alone : {false, true})
+            list.push_back({(n == 0) == alone, (n == 1) == alone, (n == 2) == alone, (n == 3) == alone});
     return list;
 }
 
@@ -64,10 +65,9 @@ public:
     template<class Kernel>
     double relative_error(const Kernel &kernel) {
         run(kernel);
-        const reference::Gradients want =
-            reference::retention_backward(inputs(0), rows(dout, 0), states(dstate_out, 0));
-        return std::max({relative_rms(dq.values(), want.q), relative_rms(dk.values(), want.k), relative_rms(dv.values(), want.v),
-                         relative_rms(dlog_decay.values(), want.log_decay),
+        const reference::Gradients want = reference::retention_backward(inputs(0), rows(dout, 0), states(dstate_out, 0));
+        return std::max({relative_rms(dq.values(), want.q), relative_rms(dk.values(), want.k),
+                         relative_rms(dv.values(), want.v), relative_rms(dlog_decay.values(), want.log_decay),
                          relative_rms(dstate_in.values(), want.initial_state)});
     }
 

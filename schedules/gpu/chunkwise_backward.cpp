@@ -29,7 +29,11 @@ void apply(ChunkwiseBackwardFuncs &r, const ChunkwiseSizes &sizes, const Target 
             .fuse(block, args[2], block);
         Var h = args[3];
         if (args.size() == 6) stage.fuse(args[3], args[4], heads), h = heads;
-        stage.reorder(xi, yi, xt, yt, block, h, args.back()).unroll(xi).unroll(yi).gpu_blocks(block, h, args.back()).gpu_threads(xt, yt);
+        stage.reorder(xi, yi, xt, yt, block, h, args.back())
+            .unroll(xi)
+            .unroll(yi)
+            .gpu_blocks(block, h, args.back())
+            .gpu_threads(xt, yt);
         Var x = p.args()[0], y = p.args()[1];
         p.compute_at(stage, xt).store_in(MemoryType::Register).bound_extent(x, wide).bound_extent(y, high).unroll(x).unroll(y);
         if (args.size() == 6) p.bound_extent(args[3], 1).bound_extent(args[4], 1);  // not seen in the two as one

@@ -1,7 +1,7 @@
 // Prefetches rows of the caller's tensors for the next iteration of a loop, spread evenly over what computes in this one: the
 // loops that prefetch.h names, in the final IR. Rows of a head lie far apart, so that no hardware prefetcher follows them, and a
 // burst of requests waits for the 16 or so lines that a core can have on their way. Past the last iteration it asks for the rows
-// after it, or before it, which a later call reads, or nobody: a prefetch of any address is harmless.
+// after it, which a later call reads, or nobody: a prefetch of any address is harmless.
 //
 // Halide's own prefetch() does not serve: it asks for a whole region at once, where that is read, and only for L1 past L2
 // (prefetchnta). Left out: sizes known at run time only.
@@ -30,8 +30,7 @@ Expr substituted(Expr e, const Values &values, size_t from) {
     return e;
 }
 
-/// What a loop reads or writes of a tensor [.., rows, elements]: the index of its first element, and how many there are. Of loops
-/// inside whose extent is not known (over queries of a group), one iteration.
+/// What a loop reads or writes of a tensor [.., rows, elements]: the index of its first element, and how many there are.
 class FindRows : public IRVisitor {
     using IRVisitor::visit;
     Expr times = 1;
@@ -42,7 +41,7 @@ class FindRows : public IRVisitor {
     }
     void visit(const For *op) override {
         const Expr around = times;
-        if (as_const_int(op->extent)) times = times * op->extent;
+        times = times * op->extent;
         inside.emplace_back(op->name, op->min);
         IRVisitor::visit(op);
         times = around;
@@ -84,7 +83,7 @@ class PrefetchRows : public IRMutator {
 
     static Expr stride(const Parameter &tensor) { return Variable::make(Int(32), tensor.name() + ".stride.1"); }
 
-    void find(const For *op, int direction) {
+    void find(const For *op) {
         FindRows rows;
         op->accept(&rows);
         if (!rows.tensor.defined() || loops.empty()) return;
@@ -97,7 +96,7 @@ class PrefetchRows : public IRMutator {
         const int64_t count = *all / *in_row, in_line = line_bytes / rows.tensor.type().bytes();
         const int64_t lines_in_row = (*in_row + in_line - 1) / in_line;
         found.push_back({rows.tensor, count * lines_in_row, lines_in_row, unique_name(rows.tensor.name() + ".next"),
-                         first + direction * (int)count * stride(rows.tensor), loops.size()});
+                         first + (int)count * stride(rows.tensor), loops.size()});
     }
 
     /// The part of this iteration of the loops between the rows and here.
@@ -134,8 +133,7 @@ class PrefetchRows : public IRMutator {
         return stmt;
     }
     Stmt visit(const For *op) override {
-        if (is_named(op, x86::rows_ahead)) find(op, 1);
-        if (is_named(op, x86::rows_behind)) find(op, -1);
+        if (is_named(op, x86::rows_ahead)) find(op);
         const size_t found_around = found.size();
         loops.push_back({op, lets.size()});
         Stmt body = mutate(op->body);

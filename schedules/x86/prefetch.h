@@ -7,8 +7,6 @@ namespace holdfast::x86 {
 // Over rows of a tensor that one iteration of the loop around (over chunks) reads or writes; the next iteration goes on where
 // they end.
 inline constexpr const char *rows_ahead = "rows_ahead";
-// The same where the next iteration goes back to the rows before these.
-inline constexpr const char *rows_behind = "rows_behind";
 // In that loop: each iteration asks for an equal part of the rows of its next iteration.
 inline constexpr const char *ask_ahead = "ask_ahead";
 

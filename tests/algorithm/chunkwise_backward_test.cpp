@@ -72,6 +72,7 @@ TEST_P(ChunkwiseBackward, MatchesReference) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(, ChunkwiseBackward, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+INSTANTIATE_TEST_SUITE_P(, ChunkwiseBackward, testing::ValuesIn(instances()),
+                         [](const auto &info) { return name(info.param); });
 
 }  // namespace

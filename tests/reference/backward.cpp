@@ -73,15 +73,15 @@ private:
     void advance(std::vector<double> &S, int64_t t) const {
         const double decay = std::exp(in.log_decay(b, t, h));
         for (int64_t d = 0; d < in.K; d++)
-            for (int64_t e = 0; e < in.V; e++)
-                S[d * in.V + e] = decay * S[d * in.V + e] + in.k(b, t, h, d) * in.v(b, t, h, e);
+            for (int64_t e = 0; e < in.V; e++) S[d * in.V + e] = decay * S[d * in.V + e] + in.k(b, t, h, d) * in.v(b, t, h, e);
     }
 };
 
 Gradients empty(const Inputs &in) {
     const int64_t rows = in.B * in.T * in.H, rows_of_keys = rows / in.group;
-    return {std::vector<double>(rows * in.K), std::vector<double>(rows_of_keys * in.K), std::vector<double>(rows_of_keys * in.V),
-            std::vector<double>(rows_of_keys), std::vector<double>(in.B * in.H / in.group * in.K * in.V)};
+    return {std::vector<double>(rows * in.K), std::vector<double>(rows_of_keys * in.K),
+            std::vector<double>(rows_of_keys * in.V), std::vector<double>(rows_of_keys),
+            std::vector<double>(in.B * in.H / in.group * in.K * in.V)};
 }
 
 }  // namespace
@@ -109,8 +109,7 @@ Gradients spread_backward(Inputs in, Strided dout, Strided dstate) {
                 for (int64_t d = 0; d < in.K; d++) {
                     rest += in.k(b, t, h, d) * r.k[row * in.K + d];
                     for (int64_t m = 0; m < in.group; m++)
-                        rest += in.q(b, t, h * in.group + m, d) *
-                                r.q[((b * in.T + t) * in.H + h * in.group + m) * in.K + d];
+                        rest += in.q(b, t, h * in.group + m, d) * r.q[((b * in.T + t) * in.H + h * in.group + m) * in.K + d];
                 }
                 r.log_decay[row] = rest;
             }

@@ -51,7 +51,8 @@ std::vector<Instance> instances() {
             const bool all = variant.backend == std::string("cpu") || (variant.dtype == f32 && size.K < 64);
             if (!all && size.K < 5) continue;
             for (const KernelCase &c : kernel_cases(variant.chunk))
-                if (!c.states_alone && (all || c.name == "packed" || c.name == "gates_resets" || c.name.rfind("layout_", 0) == 0))
+                if (!c.states_alone &&
+                    (all || c.name == "packed" || c.name == "gates_resets" || c.name.rfind("layout_", 0) == 0))
                     list.push_back({variant, size, c});
         }
     }
@@ -76,7 +77,8 @@ TEST_P(ChunkwiseBackward, MatchesReference) {
             .expect_reference([&](auto &&...arguments) { return variant.run(nullptr, arguments...); });
 }
 
-INSTANTIATE_TEST_SUITE_P(, ChunkwiseBackward, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+INSTANTIATE_TEST_SUITE_P(, ChunkwiseBackward, testing::ValuesIn(instances()),
+                         [](const auto &info) { return name(info.param); });
 
 // What the project holds of gradients, with weak gates, where errors that cross chunks show: they are not forgotten.
 class Accuracy : public testing::TestWithParam<Variant> {};
