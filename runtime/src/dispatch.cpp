@@ -1,5 +1,6 @@
 // The public functions of retention: the form that a call is computed in, and what computes it.
 #include "backward.h"
+#include "backward_gpu.h"
 #include "context.h"
 #include "failure.h"
 #include "forward.h"
@@ -96,9 +97,10 @@ bool backward_from_weights(const BackwardProblem &p) {
 /// What the gradients of `p` are computed on.
 Choice choose_for_backward(const holdfast_context &c, const BackwardProblem &p) {
     const Choice choice = choose_backend(c, p.home());
-    if (choice.backend != Backend::cpu)
-        fail(HOLDFAST_UNSUPPORTED, "gradients on backend ", name_of(choice.backend), " (", choice.why,
-             "); expected tensors on the CPU and no backend or target of a GPU forced: this version has them there alone");
+    if (choice.backend != Backend::cpu && is_power(p))
+        fail(HOLDFAST_UNSUPPORTED, "gradients of degree ", p.degree, p.normalized ? " with normalization" : "", " on backend ",
+             name_of(choice.backend), " (", choice.why, "); expected degree 1 without normalization, or tensors on the CPU and no "
+             "backend or target of a GPU forced");
     return choice;
 }
 
@@ -106,6 +108,7 @@ void backward(holdfast_context &c, const BackwardProblem &p, const Choice &choic
     if (p.normalized && p.H == 0 && p.Hk > 0)  // kernels divide by sums of weights, of which there are none
         fail(HOLDFAST_UNSUPPORTED, "q has H = 0, k has Hk = ", p.Hk, " and out is normalized; expected heads of queries");
     if (!p.wants_any()) return;
+    if (choice.backend != Backend::cpu) return backward_on_gpu(c, p, choice);
     if (backward_from_weights(p)) return run_parallel_backward(c, p, choice);
     is_power(p) ? run_power_backward(c, p, choice) : run_backward(c, p, choice);
 }
@@ -180,8 +183,10 @@ holdfast_status holdfast_backward(holdfast_context *context, const holdfast_back
 holdfast_status holdfast_backward_workspace_size(holdfast_context *context, const holdfast_backward_args *args, size_t *bytes) {
     return guarded(context, [&](holdfast_context &c) {
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
-        choose_for_backward(c, checked_problem(args));
+        const BackwardProblem p = checked_problem(args);
+        const Choice choice = choose_for_backward(c, p);
         *bytes = 0;
+        if (choice.backend != Backend::cpu && p.wants_any()) *bytes = backward_workspace_on_gpu(c, p, choice);
     });
 }
 

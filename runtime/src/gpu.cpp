@@ -12,7 +12,6 @@
 namespace holdfast {
 namespace {
 
-constexpr int64_t most_bytes = std::numeric_limits<int32_t>::max();  // of a buffer of one call, for Halide
 constexpr halide_type_t bytes_type(halide_type_uint, 8);
 
 /// Whether a host tensor is laid out as its copy on the device is.
@@ -35,24 +34,6 @@ void copy(char *packed, const Tensor &host, bool in) {
         while (axis >= 0 && ++index[axis] == host.shape[axis]) index[axis--] = 0;
         if (axis < 0) return;
     }
-}
-
-/// Bytes from the first to the last element of a part with at most these extents, on the first axes.
-int64_t span(const Tensor &t, std::initializer_list<int64_t> most) {
-    if (!t.rank || t.empty()) return 0;
-    int64_t elements = 1;
-    for (int n = 0; n < t.rank; n++) {
-        const int64_t extent = n < (int)most.size() ? std::min(most.begin()[n], t.shape[n]) : t.shape[n];
-        elements += (extent - 1) * std::llabs(t.stride[n]);
-    }
-    return elements * t.dtype.bytes();
-}
-
-/// The most that fits, all of it or halves of halves; {0, 0} if one of one does not.
-Part largest_part(Part part, const std::function<bool(int64_t batch, int64_t of_each)> &fits) {
-    while (part.batch > 1 && !fits(part.batch, part.of_each)) part.batch = (part.batch + 1) / 2;
-    while (part.of_each > 1 && !fits(part.batch, part.of_each)) part.of_each = (part.of_each + 1) / 2;
-    return fits(part.batch, part.of_each) ? part : Part{0, 0};
 }
 
 /// The caller's workspace, checked: its address.
@@ -105,6 +86,22 @@ private:
 };
 
 }  // namespace
+
+int64_t span(const Tensor &t, std::initializer_list<int64_t> most) {
+    if (!t.rank || t.empty()) return 0;
+    int64_t elements = 1;
+    for (int n = 0; n < t.rank; n++) {
+        const int64_t extent = n < (int)most.size() ? std::min(most.begin()[n], t.shape[n]) : t.shape[n];
+        elements += (extent - 1) * std::llabs(t.stride[n]);
+    }
+    return elements * t.dtype.bytes();
+}
+
+Part largest_part(Part part, const std::function<bool(int64_t batch, int64_t of_each)> &fits) {
+    while (part.batch > 1 && !fits(part.batch, part.of_each)) part.batch = (part.batch + 1) / 2;
+    while (part.of_each > 1 && !fits(part.batch, part.of_each)) part.of_each = (part.of_each + 1) / 2;
+    return fits(part.batch, part.of_each) ? part : Part{0, 0};
+}
 
 void Run::check(const char *what, int rc) const {
     if (rc == 0) return;
@@ -415,13 +412,27 @@ void clear(const Run &run, View &&to) {
     convert(run, std::move(from), HOLDFAST_EXPANSION_TIGHT, std::move(to), HOLDFAST_EXPANSION_TIGHT);
 }
 
+/// The elements of its last axis alone in places of their own; of decays none.
+static void bring_near(Tensor &t, bool decays = false) {
+    std::fill_n(t.stride, t.rank, 0);
+    if (t.rank && !decays) t.stride[t.rank - 1] = 1;
+}
+
 Problem nearest(Problem p) {
     if (p.q.on_host()) return p;
-    for (Tensor *t :
-         {&p.q, &p.k, &p.v, &p.out, &p.log_decay, &p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum, &p.weights}) {
-        std::fill_n(t->stride, t->rank, 0);
-        if (t->rank && t != &p.log_decay) t->stride[t->rank - 1] = 1;
-    }
+    for (Tensor *t : {&p.q, &p.k, &p.v, &p.out, &p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum, &p.weights})
+        bring_near(*t);
+    bring_near(p.log_decay, true);
+    return p;
+}
+
+BackwardProblem nearest(const BackwardProblem &given) {
+    BackwardProblem p = given;
+    if (p.q.on_host()) return p;
+    static_cast<Problem &>(p) = nearest(static_cast<const Problem &>(given));
+    for (Tensor *t : {&p.dout, &p.dfinal_state, &p.dfinal_sum, &p.dq, &p.dk, &p.dv, &p.dinitial_state, &p.dinitial_sum})
+        bring_near(*t);
+    bring_near(p.dlog_decay, true);
     return p;
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -54,6 +55,7 @@ const char *size_function_of(const char *call);
 /// The same problem with the tensors of a device as near to one another as can be: the nearer, the more heads are in one call
 /// of a kernel, and the more memory that needs. Rows that all lie in one place start where any variant wants them.
 Problem nearest(Problem p);
+BackwardProblem nearest(const BackwardProblem &p);
 
 /// Device memory as Halide knows it: the call's own, or a caller's buffer.
 class Memory {
@@ -135,6 +137,14 @@ Problem sequence_of(Problem p, int64_t s);
 struct Part {
     int64_t batch, of_each;
 };
+
+constexpr int64_t most_bytes = std::numeric_limits<int32_t>::max();  // of a buffer of one call, for Halide
+
+/// Bytes from the first to the last element of a part of a tensor with at most these extents, on the first axes.
+int64_t span(const Tensor &t, std::initializer_list<int64_t> most);
+
+/// The most that fits, all of it or halves of halves; {0, 0} if one of one does not.
+Part largest_part(Part all, const std::function<bool(int64_t batch, int64_t of_each)> &fits);
 
 /// The most batch entries, else heads of one, of which one call can address the buffers of so many tokens and sequences of each
 /// entry; beside the tensors those of `bytes_of_a_head`. {0, 0} if one head is too large.

@@ -63,6 +63,12 @@ struct BackwardProblem : Problem {
     bool has_states() const {
         return initial_state.rank || dfinal_state.rank || dfinal_sum.rank || dinitial_state.rank || dinitial_sum.rank;
     }
+    std::vector<const Tensor *> all_tensors() const {
+        std::vector<const Tensor *> all = tensors();
+        for (const Tensor *t : {&dout, &dfinal_state, &dfinal_sum, &dq, &dk, &dv, &dlog_decay, &dinitial_state, &dinitial_sum})
+            all.push_back(t);
+        return all;
+    }
     /// A gradient is wanted.
     bool wants_any() const {
         return dq.rank || dk.rank || dv.rank || dlog_decay.rank || dinitial_state.rank || dinitial_sum.rank;

@@ -76,6 +76,7 @@ struct Target {
     // GPUs; null on the CPU:
     int (*fill_chunk_table)(const void *user_context, int32_t tokens, int32_t chunk, int32_t count, halide_buffer_t *table);
     int (*convert_state)(const void *user_context, halide_buffer_t *from, int32_t order, halide_buffer_t *to);
+    int (*sum_decays)(const void *user_context, halide_buffer_t *gradients, halide_buffer_t *sums);
 };
 
 struct Variant {

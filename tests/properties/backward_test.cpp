@@ -406,6 +406,57 @@ std::vector<Instance> backward_instances() {
 INSTANTIATE_TEST_SUITE_P(, BackwardTest, testing::ValuesIn(on_cpu(backward_instances())),
                          [](const auto &info) { return name(info.param); });
 
+// What a GPU's calls add to the kernel: copies, one launch for packed sequences and all heads, what is not given or not wanted, and
+// decays per head, which are summed there.
+class BackwardOnGpu : public BackwardTest {};
+
+TEST_P(BackwardOnGpu, MatchesReference) {
+    for (int64_t T : {(int64_t)0, (int64_t)1, C, 2 * C + 5})
+        for (Gates gates : all_gates) {
+            if (T < C && gates != Gates::per_head) continue;
+            SCOPED_TRACE("T " + std::to_string(T) + ", gates " + name(gates));
+            Backward p = problem(2, T, 2, 2, gates, Layout::padded);
+            expect_right(p);
+        }
+}
+
+TEST_P(BackwardOnGpu, PackedSequences) {
+    const Index starts = {0, 0, C + 2, C + 3, C + 3, 2 * C + 9, 2 * C + 9};
+    for (Gates gates : {Gates::per_head, Gates::weak}) {
+        SCOPED_TRACE(name(gates));
+        Backward p{1, starts.back(), 2, 1, K, V, 1, false, gates, dtype, Layout::padded, true, true, starts};
+        expect_right(p);
+    }
+}
+
+TEST_P(BackwardOnGpu, WhatIsNotGivenOrNotWanted) {
+    Backward without{1, C + 5, 2, 1, K, V, 1, false, Gates::weak, dtype, Layout::compact, false, false};
+    without.value_major = true;
+    expect_right(without);
+    Backward all = problem(1, C + 5, 2);
+    run(all);
+    for (const char *wanted : {"q", "kv", "g", "s"}) {
+        SCOPED_TRACE(wanted);
+        Backward some = problem(1, C + 5, 2);
+        some.wanted = wanted;
+        run(some);
+        const std::string order = "qkvgs";
+        for (size_t n = 0; n < order.size(); n++) {
+            const Array &got = *some.gradients()[n];
+            EXPECT_TRUE(same_bits(got, some.wants(order[n]) ? *all.gradients()[n] : Array(got).forget())) << order[n];
+        }
+    }
+}
+
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(BackwardOnGpu);
+INSTANTIATE_TEST_SUITE_P(, BackwardOnGpu, testing::ValuesIn([] {
+                             std::vector<Instance> list;
+                             for (const Instance &i : backward_instances())
+                                 if (backend_of(i.target) != "cpu" && i.size.K != 1 && i.size.K != 64) list.push_back(i);
+                             return list;
+                         }()),
+                         [](const auto &info) { return name(info.param); });
+
 // ---- Any degree, normalized or not -------------------------------------------------------------------------------------
 
 class PowerBackward : public testing::TestWithParam<std::tuple<std::string, Case>> {

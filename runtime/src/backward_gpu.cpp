@@ -1,0 +1,176 @@
+// The gradient of degree 1 on a GPU: one call of the kernel for all batch entries, heads and chunks, or as few as 32-bit buffers
+// allow. The states between all chunks, and their gradients, are memory of the call: nothing is computed twice.
+#include "backward_gpu.h"
+
+#include "chunk_table.h"
+#include "gpu.h"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+namespace holdfast {
+namespace {
+
+/// The tensors of a call, on the device.
+struct Tensors {
+    OnDevice q, k, v, log_decay, initial, dout, dfinal;
+    OnDevice dq, dk, dv, dlog_decay, dinitial;
+
+    Tensors(const Run &run, const BackwardProblem &p)
+        : q(run, p.q, true), k(run, p.k, true), v(run, p.v, true), log_decay(run, p.log_decay, true),
+          initial(run, p.initial_state, true), dout(run, p.dout, true), dfinal(run, p.dfinal_state, true),
+          dq(run, p.dq, false), dk(run, p.dk, false), dv(run, p.dv, false), dlog_decay(run, p.dlog_decay, false),
+          dinitial(run, p.dinitial_state, false) {}
+
+    void fetch(const Run &run, const BackwardProblem &p) {
+        dq.fetch(run, p.dq), dk.fetch(run, p.dk), dv.fetch(run, p.dv);
+        dlog_decay.fetch(run, p.dlog_decay), dinitial.fetch(run, p.dinitial_state);
+    }
+};
+
+/// The most batch entries, else heads of keys of one, of which one call can address all buffers.
+Part part_of(const BackwardProblem &p, const Tensors &x, int64_t bytes_of_a_head) {
+    return largest_part({p.B, p.Hk}, [&](int64_t batch, int64_t heads) {
+        int64_t most = 0;
+        for (const OnDevice *rows : {&x.k, &x.v, &x.dk, &x.dv}) most = std::max(most, span(rows->t, {batch, p.T, heads}));
+        for (const OnDevice *rows : {&x.q, &x.dout, &x.dq})
+            most = std::max(most, span(rows->t, {batch, p.T, heads * p.group()}));
+        for (const OnDevice *states : {&x.initial, &x.dfinal, &x.dinitial})
+            most = std::max(most, span(states->t, {p.packed() ? p.N : batch, heads}));
+        for (const OnDevice *g : {&x.log_decay, &x.dlog_decay})
+            most = std::max(most, g->t.rank == 3 ? span(g->t, {batch, p.T, heads}) : span(g->t, {heads}));
+        return most <= most_bytes && (double)bytes_of_a_head * batch * heads <= (double)most_bytes;
+    });
+}
+
+/// Without tokens: the gradient of the initial states is that of the final ones, and decays have none.
+void pass_gradients(const Run &run, const BackwardProblem &p, Tensors &x) {
+    const int32_t H = (int32_t)p.Hk;
+    for (int64_t s = 0; s < p.N && p.dinitial_state.rank; s++) {
+        if (!p.dfinal_state.rank)
+            clear(run, features_of(x.dinitial, s, 0, H, 1));
+        else if (p.dfinal_state.on_host() || !same_elements(p.dinitial_state, p.dfinal_state))
+            convert(run, features_of(x.dfinal, s, 0, H, 1), p.expansion, features_of(x.dinitial, s, 0, H, 1), p.expansion);
+    }
+    if (p.dlog_decay.rank == 1)
+        clear(run, View(*x.dlog_decay.memory, x.dlog_decay.at(0), float32,
+                        {{0, H, narrow(x.dlog_decay.t, 0, H)}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}));
+    x.fetch(run, p);
+}
+
+/// Launch everything.
+void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
+    Tensors x(run, p);
+    if (p.T == 0) return pass_gradients(run, p, x);
+    const int64_t G = p.group(), float_bytes = sizeof(float);
+    std::optional<ChunkTable> packed;
+    if (p.packed()) packed.emplace(p.starts, chunk);
+    const int32_t count = packed ? packed->count : (int32_t)((p.T + chunk - 1) / chunk);
+    const int32_t S = packed ? (int32_t)p.N : 1;  // sequences of a batch entry
+    // The largest buffers that the kernel has, of a chunk: its state, scores, rows.
+    const int64_t of_chunk = std::max({p.K * p.V, chunk * chunk * G, chunk * std::max(p.K, p.V) * G}) * float_bytes;
+    const Part part = part_of(p, x, (count + S) * of_chunk);
+    if (!part.batch)
+        fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head, or its states of K V = ", p.K * p.V,
+             " after each ", chunk, " of them, reach beyond 2^31 bytes; expected less");
+
+    // What the call adds: the chunk table, and zeros for what is not given.
+    constexpr int64_t alignment = Arena::alignment;
+    auto aligned = [&](int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
+    const int64_t zeros_at = aligned((count + S) * ChunkTable::fields * (int64_t)sizeof(int32_t));
+    const int64_t added_bytes = zeros_at + aligned(p.V * float_bytes);
+    Memory added(run, added_bytes);
+    const Zeros zeros{added, zeros_at};
+    if (packed) {
+        packed->columns.resize(added_bytes / sizeof(int32_t));
+        added.copy_in(packed->columns.data(), added_bytes);
+    } else {
+        fill_chunk_table(run, added, added_bytes, p.T, chunk, count);
+    }
+    // Rows that are not wanted are not written, but have to be somewhere; a gradient of states is written.
+    Memory unwanted_row(run, std::max(p.K, p.V) * float_bytes);
+    std::optional<Memory> unwanted_state, decays;
+    if (!p.dinitial_state.rank) unwanted_state.emplace(run, part.batch * S * part.of_each * p.state_bytes());
+    if (p.dlog_decay.rank == 1) decays.emplace(run, p.B * p.T * p.Hk * float_bytes);  // of every token: added up in the end
+
+    for (int64_t b = 0; b < p.B; b += part.batch)
+        for (int64_t h = 0; h < p.Hk; h += part.of_each) {
+            const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
+            const int32_t K = (int32_t)p.K, V = (int32_t)p.V, T = (int32_t)p.T, heads = (int32_t)p.Hk;
+            auto groups = [&](const OnDevice &r, int32_t size) {
+                if (r.t.rank) return groups_of(r, G, b, 0, h, T, H, B);
+                return View(unwanted_row, 0, halide_type(p.q.dtype), {{0, size, 1}, {0, T, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
+            };
+            auto rows = [&](const OnDevice &r, int32_t size) {
+                if (r.t.rank) return rows_of(r, b, 0, h, T, H, B);
+                return View(unwanted_row, 0, halide_type(p.q.dtype), {{0, size, 1}, {0, T, 0}, {0, H, 0}, {0, B, 0}});
+            };
+            auto states = [&](const OnDevice &state) {
+                if (!state.t.rank) return View(added, zeros_at, float32, {{0, V, 1}, {0, K, 0}, {0, S, 0}, {0, H, 0}, {0, B, 0}});
+                return View(*state.memory, state.at(b, h), float32,
+                            {{0, V, narrow(state.t, 3, V)},
+                             {0, K, narrow(state.t, 2, K)},
+                             {0, S, narrow(state.t, 0, S)},
+                             {0, H, narrow(state.t, 1, H)},
+                             {0, B, narrow(state.t, 0, B)}});
+            };
+            auto gradient_of_states = [&] {
+                if (!unwanted_state) return states(x.dinitial);
+                return View(*unwanted_state, 0, float32,
+                            {{0, V, 1}, {0, K, V}, {0, S, K * V}, {0, H, S * K * V}, {0, B, H * S * K * V}});
+            };
+            auto gradient_of_decays = [&] {
+                if (p.dlog_decay.rank == 3) return decays_of(x.dlog_decay, nullptr, b, 0, h, T, H, B);
+                if (decays)
+                    return View(*decays, (b * p.T * p.Hk + h) * float_bytes, float32, {{0, T, heads}, {0, H, 1}, {0, B, T * heads}});
+                return View(unwanted_row, 0, float32, {{0, T, 0}, {0, H, 0}, {0, B, 0}});
+            };
+            View q = groups(x.q, K), k = rows(x.k, K), v = rows(x.v, V), dout = groups(x.dout, V);
+            View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, 0, h, T, H, B);
+            View state_in = states(x.initial), dstate_out = states(x.dfinal);
+            View chunks(added, 0, int32, {{0, ChunkTable::fields, 1}, {0, count + S, ChunkTable::fields}});
+            View dq = groups(x.dq, K), dk = rows(x.dk, K), dv = rows(x.dv, V);
+            View dlog_decay = gradient_of_decays(), dstate_in = gradient_of_states();
+            run.check(run.variant.name,
+                      std::get<ChunkwiseBackwardKernel *>(run.variant.run)(
+                          &run.workspace, &q, &k, &v, &log_decay, &state_in, &dout, &dstate_out, &chunks, count, p.scale,
+                          p.dq.rank > 0, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0, &dq, &dk, &dv, &dlog_decay,
+                          &dstate_in));
+        }
+    if (decays) {
+        const int32_t H = (int32_t)p.Hk, T = (int32_t)p.T;
+        View of_tokens(*decays, 0, float32, {{0, T, H}, {0, H, 1}, {0, (int32_t)p.B, T * H}});
+        View of_heads(*x.dlog_decay.memory, x.dlog_decay.at(0), float32, {{0, H, narrow(x.dlog_decay.t, 0, H)}});
+        run.check("sum_decays", run.variant.target->sum_decays(&run.workspace, &of_tokens, &of_heads));
+    }
+    x.fetch(run, p);
+}
+
+const Variant &variant_of(const BackwardProblem &p, const Choice &choice) {
+    return select_variant("chunkwise_backward", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced);
+}
+
+int64_t chunk_of(const BackwardProblem &p, const Variant &variant) {
+    return p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
+}
+
+GpuCall call_of(const BackwardProblem &p, const Variant &variant) {
+    return {variant, p.all_tensors(), [&](const Run &run) { issue(run, p, chunk_of(p, run.variant)); }, p.workspace,
+            "holdfast_backward_workspace_size"};
+}
+
+}  // namespace
+
+void backward_on_gpu(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
+    const Variant &variant = variant_of(p, choice);
+    announce(c, "backward", variant, choice.why, p, "chunks of " + std::to_string(chunk_of(p, variant)));
+    if (p.N && p.Hk) call_of(p, variant).run(c);
+}
+
+size_t backward_workspace_on_gpu(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
+    const BackwardProblem p = nearest(given);
+    return p.N && p.Hk ? call_of(p, variant_of(p, choice)).workspace(c) : 0;
+}
+
+}  // namespace holdfast
