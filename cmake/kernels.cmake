@@ -55,11 +55,6 @@ holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
     TARGETS avx512 avx2 generic
     UNSANITIZED f16 bf16)
 
-holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
-    SIZES any
-    TARGETS cuda metal opencl vulkan
-    PARAMS any_state_strides=true)
-
 # Small kernels: all types for all sizes that chunkwise is tuned for in fp32.
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256 256x512
