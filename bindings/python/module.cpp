@@ -277,7 +277,8 @@ private:
             raise(type, name, parts...);
         };
         if (py::getattr(array, "requires_grad", py::none()).ptr() == Py_True)
-            explain(PyExc_NotImplementedError, " requires grad; expected ", name, ".detach(), or holdfast.torch, which differentiates");
+            explain(PyExc_NotImplementedError, " requires grad; expected ", name,
+                    ".detach(), or holdfast.torch, which differentiates");
         if (!on_cpu(array)) return;
         const py::object dtype = py::getattr(array, "dtype", py::none());
         const std::string dtype_name = dtype.is_none() ? "float32" : py::str(dtype), expected = expected_dtypes(name);
@@ -601,8 +602,8 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
 /// out: a NumPy array as from forward(), except for one that is given. The state and the sum of keys are updated in place. `stream` as for
 /// forward().
 py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle state, py::handle scale,
-                py::object out, uint64_t stream, py::handle sum_of_keys, int32_t degree, int32_t normalize, int32_t state_layout,
-                int32_t expansion) {
+                py::object out, uint64_t stream, py::handle sum_of_keys, int32_t degree, int32_t normalize,
+                int32_t state_layout, int32_t expansion) {
     Array sum_array;
     if (!sum_of_keys.is_none()) sum_array.borrow("sum_of_keys", sum_of_keys, 3, true, stream);
     Array q_array, k_array, v_array, log_decay_array, state_array, out_array;

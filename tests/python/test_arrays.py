@@ -296,8 +296,8 @@ def test_resident_memory_does_not_grow(problem):
             thread.start()
             thread.join()
 
-    # A round may happen to find one context more alive than the last one did, of 8 MB, and keep its memory; what is lost is
-    # lost in every round. Far below what 200 contexts or 200 results (64 KiB each and more) would take.
+    # A round may happen to find one context more alive than the last one did, of 8 MB, and keep its memory; what is
+    # lost is lost in every round. Far below what 200 contexts or 200 results (64 KiB each and more) would take.
     call_on_threads(20)
     growth = []
     for _ in range(5):

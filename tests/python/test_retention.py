@@ -184,7 +184,8 @@ def test_by_hand(form):
     assert_close(out[0, :, 0, 0], np.array([9, 40]), 1e-6)
     assert_close(state[0, 0, :, 0], np.array([21.5, 3]), 1e-6)
 
-    # Degree 2, divided by the sum of weights: w_11 = 3^2, w_21 = (2 - 2)^2 / 2, w_22 = 8^2; without a decay, of q = k = 1.
+    # Degree 2, divided by the sum of weights: w_11 = 3^2, w_21 = (2 - 2)^2 / 2, w_22 = 8^2; and of
+    # q = k = 1, without a decay.
     out = holdfast.retention(q, k, v, half, degree=2, form=form)
     assert_close(out[0, :, 0, 0], np.array([3, 5]), 1e-6)
     ones = np.ones((1, 2, 1, 1), "f")
@@ -205,8 +206,8 @@ def test_decode_after_prefill(problem, form, degree, normalize):
     out, *states = holdfast.retention(*head, form=form, return_state=True, **options)
     tokens = [holdfast.retention_step(*(x[:, t] for x in (p.q, p.k, p.v, p.log_decay)), *states, **options)
               for t in range(prompt, T)]  # fmt: skip
-    # What is divided by may nearly vanish: the sum of weights of an odd degree, and that of small (q.k)^4, of which states have
-    # the terms.
+    # What is divided by may nearly vanish: the sum of weights of an odd degree, and that of small (q.k)^4, of which
+    # states have the terms.
     limit = 1e-3 if normalize and degree != 2 else 1e-5
     assert_close(np.concatenate([out, np.stack(tokens, axis=1)], axis=1), whole.astype("d"), limit)
     for state, expected in zip(states, carried, strict=True):
