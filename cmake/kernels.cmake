@@ -199,6 +199,12 @@ holdfast_kernel(power_backward DTYPES f32 f16 bf16 CHUNKS 64
     PARAMS degree=0
     UNSANITIZED f16 bf16)
 
+# On GPUs so far where it has been tested: correct, not yet tuned.
+holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
+    SIZES any
+    TARGETS opencl
+    PARAMS degree=0 any_state_strides=true)
+
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES 64x64
     TARGETS avx512 avx2
