@@ -48,8 +48,9 @@ LARGEST_DIFFERENCE = 1e-4
 LONGEST_ATTENTION = 8192  # drawn: half a second per call; four times as much for twice the length
 PROMPT = "def main(arguments):\n"
 GENERATED = 400  # bytes
-TRAINING = "--preset demo --context 512 --batch 1 --steps 1000000 --validate-every 0 --save-every 1000000".split()
-LONG = ["--context", "4096"]  # beside softmax attention, whose time grows with it
+TRAINING = "--preset demo --context 512 --batch 2 --steps 1000000 --validate-every 0 --save-every 1000000".split()
+BF16_PRODUCTS = {"amx_bf16", "avx512_bf16"}  # CPU features with which PyTorch's matrix products are faster in bf16
+LONG = ["--context", "4096", "--batch", "1"]  # beside softmax attention, whose time grows with it
 
 
 def standard_library(size: int) -> np.ndarray:
@@ -261,7 +262,9 @@ def command(*arguments: str) -> None:
 
 def train(output: Path, minutes: float, *options: str) -> float:
     """Train a language model; returns the bits per byte of the validation files."""
-    command("train", *TRAINING, "--minutes", str(minutes), "--output", str(output), *options)
+    dtype = "bf16" if BF16_PRODUCTS.intersection(info()["cpu_features"]) else "fp32"
+    arguments = [*TRAINING, "--dtype", dtype, "--minutes", str(minutes), "--output", str(output), *options]
+    command("train", *arguments)
     log = (output / "log.jsonl").read_text().splitlines()
     return json.loads(log[-1])["validation_bits_per_byte"]
 
