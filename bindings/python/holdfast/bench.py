@@ -52,6 +52,8 @@ DEFAULT: list[Shape] = [
     (1, 1, 4, 64, 64, 2),
 ]
 
+GRADIENTS: list[Shape] = [*QUICK, (1, 1024, 8, 64, 64, 1), (1, 4096, 4, 64, 64, 2), (1, 512, 4, 64, 64, 2)]
+
 # Agreement of two fp32 implementations of the same sums in different order, relative RMS; measured: below 1e-6.
 TOLERANCE = 1e-5
 SECONDS_PER_TURN = 0.1
@@ -66,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_shape,
         metavar="B,T,H,K,V[,DEGREE]",
         help="these shapes, e.g. 1,4096,8,64,64, or 1,4096,8,64,64,2 for power retention",
+    )
+    parser.add_argument(
+        "--gradients", action="store_true", help="forward and backward, beside PyTorch's autograd, instead of forward"
     )
     parser.add_argument("--threads", type=positive, help="at work in every implementation (default: one per core)")
     parser.add_argument(
@@ -107,8 +112,8 @@ def run(args: argparse.Namespace) -> int:
     print(", ".join(f"{name} {version or '(not installed)'}" for name, version in report["versions"].items()))
     threads_before = get_num_threads()
     try:
-        for shape in args.shapes or (QUICK if args.quick else DEFAULT):
-            result = compare(Inputs.random(*shape), threads, args.repeats)
+        for shape in args.shapes or (QUICK if args.quick else GRADIENTS if args.gradients else DEFAULT):
+            result = (compare_gradients if args.gradients else compare)(Inputs.random(*shape), threads, args.repeats)
             print_table(result)
             report["results"].append(result)
     finally:
@@ -171,7 +176,43 @@ def compare(x: Inputs, threads: int, turns: int) -> dict[str, Any]:
         progress(f"preparing {name}")
         peer = prepare()
         (ready if isinstance(peer, Peer) else absent).append(peer)
-    errors = check(x, ready)
+    return measured(x, threads, turns, ready, absent, check(x, ready))
+
+
+def compare_gradients(x: Inputs, threads: int, turns: int) -> dict[str, Any]:
+    """The same of forward and backward: every gradient is checked against the definition in double, of the heads that forget
+    fastest and slowest."""
+    dout = peers.aligned(x.v.shape)
+    np.random.default_rng(1).standard_normal(dtype=np.float32, out=dout)
+    heads = peers.sample(x)
+    progress("computing what is right")
+    expected = peers.gradient_reference(x, dout, heads)
+    progress(f"preparing {peers.OURS}")
+    ready, absent = peers.holdfast_gradients(x, dout, threads), []
+    for name, compiled in {peers.EAGER: False, peers.COMPILED: True}.items():
+        progress(f"preparing {name}")
+        peer = peers.torch_gradients(x, dout, threads, compiled)
+        (ready if isinstance(peer, Peer) else absent).append(peer)
+    errors = {}
+    for peer in ready:
+        progress(f"checking {peer.name}")
+        peer.run()
+        result = peer.result()
+        if peer.name == peers.FORWARD:
+            right = peers.reference(x, heads) if x.degree == 1 else peers.power_reference(x, heads)
+            errors[peer.name] = peers.relative_rms(peers.of_heads(result, heads)[:, -right.shape[1] :], right)
+            continue
+        errors[peer.name] = max(
+            peers.relative_rms(peers.of_heads(found, heads), right)
+            for found, right in zip(result, expected, strict=True)
+        )
+    return measured(x, threads, turns, ready, absent, errors)
+
+
+def measured(
+    x: Inputs, threads: int, turns: int, ready: list[Peer], absent: list[Absent], errors: dict[str, float]
+) -> dict[str, Any]:
+    """What is reported of those that are ready, after they have taken turns."""
     times = take_turns(ready, turns)
     progress("")
     ours = min(times[peers.OURS])

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import decay, info, retention, retention_step, set_num_threads, set_verbose, state_size
+from . import decay, info, retention, retention_backward, retention_step, set_num_threads, set_verbose, state_size
 
 CHUNKS = (32, 64, 128)  # tried for every chunkwise peer
 POWER_CHUNKS = (64, 128, 256, 512, 1024)  # and for those of degree 2, whose states are large
@@ -28,6 +28,8 @@ EAGER = "PyTorch chunkwise, eager"
 COMPILED = "PyTorch chunkwise, torch.compile"
 ATTENTION = "PyTorch attention"
 SGEMM = "PyTorch matrix product of as many operations"
+FORWARD = "Holdfast, forward alone"
+BACKWARD = "Holdfast, backward alone"
 
 LONGEST_ATTENTION = 16384  # its time grows with T^2
 MOST_STEPS = 4096
@@ -237,8 +239,9 @@ def eager_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: A
     return states[-1]
 
 
-def functional_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any, out: Any) -> Any:
-    """`eager_segment` for torch.compile, which fuses what lies between the products by itself."""
+def chunks_of_retention(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any) -> tuple[Any, Any]:
+    """(out, state) of `eager_segment` as a formula, for torch.compile, which fuses what lies between the products by itself,
+    and for autograd."""
     import torch
 
     N, heads, C, K = q.shape
@@ -253,11 +256,17 @@ def functional_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, sta
         state = chunk_decay[c] * state + contribution[c]
     queries = (q * (total.exp() * scale).unsqueeze(-1)).view(-1, C, K)
     intra = torch.bmm(weights.view(-1, C, C), v.view(-1, C, V))
-    out.copy_(torch.baddbmm(intra, queries, torch.stack(states).view(-1, K, V)).view(out.shape))
+    return torch.baddbmm(intra, queries, torch.stack(states).view(-1, K, V)).view(v.shape), state
+
+
+def functional_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any, out: Any) -> Any:
+    """`eager_segment` by chunks_of_retention."""
+    result, state = chunks_of_retention(q, k, v, log_decay, scale, state)
+    out.copy_(result)
     return state
 
 
-def power_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any, out: Any) -> Any:
+def chunks_of_power(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any) -> tuple[Any, Any]:
     """N chunks of power retention of degree 2, divided by the sum of weights, as Buckman, Gelada and Zhang publish it
     (arXiv:2507.04239): keys and queries expanded in blocks of 16, the states of all chunks, and the weights inside a
     chunk. Shapes as for `eager_segment`; state [heads, D, V + 1], the sum of keys in its last column."""
@@ -284,7 +293,13 @@ def power_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: A
         state = chunk_decay[c] * state + contribution[c]
     inter = (expanded(q) * total.exp().unsqueeze(-1)) @ torch.stack(states)
     both = inter + weights @ values
-    out.copy_(both[..., :V] / both[..., V:])
+    return both[..., :V] / both[..., V:], state
+
+
+def power_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any, out: Any) -> Any:
+    """`eager_segment` by chunks_of_power."""
+    result, state = chunks_of_power(q, k, v, log_decay, scale, state)
+    out.copy_(result)
     return state
 
 
@@ -401,6 +416,119 @@ def torch_chunkwise(x: Inputs, threads: int, compiled: bool = False) -> Peer | A
     return Peer(name, best.run, best.result, how, layout_seconds=best_seconds(convert), tried=tried)
 
 
+class TorchGradients:
+    """Outputs and gradients by autograd through `segment`, laid out as TorchChunkwise has it, with the gradient `dout` of
+    the outputs."""
+
+    def __init__(self, x: Inputs, dout: np.ndarray, chunk: int, at_a_time: int, segment: Callable[..., Any]) -> None:
+        import torch
+
+        self.layout, self.segment = TorchChunkwise(x, chunk, at_a_time), segment
+        layout, N = self.layout, len(self.layout.q)
+        gradient = torch.zeros_like(layout.v)
+        for to, source in layout.parts(gradient, torch.from_numpy(dout)):
+            to.copy_(source)
+        # A leaf for each call: slices of one would each have a gradient as large as it.
+        cut = [slice(n, n + at_a_time) for n in range(0, N, at_a_time)]
+        self.leaves = [
+            tuple(t[part].clone().requires_grad_() for t in (layout.q, layout.k, layout.v, layout.log_decay))
+            for part in cut
+        ]
+        self.dout = [gradient[part].clone() for part in cut]
+        self.gradients: tuple[Any, ...] = ()
+
+    def run(self) -> None:
+        import torch
+
+        state, outs = self.layout.state, []
+        for leaves in self.leaves:
+            out, state = self.segment(*leaves, self.layout.inputs.scale, state)
+            outs.append(out)
+        self.gradients = torch.autograd.grad(outs, [leaf for leaves in self.leaves for leaf in leaves], self.dout)
+
+    def result(self) -> tuple[np.ndarray, ...]:
+        import torch
+
+        layout, found = self.layout, []
+        B, T, H, K, V = layout.inputs.shape
+        for n, size in enumerate(((K,), (K,), (V,), ())):
+            plain = torch.empty(B, T, H, *size)
+            for source, to in layout.parts(torch.cat(self.gradients[n::4]), plain):
+                to.copy_(source)
+            found.append(plain.numpy())
+        return tuple(found)
+
+
+def torch_gradients(x: Inputs, dout: np.ndarray, threads: int, compiled: bool = False) -> Peer | Absent:
+    """Forward and backward of the chunkwise form by PyTorch's autograd, with the chunks that suit it best."""
+    name = COMPILED if compiled else EAGER
+    if x.degree > 2 or (x.degree == 2 and x.shape[3] % 16):
+        return Absent(name, "of degree 1, and of degree 2 for K a multiple of 16")
+    if reason := missing("torch"):
+        return Absent(name, reason)
+    import torch
+
+    torch.set_num_threads(threads)
+    T = x.shape[1]
+    segment, chunks = (chunks_of_retention, CHUNKS) if x.degree == 1 else (chunks_of_power, POWER_CHUNKS)
+    tokens_at_a_time = TOKENS_AT_A_TIME if x.degree > 1 or compiled else (*TOKENS_AT_A_TIME, T)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 256
+        segment, tokens_at_a_time = torch.compile(segment, dynamic=False, fullgraph=True), TOKENS_AT_A_TIME[:1]
+    best, tried = None, {}
+    for chunk in sorted({min(chunk, T) for chunk in chunks}):
+        for at_a_time in sorted({max(1, min(tokens, T) // chunk) for tokens in tokens_at_a_time}):
+            candidate = TorchGradients(x, dout, chunk, at_a_time, segment)
+            try:
+                seconds = tried[f"{chunk}x{at_a_time}"] = best_seconds(candidate.run, calls=3)
+            except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for one
+                return Absent(name, "failed: " + str(error).strip().splitlines()[0])
+            if best is None or seconds < best[0]:
+                best = seconds, candidate
+    assert best, "there is at least one chunk size"
+    layout = best[1].layout
+
+    def convert() -> None:  # five tensors in and five out: load() is of four, store() of one
+        for _ in range(2):
+            layout.load()
+            layout.store()
+
+    how = f"autograd, chunks of {layout.chunk}, {layout.at_a_time} at a time"
+    return Peer(name, best[1].run, best[1].result, how, layout_seconds=best_seconds(convert), tried=tried)
+
+
+def holdfast_gradients(x: Inputs, dout: np.ndarray, threads: int) -> list[Peer]:
+    """Forward and backward as a user calls them, and either alone."""
+    set_num_threads(threads)
+    out = aligned(x.v.shape)
+    last: list[Any] = []
+
+    def forward() -> None:
+        retention(x.q, x.k, x.v, x.log_decay, degree=x.degree, out=out)
+
+    def backward() -> None:
+        last[:] = [retention_backward(dout, x.q, x.k, x.v, x.log_decay, out=out, degree=x.degree, wanted=WANTED)]
+
+    def both() -> None:
+        forward()
+        backward()
+
+    lines: list[str] = []
+    set_verbose(lines.append)
+    both()
+    set_verbose(None)
+    forward_line, backward_line = (line.split(": ", 1)[1] for line in lines)
+
+    def gradients() -> tuple[np.ndarray, ...]:
+        return tuple(last[0][:4])
+
+    return [
+        Peer(OURS, both, gradients, how="forward and backward"),
+        Peer(FORWARD, forward, lambda: out, how=forward_line),
+        Peer(BACKWARD, backward, gradients, how=backward_line),
+    ]
+
+
 def torch_attention(x: Inputs, threads: int) -> Peer | Absent:
     """scaled_dot_product_attention: another function, with softmax and without decay, for what linear time saves."""
     if reason := missing("torch"):
@@ -464,6 +592,7 @@ def torch_product(x: Inputs, threads: int, ours: Peer) -> Peer | Absent:
 
 
 LAST_ROWS = 64  # those of which definitions with T^2 terms are summed
+WANTED = ("q", "k", "v", "log_decay")
 
 
 def sample(x: Inputs) -> list[tuple[int, int]]:
@@ -507,6 +636,30 @@ def last_rows(x: Inputs, heads: Iterable[tuple[int, int]], weigh: Callable[..., 
 def power_reference(x: Inputs, heads: Iterable[tuple[int, int]]) -> np.ndarray:
     """Retention of x's degree, divided by the sum of weights: `last_rows`."""
     return last_rows(x, heads, lambda scores, log_decay: scores**x.degree * np.exp(np.minimum(log_decay, 0)))
+
+
+def gradient_reference(
+    x: Inputs, dout: np.ndarray, heads: Iterable[tuple[int, int]]
+) -> tuple[np.ndarray, ...]:
+    """Gradients of q, k, v and log_decay in double, from all T x T weights: each `[heads, T, ...]`."""
+    found: list[list[np.ndarray]] = [[], [], [], []]
+    for b, h in heads:
+        q, k, v, g, do = (a[b, :, h].astype(np.float64) for a in (x.q, x.k, x.v, x.log_decay, dout))
+        total, p = g.cumsum(), x.degree
+        decays = np.tril(np.exp(np.minimum(total[:, None] - total, 0)))
+        scores = q @ k.T * x.scale
+        weights = scores**p * decays
+        if p > 1:
+            do = do / weights.sum(1, keepdims=True)
+        dweights = do @ v.T
+        if p > 1:
+            dweights -= (weights * dweights).sum(1, keepdims=True) / weights.sum(1, keepdims=True)
+        dscores = dweights * decays * p * scores ** (p - 1) * x.scale
+        change = dweights * weights
+        of_rows = (change.sum(1) - change.sum(0))[::-1].cumsum()[::-1]
+        for values, value in zip(found, (dscores @ k, dscores.T @ q, weights.T @ do, of_rows), strict=True):
+            values.append(value)
+    return tuple(np.stack(values) for values in found)
 
 
 def attention_reference(x: Inputs, heads: Iterable[tuple[int, int]]) -> np.ndarray:
