@@ -53,6 +53,8 @@ bool weights_are_less(const Problem &p) {
 
 /// The form that p is computed in.
 holdfast_form choose_form(const Problem &p, const Choice &choice) {
+    // States alone: the kernels of the other forms want queries.
+    if (choice.backend == Backend::cpu && p.H == 0 && p.Hk > 0) return HOLDFAST_FORM_CHUNKWISE;
     if (p.form != HOLDFAST_FORM_AUTO) return p.form;
     if (choice.backend != Backend::cpu || p.chunk_size) return HOLDFAST_FORM_CHUNKWISE;
     if (weights_are_less(p)) return HOLDFAST_FORM_PARALLEL;

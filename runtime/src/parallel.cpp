@@ -122,7 +122,7 @@ private:
     bool groups_fit() const {
         if (p.weights.rank) return false;
         for (const Tensor *t : {&p.q, &p.out})
-            if (std::max(t->stride[2], -t->stride[2]) > most / p.group()) return false;
+            if (std::max(t->stride[2], -t->stride[2]) > most / std::max<int64_t>(p.group(), 1)) return false;
         return true;
     }
 

@@ -77,7 +77,9 @@ struct Rows : Buffer {
         if (of_queries) axes[2] = {0, (int32_t)p.group(), p.group() > 1 ? (int32_t)x.stride[2] : 0};
         if (of_values) axes[0].extent = (int32_t)part.columns;
         first = x.at<uint8_t>(p.entry(part.sequence), p.start(part.sequence), of_queries ? part.head * p.group() : part.head);
-        if (of_values) first += part.column * type.bytes();
+        if (first && of_values) first += part.column * type.bytes();
+        static float nothing = 0;  // of no queries, as in buffers.h
+        if (!first) first = (uint8_t *)&nothing, axes[1].stride = 0;
     }
     void look_at(int64_t t, int64_t tokens) {
         host = first + t * axes[1].stride * (int64_t)type.bytes();

@@ -126,7 +126,7 @@ private:
     /// Whether all heads of a batch entry are within 32 bits of one another.
     bool heads_fit() const {
         auto fits = [](int64_t extent, int64_t stride) {
-            return std::llabs(stride) <= std::numeric_limits<int32_t>::max() / 2 / extent;
+            return std::llabs(stride) <= std::numeric_limits<int32_t>::max() / 2 / std::max<int64_t>(extent, 1);
         };
         const Tensor &g = p.log_decay, &s = p.final_state;
         return p.Hk > 0 && fits(p.H, p.q.stride[2]) && fits(p.Hk, p.k.stride[2]) && fits(p.Hk, p.v.stride[2]) &&

@@ -101,6 +101,20 @@ TEST(Power, TiledStateIsThePublishedOne) {
     EXPECT_LE(relative_rms(again.values(), p.state.values()), 1e-7);
 }
 
+TEST(Power, StatesWithoutQueries) {
+    Context context;
+    for (const auto &[degree, normalize] : {std::make_pair(1, false), {1, true}, {2, true}})
+        for (holdfast_form form :
+             {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT, HOLDFAST_FORM_PARALLEL})
+            for (int64_t T : {1, 70}) {
+                SCOPED_TRACE(testing::Message() << "degree " << degree << ", form " << form << ", T " << T);
+                PowerProblem p{2, T, 2, 0, 5, 7, degree, normalize};
+                p.initial = false, p.form = form;
+                ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+                expect_right(p, p.want());
+            }
+}
+
 TEST(Power, PackedSequencesAreCallsOfTheirOwn) {
     Context context;
     for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_PARALLEL}) {

@@ -489,7 +489,7 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. For a degree above 1 or
  *  normalization as many of the states between chunks as with those of all threads fit into a quarter of the call's tensors, but at
  *  least about 2 sqrt(T / chunk) a thread; the others are computed a second time, which takes up to a sixth longer. The parallel form
- *  keeps some blocks of rows a thread. Threads beyond one for each sequence and head of keys have nothing to do.
+ *  keeps rows in fp32, about 10 T (K + V) floats a thread. Threads beyond one for each sequence and head of keys have nothing to do.
  *
  *  T = 0: dinitial_state = dfinal_state, and dlog_decay per head is 0. Not-a-numbers and infinities stay in their sequence and group of
  *  heads, but for dlog_decay per head, which is of all sequences.
