@@ -159,6 +159,7 @@ holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_arg
     return guarded(context, [&](holdfast_context &c) {
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
+        if (choice.backend == Backend::cpu && p.H == 0 && p.Hk > 0) return forward(c, p, choice);  // the state alone
         if (!is_power(p)) return recurrent(c, "step", p, choice);
         choice.backend == Backend::cpu ? run_power(c, "step", p, choice) : power_on_gpu(c, "step", p, choice);
     });

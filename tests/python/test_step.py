@@ -114,6 +114,19 @@ def test_nothing_to_do(token, B, H):
     assert holdfast.retention_step(p.q, p.k, p.v, p.log_decay, p.state).shape == (B, H, 3)
 
 
+@pytest.mark.parametrize("degree", [1, 2])
+def test_without_queries_the_state_advances(token, degree):
+    p = token(B, 2, K, V)
+    D = holdfast.state_size(K, degree)
+    states = [(np.ones((B, 2, D, V), np.float32), np.ones((B, 2, D), np.float32)[: B * (degree > 1)]) for _ in range(2)]
+    for q, (state, keys) in zip((p.q, p.q[:, :0]), states, strict=True):
+        sums = keys if degree > 1 else None
+        out = holdfast.retention_step(q, p.k, p.v, p.log_decay, state, sums, degree=degree)
+        assert out.shape == (B, q.shape[1], V)
+    for with_queries, without in zip(*states, strict=True):
+        np.testing.assert_allclose(without, with_queries, rtol=1e-5, atol=1e-6)
+
+
 def test_says_what_runs(token):
     lines = []
     holdfast.set_verbose(lines.append)
