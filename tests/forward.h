@@ -230,6 +230,14 @@ inline std::vector<std::string> targets(bool running = false) {
 }
 
 /// The backend of a target.
+/// Whether this build has a CPU's variant of a kernel for rows of that type: those with a sanitizer leave some out (UNSANITIZED in
+/// cmake/kernels.cmake).
+inline bool has_type(const std::string &kernel, const Dtype &dtype) {
+    return std::any_of(variants().begin(), variants().end(), [&](const holdfast_variant &v) {
+        return v.kernel == kernel && v.dtype == std::string(dtype.name) && v.target == std::string("generic");
+    });
+}
+
 inline std::string backend_of(const std::string &target) {
     for (int n = 0; n < holdfast_backend_count(); n++) {
         holdfast_backend backend = {};

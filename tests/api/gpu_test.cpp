@@ -718,6 +718,7 @@ TEST_P(Tensors, HaveGradientsWhereTheyLie) {
 TEST_P(Tensors, OfPowerRetentionAreUsedWhereTheyLie) {
     for (const Dtype &dtype : all_dtypes)
         for (bool in_place : {false, true}) {
+            if (!has_type("power", dtype)) continue;  // what results are compared with
             SCOPED_TRACE(std::string(dtype.name) + (in_place ? ", in place" : ""));
             PowerProblem p{2, 136, 2, 2, 6, 5};
             p.dtype = dtype, p.initial = false;
