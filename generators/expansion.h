@@ -82,10 +82,16 @@ int expanded_size(int key_elements, int degree);
 Expansion expansion(const Halide::Expr &key_extent, const Halide::Expr &features, int degree,
                     const Halide::Expr &degree_at_run_time);
 
-/// Between orders of the features of degree 2: as they are, to the tiled order of holdfast.h, or back.
-enum FeatureOrder { keep_order = 0, to_tiled_order = 1, to_tight_order = 2 };
+/// Between orders of the features of degree 2: as they are, to the tiled order of holdfast.h, or back; and of gradients.
+enum FeatureOrder {
+    keep_order = 0,
+    to_tiled_order = 1,
+    to_tight_order = 2,
+    gradient_to_tiled_order = 3,
+    gradient_to_tight_order = 4
+};
 
-/// States, or sums of keys with one value feature, in another order. phi(q) . state stays the same.
+/// States, or sums of keys with one value feature, in another order: phi(q) . state stays the same; or gradients by them.
 struct ConvertStateFuncs {
     Halide::Func converted;  // (e,f,h,b)
 };

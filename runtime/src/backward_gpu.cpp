@@ -12,40 +12,8 @@
 namespace holdfast {
 namespace {
 
-/// The tensors of a call, on the device.
-struct Tensors {
-    OnDevice q, k, v, log_decay, initial, dout, dfinal;
-    OnDevice dq, dk, dv, dlog_decay, dinitial;
-
-    Tensors(const Run &run, const BackwardProblem &p)
-        : q(run, p.q, true), k(run, p.k, true), v(run, p.v, true), log_decay(run, p.log_decay, true),
-          initial(run, p.initial_state, true), dout(run, p.dout, true), dfinal(run, p.dfinal_state, true),
-          dq(run, p.dq, false), dk(run, p.dk, false), dv(run, p.dv, false), dlog_decay(run, p.dlog_decay, false),
-          dinitial(run, p.dinitial_state, false) {}
-
-    void fetch(const Run &run, const BackwardProblem &p) {
-        dq.fetch(run, p.dq), dk.fetch(run, p.dk), dv.fetch(run, p.dv);
-        dlog_decay.fetch(run, p.dlog_decay), dinitial.fetch(run, p.dinitial_state);
-    }
-};
-
-/// The most batch entries, else heads of keys of one, of which one call can address all buffers.
-Part part_of(const BackwardProblem &p, const Tensors &x, int64_t bytes_of_a_head) {
-    return largest_part({p.B, p.Hk}, [&](int64_t batch, int64_t heads) {
-        int64_t most = 0;
-        for (const OnDevice *rows : {&x.k, &x.v, &x.dk, &x.dv}) most = std::max(most, span(rows->t, {batch, p.T, heads}));
-        for (const OnDevice *rows : {&x.q, &x.dout, &x.dq})
-            most = std::max(most, span(rows->t, {batch, p.T, heads * p.group()}));
-        for (const OnDevice *states : {&x.initial, &x.dfinal, &x.dinitial})
-            most = std::max(most, span(states->t, {p.packed() ? p.N : batch, heads}));
-        for (const OnDevice *g : {&x.log_decay, &x.dlog_decay})
-            most = std::max(most, g->t.rank == 3 ? span(g->t, {batch, p.T, heads}) : span(g->t, {heads}));
-        return most <= most_bytes && (double)bytes_of_a_head * batch * heads <= (double)most_bytes;
-    });
-}
-
 /// Without tokens: the gradient of the initial states is that of the final ones, and decays have none.
-void pass_gradients(const Run &run, const BackwardProblem &p, Tensors &x) {
+void pass_gradients(const Run &run, const BackwardProblem &p, BackwardOperands &x) {
     const int32_t H = (int32_t)p.Hk;
     for (int64_t s = 0; s < p.N && p.dinitial_state.rank; s++) {
         if (!p.dfinal_state.rank)
@@ -53,16 +21,17 @@ void pass_gradients(const Run &run, const BackwardProblem &p, Tensors &x) {
         else if (p.dfinal_state.on_host() || !same_elements(p.dinitial_state, p.dfinal_state))
             convert(run, features_of(x.dfinal, s, 0, H, 1), p.expansion, features_of(x.dinitial, s, 0, H, 1), p.expansion);
     }
-    if (p.dlog_decay.rank == 1)
-        clear(run, View(*x.dlog_decay.memory, x.dlog_decay.at(0), float32,
-                        {{0, H, narrow(x.dlog_decay.t, 0, H)}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}));
     x.fetch(run, p);
 }
 
 /// Launch everything.
 void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
-    Tensors x(run, p);
-    if (p.T == 0) return pass_gradients(run, p, x);
+    BackwardOperands x(run, p);
+    DecaysPerHead decays(run, p);
+    if (p.T == 0) {
+        pass_gradients(run, p, x);
+        return decays.finish();
+    }
     const int64_t G = p.group(), float_bytes = sizeof(float);
     std::optional<ChunkTable> packed;
     if (p.packed()) packed.emplace(p.starts, chunk);
@@ -70,7 +39,7 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
     const int32_t S = packed ? (int32_t)p.N : 1;  // sequences of a batch entry
     // The largest buffers that the kernel has, of a chunk: its state, scores, rows.
     const int64_t of_chunk = std::max({p.K * p.V, chunk * chunk * G, chunk * std::max(p.K, p.V) * G}) * float_bytes;
-    const Part part = part_of(p, x, (count + S) * of_chunk);
+    const Part part = largest_part(p, x, p.T, (count + S) * of_chunk);
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head, or its states of K V = ", p.K * p.V,
              " after each ", chunk, " of them, reach beyond 2^31 bytes; expected less");
@@ -90,14 +59,13 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
     }
     // Rows that are not wanted are not written, but have to be somewhere; a gradient of states is written.
     Memory unwanted_row(run, std::max(p.K, p.V) * float_bytes);
-    std::optional<Memory> unwanted_state, decays;
+    std::optional<Memory> unwanted_state;
     if (!p.dinitial_state.rank) unwanted_state.emplace(run, part.batch * S * part.of_each * p.state_bytes());
-    if (p.dlog_decay.rank == 1) decays.emplace(run, p.B * p.T * p.Hk * float_bytes);  // of every token: added up in the end
 
     for (int64_t b = 0; b < p.B; b += part.batch)
         for (int64_t h = 0; h < p.Hk; h += part.of_each) {
             const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
-            const int32_t K = (int32_t)p.K, V = (int32_t)p.V, T = (int32_t)p.T, heads = (int32_t)p.Hk;
+            const int32_t K = (int32_t)p.K, V = (int32_t)p.V, T = (int32_t)p.T;
             auto groups = [&](const OnDevice &r, int32_t size) {
                 if (r.t.rank) return groups_of(r, G, b, 0, h, T, H, B);
                 return View(unwanted_row, 0, halide_type(p.q.dtype), {{0, size, 1}, {0, T, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
@@ -121,9 +89,8 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
                             {{0, V, 1}, {0, K, V}, {0, S, K * V}, {0, H, S * K * V}, {0, B, H * S * K * V}});
             };
             auto gradient_of_decays = [&] {
-                if (p.dlog_decay.rank == 3) return decays_of(x.dlog_decay, nullptr, b, 0, h, T, H, B);
-                if (decays)
-                    return View(*decays, (b * p.T * p.Hk + h) * float_bytes, float32, {{0, T, heads}, {0, H, 1}, {0, B, T * heads}});
+                if (p.dlog_decay.rank)
+                    return decays_of(decays.of_tokens ? *decays.of_tokens : x.dlog_decay, nullptr, b, 0, h, T, H, B);
                 return View(unwanted_row, 0, float32, {{0, T, 0}, {0, H, 0}, {0, B, 0}});
             };
             View q = groups(x.q, K), k = rows(x.k, K), v = rows(x.v, V), dout = groups(x.dout, V);
@@ -138,12 +105,7 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
                           p.dq.rank > 0, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0, &dq, &dk, &dv, &dlog_decay,
                           &dstate_in));
         }
-    if (decays) {
-        const int32_t H = (int32_t)p.Hk, T = (int32_t)p.T;
-        View of_tokens(*decays, 0, float32, {{0, T, H}, {0, H, 1}, {0, (int32_t)p.B, T * H}});
-        View of_heads(*x.dlog_decay.memory, x.dlog_decay.at(0), float32, {{0, H, narrow(x.dlog_decay.t, 0, H)}});
-        run.check("sum_decays", run.variant.target->sum_decays(&run.workspace, &of_tokens, &of_heads));
-    }
+    decays.finish();
     x.fetch(run, p);
 }
 

@@ -10,6 +10,7 @@
 #include "parallel_gpu.h"
 #include "power.h"
 #include "power_backward.h"
+#include "power_backward_gpu.h"
 #include "power_gpu.h"
 #include "problem.h"
 #include "recurrent.h"
@@ -90,29 +91,35 @@ void forward(holdfast_context &c, Problem p, const Choice &choice) {
 }
 
 /// Whether the gradient of `p` is computed from all T x T weights. Its kernel knows no states, and for degree 1 without
-/// normalization there is none: chunks are always less work there.
-bool backward_from_weights(const BackwardProblem &p) {
+/// normalization there is none: chunks are always less work there. On a GPU there is none so far.
+bool backward_from_weights(const BackwardProblem &p, const Choice &choice) {
     if (!is_power(p) || p.has_states()) return false;
-    return p.form == HOLDFAST_FORM_AUTO ? p.chunk_size == 0 && weights_are_less(p) : p.form == HOLDFAST_FORM_PARALLEL;
+    const bool cpu = choice.backend == Backend::cpu;
+    if (p.form == HOLDFAST_FORM_AUTO) return cpu && p.chunk_size == 0 && weights_are_less(p);
+    if (p.form == HOLDFAST_FORM_PARALLEL && !cpu)
+        fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL and the backend ", name_of(choice.backend), " (", choice.why,
+             "); expected another form, whose gradients are the same, or the CPU");
+    return p.form == HOLDFAST_FORM_PARALLEL;
 }
 
-/// What the gradients of `p` are computed on.
-Choice choose_for_backward(const holdfast_context &c, const BackwardProblem &p) {
-    const Choice choice = choose_backend(c, p.home());
-    if (choice.backend != Backend::cpu && is_power(p))
-        fail(HOLDFAST_UNSUPPORTED, "gradients of degree ", p.degree, p.normalized ? " with normalization" : "", " on backend ",
-             name_of(choice.backend), " (", choice.why, "); expected degree 1 without normalization, or tensors on the CPU and no "
-             "backend or target of a GPU forced");
-    return choice;
+/// Check that gradients of `p` have heads to be of.
+void check_heads(const BackwardProblem &p) {
+    if (p.normalized && p.H == 0 && p.Hk > 0)  // kernels divide by sums of weights, of which there are none
+        fail(HOLDFAST_UNSUPPORTED, "q has H = 0, k has Hk = ", p.Hk, " and out is normalized; expected heads of queries");
 }
 
 void backward(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
-    if (p.normalized && p.H == 0 && p.Hk > 0)  // kernels divide by sums of weights, of which there are none
-        fail(HOLDFAST_UNSUPPORTED, "q has H = 0, k has Hk = ", p.Hk, " and out is normalized; expected heads of queries");
+    check_heads(p);
     if (!p.wants_any()) return;
-    if (choice.backend != Backend::cpu) return backward_on_gpu(c, p, choice);
-    if (backward_from_weights(p)) return run_parallel_backward(c, p, choice);
+    if (backward_from_weights(p, choice)) return run_parallel_backward(c, p, choice);
+    if (choice.backend != Backend::cpu) return is_power(p) ? power_backward_on_gpu(c, p, choice) : backward_on_gpu(c, p, choice);
     is_power(p) ? run_power_backward(c, p, choice) : run_backward(c, p, choice);
+}
+
+size_t backward_workspace(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
+    check_heads(p);
+    if (!p.wants_any() || backward_from_weights(p, choice) || choice.backend == Backend::cpu) return 0;
+    return is_power(p) ? power_backward_workspace_on_gpu(c, p, choice) : backward_workspace_on_gpu(c, p, choice);
 }
 
 }  // namespace
@@ -179,7 +186,7 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
 holdfast_status holdfast_backward(holdfast_context *context, const holdfast_backward_args *args) {
     return guarded(context, [&](holdfast_context &c) {
         const BackwardProblem p = checked_problem(args);
-        backward(c, p, choose_for_backward(c, p));
+        backward(c, p, choose_backend(c, p.home()));
     });
 }
 
@@ -187,9 +194,7 @@ holdfast_status holdfast_backward_workspace_size(holdfast_context *context, cons
     return guarded(context, [&](holdfast_context &c) {
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const BackwardProblem p = checked_problem(args);
-        const Choice choice = choose_for_backward(c, p);
-        *bytes = 0;
-        if (choice.backend != Backend::cpu && p.wants_any()) *bytes = backward_workspace_on_gpu(c, p, choice);
+        *bytes = backward_workspace(c, p, choose_backend(c, p.home()));
     });
 }
 

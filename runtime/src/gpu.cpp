@@ -299,6 +299,42 @@ void Operands::pass_states() {
     fetch();
 }
 
+/// What counts of dlog_decay.
+static const Tensor &of_tokens(const Tensor &dlog_decay) {
+    static const Tensor none{};
+    return dlog_decay.rank == 3 ? dlog_decay : none;
+}
+
+BackwardOperands::BackwardOperands(const Run &run, const BackwardProblem &p)
+    : q(run, p.q, true), k(run, p.k, true), v(run, p.v, true), log_decay(run, p.log_decay, true),
+      initial(run, p.initial_state, true), initial_sum(run, p.initial_sum, true), out(run, p.normalized ? p.out : Tensor{}, true),
+      dout(run, p.dout, true), dfinal(run, p.dfinal_state, true), dfinal_sum(run, p.dfinal_sum, true), dq(run, p.dq, false),
+      dk(run, p.dk, false), dv(run, p.dv, false), dlog_decay(run, of_tokens(p.dlog_decay), false),
+      dinitial(run, p.dinitial_state, false), dinitial_sum(run, p.dinitial_sum, false) {}
+
+void BackwardOperands::fetch(const Run &run, const BackwardProblem &p) {
+    dq.fetch(run, p.dq), dk.fetch(run, p.dk), dv.fetch(run, p.dv), dlog_decay.fetch(run, p.dlog_decay);
+    dinitial.fetch(run, p.dinitial_state), dinitial_sum.fetch(run, p.dinitial_sum);
+}
+
+DecaysPerHead::DecaysPerHead(const Run &run, const BackwardProblem &p) : run(run), p(p) {
+    if (p.dlog_decay.rank == 1) of_tokens.emplace(run, floats_of("dlog_decay of every token", {p.B, p.T, p.Hk}), false);
+}
+
+void DecaysPerHead::finish() {
+    if (!of_tokens) return;
+    OnDevice sums(run, p.dlog_decay, false);
+    const int32_t H = (int32_t)p.Hk, T = (int32_t)p.T, B = (int32_t)p.B, stride = narrow(sums.t, 0, H);
+    if (p.T == 0) {
+        clear(run, View(*sums.memory, sums.at(0), float32, {{0, H, stride}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}));
+    } else {
+        View gradients = decays_of(*of_tokens, nullptr, 0, 0, 0, T, H, B);
+        View of_heads(*sums.memory, sums.at(0), float32, {{0, H, stride}});
+        run.check("sum_decays", run.variant.target->sum_decays(&run.workspace, &gradients, &of_heads));
+    }
+    sums.fetch(run, p.dlog_decay);
+}
+
 /// Only `extent` elements of an axis, from `from` on.
 static void cut(Tensor &t, int axis, int64_t from, int64_t extent) {
     if (!t.rank || t.empty()) return;
@@ -316,6 +352,16 @@ Problem sequence_of(Problem p, int64_t s) {
     return p;
 }
 
+BackwardProblem sequence_of(const BackwardProblem &given, int64_t s) {
+    BackwardProblem p = given;
+    static_cast<Problem &>(p) = sequence_of(static_cast<const Problem &>(given), s);
+    const int64_t start = given.start(s), length = given.length(s);
+    for (Tensor *rows : {&p.dout, &p.dq, &p.dk, &p.dv}) cut(*rows, 1, start, length);
+    if (p.dlog_decay.rank == 3) cut(p.dlog_decay, 1, start, length);
+    for (Tensor *states : {&p.dfinal_state, &p.dfinal_sum, &p.dinitial_state, &p.dinitial_sum}) cut(*states, 0, s, 1);
+    return p;
+}
+
 Part largest_part(const Problem &p, const Operands &x, int64_t tokens, int64_t bytes_of_a_head, int64_t sequences) {
     auto fits = [&](int64_t batch, int64_t heads) {
         int64_t most = 0;
@@ -329,6 +375,20 @@ Part largest_part(const Problem &p, const Operands &x, int64_t tokens, int64_t b
         return most <= most_bytes && (double)bytes_of_a_head * batch * heads <= (double)most_bytes;
     };
     return largest_part({p.B, p.Hk}, fits);
+}
+
+Part largest_part(const BackwardProblem &p, const BackwardOperands &x, int64_t tokens, int64_t bytes_of_a_head) {
+    return largest_part({p.B, p.Hk}, [&](int64_t batch, int64_t heads) {
+        int64_t most = 0;
+        for (const OnDevice *rows : {&x.k, &x.v, &x.dk, &x.dv}) most = std::max(most, span(rows->t, {batch, tokens, heads}));
+        for (const OnDevice *rows : {&x.q, &x.out, &x.dout, &x.dq})
+            most = std::max(most, span(rows->t, {batch, tokens, heads * p.group()}));
+        for (const OnDevice *states : {&x.initial, &x.initial_sum, &x.dfinal, &x.dfinal_sum, &x.dinitial, &x.dinitial_sum})
+            most = std::max(most, span(states->t, {p.packed() ? p.N : batch, heads}));
+        for (const OnDevice *g : {&x.log_decay, &x.dlog_decay})
+            most = std::max(most, g->t.rank == 3 ? span(g->t, {batch, tokens, heads}) : span(g->t, {heads}));
+        return most <= most_bytes && (double)bytes_of_a_head * (double)batch * (double)heads <= (double)most_bytes;
+    });
 }
 
 void each_part(const std::vector<const OnDevice *> &tensors,
@@ -399,8 +459,16 @@ View features_of(const OnDevice &s, int64_t b, int64_t h, int32_t heads, int32_t
                  {0, entries, narrow(s.t, 0, entries)}});
 }
 
-void convert(const Run &run, View &&from, holdfast_expansion order, View &&to, holdfast_expansion wanted) {
-    const int32_t how = order == wanted ? 0 : wanted == HOLDFAST_EXPANSION_TILED ? 1 : 2;  // generators/expansion.h
+View sums_of(const OnDevice &s, int64_t b, int64_t h, int32_t heads, int32_t entries) {
+    return View(*s.memory, s.at(b, h), float32,
+                {{0, (int32_t)s.t.shape[2], narrow(s.t, 2, s.t.shape[2])},
+                 {0, heads, narrow(s.t, 1, heads)},
+                 {0, entries, narrow(s.t, 0, entries)}});
+}
+
+void convert(const Run &run, View &&from, holdfast_expansion order, View &&to, holdfast_expansion wanted, Of of) {
+    int32_t how = order == wanted ? 0 : wanted == HOLDFAST_EXPANSION_TILED ? 1 : 2;  // generators/expansion.h
+    if (how && of == Of::gradients) how += 2;
     run.check("convert_state", run.variant.target->convert_state(&run.workspace, &from, how, &to));
 }
 

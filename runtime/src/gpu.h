@@ -4,6 +4,7 @@
 #include "buffers.h"
 #include "context.h"
 #include "device.h"
+#include "expansion.h"
 #include "problem.h"
 
 #include <cstdint>
@@ -130,8 +131,31 @@ public:
     void pass_states();
 };
 
+/// The tensors of a gradient; of log decays that are one per head DecaysPerHead has it.
+struct BackwardOperands {
+    OnDevice q, k, v, log_decay, initial, initial_sum, out, dout, dfinal, dfinal_sum;
+    OnDevice dq, dk, dv, dlog_decay, dinitial, dinitial_sum;
+
+    BackwardOperands(const Run &run, const BackwardProblem &p);
+    void fetch(const Run &run, const BackwardProblem &p);
+};
+
+/// Gradients of log decays that are one per head, where they are wanted: kernels leave those of every token, [B, T, Hk].
+struct DecaysPerHead {
+    std::optional<OnDevice> of_tokens;
+
+    DecaysPerHead(const Run &run, const BackwardProblem &p);
+    /// Add them up.
+    void finish();
+
+private:
+    const Run &run;
+    const BackwardProblem &p;
+};
+
 /// Sequence s of packed ones, as a problem of its own.
 Problem sequence_of(Problem p, int64_t s);
+BackwardProblem sequence_of(const BackwardProblem &p, int64_t s);
 
 /// How many batch entries, and heads of keys or tokens of each, a call of the kernel has.
 struct Part {
@@ -149,6 +173,9 @@ Part largest_part(Part all, const std::function<bool(int64_t batch, int64_t of_e
 /// The most batch entries, else heads of one, of which one call can address the buffers of so many tokens and sequences of each
 /// entry; beside the tensors those of `bytes_of_a_head`. {0, 0} if one head is too large.
 Part largest_part(const Problem &p, const Operands &operands, int64_t tokens, int64_t bytes_of_a_head, int64_t sequences = 1);
+
+/// The same of a gradient.
+Part largest_part(const BackwardProblem &p, const BackwardOperands &operands, int64_t tokens, int64_t bytes_of_a_head);
 
 /// Call run(b, t, entries, tokens) for tensors [B, T, ...], of which the first has these extents, as many at a time as one call of a
 /// kernel can address.
@@ -172,11 +199,12 @@ View groups_of(const OnDevice &rows, int64_t group, int64_t b, int64_t t, int64_
 View decays_of(const OnDevice &log_decay, const Zeros *none, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
                int32_t entries);
 
-/// States (e, f, h, b), or sums of keys with one e, from head h of batch entry b on.
+/// States (e, f, h, b), or sums of keys with one e, from head h of batch entry b on; and sums of keys (f, h, b).
 View features_of(const OnDevice &states, int64_t b, int64_t h, int32_t heads, int32_t entries);
+View sums_of(const OnDevice &sums, int64_t b, int64_t h, int32_t heads, int32_t entries);
 
 /// Copy all elements of `to`, by the kernel `convert_state`, from one order of features to another.
-void convert(const Run &run, View &&from, holdfast_expansion order, View &&to, holdfast_expansion wanted);
+void convert(const Run &run, View &&from, holdfast_expansion order, View &&to, holdfast_expansion wanted, Of of = Of::states);
 /// Make all elements of `to` zero.
 void clear(const Run &run, View &&to);
 

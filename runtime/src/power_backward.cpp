@@ -40,19 +40,11 @@ struct Plan {
         slot = (D * (p.V + 1) + line - 1) / line * line;
         states = p.dq.rank || p.dlog_decay.rank || p.normalized;
         // All threads together a quarter of the tensors, at most.
-        double bytes = 0;
-        for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv})
-            if (t->rank) bytes += (double)t->shape[0] * t->shape[1] * t->shape[2] * t->shape[3] * t->dtype.bytes();
-        most_states = bytes / 4 / ((double)slot * sizeof(float) * context.threads_for(p.N * p.Hk));
+        most_states = bytes_of_rows(p) / 4 / ((double)slot * sizeof(float) * context.threads_for(p.N * p.Hk));
     }
     int64_t chunks(int64_t T) const { return (T + chunk - 1) / chunk; }
-    /// Chunks in a segment of T tokens: as few as memory allows, since fewer states are made twice, up to what takes least.
-    int64_t segment(int64_t T) const {
-        const int64_t count = chunks(T);
-        int64_t n = 1;
-        while (n * n < count && (double)((count + n - 1) / n + n - 1) > most_states) n++;
-        return n;
-    }
+    /// Chunks in a segment of T tokens.
+    int64_t segment(int64_t T) const { return chunks_in_segment(chunks(T), most_states); }
 };
 
 /// One sequence and head of keys.
@@ -154,6 +146,19 @@ private:
 };
 
 }  // namespace
+
+int64_t chunks_in_segment(int64_t count, double most_states) {
+    int64_t n = 1;
+    while (n * n < count && (double)((count + n - 1) / n + n - 1) > most_states) n++;
+    return n;
+}
+
+double bytes_of_rows(const BackwardProblem &p) {
+    double bytes = 0;
+    for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv})
+        if (t->rank) bytes += (double)t->shape[0] * t->shape[1] * t->shape[2] * t->shape[3] * t->dtype.bytes();
+    return bytes;
+}
 
 void run_power_backward(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
     const Plan plan(p, choice, c);

@@ -151,7 +151,9 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &) {
     in_registers(w.along_keys_block, {w.along_keys, w.over_state_block.x});
     sum_by_rows(w.dgates, i);
 
-    // Results: a thread per element of a row.
+    // Results: a thread per element of a row. Undefined at first, so that nothing is run there; but Halide would want them in host
+    // memory too.
+    for (Func result : {w.result_dq, w.result_dk, w.result_dv, w.result_dlog_decay}) result.gpu_single_thread();
     auto result = [&](Func rows, const RDom &wanted, Var row, bool of_queries) {
         Stage update = rows.update();
         if (of_queries) update.fuse(g, h, heads);

@@ -1,5 +1,6 @@
 // Backends by their names; and tensors in memory of OpenCL and Metal, used where they lie, on whatever devices this machine has.
 #include "../../runtime/src/arena.h"
+#include "../backward.h"
 #include "../devices.h"
 #include "../power.h"
 #include "../tokens.h"
@@ -756,6 +757,43 @@ TEST_P(Tensors, OfPowerRetentionAreUsedWhereTheyLie) {
             }
             expect_right(p, p.want());
         }
+}
+
+TEST_P(Tensors, OfGradientsAreUsedWhereTheyLie) {
+    for (const auto &[degree, dtype, in_place] :
+         {std::make_tuple(1, f32, true), {1, bf16, false}, {2, f32, true}, {2, f16, false}}) {
+        if (!has_type("power_backward", dtype)) continue;  // what out is computed with, too
+        SCOPED_TRACE(testing::Message() << "degree " << degree << ", " << dtype.name << ", in place " << in_place);
+        const Gates gates = in_place ? Gates::weak : Gates::per_head;
+        Backward p{2, 19, 2, 2, 6, 5, degree, degree > 1, gates, dtype, in_place ? Layout::compact : Layout::padded};
+        Context cpu;
+        ASSERT_EQ(p.forward(cpu), HOLDFAST_OK) << cpu.error();
+        auto decay = [&](Array &a) { return in_place ? Tensor(a) : Tensor(a.data(), {p.H}, {a.stride.back()}); };
+        OnDevice d(*device,
+                   {p.q, p.k, p.v, decay(p.log_decay), p.initial_state, p.initial_keys, p.out, p.dout, p.dfinal_state,
+                    p.dfinal_keys, p.dq, p.dk, p.dv, p.dlog_decay, p.dinitial_state, p.dinitial_keys},
+                   dtype, {0, 1, 2, 6, 7, 10, 11, 12});
+        for (size_t n : {14, 15})
+            if (in_place) d.tensors[n].byte_offset = d.offsets[n] = d.offsets[n - 6];
+        auto &t = d.tensors;
+        holdfast_backward_args args = {};
+        args.struct_size = sizeof args, args.degree = degree, args.chunk_size = 8;
+        args.q = &t[0], args.k = &t[1], args.v = &t[2], args.log_decay = &t[3], args.initial_state = &t[4];
+        args.dout = &t[7], args.dfinal_state = &t[8], args.dq = &t[10], args.dk = &t[11], args.dv = &t[12];
+        args.dlog_decay = &t[13], args.dinitial_state = &t[14];
+        if (p.normalize) {
+            args.out = &t[6], args.initial_sum_of_keys = &t[5], args.dfinal_sum_of_keys = &t[9];
+            args.dinitial_sum_of_keys = &t[15];
+        }
+        size_t bytes = 1;
+        EXPECT_EQ(holdfast_backward_workspace_size(context, &args, &bytes), HOLDFAST_OK) << context.error();
+        EXPECT_EQ(bytes, 0u);
+        ASSERT_EQ(holdfast_backward(context, &args), HOLDFAST_OK) << context.error();
+        d.fetch({10, 11, 12, 13, 14, 15});
+        p.expect_reference(8);
+        d.expect_released();
+        expect_message(std::string("chunks of 8, on ") + device->name);
+    }
 }
 
 TEST_P(Tensors, WhatIsTooLargeForOneCallOfTheKernelTakesSeveral) {

@@ -587,6 +587,108 @@ INSTANTIATE_TEST_SUITE_P(, PowerBackward,
                                     (c.normalize ? "_normalized_K" : "_K") + std::to_string(c.K);
                          });
 
+// What a GPU's calls add to that kernel: a walk over the chunks of all heads at once, and states in every order.
+class PowerBackwardOnGpu : public testing::TestWithParam<std::string> {
+protected:
+    Context context{GetParam()};
+    static constexpr int64_t chunk = 8;  // several are slow on stand-ins
+
+    void expect_right(Backward p, int64_t of = chunk) {
+        p.chunk_size = of;
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        EXPECT_NE(context.messages.back().find("backward: power_backward"), std::string::npos) << context.messages.back();
+        p.expect_reference(of);
+    }
+};
+
+TEST_P(PowerBackwardOnGpu, MatchesReference) {
+    const Gates gates[] = {Gates::per_head, Gates::weak, Gates::resets, Gates::none, Gates::per_head};
+    int n = 0;
+    for (const auto &[degree, normalize] : {std::make_pair(1, true), {2, true}, {2, false}, {3, true}, {4, false}}) {
+        const int64_t T = 2 * chunk + 3;
+        SCOPED_TRACE(testing::Message() << "degree " << degree << ", normalize " << normalize << ", gates " << name(gates[n]));
+        expect_right({2, T, 2, 2, 5, 7, degree, normalize, gates[n], f32, Layout::padded, n != 1, n != 2});
+        n++;
+    }
+}
+
+TEST_P(PowerBackwardOnGpu, PackedSequencesAndNoTokens) {
+    const Index starts = {0, 0, chunk + 2, chunk + 3, chunk + 3};
+    for (Gates gates : {Gates::per_head, Gates::weak})
+        expect_right({1, starts.back(), 2, 1, 5, 7, 2, gates == Gates::weak, gates, f32, Layout::padded, true, true, starts});
+    for (bool final : {false, true}) {
+        Backward p{2, 0, 2, 1, 5, 7, 2, true, Gates::per_head, f32, Layout::compact, true, final};
+        p.wanted = "gsz";
+        expect_right(p);
+    }
+    expect_right({2, 5, 2, 0, 5, 7, 3, false, Gates::weak});  // nor queries
+}
+
+TEST_P(PowerBackwardOnGpu, StatesInEveryOrderAndKeptInPart) {
+    // Of five chunks the states of the first and the fourth are kept.
+    Backward p{1,
+               9,
+               1,
+               1,
+               32,
+               3,
+               2,
+               true,
+               Gates::weak,
+               f32,
+               Layout::padded,
+               true,
+               true,
+               {},
+               HOLDFAST_FORM_CHUNKWISE,
+               HOLDFAST_EXPANSION_TILED,
+               true};
+    expect_right(p, 2);
+}
+
+TEST_P(PowerBackwardOnGpu, WhatIsNotWantedCostsTheOthersNothing) {
+    auto make = [] { return Backward{1, 64, 1, 2, 5, 7, 2, true}; };  // a chunk of the longest
+    Backward all = make();
+    ASSERT_EQ(all.run(context), HOLDFAST_OK) << context.error();
+    all.expect_reference(64);
+    for (const char *wanted : {"q", "kv", "g", "sz"}) {
+        SCOPED_TRACE(wanted);
+        Backward some = make();
+        some.wanted = wanted;
+        ASSERT_EQ(some.run(context), HOLDFAST_OK) << context.error();
+        const std::string order = "qkvgsz";
+        for (size_t n = 0; n < order.size(); n++) {
+            const Array &got = *some.gradients()[n];
+            EXPECT_TRUE(same_bits(got, some.wants(order[n]) ? *all.gradients()[n] : Array(got).forget())) << order[n];
+        }
+    }
+}
+
+TEST_P(PowerBackwardOnGpu, TypesAreRoundedOnce) {
+    for (const Dtype &dtype : {f16, bf16})
+        if (variant_for(GetParam(), {5, 7}, dtype, "power_backward"))
+            expect_right({1, chunk + 3, 1, 2, 5, 7, 2, true, Gates::weak, dtype, Layout::padded});
+}
+
+TEST_P(PowerBackwardOnGpu, ParallelFormIsNotThereYet) {
+    Backward p{1, 9, 1, 1, 5, 7, 2, false, Gates::weak, f32, Layout::compact, false, false};
+    p.form = HOLDFAST_FORM_PARALLEL;
+    EXPECT_EQ(p.run(context), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(context.error().find("form is HOLDFAST_FORM_PARALLEL and the backend " + backend_of(GetParam())),
+              std::string::npos)
+        << context.error();
+}
+
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(PowerBackwardOnGpu);
+INSTANTIATE_TEST_SUITE_P(, PowerBackwardOnGpu, testing::ValuesIn([] {
+                             std::vector<std::string> names;
+                             for (const std::string &target : targets(true))
+                                 if (backend_of(target) != "cpu" && variant_for(target, {5, 7}, f32, "power_backward"))
+                                     names.push_back(target);
+                             return names;
+                         }()),
+                         [](const auto &info) { return info.param; });
+
 TEST(PowerBackwardStates, GoThroughWithoutQueries) {
     Context context;
     for (int degree : {2, 3}) {

@@ -47,7 +47,12 @@ def test_a_backend_can_be_forced(name, problem):
         x, theta, weight = p.q[..., :4], holdfast.theta(4), np.arange(4, dtype=np.float32)
         turned, normed = holdfast.rotate(x, theta, 3), holdfast.head_norm_gate(x, p.q)
         back, gradients = holdfast.rotate_backward(x, theta, 3), holdfast.head_norm_gate_backward(x, x, p.q, weight)
+        of_power = holdfast.retention_backward(power, p.q, p.k, p.v, out=power, degree=2)
+        with pytest.raises(NotImplementedError, match="form is HOLDFAST_FORM_PARALLEL and the backend"):
+            holdfast.retention_backward(power, p.q, p.k, p.v, out=power, degree=2, form="parallel")
         holdfast.set_backend(None)
+        for got, wanted in zip(of_power[:3], holdfast.retention_backward(power, p.q, p.k, p.v, out=power, degree=2), strict=False):
+            np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(turned, holdfast.rotate(x, theta, 3), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(normed, holdfast.head_norm_gate(x, p.q), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(back, holdfast.rotate_backward(x, theta, 3), rtol=1e-5, atol=1e-6)
@@ -58,7 +63,7 @@ def test_a_backend_can_be_forced(name, problem):
         want = holdfast.retention_step(q, k, v, None, want_state, want_sum, degree=2)
         np.testing.assert_allclose(token, want, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(power_state, want_state, rtol=1e-4, atol=1e-5)
-        del lines[-6:]
+        del lines[-7:]
         assert all("tensors copied from the CPU and back" in line for line in lines[1:])
         assert [line.split(":")[0] for line in lines] == [
             *["forward"] * 2,
@@ -69,6 +74,7 @@ def test_a_backend_can_be_forced(name, problem):
             "head_norm_gate",
             "rotate_backward",
             "head_norm_gate_backward",
+            "backward",
         ]
     else:
         with pytest.raises(holdfast.TargetUnavailable, match="which cannot run here") as error:

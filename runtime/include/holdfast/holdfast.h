@@ -497,13 +497,15 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  Aliasing: inputs may share memory with one another. Outputs overlap no other tensor, except that dinitial_state may be exactly
  *  dfinal_state (the same elements in the same places), and dinitial_sum_of_keys dfinal_sum_of_keys.
  *
- *  On a GPU, which are Metal and OpenCL so far: a launch sequence for all batch entries, heads and chunks, as far as 2^31 bytes reach, else
- *  for as many heads as they do. The states between all chunks and their gradients are memory of the call, which so grows with T, and
- *  nothing is computed twice. A decay per head has its gradient summed by blocks of 256 tokens, in fp32. What holdfast_forward says of
- *  log_decay, of tensors there and of streams goes for this call too.
+ *  On a GPU, for degree 1 without normalization: a launch sequence for all batch entries, heads and chunks, as far as 2^31 bytes reach,
+ *  else for as many heads as they do. The states between all chunks and their gradients are memory of the call, which so grows with T, and
+ *  nothing is computed twice. Else a launch sequence for each chunk, forward and back, with states kept or computed again as above, of
+ *  all heads at a time in the place of threads; packed sequences one after the other. A decay per head has its gradient summed by
+ *  blocks of 256 tokens, in fp32. HOLDFAST_FORM_AUTO goes by chunks. What holdfast_forward says of log_decay, of tensors there and of
+ *  streams goes for this call too.
  *
- *  HOLDFAST_UNSUPPORTED so far: on a GPU, a degree above 1 and normalization, and CUDA and Vulkan; and normalized out of no heads of
- *  queries, H = 0, where there are some of keys.
+ *  HOLDFAST_UNSUPPORTED so far: on a GPU, HOLDFAST_FORM_PARALLEL where the gradient would be computed from weights; and normalized out
+ *  of no heads of queries, H = 0, where there are some of keys.
  *
  *  @returns as holdfast_forward, HOLDFAST_UNSUPPORTED also for a stride between heads that share keys, of q, out, dout or dq, beyond
  *  2^31 elements for all of them. holdfast_last_error(context) has the text. Thread-safety: that of the context. */

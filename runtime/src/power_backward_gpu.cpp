@@ -1,0 +1,264 @@
+// The kernel power_backward on a GPU, as power_backward.cpp runs it on the CPU: a chunk of all batch entries and heads, or of as few as
+// 32-bit buffers allow, in a call, from the last chunk to the first; the states that the chunks begin with from the kernel power, kept
+// for each segment and made again inside one. Packed sequences are calls of their own, one after the other.
+#include "power_backward_gpu.h"
+
+#include "expansion.h"
+#include "gpu.h"
+#include "power.h"
+#include "power_backward.h"
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace holdfast {
+namespace {
+
+constexpr auto tight = HOLDFAST_EXPANSION_TIGHT;  // the kernels' order
+constexpr int64_t block_of_features = 80;         // as in power_gpu.cpp
+
+struct Kernels {
+    const Variant &gradient, &forward;
+
+    Kernels(const BackwardProblem &p, const Choice &choice)
+        : gradient(power_variant("power_backward", p, choice, p.V)),
+          forward(power_variant("power", p, {choice.backend, gradient.target, choice.why}, p.V)) {}
+    int64_t chunk(const BackwardProblem &p) const {
+        const int64_t most = std::min(gradient.chunk, forward.chunk);
+        return p.chunk_size ? std::min(p.chunk_size, most) : most;
+    }
+};
+
+/// Sequences of one length, of which some heads at a time are looked at.
+class Chains {
+public:
+    /// `decays` are those of the whole call, in which the sequence begins at token `start`.
+    Chains(const Run &run, const Kernels &kernels, const BackwardProblem &p, const DecaysPerHead &decays, int64_t start)
+        : run(run), kernels(kernels), p(p), x(run, p), decays(decays), start(start), G(std::max<int64_t>(p.group(), 1)),
+          chunk(kernels.chunk(p)), chunks((p.T + chunk - 1) / chunk),
+          D(expanded_size(p.K, p.degree, tight, std::numeric_limits<int32_t>::max())),
+          zeros_bytes(std::max({D, p.K, p.V}) * (int64_t)sizeof(float)), memory_of_zeros(run, zeros_bytes),
+          unwanted_row(run, zeros_bytes) {
+        fill_chunk_table(run, memory_of_zeros, zeros_bytes, 0, 1, 0);  // of no chunks: zeros
+    }
+
+    void go() {
+        // The largest buffers that the kernels have: the state, features of a chunk, sums of blocks of them.
+        const int64_t rows = std::max(kernels.gradient.chunk, kernels.forward.chunk),
+                      blocks = (D + block_of_features - 1) / block_of_features;
+        const int64_t scratch = std::max({D * p.V, D * rows * G, blocks * p.V * rows}) * (int64_t)sizeof(float);
+        part = largest_part(p, x, std::min(chunk, p.T), scratch);
+        if (!part.batch)
+            fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, its state of D V = ", D * p.V,
+                 " or its features need a buffer beyond 2^31 bytes; expected less");
+        const bool states = p.dq.rank || p.dlog_decay.rank || p.normalized;
+        // All that are kept a quarter of the rows, at most.
+        const double bytes_of_states = (double)(D * (p.V + 1)) * sizeof(float) * (double)(part.batch * part.of_each);
+        const int64_t segment = states ? chunks_in_segment(chunks, bytes_of_rows(p) / 4 / bytes_of_states) : 1;
+        make(kept, states ? (chunks + segment - 1) / segment - 1 : 0), make(between, segment - 1), make(gradients, 2);
+        if (p.expansion != tight && p.initial_state.rank) make(initial, 1);
+        for (b = 0; b < p.B; b += part.batch)
+            for (h = 0; h < p.Hk; h += part.of_each) {
+                B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
+                walk(states, segment);
+            }
+        x.fetch(run, p);
+    }
+
+private:
+    /// States and sums of keys, or gradients by them.
+    struct Slot {
+        OnDevice state, sum;
+    };
+    /// Where some are, from these heads on; null: zeros.
+    struct Where {
+        const OnDevice *state, *sum;
+        int64_t b, h;
+    };
+    static Where in(const Slot &slot) { return {&slot.state, &slot.sum, 0, 0}; }
+
+    const Run &run;
+    const Kernels &kernels;
+    const BackwardProblem &p;
+    BackwardOperands x;
+    const DecaysPerHead &decays;
+    const int64_t start, G;  // heads of queries; where there are none, one of zeros, which kernels need
+    const int64_t chunk, chunks, D;
+    const int64_t zeros_bytes;
+    Memory memory_of_zeros, unwanted_row;
+    Part part{};
+    std::vector<Slot> kept, between;     // states at the start of segments but the first, and of chunks inside one
+    std::vector<Slot> gradients, initial;  // one to be read, one to be written; the initial ones in the kernels' order
+    int64_t b = 0, h = 0;                // the heads that are looked at
+    int32_t B = 0, H = 0;
+    bool advanced = false, retreated = false;
+
+    void make(std::vector<Slot> &slots, int64_t count) {
+        while ((int64_t)slots.size() < count)
+            slots.push_back({OnDevice(run, floats_of("state", {part.batch, part.of_each, D, p.V}), false),
+                             OnDevice(run, floats_of("sum of keys", {part.batch, part.of_each, D}), false)});
+    }
+    static const OnDevice *given(const OnDevice &tensor) { return tensor.t.rank ? &tensor : nullptr; }
+
+    View states(const Where &w) const {
+        if (w.state) return features_of(*w.state, w.b, w.h, H, B);
+        return View(memory_of_zeros, 0, float32, {{0, (int32_t)p.V, 1}, {0, (int32_t)D, 0}, {0, H, 0}, {0, B, 0}});
+    }
+    View sums(const Where &w) const {
+        if (w.sum) return sums_of(*w.sum, w.b, w.h, H, B);
+        return View(memory_of_zeros, 0, float32, {{0, (int32_t)D, 1}, {0, H, 0}, {0, B, 0}});
+    }
+
+    /// The caller's, in the kernels' order: where they are, if that is his too, else converted.
+    Where of_caller(const OnDevice &state, const OnDevice &sum, std::vector<Slot> &converted, Of of) {
+        if (p.expansion == tight || !(state.t.rank || sum.t.rank)) return {given(state), given(sum), b, h};
+        const Slot &slot = converted[0];
+        for (auto [from, to] : {std::pair{&state, &slot.state}, {&sum, &slot.sum}})
+            if (from->t.rank)
+                convert(run, features_of(*from, b, h, H, B), p.expansion, features_of(*to, 0, 0, H, B), tight, of);
+        return {state.t.rank ? &slot.state : nullptr, sum.t.rank ? &slot.sum : nullptr, 0, 0};
+    }
+
+    /// All chunks of the heads.
+    void walk(bool states, int64_t segment) {
+        const Where before = of_caller(x.initial, x.initial_sum, initial, Of::states);
+        const int64_t segments = states ? (chunks + segment - 1) / segment : 0;
+        auto first = [&](int64_t n) { return n ? in(kept[n - 1]) : before; };
+        auto inside = [&](int64_t i) { return in(between[i - 1]); };
+        // The states that segments begin with: the last segment's are made when it is walked back.
+        for (int64_t n = 0; n + 1 < segments; n++) {
+            Where from = first(n);
+            for (int64_t i = 0; i < segment; i++) {
+                const Where to = i + 1 < segment ? inside(i % 2 + 1) : first(n + 1);
+                advance(n * segment + i, from, to);
+                from = to;
+            }
+        }
+        Where gradient = of_caller(x.dfinal, x.dfinal_sum, gradients, Of::gradients);
+        auto retreat_from = [&](int64_t n, const Where &state) {
+            const bool in_first = gradient.state == &gradients[0].state || gradient.sum == &gradients[0].sum;
+            const Where next = in(gradients[in_first]);
+            retreat(n, state, gradient, next);
+            gradient = next;
+        };
+        if (!states)
+            for (int64_t n = chunks; n-- > 0;) retreat_from(n, {nullptr, nullptr, 0, 0});
+        for (int64_t n = segments; n-- > 0;) {
+            const int64_t begin = n * segment, count = std::min(segment, chunks - begin);
+            auto state = [&](int64_t i) { return i ? inside(i) : first(n); };
+            for (int64_t i = 0; i + 1 < count; i++) advance(begin + i, state(i), state(i + 1));
+            for (int64_t i = count; i-- > 0;) retreat_from(begin + i, state(i));
+        }
+        put(gradient);
+    }
+
+    /// The gradients by the initial states, to where they are wanted. Without tokens they are the caller's own, which may be there.
+    void put(const Where &gradient) const {
+        const std::pair<const OnDevice *, const OnDevice *> results[] = {{gradient.state, &x.dinitial},
+                                                                         {gradient.sum, &x.dinitial_sum}};
+        for (const auto &[from, to] : results) {
+            if (!to->t.rank) continue;
+            View there = features_of(*to, b, h, H, B);
+            const bool own = chunks || p.expansion != tight;  // `from` is a slot's
+            if (!from)
+                clear(run, std::move(there));
+            else if (own || to->t.on_host() || !same_elements(from->t, to->t))
+                convert(run, features_of(*from, gradient.b, gradient.h, H, B), tight, std::move(there), p.expansion, Of::gradients);
+        }
+    }
+
+    /// Rows of a chunk: of keys or values, and of queries or outputs; those that are not given are not wanted.
+    View rows(const OnDevice &r, int64_t t, int32_t tokens) const {
+        if (r.t.rank) return rows_of(r, b, t, h, tokens, H, B);
+        return View(unwanted_row, 0, halide_type(p.q.dtype), {{0, size_of(r), 1}, {0, tokens, 0}, {0, H, 0}, {0, B, 0}});
+    }
+    View groups(const OnDevice &r, int64_t t, int32_t tokens) const {
+        if (r.t.rank && p.group()) return groups_of(r, G, b, t, h, tokens, H, B);
+        const bool read = &r == &x.q || &r == &x.dout || &r == &x.out;
+        return View(read ? memory_of_zeros : unwanted_row, 0, halide_type(p.q.dtype),
+                    {{0, size_of(r), 1}, {0, tokens, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
+    }
+    int32_t size_of(const OnDevice &r) const {
+        return (int32_t)(&r == &x.q || &r == &x.k || &r == &x.dq || &r == &x.dk ? p.K : p.V);
+    }
+    View log_decays(int64_t t, int32_t tokens) const {
+        const Zeros zeros{memory_of_zeros};
+        return decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, t, h, tokens, H, B);
+    }
+    int32_t tokens_of(int64_t n) const { return (int32_t)std::min(chunk, p.T - n * chunk); }
+
+    /// The state at the end of a chunk, from that at its start.
+    void advance(int64_t n, const Where &from, const Where &to) {
+        // A rehearsal is for memory, and one chunk needs as much as any.
+        if (run.call.rehearsal && std::exchange(advanced, true)) return;
+        const int64_t t = n * chunk;
+        const int32_t tokens = tokens_of(n);
+        // Kernels of a GPU have queries: the fewest there can be.
+        View q = groups_of(x.k, 1, b, t, h, tokens, H, B), k = rows(x.k, t, tokens), v = rows(x.v, t, tokens);
+        View out(unwanted_row, 0, halide_type(p.q.dtype), {{0, (int32_t)p.V, 1}, {0, tokens, 0}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
+        View log_decay = log_decays(t, tokens);
+        View state_in = states(from), sum_in = sums(from), state_out = states(to), sum_out = sums(to);
+        run.check(kernels.forward.name,
+                  std::get<PowerKernel *>(kernels.forward.run)(&run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, p.degree,
+                                                               p.normalized, p.scale, &out, &state_out, &sum_out));
+    }
+
+    /// The gradients of a chunk, from its state and the gradient of that at its end; and that of the state.
+    void retreat(int64_t n, const Where &state, const Where &gradient, const Where &next) {
+        if (run.call.rehearsal && std::exchange(retreated, true)) return;
+        const int64_t t = n * chunk;
+        const int32_t tokens = tokens_of(n);
+        auto gradient_of_decays = [&] {
+            if (decays.of_tokens) return decays_of(*decays.of_tokens, nullptr, b, start + t, h, tokens, H, B);
+            if (p.dlog_decay.rank) return decays_of(x.dlog_decay, nullptr, b, t, h, tokens, H, B);
+            return View(unwanted_row, 0, float32, {{0, tokens, 0}, {0, H, 0}, {0, B, 0}});
+        };
+        View q = groups(x.q, t, tokens), k = rows(x.k, t, tokens), v = rows(x.v, t, tokens);
+        View out = groups(x.out, t, tokens), dout = groups(x.dout, t, tokens), log_decay = log_decays(t, tokens);
+        View dq = groups(x.dq, t, tokens), dk = rows(x.dk, t, tokens), dv = rows(x.dv, t, tokens);
+        View dlog_decay = gradient_of_decays();
+        View state_in = states(state), sum_in = sums(state), dstate_out = states(gradient), dsum_out = sums(gradient);
+        View dstate_in = states(next), dsum_in = sums(next);
+        run.check(kernels.gradient.name, std::get<PowerBackwardKernel *>(kernels.gradient.run)(
+                                             &run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, &out, &dout, &dstate_out,
+                                             &dsum_out, p.degree, p.normalized, p.scale, p.dq.rank > 0 && p.group(),
+                                             p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0, &dq, &dk, &dv, &dlog_decay,
+                                             &dstate_in, &dsum_in));
+    }
+};
+
+/// Launch everything.
+void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p) {
+    DecaysPerHead decays(run, p);
+    if (!p.packed()) Chains(run, kernels, p, decays, 0).go();
+    for (int64_t s = 0; p.packed() && s < p.N; s++) {
+        const BackwardProblem sequence = sequence_of(p, s);
+        Chains(run, kernels, sequence, decays, p.start(s)).go();
+    }
+    decays.finish();
+}
+
+GpuCall call_of(const BackwardProblem &p, const Kernels &kernels) {
+    return {kernels.gradient, p.all_tensors(), [&](const Run &run) { issue(run, kernels, p); }, p.workspace,
+            "holdfast_backward_workspace_size"};
+}
+
+}  // namespace
+
+void power_backward_on_gpu(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
+    const Kernels kernels(p, choice);
+    announce(c, "backward", kernels.gradient, choice.why, p, "chunks of " + std::to_string(kernels.chunk(p)));
+    if (p.N && p.Hk) call_of(p, kernels).run(c);
+}
+
+size_t power_backward_workspace_on_gpu(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
+    const BackwardProblem p = nearest(given);
+    const Kernels kernels(p, choice);
+    return p.N && p.Hk ? call_of(p, kernels).workspace(c) : 0;
+}
+
+}  // namespace holdfast
