@@ -259,7 +259,7 @@ class Launch:
         return value.view(
             SIGNED[bits]
             if kind[0] == "s"
-            else {32: np.float32, 64: np.float64}[bits]
+            else {16: np.float16, 32: np.float32, 64: np.float64}[bits]
             if kind[0] == "f"
             else UNSIGNED[bits]
         )
