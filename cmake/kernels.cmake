@@ -81,6 +81,11 @@ holdfast_kernel(parallel_backward DTYPES f32 f16 bf16 CHUNKS 64
     TARGETS avx512 avx2 generic
     UNSANITIZED f16 bf16)
 
+# On GPUs without shared memory, and so without barriers, with weights in device memory.
+holdfast_kernel(parallel_backward DTYPES f32 f16 bf16 CHUNKS 32
+    SIZES any
+    TARGETS cuda metal opencl vulkan)
+
 # On GPUs a block of threads has all of a block of rows, with its weights in shared memory.
 holdfast_kernel(parallel DTYPES f32 CHUNKS 32
     SIZES any

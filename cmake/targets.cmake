@@ -43,7 +43,7 @@ holdfast_target(cuda
     BACKEND cuda
     SYSTEMS linux
     FEATURES cuda cuda_capability_80
-    TESTED_ON "a PTX interpreter" TESTED chunkwise chunkwise_backward recurrent parallel power_backward)
+    TESTED_ON "a PTX interpreter" TESTED chunkwise chunkwise_backward recurrent parallel parallel_backward power_backward)
 
 holdfast_target(metal
     BACKEND metal

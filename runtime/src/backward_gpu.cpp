@@ -41,8 +41,8 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
     const int64_t of_chunk = std::max({p.K * p.V, chunk * chunk * G, chunk * std::max(p.K, p.V) * G}) * float_bytes;
     const Part part = largest_part(p, x, p.T, (count + S) * of_chunk);
     if (!part.batch)
-        fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head, or its states of K V = ", p.K * p.V,
-             " after each ", chunk, " of them, reach beyond 2^31 bytes; expected less");
+        fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head, or its states of K V = ", p.K * p.V, " after each ",
+             chunk, " of them, reach beyond 2^31 bytes; expected less");
 
     // What the call adds: the chunk table, and zeros for what is not given.
     constexpr int64_t alignment = Arena::alignment;
@@ -68,14 +68,16 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
             const int32_t K = (int32_t)p.K, V = (int32_t)p.V, T = (int32_t)p.T;
             auto groups = [&](const OnDevice &r, int32_t size) {
                 if (r.t.rank) return groups_of(r, G, b, 0, h, T, H, B);
-                return View(unwanted_row, 0, halide_type(p.q.dtype), {{0, size, 1}, {0, T, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
+                return View(unwanted_row, 0, halide_type(p.q.dtype),
+                            {{0, size, 1}, {0, T, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
             };
             auto rows = [&](const OnDevice &r, int32_t size) {
                 if (r.t.rank) return rows_of(r, b, 0, h, T, H, B);
                 return View(unwanted_row, 0, halide_type(p.q.dtype), {{0, size, 1}, {0, T, 0}, {0, H, 0}, {0, B, 0}});
             };
             auto states = [&](const OnDevice &state) {
-                if (!state.t.rank) return View(added, zeros_at, float32, {{0, V, 1}, {0, K, 0}, {0, S, 0}, {0, H, 0}, {0, B, 0}});
+                if (!state.t.rank)
+                    return View(added, zeros_at, float32, {{0, V, 1}, {0, K, 0}, {0, S, 0}, {0, H, 0}, {0, B, 0}});
                 return View(*state.memory, state.at(b, h), float32,
                             {{0, V, narrow(state.t, 3, V)},
                              {0, K, narrow(state.t, 2, K)},
@@ -99,11 +101,10 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
             View chunks(added, 0, int32, {{0, ChunkTable::fields, 1}, {0, count + S, ChunkTable::fields}});
             View dq = groups(x.dq, K), dk = rows(x.dk, K), dv = rows(x.dv, V);
             View dlog_decay = gradient_of_decays(), dstate_in = gradient_of_states();
-            run.check(run.variant.name,
-                      std::get<ChunkwiseBackwardKernel *>(run.variant.run)(
-                          &run.workspace, &q, &k, &v, &log_decay, &state_in, &dout, &dstate_out, &chunks, count, p.scale,
-                          p.dq.rank > 0, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0, &dq, &dk, &dv, &dlog_decay,
-                          &dstate_in));
+            run.check(run.variant.name, std::get<ChunkwiseBackwardKernel *>(run.variant.run)(
+                                            &run.workspace, &q, &k, &v, &log_decay, &state_in, &dout, &dstate_out, &chunks,
+                                            count, p.scale, p.dq.rank > 0, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0,
+                                            &dq, &dk, &dv, &dlog_decay, &dstate_in));
         }
     decays.finish();
     x.fetch(run, p);

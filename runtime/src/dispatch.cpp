@@ -7,6 +7,7 @@
 #include "forward_gpu.h"
 #include "parallel.h"
 #include "parallel_backward.h"
+#include "parallel_backward_gpu.h"
 #include "parallel_gpu.h"
 #include "power.h"
 #include "power_backward.h"
@@ -90,16 +91,12 @@ void forward(holdfast_context &c, Problem p, const Choice &choice) {
                                           : forward_on_gpu(c, p, variant, why.c_str());
 }
 
-/// Whether the gradient of `p` is computed from all T x T weights. Its kernel knows no states, and for degree 1 without
-/// normalization there is none: chunks are always less work there. On a GPU there is none so far.
+/// Whether the gradient of `p` is computed from all T x T weights. Its kernel knows no states, and no degree 1 without normalization,
+/// where chunks are always less work; nor no queries, of which a GPU's kernels are launched with no threads.
 bool backward_from_weights(const BackwardProblem &p, const Choice &choice) {
-    if (!is_power(p) || p.has_states()) return false;
     const bool cpu = choice.backend == Backend::cpu;
-    if (p.form == HOLDFAST_FORM_AUTO) return cpu && p.chunk_size == 0 && weights_are_less(p);
-    if (p.form == HOLDFAST_FORM_PARALLEL && !cpu)
-        fail(HOLDFAST_UNSUPPORTED, "form is HOLDFAST_FORM_PARALLEL and the backend ", name_of(choice.backend), " (", choice.why,
-             "); expected another form, whose gradients are the same, or the CPU");
-    return p.form == HOLDFAST_FORM_PARALLEL;
+    if (!is_power(p) || p.has_states() || (!cpu && p.H == 0)) return false;
+    return p.form == HOLDFAST_FORM_AUTO ? cpu && p.chunk_size == 0 && weights_are_less(p) : p.form == HOLDFAST_FORM_PARALLEL;
 }
 
 /// Check that gradients of `p` have heads to be of.
@@ -111,14 +108,17 @@ void check_heads(const BackwardProblem &p) {
 void backward(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
     check_heads(p);
     if (!p.wants_any()) return;
-    if (backward_from_weights(p, choice)) return run_parallel_backward(c, p, choice);
-    if (choice.backend != Backend::cpu) return is_power(p) ? power_backward_on_gpu(c, p, choice) : backward_on_gpu(c, p, choice);
-    is_power(p) ? run_power_backward(c, p, choice) : run_backward(c, p, choice);
+    const bool cpu = choice.backend == Backend::cpu;
+    if (backward_from_weights(p, choice))
+        return cpu ? run_parallel_backward(c, p, choice) : parallel_backward_on_gpu(c, p, choice);
+    if (is_power(p)) return cpu ? run_power_backward(c, p, choice) : power_backward_on_gpu(c, p, choice);
+    cpu ? run_backward(c, p, choice) : backward_on_gpu(c, p, choice);
 }
 
 size_t backward_workspace(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
     check_heads(p);
-    if (!p.wants_any() || backward_from_weights(p, choice) || choice.backend == Backend::cpu) return 0;
+    if (!p.wants_any() || choice.backend == Backend::cpu) return 0;
+    if (backward_from_weights(p, choice)) return parallel_backward_workspace_on_gpu(c, p, choice);
     return is_power(p) ? power_backward_workspace_on_gpu(c, p, choice) : backward_workspace_on_gpu(c, p, choice);
 }
 

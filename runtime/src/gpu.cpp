@@ -307,10 +307,11 @@ static const Tensor &of_tokens(const Tensor &dlog_decay) {
 
 BackwardOperands::BackwardOperands(const Run &run, const BackwardProblem &p)
     : q(run, p.q, true), k(run, p.k, true), v(run, p.v, true), log_decay(run, p.log_decay, true),
-      initial(run, p.initial_state, true), initial_sum(run, p.initial_sum, true), out(run, p.normalized ? p.out : Tensor{}, true),
-      dout(run, p.dout, true), dfinal(run, p.dfinal_state, true), dfinal_sum(run, p.dfinal_sum, true), dq(run, p.dq, false),
-      dk(run, p.dk, false), dv(run, p.dv, false), dlog_decay(run, of_tokens(p.dlog_decay), false),
-      dinitial(run, p.dinitial_state, false), dinitial_sum(run, p.dinitial_sum, false) {}
+      initial(run, p.initial_state, true), initial_sum(run, p.initial_sum, true),
+      out(run, p.normalized ? p.out : Tensor{}, true), dout(run, p.dout, true), dfinal(run, p.dfinal_state, true),
+      dfinal_sum(run, p.dfinal_sum, true), dq(run, p.dq, false), dk(run, p.dk, false), dv(run, p.dv, false),
+      dlog_decay(run, of_tokens(p.dlog_decay), false), dinitial(run, p.dinitial_state, false),
+      dinitial_sum(run, p.dinitial_sum, false) {}
 
 void BackwardOperands::fetch(const Run &run, const BackwardProblem &p) {
     dq.fetch(run, p.dq), dk.fetch(run, p.dk), dv.fetch(run, p.dv), dlog_decay.fetch(run, p.dlog_decay);

@@ -91,9 +91,9 @@ private:
     const int64_t zeros_bytes;
     Memory memory_of_zeros, unwanted_row;
     Part part{};
-    std::vector<Slot> kept, between;     // states at the start of segments but the first, and of chunks inside one
+    std::vector<Slot> kept, between;       // states at the start of segments but the first, and of chunks inside one
     std::vector<Slot> gradients, initial;  // one to be read, one to be written; the initial ones in the kernels' order
-    int64_t b = 0, h = 0;                // the heads that are looked at
+    int64_t b = 0, h = 0;                  // the heads that are looked at
     int32_t B = 0, H = 0;
     bool advanced = false, retreated = false;
 
@@ -167,7 +167,8 @@ private:
             if (!from)
                 clear(run, std::move(there));
             else if (own || to->t.on_host() || !same_elements(from->t, to->t))
-                convert(run, features_of(*from, gradient.b, gradient.h, H, B), tight, std::move(there), p.expansion, Of::gradients);
+                convert(run, features_of(*from, gradient.b, gradient.h, H, B), tight, std::move(there), p.expansion,
+                        Of::gradients);
         }
     }
 
@@ -199,12 +200,13 @@ private:
         const int32_t tokens = tokens_of(n);
         // Kernels of a GPU have queries: the fewest there can be.
         View q = groups_of(x.k, 1, b, t, h, tokens, H, B), k = rows(x.k, t, tokens), v = rows(x.v, t, tokens);
-        View out(unwanted_row, 0, halide_type(p.q.dtype), {{0, (int32_t)p.V, 1}, {0, tokens, 0}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
+        View out(unwanted_row, 0, halide_type(p.q.dtype),
+                 {{0, (int32_t)p.V, 1}, {0, tokens, 0}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
         View log_decay = log_decays(t, tokens);
         View state_in = states(from), sum_in = sums(from), state_out = states(to), sum_out = sums(to);
         run.check(kernels.forward.name,
-                  std::get<PowerKernel *>(kernels.forward.run)(&run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, p.degree,
-                                                               p.normalized, p.scale, &out, &state_out, &sum_out));
+                  std::get<PowerKernel *>(kernels.forward.run)(&run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in,
+                                                               p.degree, p.normalized, p.scale, &out, &state_out, &sum_out));
     }
 
     /// The gradients of a chunk, from its state and the gradient of that at its end; and that of the state.
@@ -223,11 +225,11 @@ private:
         View dlog_decay = gradient_of_decays();
         View state_in = states(state), sum_in = sums(state), dstate_out = states(gradient), dsum_out = sums(gradient);
         View dstate_in = states(next), dsum_in = sums(next);
-        run.check(kernels.gradient.name, std::get<PowerBackwardKernel *>(kernels.gradient.run)(
-                                             &run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, &out, &dout, &dstate_out,
-                                             &dsum_out, p.degree, p.normalized, p.scale, p.dq.rank > 0 && p.group(),
-                                             p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0, &dq, &dk, &dv, &dlog_decay,
-                                             &dstate_in, &dsum_in));
+        run.check(kernels.gradient.name,
+                  std::get<PowerBackwardKernel *>(kernels.gradient.run)(
+                      &run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, &out, &dout, &dstate_out, &dsum_out, p.degree,
+                      p.normalized, p.scale, p.dq.rank > 0 && p.group(), p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0,
+                      &dq, &dk, &dv, &dlog_decay, &dstate_in, &dsum_in));
     }
 };
 

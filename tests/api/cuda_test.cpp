@@ -1,5 +1,6 @@
 // What a call with tensors on CUDA asks of the driver: stubs/cuda.cpp stands in its place, keeps a record and runs no kernel.
 // MissingCuda runs in a process of its own for each way in which there is no CUDA (HOLDFAST_EXPECTED has the words).
+#include "../backward.h"
 #include "../power.h"
 #include "../step.h"
 
@@ -1112,6 +1113,66 @@ TEST(Cuda, GradientsOfRotationsAndNormsAreLaunchesAndNothingElse) {
     EXPECT_TRUE(driver.record().empty());
     norm.dweight = &gradients.weight;
     EXPECT_GE(of_norm(), 1);  // zeros
+}
+
+TEST(Cuda, GradientsAreLaunchesAlone) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_stream(context, driver.stream(driver.context(0))), HOLDFAST_OK);
+    for (const auto &[degree, form, kernel] : {std::make_tuple(1, HOLDFAST_FORM_CHUNKWISE, "chunkwise_backward_f32_c32"),
+                                               {2, HOLDFAST_FORM_CHUNKWISE, "power_backward_f32_c64"},
+                                               {2, HOLDFAST_FORM_PARALLEL, "parallel_backward_f32_c32"}}) {
+        SCOPED_TRACE(kernel);
+        const bool states = form == HOLDFAST_FORM_CHUNKWISE;
+        Backward p{B, 130, H, 2, 5, 7, degree, degree > 1, Gates::per_head};
+        Array *all[] = {
+            &p.q,           &p.k,  &p.v,  &p.out, &p.dout,           &p.initial_state, &p.initial_keys, &p.dfinal_state,
+            &p.dfinal_keys, &p.dq, &p.dk, &p.dv,  &p.dinitial_state, &p.dinitial_keys};
+        std::deque<Tensor> views;
+        std::vector<DLTensor> t;
+        uint64_t address = 0;
+        auto put = [&](const Tensor &view) {
+            views.push_back(view), t.push_back(views.back().dl());
+            t.back().device = {kDLCUDA, 0}, t.back().data = (void *)(address += (uint64_t)1 << 40);
+        };
+        for (Array *x : all) put(*x);
+        put(Tensor(p.log_decay.data(), {H}, {1})), put(p.dlog_decay);
+        holdfast_backward_args args = {};
+        args.struct_size = sizeof args, args.degree = degree, args.form = form;
+        args.q = &t[0], args.k = &t[1], args.v = &t[2], args.dout = &t[4], args.dq = &t[9], args.dk = &t[10], args.dv = &t[11];
+        args.log_decay = &t[14], args.dlog_decay = &t[15];
+        if (p.normalize) args.out = &t[3];
+        if (states) args.initial_state = &t[5], args.dfinal_state = &t[7], args.dinitial_state = &t[12];
+        if (states && p.normalize)
+            args.initial_sum_of_keys = &t[6], args.dfinal_sum_of_keys = &t[8], args.dinitial_sum_of_keys = &t[13];
+        std::vector<size_t> launches;
+        for (int64_t tokens : {130, 130, 40}) {
+            for (int n : {0, 1, 2, 3, 4, 9, 10, 11}) t[n].shape[1] = tokens;
+            size_t needed = 0;
+            ASSERT_EQ(holdfast_backward_workspace_size(context, &args, &needed), HOLDFAST_OK) << context.error();
+            int64_t bytes = (int64_t)needed - 1;
+            const DLTensor memory = {(void *)((uint64_t)1 << 50), {kDLCUDA, 0}, 1, {kDLUInt, 8, 1}, &bytes, nullptr, 0};
+            args.workspace = &memory;
+            driver.clear();
+            EXPECT_EQ(holdfast_backward(context, &args), HOLDFAST_INVALID_ARGUMENT);
+            EXPECT_NE(context.error().find("as holdfast_backward_workspace_size says"), std::string::npos) << context.error();
+            EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 0u) << "something ran";
+            bytes++;
+            driver.clear();
+            ASSERT_EQ(holdfast_backward(context, &args), HOLDFAST_OK) << context.error();
+            launches.push_back(of(driver.record(), "cuLaunchKernel").size());
+            if (launches.size() > 1) {  // the first loads the kernels
+                EXPECT_EQ(others(driver.record()), std::set<std::string>());
+            }
+        }
+        EXPECT_EQ(launches[0], launches[1]);
+        if (kernel[1] == 'o')  // chunk after chunk
+            EXPECT_GT(launches[1], 2 * launches[2]);
+        else
+            EXPECT_EQ(launches[1], launches[2]);
+        EXPECT_EQ(context.messages.back().find(std::string("backward: ") + kernel + "_k0_v0_cuda (where the tensors are)"), 0u)
+            << context.messages.back();
+    }
 }
 
 TEST(Cuda, RotationsAndNormsOfTheHostAreCopiedWhenAskedFor) {

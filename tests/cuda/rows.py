@@ -40,6 +40,7 @@ def _rows():
 CHUNKWISE = [row for row in _rows() if row.target == "cuda" and row.kernel == "chunkwise"]
 RECURRENT = [row for row in _rows() if row.target == "cuda" and row.kernel == "recurrent"]
 CHUNKWISE_BACKWARD = [row for row in _rows() if row.target == "cuda" and row.kernel == "chunkwise_backward"]
+PARALLEL_BACKWARD = [row for row in _rows() if row.target == "cuda" and row.kernel == "parallel_backward"]
 POWER_BACKWARD = [row for row in _rows() if row.target == "cuda" and row.kernel == "power_backward"]
 PARALLEL = [row for row in _rows() if row.target == "cuda" and row.kernel == "parallel"]
 TUNED = [row for row in CHUNKWISE if row.key_size]

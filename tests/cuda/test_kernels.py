@@ -110,7 +110,7 @@ def test_convert_state(device, order):
 
 
 def test_what_is_run_is_what_readme_says():
-    """TESTED in cmake/targets.cmake; the recurrent kernels are in test_steps.py, parallel in test_parallel.py, gradients in
-    test_gradients.py."""
-    tested = ["chunkwise", "chunkwise_backward", "recurrent", "parallel", "power_backward"]
+    """TESTED in cmake/targets.cmake; the recurrent kernels are in test_steps.py, parallel in test_parallel.py, those of
+    gradients in test_gradients.py."""
+    tested = ["chunkwise", "chunkwise_backward", "recurrent", "parallel", "parallel_backward", "power_backward"]
     assert os.environ["HOLDFAST_TESTED"].split() == tested

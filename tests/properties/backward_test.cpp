@@ -670,13 +670,22 @@ TEST_P(PowerBackwardOnGpu, TypesAreRoundedOnce) {
             expect_right({1, chunk + 3, 1, 2, 5, 7, 2, true, Gates::weak, dtype, Layout::padded});
 }
 
-TEST_P(PowerBackwardOnGpu, ParallelFormIsNotThereYet) {
-    Backward p{1, 9, 1, 1, 5, 7, 2, false, Gates::weak, f32, Layout::compact, false, false};
-    p.form = HOLDFAST_FORM_PARALLEL;
-    EXPECT_EQ(p.run(context), HOLDFAST_UNSUPPORTED);
-    EXPECT_NE(context.error().find("form is HOLDFAST_FORM_PARALLEL and the backend " + backend_of(GetParam())),
-              std::string::npos)
-        << context.error();
+TEST_P(PowerBackwardOnGpu, ParallelFormWithoutStates) {
+    auto expect_right = [&](Backward p) {
+        p.form = HOLDFAST_FORM_PARALLEL;
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        EXPECT_NE(context.messages.back().find("backward: parallel_backward"), std::string::npos) << context.messages.back();
+        p.expect_reference(p.T);
+    };
+    expect_right({2, 67, 1, 2, 5, 7, 2, true, Gates::weak, f32, Layout::padded, false, false});
+    expect_right({1, 5, 2, 1, 5, 7, 3, false, Gates::none, f32, Layout::compact, false, false});
+    expect_right({1, 40, 2, 1, 5, 7, 1, true, Gates::per_head, f32, Layout::padded, false, false, {0, 0, 3, 37, 40}});
+    Backward some{1, 35, 1, 2, 5, 7, 2, false, Gates::weak, bf16, Layout::compact, false, false};
+    for (const char *wanted : {"qv", "kg", "g"}) {
+        some.wanted = wanted;
+        some.dq.forget(), some.dk.forget(), some.dv.forget(), some.dlog_decay.forget();
+        expect_right(some);
+    }
 }
 
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(PowerBackwardOnGpu);

@@ -290,8 +290,6 @@ def retention_backward(
         state_layout: of states and their gradients: "kv", [.., D, V], or "vk", [.., V, D].
         expansion: order of the features of states and their gradients, as in `retention`.
 
-    Not computed so far, NotImplementedError: on a GPU, form "parallel" for a degree above 1 or normalization without states.
-
     Returns:
         Gradients, whose arrays are new and of q's kind, as from `retention`: those of q, k and v of their dtype,
         rounded once from float32, the others float32.

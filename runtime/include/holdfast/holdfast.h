@@ -484,7 +484,7 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  wanted, and for HOLDFAST_FORM_AUTO where holdfast_forward would take that form; else chunk by chunk from the last to the first, also
  *  for HOLDFAST_FORM_RECURRENT.
  *
- *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is. States are computed again,
+ *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is on a CPU. States are computed again,
  *  first of all, and kept in workspace until the walk back is done: for degree 1 without normalization one for some chunks (at K =
  *  V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. For a degree above 1 or
  *  normalization as many of the states between chunks as with those of all threads fit into a quarter of the call's tensors, but at
@@ -500,12 +500,12 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  On a GPU, for degree 1 without normalization: a launch sequence for all batch entries, heads and chunks, as far as 2^31 bytes reach,
  *  else for as many heads as they do. The states between all chunks and their gradients are memory of the call, which so grows with T, and
  *  nothing is computed twice. Else a launch sequence for each chunk, forward and back, with states kept or computed again as above, of
- *  all heads at a time in the place of threads; packed sequences one after the other. A decay per head has its gradient summed by
- *  blocks of 256 tokens, in fp32. HOLDFAST_FORM_AUTO goes by chunks. What holdfast_forward says of log_decay, of tensors there and of
- *  streams goes for this call too.
+ *  all heads at a time in the place of threads; packed sequences one after the other. From all weights: three times T x T floats a
+ *  head, of as many heads at a time as 2^31 bytes hold of one of these; HOLDFAST_FORM_AUTO goes by chunks. A decay per head has its
+ *  gradient summed by blocks of 256 tokens, in fp32. What holdfast_forward says of log_decay, of tensors there and of streams goes for
+ *  this call too.
  *
- *  HOLDFAST_UNSUPPORTED so far: on a GPU, HOLDFAST_FORM_PARALLEL where the gradient would be computed from weights; and normalized out
- *  of no heads of queries, H = 0, where there are some of keys.
+ *  HOLDFAST_UNSUPPORTED so far: normalized out of no heads of queries, H = 0, where there are some of keys.
  *
  *  @returns as holdfast_forward, HOLDFAST_UNSUPPORTED also for a stride between heads that share keys, of q, out, dout or dq, beyond
  *  2^31 elements for all of them. holdfast_last_error(context) has the text. Thread-safety: that of the context. */

@@ -1,0 +1,90 @@
+// The kernel parallel_backward on a GPU: one call for all batch entries and heads, or as few as 32-bit buffers allow. Packed sequences
+// are calls of their own, one after the other.
+#include "parallel_backward_gpu.h"
+
+#include "gpu.h"
+
+#include <algorithm>
+
+namespace holdfast {
+namespace {
+
+/// Launch everything for sequences of one length. `decays` are those of the whole call, in which they begin at token `start`.
+void issue(const Run &run, const BackwardProblem &p, const DecaysPerHead &decays, int64_t start) {
+    if (p.T == 0) return;
+    BackwardOperands x(run, p);
+    const int64_t G = p.group(), zeros_bytes = std::max(p.K, p.V) * (int64_t)sizeof(float);
+    const int32_t tokens = (int32_t)p.T, group = (int32_t)G;
+    Memory memory_of_zeros(run, zeros_bytes), unwanted_row(run, zeros_bytes);
+    fill_chunk_table(run, memory_of_zeros, zeros_bytes, 0, 1, 0);  // of no chunks: zeros
+    const Zeros zeros{memory_of_zeros};
+
+    // The largest buffers that the kernel has: weights, rows in fp32.
+    const int64_t C = run.variant.chunk;
+    const double rows = (double)((p.T + C - 1) / C * C);
+    const double bytes_of_a_head =
+        std::max(rows, (double)std::max(p.K, p.V)) * rows * (double)std::max<int64_t>(G, 1) * sizeof(float);
+    const Part part = largest_part(p, x, p.T, (int64_t)std::min(bytes_of_a_head, 2.0 * (double)most_bytes));
+    if (!part.batch)
+        fail(HOLDFAST_UNSUPPORTED, "T = ", p.T,
+             " tokens of one head, or their weights, need a buffer beyond 2^31 bytes; expected less");
+
+    for (int64_t b = 0; b < p.B; b += part.batch)
+        for (int64_t h = 0; h < p.Hk; h += part.of_each) {
+            const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
+            const int32_t K = (int32_t)p.K, V = (int32_t)p.V;
+            auto keys = [&](const OnDevice &r, int32_t size) {
+                if (r.t.rank) return rows_of(r, b, 0, h, tokens, H, B);
+                return View(unwanted_row, 0, halide_type(p.q.dtype), {{0, size, 1}, {0, tokens, 0}, {0, H, 0}, {0, B, 0}});
+            };
+            auto queries = [&](const OnDevice &r, int32_t size) {
+                if (r.t.rank) return groups_of(r, G, b, 0, h, tokens, H, B);
+                return View(unwanted_row, 0, halide_type(p.q.dtype),
+                            {{0, size, 1}, {0, tokens, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
+            };
+            auto gradient_of_decays = [&] {
+                if (decays.of_tokens) return decays_of(*decays.of_tokens, nullptr, b, start, h, tokens, H, B);
+                if (p.dlog_decay.rank) return decays_of(x.dlog_decay, nullptr, b, 0, h, tokens, H, B);
+                return View(unwanted_row, 0, float32, {{0, tokens, 0}, {0, H, 0}, {0, B, 0}});
+            };
+            View q = queries(x.q, K), k = keys(x.k, K), v = keys(x.v, V), dout = queries(x.dout, V);
+            View out = queries(p.normalized ? x.out : x.dout, V);  // not looked at where it is not normalized
+            View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, 0, h, tokens, H, B);
+            View dq = queries(x.dq, K), dk = keys(x.dk, K), dv = keys(x.dv, V), dlog_decay = gradient_of_decays();
+            run.check(run.variant.name,
+                      std::get<ParallelBackwardKernel *>(run.variant.run)(
+                          &run.workspace, &q, &k, &v, &log_decay, &out, &dout, p.degree, p.normalized, p.scale, p.dq.rank > 0,
+                          p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0, &dq, &dk, &dv, &dlog_decay));
+        }
+    x.fetch(run, p);
+}
+
+const Variant &variant_of(const BackwardProblem &p, const Choice &choice) {
+    return select_variant("parallel_backward", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
+}
+
+GpuCall call_of(const BackwardProblem &p, const Variant &variant) {
+    return {variant, p.all_tensors(),
+            [&p](const Run &run) {
+                DecaysPerHead decays(run, p);
+                if (!p.packed()) issue(run, p, decays, 0);
+                for (int64_t s = 0; p.packed() && s < p.N; s++) issue(run, sequence_of(p, s), decays, p.start(s));
+                decays.finish();
+            },
+            p.workspace, "holdfast_backward_workspace_size"};
+}
+
+}  // namespace
+
+void parallel_backward_on_gpu(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
+    const Variant &variant = variant_of(p, choice);
+    announce(c, "backward", variant, choice.why, p, "parallel form");
+    if (p.N && p.Hk) call_of(p, variant).run(c);
+}
+
+size_t parallel_backward_workspace_on_gpu(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
+    const BackwardProblem p = nearest(given);
+    return p.N && p.Hk ? call_of(p, variant_of(p, choice)).workspace(c) : 0;
+}
+
+}  // namespace holdfast
