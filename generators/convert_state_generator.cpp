@@ -47,7 +47,9 @@ public:
         const Expr one = value(tiled(a, c)), other = value(select(mirrored, tiled(c, a), tiled(a, c)));
         const Expr to_tight = select(a == c, one, mirrored, (one + other) / root, one / alone);
 
-        auto is = [&](FeatureOrder wanted, FeatureOrder of_gradients) { return order == (int)wanted || order == (int)of_gradients; };
+        auto is = [&](FeatureOrder wanted, FeatureOrder of_gradients) {
+            return order == (int)wanted || order == (int)of_gradients;
+        };
         to(e, f, h, b) = select(is(to_tiled_order, gradient_to_tiled_order), to_tiled,
                                 is(to_tight_order, gradient_to_tight_order), to_tight, value(f));
         auto layout = [&](auto &buffer, const Expr &features) {

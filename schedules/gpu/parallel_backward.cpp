@@ -9,8 +9,8 @@ namespace {
 using namespace Halide;
 using namespace holdfast;
 
-constexpr int block = 32;                         // rows, a thread each
-constexpr int features = 32, high = 4;            // of a block of threads, and of one thread, in registers
+constexpr int block = 32;               // rows, a thread each
+constexpr int features = 32, high = 4;  // of a block of threads, and of one thread, in registers
 constexpr TailStrategy guard = TailStrategy::GuardWithIf;
 
 void apply(ParallelBackwardFuncs &f, const ParallelSizes &, const Target &) {
@@ -72,7 +72,8 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &, const Target &) {
     product_of_pairs(f.dweights, f.dscores);
 
     // Sums over pairs: `kept` is the block that they are of, a block of threads; `over` the others.
-    auto sum = [&](Func total, Func of_pair, const RDom &pairs, const RVar &kept, const std::vector<RVar> &over, bool of_queries) {
+    auto sum = [&](Func total, Func of_pair, const RDom &pairs, const RVar &kept, const std::vector<RVar> &over,
+                   bool of_queries) {
         const Var x = total.args()[0], row = total.args()[1], of_block = total.args()[2];
         total.compute_root().bound(row, 0, block).split(x, xo, xt, high, guard);
         if (of_queries)
@@ -98,11 +99,7 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &, const Target &) {
     // Gates: blocks from the end, a thread per head.
     for (Func gates : {f.q_dq, f.k_dk, f.ddecay_after}) sums_of_rows(gates);
     f.ddecay_of_end.compute_root().split(h, co, ci, 32, guard).reorder(s, ci, co, b).gpu_blocks(co, b).gpu_threads(ci);
-    f.ddecay_of_end.update()
-        .split(h, co, ci, 32, guard)
-        .reorder(f.over_distance, ci, co, b)
-        .gpu_blocks(co, b)
-        .gpu_threads(ci);
+    f.ddecay_of_end.update().split(h, co, ci, 32, guard).reorder(f.over_distance, ci, co, b).gpu_blocks(co, b).gpu_threads(ci);
 
     // Results: a thread per element of some rows. Undefined at first, as in chunkwise_backward.cpp.
     auto result = [&](Func rows, const RDom &over) {
