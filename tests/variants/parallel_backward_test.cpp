@@ -43,10 +43,14 @@ std::vector<Instance> instances() {
     for (const Variant &variant : variants) {
         std::vector<Size> sizes = {{3, 1}, {33, 17}, {64, 80}};
         if (variant.size.K && variant.size.V) sizes = {variant.size};
-        if (variant.backend != std::string("cpu")) sizes = {{33, 17}};  // their stand-ins are slow
+        // GPUs' stand-ins are slow: one size, and of 16 bits, which differ in how rows are read and written, few cases.
+        const bool cpu = variant.backend == std::string("cpu"), all = cpu || variant.dtype == f32;
+        if (!cpu) sizes = {{5, 7}};
         for (Size size : sizes)
             for (const ParallelBackwardCase &c : parallel_backward_cases(variant.block))
-                if (size.K < 64 || c.degree <= 2) list.push_back({variant, size, c});  // of more the reference takes seconds
+                if ((size.K < 64 || c.degree <= 2) &&  // of more the reference takes seconds
+                    (all || c.name == "layout_padded" || c.name == "degree_2"))
+                    list.push_back({variant, size, c});
     }
     return list;
 }
