@@ -32,7 +32,8 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
         pass_gradients(run, p, x);
         return decays.finish();
     }
-    const int64_t G = p.group(), float_bytes = sizeof(float);
+    const int64_t G = std::max<int64_t>(p.group(), 1);  // where there are none, one of zeros, which kernels need
+    constexpr int64_t float_bytes = sizeof(float);
     std::optional<ChunkTable> packed;
     if (p.packed()) packed.emplace(p.starts, chunk);
     const int32_t count = packed ? packed->count : (int32_t)((p.T + chunk - 1) / chunk);
@@ -48,7 +49,7 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
     constexpr int64_t alignment = Arena::alignment;
     auto aligned = [&](int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
     const int64_t zeros_at = aligned((count + S) * ChunkTable::fields * (int64_t)sizeof(int32_t));
-    const int64_t added_bytes = zeros_at + aligned(p.V * float_bytes);
+    const int64_t added_bytes = zeros_at + aligned(std::max(p.K, p.V) * float_bytes);
     Memory added(run, added_bytes);
     const Zeros zeros{added, zeros_at};
     if (packed) {
@@ -67,8 +68,9 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
             const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
             const int32_t K = (int32_t)p.K, V = (int32_t)p.V, T = (int32_t)p.T;
             auto groups = [&](const OnDevice &r, int32_t size) {
-                if (r.t.rank) return groups_of(r, G, b, 0, h, T, H, B);
-                return View(unwanted_row, 0, halide_type(p.q.dtype),
+                if (r.t.rank && p.group()) return groups_of(r, G, b, 0, h, T, H, B);
+                const bool read = &r == &x.q || &r == &x.dout;
+                return View(read ? added : unwanted_row, read ? zeros_at : 0, halide_type(p.q.dtype),
                             {{0, size, 1}, {0, T, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
             };
             auto rows = [&](const OnDevice &r, int32_t size) {
@@ -103,8 +105,8 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
             View dlog_decay = gradient_of_decays(), dstate_in = gradient_of_states();
             run.check(run.variant.name, std::get<ChunkwiseBackwardKernel *>(run.variant.run)(
                                             &run.workspace, &q, &k, &v, &log_decay, &state_in, &dout, &dstate_out, &chunks,
-                                            count, p.scale, p.dq.rank > 0, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0,
-                                            &dq, &dk, &dv, &dlog_decay, &dstate_in));
+                                            count, p.scale, p.dq.rank > 0 && p.group(), p.dk.rank > 0, p.dv.rank > 0,
+                                            p.dlog_decay.rank > 0, &dq, &dk, &dv, &dlog_decay, &dstate_in));
         }
     decays.finish();
     x.fetch(run, p);

@@ -51,9 +51,14 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &, const Target &) {
         }
     };
 
-    // Gates and units, as in parallel.cpp.
+    // Gates and units, as in parallel.cpp; also of the first block, which has none before, but threads read what they do not use.
     sums_of_rows(f.f.decay_steps), sums_of_rows(f.f.decay_rest);
-    w.decay_before.compute_root().split(c, co, ci, 32, guard).reorder(ci, s, co, h, b).gpu_blocks(co, h, b).gpu_threads(ci);
+    w.decay_before.compute_root()
+        .bound(c, 0, f.over_block.x.extent())
+        .split(c, co, ci, 32, guard)
+        .reorder(ci, s, co, h, b)
+        .gpu_blocks(co, h, b)
+        .gpu_threads(ci);
     w.decay_before.update()
         .split(c, co, ci, 32, guard)
         .reorder(w.over_distance, ci, co, h, b)

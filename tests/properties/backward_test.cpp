@@ -437,6 +437,8 @@ TEST_P(BackwardOnGpu, WhatIsNotGivenOrNotWanted) {
     Backward without{1, C + 5, 2, 1, K, V, 1, false, Gates::weak, dtype, Layout::compact, false, false};
     without.value_major = true;
     expect_right(without);
+    Backward no_queries = problem(1, 5, 2, 0);
+    expect_right(no_queries);
     Backward all = problem(1, C + 5, 2);
     run(all);
     for (const char *wanted : {"q", "kv", "g", "s"}) {
@@ -650,21 +652,27 @@ TEST_P(PowerBackwardOnGpu, StatesInEveryOrderAndKeptInPart) {
 }
 
 TEST_P(PowerBackwardOnGpu, WhatIsNotWantedCostsTheOthersNothing) {
-    auto make = [] { return Backward{1, 64, 1, 2, 5, 7, 2, true}; };  // a chunk of the longest
-    Backward all = make();
-    ASSERT_EQ(all.run(context), HOLDFAST_OK) << context.error();
-    all.expect_reference(64);
-    for (const char *wanted : {"q", "kv", "g", "sz"}) {
+    auto run = [&](const std::string &wanted) {
+        Backward p{1, chunk + 1, 1, 2, 5, 7, 2, false};  // where states may not be needed
+        p.chunk_size = chunk, p.wanted = wanted;
+        EXPECT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        return p;
+    };
+    const std::string order = "qkvgs";
+    Backward all = run(order);
+    all.expect_reference(chunk);
+    for (const char *wanted : {"q", "kv", "g", "s"}) {
         SCOPED_TRACE(wanted);
-        Backward some = make();
-        some.wanted = wanted;
-        ASSERT_EQ(some.run(context), HOLDFAST_OK) << context.error();
-        const std::string order = "qkvgsz";
+        Backward some = run(wanted);
         for (size_t n = 0; n < order.size(); n++) {
             const Array &got = *some.gradients()[n];
             EXPECT_TRUE(same_bits(got, some.wants(order[n]) ? *all.gradients()[n] : Array(got).forget())) << order[n];
         }
     }
+    // A chunk of the longest, by default.
+    Backward longest{1, 65, 1, 1, 5, 7, 2, true};
+    ASSERT_EQ(longest.run(context), HOLDFAST_OK) << context.error();
+    longest.expect_reference(64);
 }
 
 TEST_P(PowerBackwardOnGpu, TypesAreRoundedOnce) {
