@@ -123,7 +123,8 @@ holdfast_kernel(chunkwise_backward DTYPES f32 CHUNKS 64
 holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
     TARGETS metal opencl
-    PARAMS any_state_strides=true)
+    PARAMS any_state_strides=true
+    COSTLY f16 bf16)
 
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES 64x64 128x128 any
