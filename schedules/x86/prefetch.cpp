@@ -155,7 +155,9 @@ class PrefetchRows : public IRMutator {
         const std::vector<std::string> words = split_string(name, "-");
         const int chunk = std::stoi(words[1]);
         for (size_t n = 2; n < words.size(); n++) {
-            const Parameter &tensor = tensors.at(words[n]);
+            const auto named = tensors.find(words[n]);
+            if (named == tensors.end()) continue;  // a pipeline that has made its inputs itself
+            const Parameter &tensor = named->second;
             const auto in_row = as_const_int(simplify(tensor.extent_constraint(0)));
             if (!in_row) continue;
             const int64_t in_line = line_bytes / tensor.type().bytes(), lines_in_row = (*in_row + in_line - 1) / in_line;
