@@ -6,10 +6,10 @@
 # (holdfast_variant): row_alignment, the elements at whose multiples rows of q, k, v and out start, and round_operands. Calls
 # with other rows run the next variant that takes them. And degree, that of the power of q.k; 0: any.
 #
-# UNSANITIZED are types that builds with a sanitizer leave out: large kernels take 20 seconds each there, and types differ only in
-# how rows are read and written.
+# COSTLY are types that a build has for the targets of HOLDFAST_COSTLY alone: large kernels take 5 seconds each, 20 with a
+# sanitizer, and types differ only in how rows are read and written.
 #
-#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] [SIZES KxV ...] TARGETS ... [PARAMS name=value ...] [UNSANITIZED ...])
+#   holdfast_kernel(kernel DTYPES ... [CHUNKS ...] [SIZES KxV ...] TARGETS ... [PARAMS name=value ...] [COSTLY ...])
 
 # Work per token grows with the chunk, the traffic of states (K V floats a chunk) falls with it: measured, 32 is best up to
 # 128x128 and 64 above.
@@ -48,12 +48,12 @@ holdfast_kernel(chunkwise_backward DTYPES f32 CHUNKS 32
 holdfast_kernel(chunkwise_backward DTYPES f16 bf16 CHUNKS 32
     SIZES 64x64
     TARGETS avx512 avx2
-    UNSANITIZED f16 bf16)
+    COSTLY f16 bf16)
 
 holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
     TARGETS avx512 avx2 generic
-    UNSANITIZED f16 bf16)
+    COSTLY f16 bf16)
 
 # Small kernels: all types for all sizes that chunkwise is tuned for in fp32.
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
@@ -73,13 +73,13 @@ holdfast_kernel(recurrent DTYPES f32 f16 bf16
 holdfast_kernel(parallel DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic
-    UNSANITIZED f16 bf16)
+    COSTLY f16 bf16)
 
 # Its gradient, likewise: one variant for every degree and size, of pairs of blocks.
 holdfast_kernel(parallel_backward DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic
-    UNSANITIZED f16 bf16)
+    COSTLY f16 bf16)
 
 # On GPUs a block of threads has all of a block of rows, with its weights in shared memory.
 holdfast_kernel(parallel DTYPES f32 CHUNKS 32
@@ -123,7 +123,8 @@ holdfast_kernel(chunkwise_backward DTYPES f32 CHUNKS 64
 holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
     TARGETS metal opencl
-    PARAMS any_state_strides=true)
+    PARAMS any_state_strides=true
+    COSTLY f16 bf16)
 
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES 64x64 128x128 any
@@ -156,7 +157,7 @@ holdfast_kernel(power DTYPES f16 bf16 CHUNKS 64
     SIZES 64x64
     TARGETS avx512 avx2
     PARAMS degree=2
-    UNSANITIZED f16 bf16)
+    COSTLY f16 bf16)
 
 foreach(degree 3 4)
   holdfast_kernel(power DTYPES f32 CHUNKS 64
@@ -169,7 +170,7 @@ holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic
     PARAMS degree=0
-    UNSANITIZED f16 bf16)
+    COSTLY f16 bf16)
 
 holdfast_kernel(power DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
@@ -186,7 +187,7 @@ holdfast_kernel(power_backward DTYPES f16 bf16 CHUNKS 64
     SIZES 64x64
     TARGETS avx512 avx2
     PARAMS degree=2
-    UNSANITIZED f16 bf16)
+    COSTLY f16 bf16)
 
 holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
     SIZES 16x64
@@ -197,7 +198,7 @@ holdfast_kernel(power_backward DTYPES f32 f16 bf16 CHUNKS 64
     SIZES any
     TARGETS avx512 avx2 generic
     PARAMS degree=0
-    UNSANITIZED f16 bf16)
+    COSTLY f16 bf16)
 
 # On GPUs so far where it has been tested: correct, not yet tuned.
 holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
@@ -208,12 +209,14 @@ holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES 64x64
     TARGETS avx512 avx2
-    PARAMS degree=2)
+    PARAMS degree=2
+    COSTLY f16 bf16)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES any
     TARGETS avx512 avx2 generic
-    PARAMS degree=0)
+    PARAMS degree=0
+    COSTLY f16 bf16)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES any

@@ -28,7 +28,7 @@ function(holdfast_target name)
 endfunction()
 
 function(holdfast_kernel kernel)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "DTYPES;CHUNKS;SIZES;TARGETS;PARAMS;UNSANITIZED")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "DTYPES;CHUNKS;SIZES;TARGETS;PARAMS;COSTLY")
   list(APPEND kernels ${kernel})
   list(REMOVE_DUPLICATES kernels)
   set(kernels ${kernels} PARENT_SCOPE)

@@ -3,10 +3,12 @@
 # `holdfast_kernels`.
 #
 #   HOLDFAST_TARGETS, HOLDFAST_SIZES: "all", or the list to build.
+#   HOLDFAST_COSTLY: "all", or the targets that get the types COSTLY of kernels.cmake, "none" for none.
 #   HOLDFAST_FAKE_METAL: off a Mac, link the stand-in `holdfast_fakemetal` of tests/fakemetal for Apple's frameworks.
 
 set(HOLDFAST_TARGETS "all" CACHE STRING "Targets to build, of cmake/targets.cmake")
 set(HOLDFAST_SIZES "all" CACHE STRING "Sizes to build, of cmake/kernels.cmake, e.g. 64x64;any")
+set(HOLDFAST_COSTLY "all" CACHE STRING "Targets that get the types COSTLY of cmake/kernels.cmake; none")
 set(HOLDFAST_BACKENDS cpu cuda metal opencl vulkan)
 option(HOLDFAST_FAKE_METAL "Build the target metal off a Mac, on the stand-in of tests/fakemetal" OFF)
 
@@ -60,12 +62,9 @@ function(holdfast_target name)
 endfunction()
 
 function(holdfast_kernel kernel)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "DTYPES;CHUNKS;SIZES;TARGETS;PARAMS;UNSANITIZED")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "DTYPES;CHUNKS;SIZES;TARGETS;PARAMS;COSTLY")
   if(arg_UNPARSED_ARGUMENTS)
     message(FATAL_ERROR "holdfast_kernel(${kernel}): unknown ${arg_UNPARSED_ARGUMENTS}")
-  endif()
-  if(HOLDFAST_SANITIZE AND arg_UNSANITIZED)
-    list(REMOVE_ITEM arg_DTYPES ${arg_UNSANITIZED})
   endif()
   if(NOT arg_CHUNKS)
     set(arg_CHUNKS 0)
@@ -84,6 +83,10 @@ function(holdfast_kernel kernel)
     elseif(NOT target IN_LIST holdfast_targets)
       continue()
     endif()
+    set(dtypes ${arg_DTYPES})
+    if(arg_COSTLY AND NOT (HOLDFAST_COSTLY STREQUAL "all" OR target IN_LIST HOLDFAST_COSTLY))
+      list(REMOVE_ITEM dtypes ${arg_COSTLY})
+    endif()
     foreach(size IN LISTS arg_SIZES)
       if(NOT (HOLDFAST_SIZES STREQUAL "all" OR size IN_LIST HOLDFAST_SIZES OR size STREQUAL "none"))
         continue()
@@ -94,7 +97,7 @@ function(holdfast_kernel kernel)
       else()
         string(REPLACE "x" "|" sizes "${size}")
       endif()
-      foreach(dtype IN LISTS arg_DTYPES)
+      foreach(dtype IN LISTS dtypes)
         foreach(chunk IN LISTS arg_CHUNKS)
           list(APPEND holdfast_variants "${target}|${kernel}|${dtype}|${chunk}|${sizes}|${params}")
         endforeach()
@@ -109,7 +112,8 @@ include(${CMAKE_CURRENT_LIST_DIR}/kernels.cmake)
 include(${CMAKE_CURRENT_LIST_DIR}/apple.cmake)
 
 # A name that is in no table is a mistake, not an empty build.
-foreach(list targets sizes)
+set(holdfast_all_costly ${holdfast_all_targets} none)
+foreach(list targets sizes costly)
   string(TOUPPER ${list} option)
   if(NOT HOLDFAST_${option} STREQUAL "all")
     foreach(item IN LISTS HOLDFAST_${option})

@@ -230,14 +230,6 @@ inline std::vector<std::string> targets(bool running = false) {
 }
 
 /// The backend of a target.
-/// Whether this build has a CPU's variant of a kernel for rows of that type: those with a sanitizer leave some out (UNSANITIZED in
-/// cmake/kernels.cmake).
-inline bool has_type(const std::string &kernel, const Dtype &dtype) {
-    return std::any_of(variants().begin(), variants().end(), [&](const holdfast_variant &v) {
-        return v.kernel == kernel && v.dtype == std::string(dtype.name) && v.target == std::string("generic");
-    });
-}
-
 inline std::string backend_of(const std::string &target) {
     for (int n = 0; n < holdfast_backend_count(); n++) {
         holdfast_backend backend = {};
@@ -247,6 +239,13 @@ inline std::string backend_of(const std::string &target) {
     }
     ADD_FAILURE() << "no backend has target " << target;
     return "";
+}
+
+/// Whether a CPU's variant of a kernel for rows of that type runs here: builds leave some out (COSTLY in cmake/kernels.cmake).
+inline bool has_type(const std::string &kernel, const Dtype &dtype) {
+    return std::any_of(variants().begin(), variants().end(), [&](const holdfast_variant &v) {
+        return v.kernel == kernel && v.dtype == std::string(dtype.name) && v.runs_here && backend_of(v.target) == "cpu";
+    });
 }
 
 /// The variant of a type and kernel that `target` runs for the size, by default: the first of exactly that size, else of any.

@@ -46,8 +46,9 @@ std::vector<Instance> instances() {
         for (const NamedTarget &named : targets())
             for (const auto &[sizes, size] : scheduled)
                 for (const Dtype &dtype : all_dtypes) {
-                    const bool types = sizes.chunk == (schedule.rank == 0 ? 7 : 32) && shows_types(schedule.rank, named);
-                    if ((dtype == f32 || types) && compiled_for(schedule.rank, named) && schedule.matches(named.target, sizes))
+                    const bool types = sizes.chunk == (schedule.rank == 0 ? 7 : 32);
+                    if ((dtype == f32 || types) && compiled_for("chunkwise", schedule.rank, named, dtype) &&
+                        schedule.matches(named.target, sizes))
                         list.push_back({schedule.name, named, sizes, size, dtype});
                 }
     return list;

@@ -19,12 +19,11 @@ std::string name(const Instance &i) { return i.schedule + "_" + i.target.name + 
 void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
 std::vector<Instance> instances() {
-    std::vector<Instance> list;
-    for (const Dtype &dtype : all_dtypes) list.push_back({"none", targets().back(), dtype});
+    std::vector<Instance> list = {{"none", targets().back(), f32}};  // other types: variants/
     for (const auto &schedule : Schedules::all())
         for (const NamedTarget &named : targets())
-            if (compiled_for(schedule.rank, named) && schedule.matches(named.target, {}))
-                list.push_back({schedule.name, named, f32});  // other types: variants/
+            if (compiled_for("head_norm_gate_backward", schedule.rank, named) && schedule.matches(named.target, {}))
+                list.push_back({schedule.name, named, f32});
     return list;
 }
 

@@ -92,7 +92,7 @@ std::string failures_of(const std::function<void()> &run) {
 
 constexpr int C = 4;  // tokens in a chunk
 constexpr Size size = {3, 5};
-const GeneratorParamsMap any_size = {{"chunk", std::to_string(C)}, {"key_size", "0"}, {"value_size", "0"}};
+const GeneratorParamsMap sizes = {{"chunk", std::to_string(C)}, {"key_size", "3"}, {"value_size", "5"}};
 
 const Mutation of_chunkwise[] = {
     {"sign_of_keys_in_gates", "dlog_decay_chunks", "key_product", negated, "dlog_decay"},
@@ -108,7 +108,7 @@ const Mutation of_chunkwise[] = {
 class ChunkwiseMutations : public testing::TestWithParam<Mutation> {};
 
 std::string failures_of_chunkwise(const Mutation *mutation) {
-    const Callable kernel = compile("chunkwise_backward", any_size, mutation);
+    const Callable kernel = compile("chunkwise_backward", sizes, mutation);
     KernelCase c;
     for (const KernelCase &each : kernel_cases(C))
         if (each.name == "groups") c = each;
@@ -137,8 +137,7 @@ const Mutation of_power[] = {
 class PowerMutations : public testing::TestWithParam<Mutation> {};
 
 std::string failures_of_power(const Mutation *mutation) {
-    GeneratorParamsMap params = any_size;
-    params["degree"] = "0";
+    const GeneratorParamsMap params = {{"chunk", std::to_string(C)}, {"key_size", "0"}, {"value_size", "0"}, {"degree", "0"}};
     const Callable kernel = compile("power_backward", params, mutation);
     const PowerBackwardCase c = {"two calls", {C, C - 1}, 1, 2, 2, Layout::padded, Gates::weak, true};
     return failures_of([&] { PowerBackwardCall(c, size, 2).expect_reference(kernel); });
@@ -162,8 +161,7 @@ const Mutation of_parallel[] = {
 class ParallelMutations : public testing::TestWithParam<Mutation> {};
 
 std::string failures_of_parallel(const Mutation *mutation) {
-    const GeneratorParamsMap params = {{"chunk", std::to_string(C)}, {"key_size", "3"}, {"value_size", "5"}};
-    const Callable kernel = compile("parallel_backward", params, mutation);
+    const Callable kernel = compile("parallel_backward", sizes, mutation);
     const ParallelBackwardCase c = {"three blocks", 1, 2 * C + 1, 2, 2, Layout::padded, Gates::weak, 2, true};
     return failures_of([&] { ParallelBackwardCall(c, size).expect_reference(kernel); });
 }

@@ -37,7 +37,8 @@ std::vector<Instance> instances() {
     for (const auto &schedule : Schedules::all())
         for (const auto &[sizes, size] : schedule.rank > 0 ? tuned : small)
             for (const NamedTarget &named : targets())
-                if (shows_types(schedule.rank, named) && schedule.matches(named.target, sizes))
+                if (compiled_for("parallel", schedule.rank, named) && (schedule.rank == 0 || best_here("parallel", named)) &&
+                    schedule.matches(named.target, sizes))
                     list.push_back({schedule.name, named, sizes, size, f32});
     return list;
 }

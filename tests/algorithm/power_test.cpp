@@ -41,10 +41,10 @@ std::vector<Instance> instances() {
         for (const NamedTarget &named : targets())
             for (const auto &[sizes, size] : scheduled)
                 for (const Dtype &dtype : all_dtypes) {
-                    if (!compiled_for(schedule.rank, named) || !schedule.matches(named.target, sizes) ||
+                    if (!compiled_for("power", schedule.rank, named, dtype) || !schedule.matches(named.target, sizes) ||
                         (schedule.rank == 0 && sizes.degree))
                         continue;
-                    const bool types = sizes.degree == (schedule.rank == 0 ? 0 : 2) && shows_types(schedule.rank, named);
+                    const bool types = sizes.degree == (schedule.rank == 0 ? 0 : 2);
                     if (!(dtype == f32) && !types) continue;
                     std::vector<int> degrees = {sizes.degree};
                     if (!sizes.degree) degrees = dtype == f32 ? std::vector<int>{1, 2, 3, 4} : std::vector<int>{2};
@@ -98,7 +98,7 @@ std::vector<StepInstance> step_instances() {
     for (const auto &schedule : holdfast::Schedule<holdfast::PowerStepFuncs, holdfast::PowerStepSizes>::all())
         for (const NamedTarget &named : targets())
             for (const auto &[sizes, size] : scheduled)
-                if (compiled_for(schedule.rank, named) && schedule.matches(named.target, sizes) &&
+                if (compiled_for("power_step", schedule.rank, named) && schedule.matches(named.target, sizes) &&
                     (schedule.rank > 0) == (sizes.degree > 0))
                     list.push_back(
                         {schedule.name, named, sizes, size, sizes.degree ? std::vector<int>{2} : std::vector<int>{1, 2, 3, 4}});

@@ -35,8 +35,9 @@ std::vector<Instance> instances() {
         for (const NamedTarget &named : targets())
             for (const auto &[fixed, size] : sizes)
                 for (const Dtype &dtype : all_dtypes) {
-                    const bool types = fixed.key == (schedule.rank == 0 ? 0 : 64) && shows_types(schedule.rank, named);
-                    if ((dtype == f32 || types) && compiled_for(schedule.rank, named) && schedule.matches(named.target, fixed))
+                    const bool types = fixed.key == (schedule.rank == 0 ? 0 : 64);
+                    if ((dtype == f32 || types) && compiled_for("recurrent", schedule.rank, named, dtype) &&
+                        schedule.matches(named.target, fixed))
                         list.push_back({schedule.name, named, fixed, size, dtype});
                 }
     return list;

@@ -1,5 +1,6 @@
 // The targets of cmake/targets.cmake for just-in-time compilation.
 #pragma once
+#include "../dtype.h"
 #include "Halide.h"
 
 #include <string>
@@ -31,21 +32,27 @@ inline std::string missing(const Halide::Target &target) {
     return list;
 }
 
-/// Whether it is the best target that this machine runs.
-inline bool best_here(const NamedTarget &named) {
-    for (const NamedTarget &best : targets())
-        if (missing(best.target).empty()) return named.name == best.name;
+/// Whether cmake/kernels.cmake has a variant of that kernel and type for the target.
+inline bool has_variants(const std::string &kernel, const NamedTarget &named, const Dtype &dtype = f32) {
+#define HOLDFAST_VARIANT(of, function, type, chunk, key, value, target, ...) \
+    if (kernel == #of && named.name == std::string(#target) && dtype.name == std::string(#type)) return true;
+#include "variants.inc"
+#undef HOLDFAST_VARIANT
     return false;
 }
 
-/// The generic schedule, of rank 0, is compiled for the plainest target and the best one; others wherever they match.
-inline bool compiled_for(int rank, const NamedTarget &named) {
-    return rank > 0 || named.name == targets().back().name || best_here(named);
+/// Whether it is the best target of that kernel and type that this machine runs.
+inline bool best_here(const std::string &kernel, const NamedTarget &named, const Dtype &dtype = f32) {
+    for (const NamedTarget &best : targets())
+        if (missing(best.target).empty() && has_variants(kernel, best, dtype)) return named.name == best.name;
+    return false;
 }
 
-/// Types differ where rows are read and written: one target of a schedule shows that.
-inline bool shows_types(int rank, const NamedTarget &named) {
-    return rank == 0 ? named.name == targets().back().name : best_here(named);
+/// The targets that a schedule is compiled for: the generic one, of rank 0, for the plainest, others for all that have such a
+/// variant. Types differ where rows are read and written: the best target shows those of 16 bits.
+inline bool compiled_for(const std::string &kernel, int rank, const NamedTarget &named, const Dtype &dtype = f32) {
+    if (rank == 0) return named.name == targets().back().name && has_variants(kernel, named, dtype);
+    return dtype == f32 ? has_variants(kernel, named) : best_here(kernel, named, dtype);
 }
 
 }  // namespace test

@@ -1,6 +1,7 @@
 #include "threadgroup.h"
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -16,11 +17,12 @@ namespace {
 constexpr size_t stack_bytes = 512 * 1024;
 
 struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack{new char[stack_bytes]};
-    void *sanitizer = nullptr;  // the address sanitizer's own record of the stack
+    ucontext_t context;                                    // where it starts
+    void *jump[5];                                         // and goes on
+    std::unique_ptr<char[]> stack{new char[stack_bytes]};  // used again by group after group
+    void *sanitizer = nullptr;                             // the address sanitizer's own record of the stack
     unsigned thread[3];
-    bool finished;
+    bool started = false, finished;
 };
 
 struct Running {
@@ -29,7 +31,7 @@ struct Running {
     void *shared;
     const unsigned *group;
     Fiber *fiber;
-    ucontext_t scheduler;
+    void *scheduler[5];  // where it goes on
     void *scheduler_sanitizer;
     const void *scheduler_stack;
     size_t scheduler_stack_bytes;
@@ -52,47 +54,64 @@ void arrive(void *own, const void **from, size_t *bytes) {
 #endif
 }
 
+// Jumps need no system call, as swapcontext does. The compiler wants either side in a function of its own.
+#define FAKEMETAL_JUMPS __attribute__((noinline, no_sanitize("address")))
+FAKEMETAL_JUMPS void jump(void **to) { __builtin_longjmp(to, 1); }
+FAKEMETAL_JUMPS void jump_to_scheduler(Fiber &fiber) {
+    if (!__builtin_setjmp(fiber.jump)) jump(running.scheduler);
+}
+FAKEMETAL_JUMPS void jump_to_fiber(Fiber &fiber) {
+    if (__builtin_setjmp(running.scheduler)) return;
+    if (fiber.started) jump(fiber.jump);
+    fiber.started = true;
+    setcontext(&fiber.context);
+}
+
 void enter_scheduler(Fiber &fiber) {
-    leave(fiber.finished ? nullptr : &fiber.sanitizer, running.scheduler_stack, running.scheduler_stack_bytes);
-    swapcontext(&fiber.context, &running.scheduler);
+    leave(&fiber.sanitizer, running.scheduler_stack, running.scheduler_stack_bytes);
+    jump_to_scheduler(fiber);
     arrive(fiber.sanitizer, &running.scheduler_stack, &running.scheduler_stack_bytes);
 }
 
 void enter(Fiber &fiber) {
     running.fiber = &fiber;
     leave(&running.scheduler_sanitizer, fiber.stack.get(), stack_bytes);
-    swapcontext(&running.scheduler, &fiber.context);
+    jump_to_fiber(fiber);
     arrive(running.scheduler_sanitizer, nullptr, nullptr);
 }
 
 void fiber_main() {
     arrive(nullptr, &running.scheduler_stack, &running.scheduler_stack_bytes);
-    Fiber &self = *running.fiber;
-    running.launch(nullptr, running.buffers, running.shared, running.group, self.thread);
-    self.finished = true;
-    enter_scheduler(self);  // and never back
+    for (;;) {
+        Fiber &self = *running.fiber;
+        running.launch(nullptr, running.buffers, running.shared, running.group, self.thread);
+        self.finished = true;
+        enter_scheduler(self);
+    }
 }
 
 }  // namespace
 
 void run_group(Launch launch, void **buffers, void *shared, const Size &group, const Size &threads, Order order,
                std::mt19937 &random) {
-    thread_local std::vector<Fiber> fibers;
+    thread_local std::deque<Fiber> fibers;
     const size_t count = (size_t)threads[0] * threads[1] * threads[2];
-    if (fibers.size() < count) fibers.resize(count);
+    for (size_t n = fibers.size(); n < count; n++) {
+        ucontext_t &context = fibers.emplace_back().context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = fibers.back().stack.get(), context.uc_stack.ss_size = stack_bytes;
+        context.uc_link = nullptr;
+        makecontext(&context, fiber_main, 0);
+    }
     running.launch = launch, running.buffers = buffers, running.shared = shared, running.group = group.data();
 
     std::vector<size_t> turns(count);
     for (size_t n = 0; n < count; n++) {
         Fiber &fiber = fibers[n];
         turns[n] = order == Order::reverse ? count - 1 - n : n;
-        fiber.finished = false, fiber.sanitizer = nullptr;
+        fiber.finished = false;
         fiber.thread[0] = n % threads[0], fiber.thread[1] = n / threads[0] % threads[1],
         fiber.thread[2] = n / threads[0] / threads[1];
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = stack_bytes;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, fiber_main, 0);
     }
     for (size_t finished = 0; finished == 0;) {
         if (order == Order::shuffle) std::shuffle(turns.begin(), turns.end(), random);

@@ -127,19 +127,6 @@ TEST_P(HeadNormGateBackwardTest, SameBitsForAnyTokensAtOnce) {
     }
 }
 
-// A weight's gradient loses nothing over many tokens: all of one sign, so that a sum in fp32 would.
-TEST_P(HeadNormGateBackwardTest, SumsOfManyTokens) {
-    const int64_t T = 300'000, V = 4;
-    for (const Index &shape : {Index{1, T, 1, V}, {T, 1, 1, V}}) {
-        Array x = rows(shape), dout(shape), weight = Array({V}).fill(1.0f), dweight = Array({V}).forget();
-        each(shape, [&](const Index &i) { dout(i) = (float)dtype.round(x(i) * random(0.5, 1.5)); });
-        run({x, {}, weight, dout, {}, {}, dweight});
-        NormedGradient want = normed_gradient(x, x, Array({1, V}).fill(1.0f), dout, false, false, 1e-6f);
-        expect_close("dweight", dweight, want.dweight, want.dweight_spread, tolerance::of_norm_weight_gradient(V, 1024));
-        for (int64_t e = 0; e < V; e++) EXPECT_NEAR(dweight({e}), want.dweight[e], 1e-6 * want.dweight[e]);
-    }
-}
-
 TEST_P(HeadNormGateBackwardTest, NotANumberStaysInItsRow) {
     for (holdfast_norm norm : {HOLDFAST_NORM_RMS, HOLDFAST_NORM_LAYER}) {
         Array x = rows({1, 2, 2, 33}), gate = Array(x.shape).fill(1.0f), dout = rows(x.shape);
@@ -195,6 +182,19 @@ TEST_P(HeadNormGateBackwardTest, ForcedTargetRunsAndAllocatesOnce) {
 }
 
 class HeadNormGateBackwardF32Test : public HeadNormGateBackwardTest {};
+
+// A weight's gradient loses nothing over many tokens: all of one sign, so that a sum in fp32 would.
+TEST_P(HeadNormGateBackwardF32Test, SumsOfManyTokens) {
+    const int64_t T = 300'000, V = 4;
+    for (const Index &shape : {Index{1, T, 1, V}, {T, 1, 1, V}}) {
+        Array x = rows(shape), dout(shape), weight = Array({V}).fill(1.0f), dweight = Array({V}).forget();
+        each(shape, [&](const Index &i) { dout(i) = (float)dtype.round(x(i) * random(0.5, 1.5)); });
+        run({x, {}, weight, dout, {}, {}, dweight});
+        NormedGradient want = normed_gradient(x, x, Array({1, V}).fill(1.0f), dout, false, false, 1e-6f);
+        expect_close("dweight", dweight, want.dweight, want.dweight_spread, tolerance::of_norm_weight_gradient(V, 1024));
+        for (int64_t e = 0; e < V; e++) EXPECT_NEAR(dweight({e}), want.dweight[e], 1e-6 * want.dweight[e]);
+    }
+}
 
 // Differences of the forward call itself; of 16 bits they would drown in rounding.
 TEST_P(HeadNormGateBackwardF32Test, IsTheSlopeOfTheForwardCall) {

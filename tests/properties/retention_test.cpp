@@ -38,7 +38,7 @@ TEST_P(Retention, MatchesReference) {
         for (Gates gates : all_gates)
             for (bool initial : {false, true}) {
                 SCOPED_TRACE("T " + std::to_string(T) + ", gates " + name(gates) + (initial ? ", initial state" : ""));
-                if (T == 1000 && !initial) continue;
+                if (T == 1000 && (!initial || (!on_cpu() && gates != Gates::weak))) continue;
                 Problem p{2, T, 3, K, V, gates, Layout::compact, initial, dtype};
                 run(p.forward());
                 p.expect_reference(C, chunks(T));
@@ -147,6 +147,7 @@ TEST_P(Retention, StateInPlace) {
 
 TEST_P(Retention, TokenByTokenAgrees) {
     for (Gates gates : all_gates) {
+        if (!on_cpu() && gates != Gates::resets) continue;  // stand-ins are slow
         SCOPED_TRACE(name(gates));
         const int64_t T = 3 * C + 2;
         Problem p = problem(2, T, 2, gates);
@@ -158,9 +159,9 @@ TEST_P(Retention, TokenByTokenAgrees) {
 }
 
 TEST_P(Retention, ContinuesWhereItWasCut) {
-    const int64_t T = 20 * C + 9;
+    const int64_t T = (on_cpu() ? 20 : 4) * C + 9;
     const std::vector<Index> all_cuts = {
-        {1, T}, {C - 1, T}, {C, T}, {C + 1, T}, {10 * C, T}, {T - 1, T}, {3, 3, 2 * C, 2 * C + 1, 14 * C + 5, T}};
+        {1, T}, {C - 1, T}, {C, T}, {C + 1, T}, {2 * C, T}, {T - 1, T}, {3, 3, 2 * C, 2 * C + 1, T - C - 4, T}};
     for (const Index &cuts : all_cuts)
         for (Gates gates : {Gates::weak, Gates::resets}) {
             SCOPED_TRACE(text(cuts) + ", gates " + name(gates));
