@@ -7,16 +7,17 @@
 // times the forward's time; 92 at 128, 2.49 times. With rows from L3 (T 1024 of 8 heads), while others used the machine: 65 to
 // 69, 2.6 to 2.8 times; 80 to 83, 2.4 to 2.55 times. AVX2: 68, 2.6 times. No gradient of q, k, v and decays wanted: 20% of it.
 //
-// The whole call, two threads, T 4096 of 8 heads, calls of 8 chunks: 13.8 to 14.2 ms at 64, 2.9 to 3.1 times the forward's time, where
-// it was 14.7 to 15.0 ms and 3.3 times before rows were asked for and results of q and k written chunk by chunk; 44 to 45 ms at 128,
-// 3.1 times, the same as before. The products with states are six to the forward's two: the runtime's states, those again here, and
+// The whole call, two threads, T 4096 of 8 heads, calls of 8 chunks: 13.4 to 14.2 ms at 64, 3.0 to 3.2 times the forward's time, where
+// it was 14.7 to 15.0 ms and 3.3 times before rows were asked for and results of q and k written chunk by chunk; 43 to 45 ms at 128,
+// 3.1 times, 1% less than before. The products with states are six to the forward's two: the runtime's states, those again here, and
 // the four of gradients.
 //
 // Products take 57% of the time at 64, near the peak. The rest: adding to states and their gradients 9%, rows in 8% and results out 5%,
 // transposing 6%, products of gates 4%, the mask's exp 2%, memory for stages 2%. Tried: copies for each product by the chunk, the
 // next chunk's rows asked for ahead, as chunkwise.cpp does: 5% slower from cache, no faster from L3. Nothing asked for behind rows:
 // 8% slower at 64; into L1 instead of L2: the same. Chunks of 64: 9% slower at 64, 4% at 128. Calls of 1, 2, 3, 4 chunks, which
-// recompute fewer states: 20, 10, 6, 4% slower at 64; of 6 to 16 there, and of 3 to 8 at 128: the same.
+// recompute fewer states: 20, 10, 6, 4% slower at 64; of 6 to 16 there, and of 3 to 8 at 128: the same. Rows of states a line further
+// apart, and a strip of columns of theirs for all rows of a chunk, to read them from L1: the same at 128, 1 to 3% slower at 64.
 #include "../../generators/chunkwise_backward.h"
 #include "../schedule.h"
 #include "prefetch.h"
