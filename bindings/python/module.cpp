@@ -538,11 +538,12 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
 }
 
 /// The gradients of q, k, v, log_decay, the initial state and its sum of keys, of which bit n of `wanted` asks for the n-th: NumPy
-/// arrays as from forward(), None for the others.
+/// arrays as from forward(), None for the others. `given` is None, or a tuple of six in which those that are not None are written and
+/// returned instead.
 py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle out,
                     py::handle scale, py::handle chunk_size, py::handle initial_state, py::handle initial_sum,
-                    py::handle dfinal_state, py::handle dfinal_sum, py::handle cu_seqlens, int wanted, py::handle options,
-                    uint64_t stream) {
+                    py::handle dfinal_state, py::handle dfinal_sum, py::handle cu_seqlens, int wanted, py::handle given,
+                    py::handle options, uint64_t stream) {
     const Options o(options);
     Array dout_array, q_array, k_array, v_array, log_decay_array, out_array, initial_state_array, initial_sum_array;
     Array dfinal_state_array, dfinal_sum_array, cu_seqlens_array, made[6];
@@ -566,18 +567,29 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
     args.degree = o.degree, args.normalize = o.normalize, args.form = o.form;
     args.state_layout = o.state_layout, args.expansion = o.expansion;
 
-    // Where shapes do not agree, or the arrays are on a GPU, the library says so before it asks for gradients.
     py::object gradients[6] = {py::none(), py::none(), py::none(), py::none(), py::none(), py::none()};
+    DLTensor *tensors[6] = {};
+    const bool per_head = args.log_decay && args.log_decay->ndim == 1;
+    if (!given.is_none()) {
+        static constexpr const char *names[] = {"dq", "dk", "dv", "dlog_decay", "dinitial_state", "dinitial_sum_of_keys"};
+        const int ranks[] = {4, 4, 4, per_head ? 1 : 3, 4, 3};
+        const py::tuple arrays = py::reinterpret_borrow<py::tuple>(given);
+        for (int n = 0; n < 6; n++) {
+            gradients[n] = arrays[n];
+            if (gradients[n].is_none()) continue;
+            made[n].borrow(names[n], gradients[n], ranks[n], true, stream);
+            tensors[n] = made[n].get();
+        }
+    }
+    // Where shapes do not agree, or the arrays are on a GPU, the library says so before it asks for gradients.
     if (shapes_agree(4, *args.q, *args.k, *args.v) && args.q->device.device_type == kDLCPU) {
         const int64_t *shape = args.q->shape, B = shape[0], T = shape[1], Hk = args.k->shape[2], V = args.v->shape[3];
         const int64_t D = o.expanded_size ? o.expanded_size : shape[3];
         const bool packed = args.cu_seqlens && args.cu_seqlens->ndim == 1 && args.cu_seqlens->shape[0] > 0;
         const int64_t N = packed ? args.cu_seqlens->shape[0] - 1 : B;
-        const bool per_head = args.log_decay && args.log_decay->ndim == 1;
         const bool value_major = o.state_layout == HOLDFAST_STATE_VALUE_MAJOR;
-        DLTensor *tensors[6] = {};
         auto make = [&](int n, const char *name, DLDataType of, auto... extents) {
-            if (!(wanted >> n & 1)) return;
+            if (tensors[n] || !(wanted >> n & 1)) return;
             gradients[n] = empty_array(of, extents...);
             made[n].borrow(name, gradients[n], 4, true);
             tensors[n] = made[n].get();
@@ -589,9 +601,9 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
         per_head ? make(3, "dlog_decay", float32, Hk) : make(3, "dlog_decay", float32, B, T, Hk);
         make(4, "dinitial_state", float32, N, Hk, value_major ? V : D, value_major ? D : V);
         make(5, "dinitial_sum_of_keys", float32, N, Hk, D);
-        args.dq = tensors[0], args.dk = tensors[1], args.dv = tensors[2], args.dlog_decay = tensors[3];
-        args.dinitial_state = tensors[4], args.dinitial_sum_of_keys = tensors[5];
     }
+    args.dq = tensors[0], args.dk = tensors[1], args.dv = tensors[2], args.dlog_decay = tensors[3];
+    args.dinitial_state = tensors[4], args.dinitial_sum_of_keys = tensors[5];
 
     holdfast_context *c = context();
     holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);

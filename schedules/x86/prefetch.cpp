@@ -1,13 +1,14 @@
-// Prefetches rows of the caller's tensors for the next iteration of a loop, spread evenly over what computes in this one: the
-// loops that prefetch.h names, in the final IR. Rows of a head lie far apart, so that no hardware prefetcher follows them, and a
-// burst of requests waits for the 16 or so lines that a core can have on their way. Past the last iteration it asks for the rows
-// after it, which a later call reads, or nobody: a prefetch of any address is harmless.
+// Prefetches rows of the caller's tensors for the next iteration of a loop, or for a later stage or call, spread evenly over what
+// computes in this one: the loops that prefetch.h names, in the final IR. Rows of a head lie far apart, so that no hardware
+// prefetcher follows them, and a burst of requests waits for the 16 or so lines that a core can have on their way. Past the last
+// iteration it asks for the rows after it, which a later call reads, or nobody: a prefetch of any address is harmless.
 //
 // Halide's own prefetch() does not serve: it asks for a whole region at once, where that is read, and only for L1 past L2
 // (prefetchnta). Left out: sizes known at run time only.
 #include "prefetch.h"
 #include "../schedule.h"
 
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -63,6 +64,25 @@ public:
     Values inside;  // variables defined inside, at their first iteration
 };
 
+/// The tensors that a kernel reads or writes, by name.
+class FindTensors : public IRVisitor {
+    using IRVisitor::visit;
+    void found(const Parameter &p) {
+        if (p.defined()) tensors.emplace(p.name(), p);
+    }
+    void visit(const Load *op) override {
+        found(op->param);
+        IRVisitor::visit(op);
+    }
+    void visit(const Store *op) override {
+        found(op->param);
+        IRVisitor::visit(op);
+    }
+
+public:
+    std::map<std::string, Parameter> tensors;
+};
+
 class PrefetchRows : public IRMutator {
     using IRMutator::visit;
 
@@ -80,6 +100,7 @@ class PrefetchRows : public IRMutator {
     std::vector<Loop> loops;  // around what is visited, outermost first
     Values lets;
     std::vector<Rows> found;  // by the loops around, so far
+    std::map<std::string, Parameter> tensors;
 
     static Expr stride(const Parameter &tensor) { return Variable::make(Int(32), tensor.name() + ".stride.1"); }
 
@@ -99,30 +120,50 @@ class PrefetchRows : public IRMutator {
                          first + (int)count * stride(rows.tensor), loops.size()});
     }
 
-    /// The part of this iteration of the loops between the rows and here.
-    void ask(const Rows &rows, std::vector<Stmt> &statements) {
+    /// Lines of so many, at those rows of a tensor, that this iteration of the loops from `depth` on asks for.
+    void ask(const Parameter &tensor, const Expr &first, int64_t lines, int64_t lines_in_row, size_t depth,
+             std::vector<Stmt> &statements) {
         Expr iteration = 0;
         int64_t iterations = 1;
-        for (size_t n = rows.depth; n < loops.size(); n++) {
+        for (size_t n = depth; n < loops.size(); n++) {
             const For *loop = loops[n].loop;
             const auto extent = as_const_int(loop->extent);
             if (!extent) continue;
             iteration = iteration * loop->extent + Variable::make(Int(32), loop->name) - loop->min;
             iterations *= *extent;
         }
-        const int each = (int)((rows.lines + iterations - 1) / iterations),
-                  fewer = (int)std::max<int64_t>(iterations / rows.lines, 1);
-        const int bytes = rows.tensor.type().bytes(), in_row = (int)rows.lines_in_row;
+        const int each = (int)((lines + iterations - 1) / iterations), fewer = (int)std::max<int64_t>(iterations / lines, 1);
+        const int bytes = tensor.type().bytes(), in_row = (int)lines_in_row;
         for (int n = 0; n < each; n++) {
             const Expr line = iteration / fewer * each + n;
-            const Expr index =
-                Variable::make(Int(32), rows.next) + line / in_row * stride(rows.tensor) + line % in_row * (line_bytes / bytes);
-            const Expr address = reinterpret(UInt(64), Variable::make(type_of<void *>(), rows.tensor.name())) +
+            const Expr index = first + line / in_row * stride(tensor) + line % in_row * (line_bytes / bytes);
+            const Expr address = reinterpret(UInt(64), Variable::make(type_of<void *>(), tensor.name())) +
                                  cast(UInt(64), cast(Int(64), simplify(index)) * bytes);
             // LLVM's intrinsic by name: Halide's runtime, which is linked first, has declared it.
             const Expr read = 0, data = 1;
             statements.push_back(Evaluate::make(Call::make(
                 Int(32), "llvm.prefetch.p0", {reinterpret(type_of<void *>(), address), read, into_l2, data}, Call::Extern)));
+        }
+    }
+
+    /// What a loop of that name, x86::ask_for, asks for.
+    void ask_for(const std::string &name, std::vector<Stmt> &statements) {
+        size_t depth = loops.size();  // inside the loop over chunks, whose extent is not known
+        while (depth > 0 && as_const_int(loops[depth - 1].loop->extent)) depth--;
+        if (depth == 0) return;
+        const For *chunks = loops[depth - 1].loop;
+        const std::vector<std::string> words = split_string(name, "-");
+        const int chunk = std::stoi(words[1]);
+        for (size_t n = 2; n < words.size(); n++) {
+            const auto named = tensors.find(words[n]);
+            if (named == tensors.end()) continue;  // a pipeline that has made its inputs itself
+            const Parameter &tensor = named->second;
+            const auto in_row = as_const_int(simplify(tensor.extent_constraint(0)));
+            if (!in_row) continue;
+            const int64_t in_line = line_bytes / tensor.type().bytes(), lines_in_row = (*in_row + in_line - 1) / in_line;
+            const Expr row = (Variable::make(Int(32), chunks->name) - chunks->min) * chunk;
+            const int behind = starts_with(name, x86::ask_behind) ? (int)*in_row : 0;
+            ask(tensor, row * stride(tensor) + behind, chunk * lines_in_row, lines_in_row, depth, statements);
         }
     }
 
@@ -137,9 +178,14 @@ class PrefetchRows : public IRMutator {
         const size_t found_around = found.size();
         loops.push_back({op, lets.size()});
         Stmt body = mutate(op->body);
-        if (is_named(op, x86::ask_ahead)) {
-            std::vector<Stmt> statements;
-            for (const Rows &rows : found) ask(rows, statements);
+        std::vector<Stmt> statements;
+        if (is_named(op, x86::ask_ahead))
+            for (const Rows &rows : found)
+                ask(rows.tensor, Variable::make(Int(32), rows.next), rows.lines, rows.lines_in_row, rows.depth, statements);
+        if (const std::string name = op->name.substr(op->name.rfind('.') + 1);
+            starts_with(name, x86::ask_this) || starts_with(name, x86::ask_behind))
+            ask_for(name, statements);
+        if (!statements.empty()) {
             statements.push_back(body);
             body = Block::make(statements);
         }
@@ -147,6 +193,17 @@ class PrefetchRows : public IRMutator {
         for (; found.size() > found_around; found.pop_back())
             body = LetStmt::make(found.back().next, found.back().next_index, body);
         return For::make(op->name, op->min, op->extent, op->for_type, op->partition_policy, op->device_api, body);
+    }
+
+public:
+    using IRMutator::mutate;
+    Stmt mutate(const Stmt &stmt) override {
+        if (loops.empty() && tensors.empty()) {  // all of it
+            FindTensors all;
+            stmt.accept(&all);
+            tensors = all.tensors;
+        }
+        return IRMutator::mutate(stmt);
     }
 };
 

@@ -1,6 +1,8 @@
 // Rows of the caller's tensors, on their way from memory while a product computes. A schedule names loops; prefetch.cpp puts
 // the prefetches there.
 #pragma once
+#include <string>
+#include <vector>
 
 namespace holdfast::x86 {
 
@@ -9,5 +11,15 @@ namespace holdfast::x86 {
 inline constexpr const char *rows_ahead = "rows_ahead";
 // In that loop: each iteration asks for an equal part of the rows of its next iteration.
 inline constexpr const char *ask_ahead = "ask_ahead";
+
+// The name of a loop, in one over chunks of `chunk` rows, whose iterations ask for an equal part of each chunk's rows of `tensors`:
+// those that a later stage of the same call reads or writes. Or, `behind`, for what lies behind those rows: where heads lie side by
+// side that is the rows of the next head, which the next call reads.
+inline constexpr const char *ask_this = "ask_this-", *ask_behind = "ask_behind-";
+inline std::string ask_for(const std::vector<std::string> &tensors, int chunk, bool behind = false) {
+    std::string name = (behind ? ask_behind : ask_this) + std::to_string(chunk);
+    for (const std::string &tensor : tensors) name += "-" + tensor;
+    return name;
+}
 
 }  // namespace holdfast::x86

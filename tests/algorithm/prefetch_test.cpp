@@ -25,6 +25,17 @@ struct CallInstead : IRMutator {
     }
 };
 
+/// Computes `out` and notes what is asked for.
+void run(const Func &out, const Target &target, const std::vector<int> &extents) {
+    Pipeline pipeline(out);
+    for (const holdfast::Lowering &l : holdfast::Lowering::all())
+        if (l.matches(target)) l.add_passes(pipeline, target);
+    pipeline.add_custom_lowering_pass(new CallInstead);
+    pipeline.set_jit_externs({{"holdfast_test_asked", JITExtern(holdfast_test_asked)}});
+    asked.clear();
+    pipeline.realize(extents, target);
+}
+
 TEST(Prefetch, AsksForEachLineOfTheNextRowsOnce) {
     constexpr int elements = 48, rows = 8, chunks = 3, stride = 100;
     const Target target("x86-64-linux-sse41");
@@ -42,21 +53,43 @@ TEST(Prefetch, AsksForEachLineOfTheNextRowsOnce) {
     RVar outer(holdfast::x86::ask_ahead), step;
     sums.compute_at(out, c).update().reorder(d, over).split(over, outer, step, 2);
 
-    Pipeline pipeline(out);
-    for (const holdfast::Lowering &l : holdfast::Lowering::all())
-        if (l.matches(target)) l.add_passes(pipeline, target);
-    pipeline.add_custom_lowering_pass(new CallInstead);
-    pipeline.set_jit_externs({{"holdfast_test_asked", JITExtern(holdfast_test_asked)}});
     std::vector<float> memory((rows * chunks + 1) * stride, 1.0f);
     const halide_dimension_t shape[] = {{0, elements, 1}, {0, rows * chunks, stride}, {0, 1, 0}, {0, 1, 0}};
     in.set(Buffer<float>(memory.data(), 4, shape));
-    asked.clear();
-    pipeline.realize({elements, chunks}, target);
+    run(out, target, {elements, chunks});
 
     std::multiset<const char *> expected;
     for (int row = rows; row < rows * (chunks + 1); row++)
         for (int d = 0; d < elements; d += 16) expected.insert((const char *)(memory.data() + row * stride + d));
     EXPECT_EQ(asked, expected);
+}
+
+// A stage of all chunks that asks for their rows, or for what lies behind them.
+TEST(Prefetch, AsksForEachLineOfAllRowsOnce) {
+    constexpr int elements = 48, rows = 8, chunks = 3, stride = 100;
+    const Target target("x86-64-linux-sse41");
+    if (get_host_target().arch != Target::X86) GTEST_SKIP() << "this CPU is no x86";
+    std::vector<float> memory((rows * chunks + 1) * stride, 1.0f);
+    const halide_dimension_t shape[] = {{0, elements, 1}, {0, rows * chunks, stride}, {0, 1, 0}, {0, 1, 0}};
+    for (const bool behind : {false, true}) {
+        ImageParam in(Float(32), 4, "rows");  // (d, t, h, b)
+        in.dim(0).set_bounds(0, elements);
+        Var d("d"), i("i"), c("c"), tile("tile"), lane("lane");
+        Func stage("stage"), out("out");
+        stage(d, i, c) = cast<float>(d + i * c);
+        out(d, i, c) = stage(d, i, c) + in(d, c * rows + i, 0, 0);
+        out.bound(d, 0, elements).bound(i, 0, rows);
+        const Var asking(holdfast::x86::ask_for({"rows"}, rows, behind));
+        stage.compute_root().bound_extent(d, elements).bound_extent(i, rows).split(d, asking, lane, 16);
+        in.set(Buffer<float>(memory.data(), 4, shape));
+        run(out, target, {elements, rows, chunks});
+
+        std::multiset<const char *> expected;
+        for (int row = 0; row < rows * chunks; row++)
+            for (int d = 0; d < elements; d += 16)
+                expected.insert((const char *)(memory.data() + row * stride + d + (behind ? elements : 0)));
+        EXPECT_EQ(asked, expected) << "behind " << behind;
+    }
 }
 
 }  // namespace

@@ -145,6 +145,44 @@ def test_what_is_wanted(gradients_of):
     assert retention_backward(**call, wanted=["initial_state"]).initial_state.shape == (2, 2, 16, 8)
 
 
+def test_given_arrays_are_written_and_returned(gradients_of):
+    call = gradients_of(2, 70, 2, 2, 16, 8)
+    everything = retention_backward(**call)
+    wide = np.full((2, 70, 4, 20), np.nan, np.float32)
+    given = Gradients(wide[..., 2:18], None, np.full_like(call["v"], np.nan), None, None, None)
+    found = retention_backward(**call, gradients=given)
+    assert found.q is given.q and found.v is given.v
+    for result, expected in zip(found, everything, strict=True):
+        np.testing.assert_array_equal(result, expected)
+    assert np.isnan(wide[..., :2]).all() and np.isnan(wide[..., 18:]).all()
+
+    given = Gradients(*map(np.empty_like, everything[:5]), None)
+    found = retention_backward(**call, gradients=given, wanted=())
+    assert all(result is there for result, there in zip(found, given, strict=True))
+    for result, expected in zip(found, everything, strict=True):
+        np.testing.assert_array_equal(result, expected)
+
+    one = given._replace(q=None, log_decay=None, initial_state=None)
+    found = retention_backward(**call, gradients=one, wanted=["q"])
+    assert found.k is one.k and found.log_decay is None and found.initial_state is None
+    np.testing.assert_array_equal(found.q, everything.q)
+
+
+@pytest.mark.parametrize(
+    "name, array, error",
+    [
+        ("k", np.zeros((2, 70, 2, 15), np.float32), "dk"),
+        ("v", np.zeros((2, 70, 2, 8), np.float64), "dv"),
+        ("log_decay", np.zeros(2, np.float32), "dlog_decay"),
+        ("q", np.broadcast_to(np.float32(0), (2, 70, 2, 16)), "dq is read-only"),
+    ],
+)
+def test_given_arrays_that_are_refused(gradients_of, name, array, error):
+    given = Gradients(*(None,) * 6)._replace(**{name: array})
+    with pytest.raises((ValueError, NotImplementedError), match=error):
+        retention_backward(**gradients_of(2, 70, 2, 1, 16, 8), gradients=given)
+
+
 @pytest.mark.parametrize("dtype, kind", KINDS)
 def test_16_bits(gradients_of, dtype, kind):
     call = gradients_of(1, 70, 2, 2, 24, 16)
@@ -255,5 +293,5 @@ def test_refusals(gradients_of):
 def test_the_signature_is_the_specified_one():
     assert " ".join(inspect.signature(retention_backward).parameters) == (
         "dout q k v log_decay out scale degree normalize form chunk_size initial_state initial_sum_of_keys "
-        "dfinal_state dfinal_sum_of_keys cu_seqlens wanted state_layout expansion"
+        "dfinal_state dfinal_sum_of_keys cu_seqlens wanted gradients state_layout expansion"
     )

@@ -43,6 +43,7 @@ def backward(
     dfinal_sum_of_keys: Any,
     cu_seqlens: Any,
     wanted: int,
+    given: tuple[Any, Any, Any, Any, Any, Any] | None,
     options: tuple[int, int, int, int, int, int, bool, bool] | None,
     stream: int,
     /,

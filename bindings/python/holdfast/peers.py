@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from . import decay, info, retention, retention_backward, retention_step, set_num_threads, set_verbose, state_size
+from . import (
+    Gradients,
+    decay,
+    info,
+    retention,
+    retention_backward,
+    retention_step,
+    set_num_threads,
+    set_verbose,
+    state_size,
+)
 
 CHUNKS = (32, 64, 128)  # tried for every chunkwise peer
 POWER_CHUNKS = (64, 128, 256, 512, 1024)  # and for those of degree 2, whose states are large
@@ -498,16 +508,17 @@ def torch_gradients(x: Inputs, dout: np.ndarray, threads: int, compiled: bool = 
 
 
 def holdfast_gradients(x: Inputs, dout: np.ndarray, threads: int) -> list[Peer]:
-    """Forward and backward as a user calls them, and either alone."""
+    """Forward and backward as a user calls them, and either alone, with the memory of results reused: PyTorch gets that of
+    its gradients, a part of the sequence each, back from its allocator."""
     set_num_threads(threads)
     out = aligned(x.v.shape)
-    last: list[Any] = []
+    results = Gradients(*(aligned(a.shape) for a in (x.q, x.k, x.v, x.log_decay)), None, None)
 
     def forward() -> None:
         retention(x.q, x.k, x.v, x.log_decay, degree=x.degree, out=out)
 
     def backward() -> None:
-        last[:] = [retention_backward(dout, x.q, x.k, x.v, x.log_decay, out=out, degree=x.degree, wanted=WANTED)]
+        retention_backward(dout, x.q, x.k, x.v, x.log_decay, out=out, degree=x.degree, gradients=results, wanted=())
 
     def both() -> None:
         forward()
@@ -520,7 +531,7 @@ def holdfast_gradients(x: Inputs, dout: np.ndarray, threads: int) -> list[Peer]:
     forward_line, backward_line = (line.split(": ", 1)[1] for line in lines)
 
     def gradients() -> tuple[np.ndarray, ...]:
-        return tuple(last[0][:4])
+        return tuple(results[:4])
 
     return [
         Peer(OURS, both, gradients, how="forward and backward"),
@@ -592,7 +603,6 @@ def torch_product(x: Inputs, threads: int, ours: Peer) -> Peer | Absent:
 
 
 LAST_ROWS = 64  # those of which definitions with T^2 terms are summed
-WANTED = ("q", "k", "v", "log_decay")
 
 
 def sample(x: Inputs) -> list[tuple[int, int]]:
