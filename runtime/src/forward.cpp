@@ -22,8 +22,8 @@ namespace holdfast {
 namespace {
 
 // The states of one call of a kernel, K V floats a chunk, should stay in L2 (1 to 2 MB in today's x86) with the rows of its
-// chunks, which far apart have but a part of its sets. Past 8 chunks little is gained, past 12 where rows have half the bytes (3%, on
-// two threads 7%, at K = V = 64 on Zen 4): bench/retention_bench.cpp.
+// chunks, which far apart have but a part of its sets. Past 8 chunks little is gained, past 12 where rows
+// have half the bytes (3%, on two threads 7%, at K = V = 64 on Zen 4): bench/retention_bench.cpp.
 constexpr int64_t states_in_cache = 320 * 1024, least_chunks_per_call = 2, most_chunks_per_call = 8;
 
 // The states of heads that a thread works on in turn, likewise: as many as fit, since they share the pages of their rows, and

@@ -9,9 +9,9 @@
 // From cache, K = V = 64: 46% of the time in products with states, at the peak, ten loads for sixteen fused multiply-adds; scores
 // 12%, 17 loads for 16; intra 8%; copies 9%, two or three cycles a line of L2; the mask's exp 6%, transposing keys 4%, adding to
 // states 4%, decays 3%. From memory, looking up a page for each row of 4 KiB or more: it holds up the loop that asks.
-// Zen 4, one core, K = V = 64: from cache 71%, from memory 62 to 63%, 69% with huge pages: the rest is looking up pages, two in
-// three of which huge pages save. At 128 79% and 71%. Keys transposed in registers from the caller's rows, without a copy of them: 1%
-// at 64, on two threads 0.5 to 5%. Calls for 12 to 19 chunks: the same.
+// Zen 4, one core, K = V = 64: from cache 71%, from memory 62 to 63%, 69% with huge pages: most of what memory costs is looking
+// up pages. At 128 79% and 71%. Keys transposed in registers from the caller's rows, without a copy of them, save 1% at 64, on
+// two threads 0.5 to 5%. Calls for 12 to 19 chunks: the same.
 // Tried: asking in bursts of 16 lines before each tile, for L1 instead of L2, or copying with nothing asked for: 3, 1 and 15%
 // slower from memory at 64; one head after the other: 7%. Transposing 8 or 16 features at a time: 3%. Longer loops of scores: the
 // same.

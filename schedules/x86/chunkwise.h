@@ -1,5 +1,5 @@
-// What chunkwise schedules have in common on x86 whose products run in registers, of fp32 (chunkwise.cpp, which says how fast) or of
-// pairs of bf16 (chunkwise_bf16.cpp).
+// What chunkwise schedules on x86 have in common: products of fp32 (chunkwise.cpp, which says how fast) and of pairs of bf16
+// (chunkwise_bf16.cpp), both in registers.
 #pragma once
 #include "../../generators/chunkwise.h"
 #include "prefetch.h"

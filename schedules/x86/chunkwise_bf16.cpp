@@ -1,11 +1,11 @@
 // x86 with products of bf16, whose operands are rounded (ChunkwiseSizes::operands): AVX-512 BF16, in registers, and AMX, in tile
 // registers. Sums are fp32. Not parallel, and called for a few chunks at a time: chunkwise.cpp.
 //
-// AVX-512 BF16: the loop of a product is 16 vdpbf16ps with 10 loads. Intel starts one every second cycle (Emerald Rapids), half the
-// terms of fp32's multiply-adds, so only other processors choose it (fast_bf16_dot in runtime/src/cpu_features.cpp). Zen 4 starts
-// one a cycle. There (retention_bench, T 4096 of 8 heads, one and two threads) it takes 1/1.31 and 1/1.34 of the time of fp32 at
-// K = V = 64, 1/1.28 and 1/1.30 at 128; 1/1.24 and 1/1.22 of that of bf16 rows with fp32 products. Keys in two parts leave 1.46 by
-// count: at 64 a token is 472 cycles of vdpbf16ps in place of 688 of fp32's multiply-adds.
+// AVX-512 BF16: the loop of a product is 16 vdpbf16ps with 10 loads. Intel starts one every second cycle (Emerald Rapids), half
+// the terms of fp32's multiply-adds, so only other processors choose it (fast_bf16_dot in runtime/src/cpu_features.cpp). Zen 4
+// starts one a cycle. There it is 1.31 times as fast as fp32 at K = V = 64 and 1.28 times at 128, on two threads 1.34 and 1.30
+// (retention_bench, T 4096 of 8 heads); and 1.24 and 1.22 times as fast as bf16 rows with fp32 products. Keys in two parts leave
+// 1.46 by count: at 64 a token is 472 cycles of vdpbf16ps in place of 688 of fp32's multiply-adds.
 //
 // From cache at 64, 0.194 us a token, 66% of it in those loops, at the peak: 35% contributions, 18% inter, 8% scores, 5% intra.
 // Weights 6%, out 5%, keys in two parts 4%, gates 4%, transposing keys, rounding the state, and adding to it 3% each, copies 3%.

@@ -7,8 +7,8 @@
 
 namespace holdfast::x86 {
 
-/// `rows` of (x, y, ...) where x is to be read along y: in blocks of n x n elements, n = `vec`. A block is a line of n * n elements,
-/// row by row. The first half of it interleaved with the second, log2(n) times, it is the same block column by column; what is
+/// The Func `rows` of (x, y, ...), to be read along y: in blocks of n x n elements, n = `vec`. A block is a line of n * n
+/// elements, row by row; its first half interleaved with its second one, log2(n) times, is the same block column by column. What is
 /// interleaved are whole vectors, two shuffles for two of them.
 class Transposed {
     const int vec;
