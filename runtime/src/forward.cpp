@@ -22,7 +22,8 @@ namespace holdfast {
 namespace {
 
 // The states of one call of a kernel, K V floats a chunk, should stay in L2 (1 to 2 MB in today's x86) with the rows of its
-// chunks, which far apart have but a part of its sets. Past 8 chunks little is gained: bench/retention_bench.cpp.
+// chunks, which far apart have but a part of its sets. Past 8 chunks little is gained, past 12 where rows
+// have half the bytes (3%, on two threads 7%, at K = V = 64 on Zen 4): bench/retention_bench.cpp.
 constexpr int64_t states_in_cache = 320 * 1024, least_chunks_per_call = 2, most_chunks_per_call = 8;
 
 // The states of heads that a thread works on in turn, likewise: as many as fit, since they share the pages of their rows, and
@@ -68,8 +69,9 @@ struct Plan {
 
     Plan(const Problem &p, const Variant &variant, const holdfast_context &context) : variant(variant) {
         chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
-        segment =
-            chunk * std::clamp<int64_t>(states_in_cache / p.state_bytes() - 1, least_chunks_per_call, most_chunks_per_call);
+        auto longer = [&](int64_t size) { return p.q.dtype.bytes() == 2 ? size * 3 / 2 : size; };
+        segment = chunk * std::clamp<int64_t>(longer(states_in_cache) / p.state_bytes() - 1, least_chunks_per_call,
+                                              longer(most_chunks_per_call));
         // As few groups as give all threads the same number of pieces, or several each; enough for the cache.
         const int64_t threads = context.threads_for(p.N * p.Hk), most = std::max<int64_t>(p.Hk, 1);
         groups = std::min(most, p.Hk * p.state_bytes() / heads_in_cache + 1);

@@ -13,6 +13,7 @@ from pathlib import Path
 PRODUCTS = 5  # scores, inter, intra, contribution of two parts
 LOADS = re.compile(r"vmov[au]p[sd]|vmovdq[au](32|64)?|vbroadcastss|vpbroadcastd|tileloadd")
 LOOP = re.compile(r"add|sub|inc|dec|cmp|test|lea|mov|j[a-z]+")  # what counts and addresses
+ASKING = re.compile(r"prefetcht1|imul|movslq|s[ha][lr]|and|or|neg")  # rows ahead, and their addresses
 
 
 def instructions(listing: str) -> list[tuple[int, str, str]]:
@@ -52,6 +53,8 @@ def check(code: list[tuple[int, str, str]], kind: str) -> tuple[list[str], list[
         if loads > most:
             wrong.append(f"{text} has {loads} loads; expected {most} at most")
         others = {"tilezero", "tilestored"} if kind == "amx" else set()
+        if loop["prefetcht1"]:
+            others |= {name for name in loop if ASKING.fullmatch(name)}
         for name in loop:
             if name != product and name not in others and not LOADS.fullmatch(name) and not LOOP.fullmatch(name):
                 wrong.append(f"{text} has {name}")
