@@ -209,12 +209,14 @@ holdfast_kernel(power_backward DTYPES f32 CHUNKS 64
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES 64x64
     TARGETS avx512 avx2
-    PARAMS degree=2)
+    PARAMS degree=2
+    COSTLY f16 bf16)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES any
     TARGETS avx512 avx2 generic
-    PARAMS degree=0)
+    PARAMS degree=0
+    COSTLY f16 bf16)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
     SIZES any

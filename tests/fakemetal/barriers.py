@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 
-CASE = "layout_compact"
+CASE = "layout_padded"
 ORDERS = ("forward", "reverse", "shuffle")
 
 
