@@ -288,8 +288,8 @@ def retention_backward(
         dfinal_sum_of_keys: gradient of the final sum of keys, [N, Hk, D], where out is normalized. None: zeros.
         wanted: names of fields of Gradients; the others cost nothing. None: all that are given.
             "initial_state" (and "initial_sum_of_keys") may be wanted where zeros stood for them.
-        gradients: arrays that are written in place and returned themselves, such as those of the call before: new memory
-            takes a tenth longer. What is None here is made, if it is wanted; what is given is wanted.
+        gradients: arrays that are written in place and returned themselves, such as those of the call before: new
+            memory takes a tenth longer. What is None here is made, if it is wanted; what is given is wanted.
         state_layout: of states and their gradients: "kv", [.., D, V], or "vk", [.., V, D].
         expansion: order of the features of states and their gradients, as in `retention`.
 

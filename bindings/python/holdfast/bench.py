@@ -180,8 +180,8 @@ def compare(x: Inputs, threads: int, turns: int) -> dict[str, Any]:
 
 
 def compare_gradients(x: Inputs, threads: int, turns: int) -> dict[str, Any]:
-    """The same of forward and backward: every gradient is checked against the definition in double, of the heads that forget
-    fastest and slowest."""
+    """The same of forward and backward: every gradient is checked against the definition in double, of the heads that
+    forget fastest and slowest."""
     dout = peers.aligned(x.v.shape)
     np.random.default_rng(1).standard_normal(dtype=np.float32, out=dout)
     heads = peers.sample(x)

@@ -250,8 +250,8 @@ def eager_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: A
 
 
 def chunks_of_retention(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any) -> tuple[Any, Any]:
-    """(out, state) of `eager_segment` as a formula, for torch.compile, which fuses what lies between the products by itself,
-    and for autograd."""
+    """(out, state) of `eager_segment` as a formula, for torch.compile, which fuses what lies between the products by
+    itself, and for autograd."""
     import torch
 
     N, heads, C, K = q.shape
@@ -427,8 +427,8 @@ def torch_chunkwise(x: Inputs, threads: int, compiled: bool = False) -> Peer | A
 
 
 class TorchGradients:
-    """Outputs and gradients by autograd through `segment`, laid out as TorchChunkwise has it, with the gradient `dout` of
-    the outputs."""
+    """Outputs and gradients by autograd through `segment`, laid out as TorchChunkwise has it, with the gradient `dout`
+    of the outputs."""
 
     def __init__(self, x: Inputs, dout: np.ndarray, chunk: int, at_a_time: int, segment: Callable[..., Any]) -> None:
         import torch
@@ -508,8 +508,8 @@ def torch_gradients(x: Inputs, dout: np.ndarray, threads: int, compiled: bool = 
 
 
 def holdfast_gradients(x: Inputs, dout: np.ndarray, threads: int) -> list[Peer]:
-    """Forward and backward as a user calls them, and either alone, with the memory of results reused: PyTorch gets that of
-    its gradients, a part of the sequence each, back from its allocator."""
+    """Forward and backward as a user calls them, and either alone, with the memory of results reused: PyTorch gets that
+    of its gradients, a part of the sequence each, back from its allocator."""
     set_num_threads(threads)
     out = aligned(x.v.shape)
     results = Gradients(*(aligned(a.shape) for a in (x.q, x.k, x.v, x.log_decay)), None, None)
@@ -648,9 +648,7 @@ def power_reference(x: Inputs, heads: Iterable[tuple[int, int]]) -> np.ndarray:
     return last_rows(x, heads, lambda scores, log_decay: scores**x.degree * np.exp(np.minimum(log_decay, 0)))
 
 
-def gradient_reference(
-    x: Inputs, dout: np.ndarray, heads: Iterable[tuple[int, int]]
-) -> tuple[np.ndarray, ...]:
+def gradient_reference(x: Inputs, dout: np.ndarray, heads: Iterable[tuple[int, int]]) -> tuple[np.ndarray, ...]:
     """Gradients of q, k, v and log_decay in double, from all T x T weights: each `[heads, T, ...]`."""
     found: list[list[np.ndarray]] = [[], [], [], []]
     for b, h in heads:
