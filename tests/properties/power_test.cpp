@@ -29,6 +29,7 @@ protected:
 
 TEST_P(PowerForms, MatchReferenceCutAndContinued) {
     const auto [degree, normalize, K, V] = c;
+    std::optional<reference::PowerResult> want;  // the same of every form
     for (holdfast_form form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT, HOLDFAST_FORM_PARALLEL}) {
         SCOPED_TRACE(form);
         PowerProblem p{2, 70, 1, 2, K, V, degree, normalize};
@@ -36,7 +37,8 @@ TEST_P(PowerForms, MatchReferenceCutAndContinued) {
         p.initial = false;
         for (const auto &[from, to] : std::vector<std::pair<int64_t, int64_t>>{{0, 33}, {33, 33}, {33, 70}})
             ASSERT_EQ(p.run(context, from, to), HOLDFAST_OK) << context.error();
-        expect_right(p, p.want());
+        if (!want) want = p.want();
+        expect_right(p, *want);
     }
 }
 
