@@ -711,18 +711,49 @@ def test_training_reaches_the_formulas_losses(layer):
     assert losses[9] < losses[0]
 
 
+def all_of_them(p, options, move):
+    """(values, gradients) of every operator, of tensors that `move` has moved."""
+    values, gradients = [], []
+
+    def differentiate(call, p, names):
+        p = leaves(p, names)
+        results = call(**p)
+        results = results if isinstance(results, tuple) else (results,)
+        values.extend(results)
+        seeds = [move(normal(*x.shape, seed=10 + n)) for n, x in enumerate(results)]
+        gradients.extend(torch.autograd.grad(results, [p[name] for name in names], seeds))
+
+    p = {name: move(x) for name, x in p.items()}
+    theta, weight = move(ht.theta(8)), move(normal(8))
+    differentiate(lambda **p: ht.retention(**p, **options, return_state=True), p, [x for x in INPUTS if x in p])
+    differentiate(lambda x: ht.rotate(x, theta, 5), {"x": p["q"]}, ["x"])
+    differentiate(ht.head_norm_gate, {"x": p["q"], "gate": p["k"], "weight": weight}, ["x", "gate", "weight"])
+    states = [move(p[name]) for name in INPUTS[4:] if name in p]
+    token = [p[name][:, 0] for name in INPUTS[:4]]
+    values += [ht.retention_step(*token, *states, degree=options["degree"]), *states]
+    return values, gradients
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("degree", [1, 2])
 def test_cuda(degree):
+    """In the current stream, forward and back: inputs get there late in it, so that another one would find NaN."""
     p, options = problem(degree=degree, state=True)
-    on_gpu = {name: x.cuda() for name, x in p.items()}
+
+    def on_gpu(x):
+        there = torch.full_like(x, math.nan, device="cuda")
+        torch.cuda._sleep(2_000_000)  # cycles
+        return there.copy_(x if x.is_cuda else x.pin_memory(), non_blocking=True)
+
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        results = ht.retention(**on_gpu, **options, return_state=True)
+        actual = all_of_them(p, options, on_gpu)
     stream.synchronize()
-    for actual, expected in zip(results, ht.retention(**p, **options, return_state=True), strict=True):
-        assert actual.is_cuda
-        assert_close(actual.cpu(), expected, OUT[torch.float32])
+    expected = all_of_them(p, options, torch.clone)
+    for mine, exact, tolerance in zip(actual, expected, (OUT, GRADIENT), strict=True):
+        for x, wanted in zip(mine, exact, strict=True):
+            assert x.is_cuda
+            assert_close(x.cpu(), wanted, tolerance[torch.float32])
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
