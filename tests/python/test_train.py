@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
 from holdfast import cli, plot, train  # noqa: E402
+from holdfast.lm import RetentionLM  # noqa: E402
 from holdfast.text import Text, gzip_bits, order_bits, standard_library  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -147,6 +148,20 @@ def train_arguments(*arguments: str):
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     return parser.parse_args(arguments)
+
+
+def test_weight_decay_is_of_matrices():
+    """Those that products are with, and the head's, all of them; nothing else."""
+    model = RetentionLM("tiny", attention=("retnet", "gated", "power", "softmax"), layers=4, ffn="swiglu")
+    decayed, others = train.make_optimizer(model, train_arguments("--weight-decay", "0.3")).param_groups
+    assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    matrices = {f"{name}.weight" for name in linear if not name.endswith("decay_proj")}
+    assert {names[id(x)] for x in decayed["params"]} == matrices
+    assert {names[id(x)] for x in others["params"]} == set(names.values()) - matrices
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    assert {"embedding.weight", "norm.weight"} <= set(names.values()) - matrices
 
 
 @pytest.mark.parametrize("attention", ["retnet", "gated", "power", "softmax", "power,softmax"])
