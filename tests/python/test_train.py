@@ -7,11 +7,13 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import tomllib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -298,12 +300,21 @@ def test_compile(data, tmp_path, monkeypatch):
     assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_two_processes(data, tmp_path):
-    """Under torchrun, each with half of every batch: the losses of one process, to rounding."""
+@pytest.mark.parametrize("agents", [1, 2])
+def test_two_processes(data, tmp_path, agents):
+    """Under torchrun, each with half of every batch: the losses of one process, to rounding. Two agents meet at an
+    address, as those of two machines do."""
     options = [*SMALL, "--steps", "6", "--accumulate", "2", "--validate-every", "3", "--data", data]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    done = run(*torchrun, "holdfast", "train", *options, "--output", tmp_path / "two", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2 // agents, "--nnodes", agents]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address, port = free.getsockname()
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}", "--local-addr", address]
+    torchrun += ["--standalone"] if agents == 1 else meeting
+    command = [*torchrun, "-m", "holdfast", "train", *options, "--output", tmp_path / "two"]
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(run, *command, OMP_NUM_THREADS="1") for _ in range(agents)]
+    for call in calls:
+        assert call.result().returncode == 0, call.result().stderr
     assert holdfast("train", *options, "--output", tmp_path / "one") == 0
     for key in ("loss", "validation_loss", "gradient_norm"):
         one, two = ([entry[key] for entry in entries(tmp_path / name, key)] for name in ("one", "two"))
