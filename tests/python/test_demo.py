@@ -28,7 +28,7 @@ def test_demo(tmp_path):
     for n in range(40):
         (data / f"{n}.txt").write_text(source[1000 * n : 1000 * (n + 1)])
     command = [sys.executable, ROOT / "examples/demo.py", "--data", data, "--output", tmp_path]
-    command += ["--megabytes", "0.02", "--heads", "2", "--size", "16", "--minutes", "0.02"]
+    command += ["--megabytes", "0.02", "--heads", "2", "--size", "16", "--minutes", "0.005"]
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
 
@@ -54,7 +54,7 @@ def test_demo(tmp_path):
 
     text = Text.read([data])
     sizes = f"{len(text.training):,} bytes of 40 files; {len(text.validation):,} bytes, of other files, validate"
-    after(f"^a language model of bytes, 0.02 minutes on {sizes}$")
+    after(f"^a language model of bytes, 0.005 minutes on {sizes}$")
     after("^bits per byte of the validation files:$")
     last = json.loads((tmp_path / "model/log.jsonl").read_text().splitlines()[-1])
     counted = order_bits(text.training, text.validation, (0, 3))
