@@ -211,10 +211,27 @@ def power_retention(
         out_t = sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts
         w_ts = (q_t.k_s)^p exp(log_decay_{s+1} + .. + log_decay_t)
 
-    The sum of weights stands where softmax has its own, and beside a state a sum of keys, so with `return_state` the
-    result is (out, state, sum_of_keys). A normalized out does not depend on `scale`. An odd degree keeps the sign of
-    q.k, and the sum of weights may vanish: out is then infinite or not a number. Arguments, results and errors are
-    those of `retention`.
+    The sum of weights stands where softmax has its own, and beside a state a sum of keys. A normalized out does not
+    depend on `scale`. An odd degree keeps the sign of q.k, and the sum of weights may vanish: out is then infinite or
+    not a number.
+
+    Args:
+        q: queries [B, T, H, K].
+        k: keys [B, T, Hk, K], H a multiple of Hk.
+        v: values [B, T, Hk, V].
+        log_decay: [Hk] or [B, T, Hk], each <= 0. None: no decay.
+        initial_state: [N, Hk, D, V], D of `state_size`: (K + p - 1)! / (p! (K - 1)!) of the tight expansion.
+        initial_sum_of_keys: [N, Hk, D].
+        cu_seqlens: [N + 1]; without, N = B.
+
+    The others, and more of these, as for `retention`.
+
+    Returns:
+        out [B, T, H, V]; with return_state (out, state, sum_of_keys), of the shapes of the initial ones; with
+        return_weights the weights [B, H, T, T] last, w_ts divided by their sum. Where out is not normalized there is no
+        sum of keys, and the weights are scale^p w_ts.
+
+    Raises: as `retention`.
     """
     return retention(
         q, k, v, log_decay, scale=scale, degree=degree, normalize=normalize, form=form, chunk_size=chunk_size,
@@ -415,14 +432,19 @@ def convert_state(
     out: Array | None = None,
 ) -> Any:
     """A state [N, Hk, D, V] or sum of keys [N, Hk, D] of degree 2 in the other order of features, the tight one or the
-    tiled one of the published power-retention package: q's product with it stays the same to rounding. What it is in
-    now follows from D.
+    tiled one of the published power-retention package. What it is in now follows from D.
+
+        phi(q) state = phi'(q) out                          to rounding, phi' the expansion of that order
 
     Args:
         state: float32, on the CPU.
         key_size: K, a multiple of 16.
         expansion: the order that is wanted.
         out: written in place and returned itself; shares no memory with state.
+
+    Returns:
+        out [N, Hk, D', V] or [N, Hk, D'], D' = state_size(key_size, 2, expansion): a new array of state's kind, unless
+        `out` is given.
 
     Raises: ValueError for a D that is none of key_size, and see the module."""
     shape = tuple(getattr(state, "shape", ()))
