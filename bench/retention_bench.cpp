@@ -1,7 +1,8 @@
 // Times every compiled variant that this machine runs, through the public API: one benchmark per row of variants.inc, length
 // (all but steps; parallel: up to 4096) or batch size (steps: one, and as many as make states of a quarter gigabyte) and number of
-// threads. Before the clock starts, the variant that really ran and its result are checked; either one wrong fails the benchmark
-// and the program.
+// threads; at K = 256 and V = 512 with RetNet's numbers of heads too. Long calls have fewer heads than asked for: as many as a
+// gigabyte of tensors holds, of power retention as take seconds. Before the clock starts, the variant that really ran and its
+// result are checked; either one wrong fails the benchmark and the program.
 //
 //     retention_bench [--heads=8] [--threads=1,<cores>] [Google Benchmark's options]
 //
@@ -10,15 +11,18 @@
 // Counters, per call:
 //     GFLOP/s         useful operations: for a chunk of L tokens, L (L + 1) (K + V) for the scores that count and their
 //                     products with values, and 4 L K V for reading and writing the state; in the parallel form all T
-//                     tokens are one chunk; of the power kernel 4 L D (V + 1)
+//                     tokens are one chunk; of the power kernel 4 L D (V + 1). Of gradients L (L + 1) (3 K + 2 V), and
+//                     10 L K V with the states, which are computed again; of power retention 10 L D (V + 1)
 //     square_GFLOP/s  the same with the masked half of each chunk counted too: 2 L L (K + V)
 //     peak_share      GFLOP/s over the fp32 peak that was measured at the start, on as many threads
 //     bf16_peak_share of bf16, where this CPU has products of it: the same over their peak
 //     bytes_moved     q, k, v, log_decay and the initial state read once, out and the final state written once
 //     copy_share      of kernels bound by memory, all but chunkwise and power: bytes_moved per second over what copying reads
 //                     and writes, measured at the start in as much memory on as many threads
+#include "../tests/reference/backward.h"
 #include "../tests/reference/head_norm_gate.h"
 #include "../tests/reference/power.h"
+#include "../tests/reference/power_backward.h"
 #include "../tests/reference/retention.h"
 #include "../tests/reference/rotate.h"
 #include "../tests/tolerance.h"
@@ -41,6 +45,7 @@
 #include <new>
 #include <optional>
 #include <random>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -54,8 +59,10 @@ namespace {
 using test::Dtype, test::f32, test::f16, test::bf16;
 
 constexpr int64_t lengths[] = {1, 16, 256, 4096, 65536};
-constexpr int64_t longest_parallel = 4096;  // time grows with the square
-constexpr double most_bytes = 1 << 30;      // of a call's tensors: longer calls are left out
+constexpr int64_t longest_parallel = 4096;       // time grows with the square
+constexpr double most_bytes = 1 << 30;           // of a call's tensors, and
+constexpr double most_operations = 1e11;         // of one of power retention: longer calls have fewer heads
+constexpr int64_t retnet_heads[] = {8, 10, 16};  // of K = 256 and V = 512: 1.3, 2.7 and 6.7 billion parameters
 
 constexpr double states_in_memory = 1 << 28;  // bytes: far beyond the caches
 
@@ -399,11 +406,17 @@ bool failed = false;
 
 std::map<std::pair<size_t, int>, double> copies;  // by bytes and threads
 
+/// Of a variant's errors: of out, and of the state.
+std::pair<double, double> allowed_of(const Variant &variant) {
+    return {tolerance::relative_rms_of_out(variant.dtype),
+            variant.round_operands ? tolerance::relative_rms_of_state(variant.dtype) : tolerance::relative_rms};
+}
+
 /// Time call(context), which is to run `variant`, on at most `threads` threads, after one call for which errors_of() says
 /// how wrong its out and its state are. Calls per second; nothing if something is wrong.
 template<class Call, class Errors>
-double calls_per_second(benchmark::State &state, const Variant &variant, int threads, const Call &call,
-                        const Errors &errors_of) {
+double calls_per_second(benchmark::State &state, const Variant &variant, int threads, const Call &call, const Errors &errors_of,
+                        std::optional<std::pair<double, double>> other_allowed = {}) {
     auto fail = [&](const std::string &text) {
         failed = true;
         state.SkipWithError(text.c_str());
@@ -420,9 +433,7 @@ double calls_per_second(benchmark::State &state, const Variant &variant, int thr
     if (call(context.get())) return fail(holdfast_last_error(context.get()));
     if (ran.find(std::string(" ") + variant.name + " ") == std::string::npos) return fail("another variant ran: " + ran);
     const auto [error, state_error] = errors_of();
-    const double allowed = tolerance::relative_rms_of_out(variant.dtype);
-    const double allowed_of_state =
-        variant.round_operands ? tolerance::relative_rms_of_state(variant.dtype) : tolerance::relative_rms;
+    const auto [allowed, allowed_of_state] = other_allowed ? *other_allowed : allowed_of(variant);
     if (!(error <= allowed && state_error <= allowed_of_state)) {
         std::ostringstream text;
         text << "relative RMS error is " << error << " of out and " << state_error << " of final_state; expected at most "
@@ -493,6 +504,128 @@ void power(benchmark::State &state, const Variant &variant, const Shape &s, int 
     }
     state.counters["GFLOP/s"] = operations * rate * 1e-9;
     state.counters["peak_share"] = operations * rate / peaks.at((int)std::min<int64_t>(threads, s.H)).flops;
+}
+
+/// holdfast_backward: of degree 1 with states, of power retention of degree 2, normalized, with states or all pairs of tokens.
+/// After its first tokens, and before its last, the first head forgets all: the gradients there are those of sequences of their
+/// own, for which the reference takes little time.
+class GradientProblem {
+public:
+    GradientProblem(const Variant &variant, const Shape &s)
+        : s(s), states(!variant.is("parallel_backward")), degree(variant.is("chunkwise_backward") ? 1 : 2),
+          D(holdfast_state_size(s.K, degree, HOLDFAST_EXPANSION_TIGHT)), dtype(s.dtype), q({1, s.T, s.H, s.K}),
+          k({1, s.T, s.H, s.K}), v({1, s.T, s.H, s.V}), out({1, s.T, s.H, s.V}), dout({1, s.T, s.H, s.V}), unused({1, 1, 1, 1}),
+          log_decay({1, s.T, s.H}), dlog_decay({1, s.T, s.H}), dq(q.shape, dtype), dk(k.shape, dtype), dv(v.shape, dtype),
+          dfinal_state({1, s.H, D, s.V}), dfinal_sum({1, s.H, D}), dinitial_state({1, s.H, D, s.V}), dinitial_sum({1, s.H, D}) {
+        std::mt19937 random(1);
+        for (Tensor *x : {&q, &k, &v, &dout}) x->fill(random, -1.7f, 1.7f);
+        for (Tensor *x : {&dfinal_state, &dfinal_sum}) std::fill_n(x->data(), x->size, 0.0f);
+        log_decay.fill(random, -0.01f, 0);
+        if (s.T > most) log_decay.data()[most * s.H] = log_decay.data()[(s.T - most) * s.H] = -INFINITY;
+        stored.emplace(dtype, q, k, v, out);
+        stored_dout.emplace(dtype, dout, unused, unused, unused);
+    }
+
+    /// Where out is normalized the gradient reads it.
+    holdfast_status forward() {
+        if (degree == 1) return HOLDFAST_OK;
+        holdfast_forward_args a{};
+        a.struct_size = sizeof a, a.q = stored->q(), a.k = stored->k(), a.v = stored->v(), a.out = stored->out();
+        a.log_decay = &log_decay.view, a.degree = degree, a.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS;
+        const holdfast_status status = holdfast_forward(nullptr, &a);
+        stored->load();
+        return status;
+    }
+    holdfast_backward_args args(const Variant &variant) {
+        holdfast_backward_args a{};
+        a.struct_size = sizeof a, a.q = stored->q(), a.k = stored->k(), a.v = stored->v(), a.log_decay = &log_decay.view;
+        a.dout = stored_dout->q(), a.dq = &dq.view, a.dk = &dk.view, a.dv = &dv.view, a.dlog_decay = &dlog_decay.view;
+        a.degree = degree, a.form = states ? HOLDFAST_FORM_CHUNKWISE : HOLDFAST_FORM_PARALLEL;
+        if (states) a.dfinal_state = &dfinal_state.view, a.dinitial_state = &dinitial_state.view, a.chunk_size = variant.chunk;
+        if (degree == 1) return a;
+        a.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS, a.out = stored->out();
+        if (states) a.dfinal_sum_of_keys = &dfinal_sum.view, a.dinitial_sum_of_keys = &dinitial_sum.view;
+        return a;
+    }
+
+    /// Largest relative RMS errors of the first head's first and last tokens: of dq, dk and dv, and of dlog_decay.
+    std::pair<double, double> errors() {
+        double of_rows = 0, of_decays = 0;
+        for (int64_t from : {(int64_t)0, std::max<int64_t>(s.T - most, 0)}) {
+            const int64_t tokens = std::min(most, s.T), K = s.K, V = s.V;
+            auto rows = [&](Tensor &x, int64_t size) {
+                return reference::Strided{x.data() + from * s.H * size, {0, s.H * size, 0, 1}};
+            };
+            auto fill = [&](auto &in) {
+                in.q = rows(q, K), in.k = rows(k, K), in.v = rows(v, V), in.log_decay = rows(log_decay, 1);
+                in.initial_state = {&none, {}}, in.scale = 1 / std::sqrt((double)K);
+            };
+            std::vector<double> want[4];
+            if (degree == 1) {
+                reference::Inputs in{1, tokens, 1, K, V};
+                fill(in);
+                reference::Gradients r = reference::retention_backward(in, rows(dout, V), {});
+                want[0] = std::move(r.q), want[1] = std::move(r.k), want[2] = std::move(r.v), want[3] = std::move(r.log_decay);
+            } else {
+                reference::PowerInputs in{1, tokens, 1, 1, K, V, degree, true};
+                fill(in);
+                in.initial_keys = {&none, {}}, in.states = false;
+                const reference::Strided nothing{&none, {}};
+                reference::PowerGradients r = reference::power_backward(in, rows(dout, V), nothing, nothing, rows(out, V));
+                want[0] = std::move(r.dq), want[1] = std::move(r.dk), want[2] = std::move(r.dv);
+                want[3] = std::move(r.dlog_decay);
+            }
+            int n = 0;
+            for (auto [x, size] : {std::pair(&dq, K), {&dk, K}, {&dv, V}}) {
+                std::vector<float> got;
+                for (int64_t t = from; t < from + tokens; t++)
+                    for (int64_t d = 0; d < size; d++) {
+                        const int64_t at = t * s.H * size + d;
+                        got.push_back(dtype == f32 ? x->data()[at] : (float)dtype.decode(x->bits()[at]));
+                    }
+                of_rows = worse(of_rows, Problem::relative_rms(got.data(), size, want[n++], size));
+            }
+            of_decays = worse(of_decays, Problem::relative_rms(dlog_decay.data() + from * s.H, s.H, want[3], 1));
+        }
+        return {of_rows, of_decays};
+    }
+    double operations(int64_t chunk) const {
+        double sum = 0;
+        for (int64_t t = 0, length = states ? chunk : s.T; t < s.T; t += length) {
+            const double L = (double)std::min<int64_t>(length, s.T - t), of_states = 10 * L * (double)D * (s.V + (degree > 1));
+            sum += s.H * (L * (L + 1) * (3 * s.K + 2 * s.V) + (states ? of_states : 0));
+        }
+        return sum;
+    }
+
+private:
+    static constexpr int64_t most = 64;  // tokens that are checked at each end
+    const Shape s;
+    const bool states;
+    const int degree;
+    const int64_t D;
+    const Dtype dtype;
+    const float none = 0;
+    Tensor q, k, v, out, dout, unused, log_decay, dlog_decay, dq, dk, dv;
+    Tensor dfinal_state, dfinal_sum, dinitial_state, dinitial_sum;
+    std::optional<Stored> stored, stored_dout;
+};
+
+void gradient(benchmark::State &state, const Variant &variant, const Shape &shape, int threads) {
+    GradientProblem p(variant, shape);
+    if (p.forward()) {
+        failed = true;
+        return state.SkipWithError(holdfast_last_error(nullptr));
+    }
+    const holdfast_backward_args args = p.args(variant);
+    const double bound = tolerance::relative_rms_of_gradient;
+    const double of_rows = std::max(bound, tolerance::relative_rms_of_out(variant.dtype));
+    const double rate = calls_per_second(
+        state, variant, threads, [&](holdfast_context *c) { return holdfast_backward(c, &args); }, [&] { return p.errors(); },
+        std::pair(of_rows, bound));
+    const double operations = p.operations(variant.chunk);
+    state.counters["GFLOP/s"] = operations * rate * 1e-9;
+    state.counters["peak_share"] = operations * rate / peaks.at((int)std::min<int64_t>(threads, shape.H)).flops;
 }
 
 /// Counters of a kernel that moves so many bytes a call, over memory of `size`.
@@ -591,6 +724,9 @@ bool runs_here(const Variant &row) {
     return false;
 }
 
+/// Of so many heads the share that may be, one at least.
+int64_t heads_within(double share, int64_t heads) { return std::clamp<int64_t>((int64_t)(share * (double)heads), 1, heads); }
+
 std::string cpu_name() {
     std::ifstream file("/proc/cpuinfo");
     for (std::string line; std::getline(file, line);)
@@ -637,16 +773,19 @@ int main(int argc, char **argv) {
     benchmark::AddCustomContext("cpu", cpu_name());
     benchmark::AddCustomContext("cpu_features", holdfast_cpu_features());
     benchmark::AddCustomContext("holdfast_version", holdfast_version());
-    for (int at_most : threads) {
-        const int at_work = std::min(at_most, heads);
-        peaks[at_work] = holdfast_bench::measure_peak(at_work),
-        bf16_peaks[at_work] = holdfast_bench::measure_bf16_peak(at_work);
-        for (const auto &[kind, peak] : {std::pair("peak", peaks[at_work]), {"bf16_peak", bf16_peaks[at_work]}})
-            benchmark::AddCustomContext(std::string(kind) + "_GFLOP/s of " + std::to_string(at_work) + " threads, " + peak.unit,
-                                        std::to_string(peak.flops * 1e-9));
-    }
     auto add = [](const std::ostringstream &name, std::function<void(benchmark::State &)> run) {
         benchmark::RegisterBenchmark(name.str().c_str(), std::move(run))->UseRealTime()->Unit(benchmark::kMicrosecond);
+    };
+    // Threads that have no head share one's columns of values, by other variants: of fewer heads than asked for they get none.
+    std::set<int> at_work;  // threads of which the peak is wanted
+    auto few = [&](int at_most, int64_t H) { return H < heads && at_most > H; };
+    auto add_of_heads = [&](const Variant &row, const Shape &shape, int at_most, const std::string &more,
+                            std::function<void(benchmark::State &)> run) {
+        std::ostringstream name;
+        name << row.name << "/T:" << shape.T << "/H:" << shape.H << "/K:" << shape.K << "/V:" << shape.V << more
+             << "/threads:" << at_most;
+        at_work.insert((int)std::min<int64_t>(at_most, shape.H));
+        add(name, std::move(run));
     };
     for (const Size &size : sizes()) {
         const int K = size.first, V = size.second;
@@ -655,28 +794,42 @@ int main(int argc, char **argv) {
                 for (int at_most : threads)
                     if (row.is(kernel) && row.dtype == dtype && serves(row, size) && runs_here(row)) add_row(row, at_most);
         };
+        const bool retnet = size == Size(256, 512);
         for (int64_t T : lengths)
             for (const Dtype &dtype : test::all_dtypes) {
-                const Shape shape = {T, heads, K, V, dtype};
-                if (shape.bytes() > most_bytes) continue;
-                for (const char *kernel : {"chunkwise", "parallel"})
-                    each_row(kernel, dtype, [&](const Variant &row, int at_most) {
-                        if (row.is("parallel") && T > longest_parallel) return;
-                        std::ostringstream name;
-                        name << row.name << "/T:" << T << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
-                        add(name, [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
-                    });
+                Shape shape = {T, heads, K, V, dtype};
+                shape.H = heads_within(most_bytes / shape.bytes(), heads);
+                std::vector<int64_t> all_heads = {shape.H};
+                for (int64_t H : retnet_heads)
+                    if (retnet && T == 4096 && heads > 1 && H != heads) all_heads.push_back(H);
+                for (int64_t H : all_heads) {
+                    shape.H = H;
+                    for (const char *kernel : {"chunkwise", "parallel"})
+                        each_row(kernel, dtype, [&](const Variant &row, int at_most) {
+                            if ((row.is("parallel") && T > longest_parallel) || few(at_most, H)) return;
+                            add_of_heads(row, shape, at_most, "",
+                                         [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
+                        });
+                    for (const char *kernel : {"chunkwise_backward", "power_backward", "parallel_backward"})
+                        each_row(kernel, dtype, [&](const Variant &row, int at_most) {
+                            if ((T != 256 && T != 4096) || !on_cpu(row) || few(at_most, H)) return;
+                            add_of_heads(row, shape, at_most, row.is("chunkwise_backward") ? "" : "/degree:2",
+                                         [=, &row](benchmark::State &state) { gradient(state, row, shape, at_most); });
+                        });
+                }
             }
-        for (int64_t T : {256, 4096})
+        for (int64_t T : {16, 256, 4096, 65536})
             for (const Dtype &dtype : test::all_dtypes)
                 each_row("power", dtype, [&](const Variant &row, int at_most) {
-                    if (at_most > heads || !on_cpu(row)) return;  // columns of values would go to other variants
-                    const Shape shape = {T, heads, K, V, dtype};
                     const int degree = row.degree ? row.degree : 2;
-                    std::ostringstream name;
-                    name << row.name << "/T:" << T << "/H:" << heads << "/K:" << K << "/V:" << V << "/degree:" << degree
-                         << "/threads:" << at_most;
-                    add(name, [=, &row](benchmark::State &state) { power(state, row, shape, degree, at_most); });
+                    Shape shape = {T, heads, K, V, dtype};
+                    const double operations =
+                        4.0 * T * (V + 1) * heads * (double)holdfast_state_size(K, degree, HOLDFAST_EXPANSION_TIGHT);
+                    if (T > 4096)
+                        shape.H = heads_within(std::min(most_bytes / shape.bytes(), most_operations / operations), heads);
+                    if (at_most > shape.H || !on_cpu(row)) return;  // columns of values would go to other variants
+                    add_of_heads(row, shape, at_most, "/degree:" + std::to_string(degree),
+                                 [=, &row](benchmark::State &state) { power(state, row, shape, degree, at_most); });
                 });
         for (const Dtype &dtype : test::all_dtypes)
             each_row("power_step", dtype, [&](const Variant &row, int at_most) {
@@ -712,6 +865,12 @@ int main(int argc, char **argv) {
                              << "/threads:" << at_most;
                         add(name, [=, &row](benchmark::State &state) { rows(state, row, call, T, heads, size, at_most); });
                     }
+    for (int n : at_work) {
+        peaks[n] = holdfast_bench::measure_peak(n), bf16_peaks[n] = holdfast_bench::measure_bf16_peak(n);
+        for (const auto &[kind, peak] : {std::pair("peak", peaks[n]), {"bf16_peak", bf16_peaks[n]}})
+            benchmark::AddCustomContext(std::string(kind) + "_GFLOP/s of " + std::to_string(n) + " threads, " + peak.unit,
+                                        std::to_string(peak.flops * 1e-9));
+    }
     const size_t ran = benchmark::RunSpecifiedBenchmarks();
     benchmark::Shutdown();
     return failed || ran == 0;  // a filter that fits nothing is a mistake

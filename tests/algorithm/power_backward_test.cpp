@@ -81,4 +81,30 @@ TEST_P(PowerBackward, MatchesReference) {
 
 INSTANTIATE_TEST_SUITE_P(, PowerBackward, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
 
+// Values that are the initial state: what is derived counts for the state, and of values there is nothing left.
+TEST(MissingAdjoint, FailsTheBuildByItsName) {
+    const PowerSizes sizes = {2, 4, 2, 2, 3, 4};
+    auto build = [&](bool one_func) -> std::string {
+        Var b("b"), h("h"), g("g"), i("i"), d("d"), f("f"), e("e");
+        auto input = [](const char *name, const std::vector<Var> &args) {
+            Func func(name);
+            func(args) = 1.0f;
+            return func;
+        };
+        const Func q = input("q", {d, i, g, h, b}), k = input("k", {d, i, h, b}), v = input("v", {e, i, h, b});
+        const Func log_decay = input("log_decay", {i, h, b}), state = input("state", {e, f, h, b});
+        const Func keys = input("keys", {f, h, b}), out = input("out", {e, i, g, h, b}), dout = input("dout", {e, i, g, h, b});
+        const Func dstate = input("dstate", {e, f, h, b}), dkeys = input("dkeys", {f, h, b});
+        try {
+            holdfast::power_backward(q, k, one_func ? state : v, log_decay, state, keys, out, dout, dstate, dkeys,
+                                     {2, 3, 2, 1, 1, 1}, {2, 1, 1.0f}, sizes);
+            return "";
+        } catch (const CompileError &error) {
+            return error.what();
+        }
+    };
+    EXPECT_EQ(build(false), "");
+    EXPECT_NE(build(true).find("autodiff has no dvalues"), std::string::npos);
+}
+
 }  // namespace

@@ -1,5 +1,5 @@
 // What contexts promise: threads, thread pools, workspace, the choice of the target.
-#include "../forward.h"
+#include "../power.h"
 
 #include <atomic>
 #include <cstring>
@@ -228,18 +228,48 @@ TEST_P(Workspace, IsReused) {
 }
 
 TEST_P(Workspace, DoesNotGrowWithTime) {
-    size_t most[2];
-    int n = 0;
-    for (int64_t T : {1000, 10000}) {
+    auto most_of = [](const auto &call) {
         Memory memory;
         Context context(GetParam().target, 1);
         memory.use_in(context);
-        Problem p = problem(T);
-        ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << context.error();
-        most[n++] = memory.most;
+        EXPECT_EQ(call(context), HOLDFAST_OK) << context.error();
         context.destroy();
+        return (int64_t)memory.most;
+    };
+    const auto [K, V] = GetParam().size;
+    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT}) {
+        SCOPED_TRACE(form);
+        auto most = [&](int64_t T) {
+            return most_of([&](holdfast_context *context) {
+                Problem p = problem(T);
+                Forward f = p.forward();
+                f.form = form;
+                return f.run(context);
+            });
+        };
+        auto most_of_power = [&, K = K, V = V](int64_t T) {
+            return most_of([&](holdfast_context *context) {
+                PowerProblem p{1, T, 1, 1, K, V};
+                p.form = form;
+                return p.run(context);
+            });
+        };
+        EXPECT_EQ(most(1000), most(form == HOLDFAST_FORM_CHUNKWISE ? 10000 : 2000));
+        EXPECT_EQ(most_of_power(300), most_of_power(900));
     }
-    EXPECT_EQ(most[0], most[1]);
+    // The parallel form takes a copy of one head's keys and values, rows rounded up to vectors, and up to 100 numbers more a token.
+    auto rounded = [](int64_t size) { return (size + 15) / 16 * 16; };
+    for (int degree : {1, 2}) {
+        SCOPED_TRACE(degree);
+        auto most = [&, K = K, V = V, degree = degree](int64_t T) {
+            return most_of([&](holdfast_context *context) {
+                PowerProblem p{1, T, 2, 1, K, V, degree, degree > 1};
+                p.form = HOLDFAST_FORM_PARALLEL;
+                return p.run(context);
+            });
+        };
+        EXPECT_LE(most(1024) - most(512), 512 * (int64_t)sizeof(float) * (rounded(K) + rounded(V) + 100));
+    }
 }
 
 TEST_P(Workspace, IsGivenBackWhenTheAllocatorChanges) {

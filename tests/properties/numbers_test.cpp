@@ -1,5 +1,8 @@
 // The numbers that the project holds, at length; and tensors beyond 2^31 bytes.
-#include "../forward.h"
+#include "../backward.h"
+#include "../power.h"
+
+#include <functional>
 
 namespace {
 using namespace test;
@@ -91,65 +94,133 @@ TEST(Forms, AgreeOver4096Tokens) {
 }
 
 // One call of a million tokens of one head: no drift, and workspace as for a thousand.
-TEST(LongSequence, AMillionTokens) {
-    auto workspace_of = [](int64_t T) {
-        size_t bytes = 0;
-        auto allocate = [](void *sum, size_t bytes, size_t alignment) {
-            *(size_t *)sum += bytes;
-            return std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-        };
-        Context context("", 1);
-        EXPECT_EQ(holdfast_context_set_allocator(
-                      context, allocate, [](void *, void *memory, size_t) { std::free(memory); }, &bytes),
-                  HOLDFAST_OK);
-        for (Gates gates : {Gates::weak, Gates::per_head}) {
-            Problem p{1, T, 1, 8, 8, gates};
-            if (gates == Gates::per_head) p.log_decay.fill((float)std::log1p(-0x1p-12));  // RetNet's slowest of 8
-            run(p.forward(), context);
-            const reference::Result want = reference::retention(p.inputs());
-            EXPECT_LE(relative_rms(p.out.values(), want.out), tolerance::relative_rms) << name(gates);
-            EXPECT_LE(relative_rms(p.final_state.values(), want.state), tolerance::relative_rms) << name(gates);
-        }
-        context.destroy();
-        return bytes;
+
+/// Bytes that a context takes for them.
+size_t workspace_of(const std::function<void(Context &)> &calls) {
+    size_t bytes = 0;
+    auto allocate = [](void *sum, size_t bytes, size_t alignment) {
+        *(size_t *)sum += bytes;
+        return std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
     };
-    EXPECT_EQ(workspace_of(1 << 20), workspace_of(1 << 10));
+    Context context("", 1);
+    EXPECT_EQ(holdfast_context_set_allocator(
+                  context, allocate, [](void *, void *memory, size_t) { std::free(memory); }, &bytes),
+              HOLDFAST_OK);
+    calls(context);
+    context.destroy();
+    return bytes;
 }
 
-// Every tensor of a problem moved to where `stride` spreads it over gigabytes, and called there: the same bits must come out.
-void expect_same_far_apart(Problem p, const std::vector<Index> &strides) {
-    Context context;
-    ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << context.error();
+void expect_no_drift(Context &context, int64_t T, int64_t size, Gates gates, holdfast_form form) {
+    Problem p{1, T, 1, size, size, gates};
+    if (gates == Gates::per_head) p.log_decay.fill((float)std::log1p(-0x1p-12));  // RetNet's slowest of 8
+    Forward f = p.forward();
+    f.form = form;
+    run(f, context);
+    const reference::Result want = reference::retention(p.inputs());
+    EXPECT_LE(relative_rms(p.out.values(), want.out), tolerance::relative_rms) << name(gates);
+    EXPECT_LE(relative_rms(p.final_state.values(), want.state), tolerance::relative_rms) << name(gates);
+}
 
-    Problem q = p;
-    Forward f = q.forward();
-    Tensor *tensors[] = {&f.q, &f.k, &f.v, &f.log_decay, &f.initial_state, &f.out, &f.final_state};
-    const Array *arrays[] = {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state};
-    std::vector<std::unique_ptr<Reserved>> memory;
-    for (int n = 0; n < 7; n++) {
-        Tensor &x = *tensors[n];
-        x.stride = strides[n];
+TEST(LongSequence, AMillionTokens) {
+    auto workspace = [](int64_t T) {
+        return workspace_of([&](Context &context) {
+            for (Gates gates : {Gates::weak, Gates::per_head}) expect_no_drift(context, T, 8, gates, HOLDFAST_FORM_CHUNKWISE);
+        });
+    };
+    EXPECT_EQ(workspace(1 << 20), workspace(1 << 10));
+}
+
+TEST(LongSequence, AMillionTokensOneAfterTheOther) {
+    auto workspace = [](int64_t T) {
+        return workspace_of(
+            [&](Context &context) { expect_no_drift(context, T, 4, Gates::per_head, HOLDFAST_FORM_RECURRENT); });
+    };
+    EXPECT_EQ(workspace(1 << 20), workspace(1 << 10));
+}
+
+TEST(LongSequence, HalfAMillionTokensOfPower) {
+    auto workspace = [](int64_t T) {
+        return workspace_of([&](Context &context) {
+            PowerProblem p{1, T, 1, 1, 4, 2};
+            p.form = HOLDFAST_FORM_CHUNKWISE, p.initial = false;
+            p.log_decay.fill((float)std::log1p(-0x1p-12));
+            ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+            // (q.k)^2 is the product of all pairs of elements: a state of K K rows, in double, is as good as the reference,
+            // which would take all pairs of tokens.
+            const double decay = std::exp((double)p.log_decay({0, 0, 0}));
+            double state[4][4][3] = {};
+            std::vector<double> want;
+            for (int64_t t = 0; t < T; t++) {
+                const float *q = p.q.data() + t * p.K, *k = p.k.data() + t * p.K, *v = p.v.data() + t * p.V;
+                double out[3] = {};
+                for (int a = 0; a < 4; a++)
+                    for (int b = 0; b < 4; b++)
+                        for (int e = 0; e < 3; e++) {  // the last is the sum of weights
+                            double &s = state[a][b][e];
+                            s = decay * s + (double)k[a] * k[b] * (e < 2 ? v[e] : 1);
+                            out[e] += (double)q[a] * q[b] * s;
+                        }
+                want.push_back(out[0] / out[2]), want.push_back(out[1] / out[2]);
+            }
+            EXPECT_LE(relative_rms(p.out.values(), want), tolerance::relative_rms_of_power);
+            std::vector<double> sums;  // of a <= b, b outermost; those that are there twice times the root of 2
+            for (int b = 0; b < 4; b++)
+                for (int a = 0; a <= b; a++) sums.push_back(state[a][b][2] * (a < b ? std::sqrt(2.0) : 1));
+            EXPECT_LE(relative_rms(p.keys.values(), sums), tolerance::relative_rms);
+        });
+    };
+    EXPECT_EQ(workspace(1 << 19), workspace(1 << 10));
+}
+
+/// Memory where elements of tensors lie as far apart as their strides say: gigabytes, of which only theirs are touched.
+class FarApart {
+public:
+    /// The elements of an array at those strides. Without data where there is no address space.
+    Tensor copy(const Array &a, const Index &stride) {
+        Tensor x(nullptr, a.shape, stride);
         int64_t low = 0, high = 0;
         for (size_t axis = 0; axis < x.shape.size(); axis++) {
             const int64_t reach = (x.shape[axis] - 1) * x.stride[axis];
             (reach < 0 ? low : high) += reach;
         }
         memory.push_back(std::make_unique<Reserved>((high - low + 1) * sizeof(float)));
-        if (!*memory.back()) GTEST_SKIP() << "no address space of " << (high - low + 1) * sizeof(float) << " bytes";
+        if (!*memory.back()) {
+            complete = false;
+            return x;
+        }
         x.data = memory.back()->floats() - low;
-        each(x.shape, [&](const Index &i) {
-            int64_t offset = 0;
-            for (size_t axis = 0; axis < i.size(); axis++) offset += i[axis] * x.stride[axis];
-            x.data[offset] = (*arrays[n])(i);
-        });
+        each(x.shape, [&](const Index &i) { at(x, i) = a(i); });
+        return x;
     }
+    static float &at(const Tensor &x, const Index &i) {
+        int64_t offset = 0;
+        for (size_t axis = 0; axis < i.size(); axis++) offset += i[axis] * x.stride[axis];
+        return x.data[offset];
+    }
+    static void expect_same(const char *what, const Tensor &got, const Array &want) {
+        each(want.shape, [&](const Index &i) { ASSERT_EQ(at(got, i), want(i)) << what << text(i); });
+    }
+    bool complete = true;
+
+private:
+    std::vector<std::unique_ptr<Reserved>> memory;
+};
+
+// Every tensor of a problem moved to where `stride` spreads it over gigabytes, and called there: the same bits must come out.
+void expect_same_far_apart(Problem p, const std::vector<Index> &strides) {
+    Context context;
+    Problem q = p;
+    ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << context.error();
+
+    FarApart memory;
+    Forward f = q.forward();
+    Tensor *tensors[] = {&f.q, &f.k, &f.v, &f.log_decay, &f.initial_state, &f.out, &f.final_state};
+    const Array *arrays[] = {&q.q, &q.k, &q.v, &q.log_decay, &q.initial_state, &q.out, &q.final_state};
+    for (int n = 0; n < 7; n++) *tensors[n] = memory.copy(*arrays[n], strides[n]);
+    if (!memory.complete) GTEST_SKIP() << "no address space of gigabytes";
     ASSERT_EQ(f.run(context), HOLDFAST_OK) << context.error();
-    for (int n : {5, 6})
-        each(arrays[n]->shape, [&](const Index &i) {
-            int64_t offset = 0;
-            for (size_t axis = 0; axis < i.size(); axis++) offset += i[axis] * tensors[n]->stride[axis];
-            ASSERT_EQ(tensors[n]->data[offset], (*arrays[n])(i)) << (n == 5 ? "out" : "final_state") << text(i);
-        });
+    memory.expect_same("out", f.out, p.out), memory.expect_same("final_state", f.final_state, p.final_state);
 }
 
 constexpr int64_t gigabyte = (1 << 30) / sizeof(float);  // in elements
@@ -169,6 +240,75 @@ TEST(LargeTensors, TokensGigabytesApartInSum) {
     const int64_t T = 400, step = 3 * gigabyte / T;
     const Index rows = {1, step, 64, 1}, states = {4096, 4096, 64, 1};
     expect_same_far_apart({1, T, 2, 64, 64}, {rows, rows, rows, {1, step, 1}, states, rows, states});
+}
+
+TEST(LargeTensors, PowerOfHeadsGigabytesApart) {
+    // Heads that share keys are within 2^30 elements.
+    const Index rows = {5 * gigabyte, 32, -3 * gigabyte, 1}, states = {-5 * gigabyte, 3 * gigabyte, 32, 1};
+    const Index decays = {3 * gigabyte, -1, 5 * gigabyte}, sums = {-5 * gigabyte, 3 * gigabyte, 1};
+    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT, HOLDFAST_FORM_PARALLEL}) {
+        SCOPED_TRACE(form);
+        Context context;
+        PowerProblem p{2, form == HOLDFAST_FORM_RECURRENT ? 3 : 70, 2, 1, 32, 32};
+        p.form = form;
+        each(p.initial_state.shape, [&](const Index &i) { p.initial_state(i) = (float)p.random(0, 1); });
+        each(p.initial_keys.shape, [&](const Index &i) { p.initial_keys(i) = (float)p.random(0, 1); });
+        FarApart memory;
+        Tensor q = memory.copy(p.q, rows), k = memory.copy(p.k, rows), v = memory.copy(p.v, rows);
+        Tensor g = memory.copy(p.log_decay, decays), in = memory.copy(p.initial_state, states);
+        Tensor keys_in = memory.copy(p.initial_keys, sums), out = memory.copy(p.out, rows);
+        Tensor state = memory.copy(p.state, states), keys = memory.copy(p.keys, sums);
+        if (!memory.complete) GTEST_SKIP() << "no address space of gigabytes";
+        DLTensor dl_q = q.dl(), dl_k = k.dl(), dl_v = v.dl(), dl_g = g.dl(), dl_in = in.dl(), dl_keys_in = keys_in.dl();
+        DLTensor dl_out = out.dl(), dl_state = state.dl(), dl_keys = keys.dl();
+        holdfast_forward_args args = forward_args(&dl_q, &dl_k, &dl_v, &dl_g, &dl_in, &dl_out, &dl_state);
+        args.initial_sum_of_keys = &dl_keys_in, args.final_sum_of_keys = &dl_keys;
+        args.degree = p.degree, args.form = form, args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS;
+        ASSERT_EQ(holdfast_forward(context, &args), HOLDFAST_OK) << context.error();
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        memory.expect_same("out", out, p.out), memory.expect_same("final_state", state, p.state);
+        memory.expect_same("final_sum_of_keys", keys, p.keys);
+    }
+}
+
+TEST(LargeTensors, GradientsOfHeadsGigabytesApart) {
+    const Index rows = {3 * gigabyte, 32, -5 * gigabyte, 1}, states = {-5 * gigabyte, 3 * gigabyte, 32, 1};
+    const Index decays = {3 * gigabyte, -1, 5 * gigabyte}, sums = {-5 * gigabyte, 3 * gigabyte, 1};
+    for (const auto &[degree, with_states] : {std::make_pair(1, true), {2, true}, {2, false}}) {
+        SCOPED_TRACE(testing::Message() << "degree " << degree << ", states " << with_states);
+        Context context;
+        const bool normalize = degree > 1;
+        Backward p{2, 70, 2, 1, 32, 32, degree, normalize, Gates::weak, f32, Layout::compact, with_states, with_states};
+        p.form = with_states ? HOLDFAST_FORM_CHUNKWISE : HOLDFAST_FORM_PARALLEL;
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        FarApart memory;
+        std::deque<Tensor> tensors;
+        std::deque<DLTensor> views;
+        auto far = [&](const Array &a, const Index &stride) {
+            tensors.push_back(memory.copy(a, stride)), views.push_back(tensors.back().dl());
+            return &views.back();
+        };
+        holdfast_backward_args args = {};
+        args.struct_size = sizeof args;
+        args.q = far(p.q, rows), args.k = far(p.k, rows), args.v = far(p.v, rows), args.dout = far(p.dout, rows);
+        args.log_decay = far(p.log_decay, decays);
+        if (normalize) args.out = far(p.out, rows), args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS;
+        if (with_states) args.initial_state = far(p.initial_state, states), args.dfinal_state = far(p.dfinal_state, states);
+        if (with_states && normalize)
+            args.initial_sum_of_keys = far(p.initial_keys, sums), args.dfinal_sum_of_keys = far(p.dfinal_keys, sums);
+        args.degree = degree, args.form = p.form;
+        const size_t inputs = tensors.size();
+        std::vector<Array *> gradients = p.gradients();
+        DLTensor **wanted[] = {
+            &args.dq, &args.dk, &args.dv, &args.dlog_decay, &args.dinitial_state, &args.dinitial_sum_of_keys};
+        gradients.resize(with_states ? normalize ? 6 : 5 : 4);
+        for (size_t n = 0; n < gradients.size(); n++)
+            *wanted[n] = far(Array(*gradients[n]).forget(), n < 3 ? rows : n == 3 ? decays : n == 4 ? states : sums);
+        if (!memory.complete) GTEST_SKIP() << "no address space of gigabytes";
+        ASSERT_EQ(holdfast_backward(context, &args), HOLDFAST_OK) << context.error();
+        for (size_t n = 0; n < gradients.size(); n++)
+            memory.expect_same(p.wanted.substr(n, 1).c_str(), tensors[inputs + n], *gradients[n]);
+    }
 }
 
 }  // namespace

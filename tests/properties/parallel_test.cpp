@@ -193,6 +193,32 @@ TEST_P(Parallel, StateInPlace) {
     EXPECT_TRUE(same_bits(apart.final_state, in_place.state));
 }
 
+TEST_P(Parallel, NotANumberStaysInItsHead) {
+    const int64_t T = C + 5;
+    for (int degree : {1, 2}) {
+        SCOPED_TRACE(degree);
+        Call clean{2, T, 3, size.K, size.V, 2, degree, degree > 1}, p = clean;
+        clean.run(context);
+        const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+        p.q({1, 3, 0, 0}) = nan, p.q({1, 5, 5, 0}) = infinity;
+        p.k({1, 3, 1, 0}) = infinity, p.v({0, 3, 2, 0}) = nan, p.state({0, 1, 0, 0}) = infinity;
+        p.run(context);
+        // Of heads of queries, and of those of keys: what is in a query alone stays in its own.
+        auto poisoned = [](int64_t b, int64_t h) { return b == 1 ? h != 1 && h != 4 : h > 1; };
+        auto poisoned_state = [](int64_t b, int64_t h) { return b == 1 ? h == 1 : h > 0; };
+        each(p.out.shape, [&](const Index &i) { EXPECT_TRUE(poisoned(i[0], i[2]) || p.out(i) == clean.out(i)) << text(i); });
+        each(p.final_state.shape, [&](const Index &i) {
+            EXPECT_TRUE(poisoned_state(i[0], i[1]) || p.final_state(i) == clean.final_state(i)) << text(i);
+        });
+        each(p.final_sum.shape, [&](const Index &i) {
+            EXPECT_TRUE(!p.normalized || (i[0] == 1 && i[1] == 1) || p.final_sum(i) == clean.final_sum(i)) << text(i);
+        });
+        for (const Index &i : {Index{1, 3, 0, 0}, {1, 5, 5, 0}, {1, T - 1, 2, 0}, {0, T - 1, 2, 0}, {0, T - 1, 4, 0}})
+            EXPECT_FALSE(std::isfinite(p.out(i))) << text(i);
+        EXPECT_FALSE(std::isfinite(p.final_state({0, 1, 0, 0})) || std::isfinite(p.final_state({1, 1, 0, 0})));
+    }
+}
+
 /// Those of processors, or of GPUs.
 std::vector<Instance> parallel_instances(const std::vector<Size> &sizes, bool gpu = false) {
     std::vector<Instance> list;

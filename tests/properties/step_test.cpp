@@ -1,5 +1,6 @@
 // What holdfast_step promises, for every target of the CPU that runs here and for tuned and odd sizes.
 #include "../allocations.h"
+#include "../power.h"
 #include "../step.h"
 
 #include <array>
@@ -206,6 +207,47 @@ TEST_P(StepTest, AllocatesNothingAfterTheFirstCall) {
     for (int n = 0; n < 10; n++) holdfast_step(*context, &args);
     EXPECT_EQ(allocations - before, 0);
     EXPECT_GT(before, 0) << "allocations are not counted";
+}
+
+// Of degree 2, normalized, and of calls of a few tokens, which are steps. On one thread: where states are large, another may have its
+// first turn, and get its workspace, in a later call.
+TEST_P(StepTest, PowerAllocatesNothingAfterTheFirstCall) {
+    if (!(dtype == f32)) GTEST_SKIP() << "in fp32";
+    ASSERT_EQ(holdfast_context_set_verbose(*context, nullptr, nullptr), HOLDFAST_OK);
+    ASSERT_EQ(holdfast_context_set_threads(*context, 1), HOLDFAST_OK);
+    PowerProblem p{2, 1, 3, 2, K, V};
+    auto token = [&](Array &a) { return Tensor(a).without(1); };
+    Tensor tensors[] = {token(p.q), token(p.k), token(p.v), token(p.log_decay), p.state, token(p.out), p.keys};
+    DLTensor dl[7];
+    for (int n = 0; n < 7; n++) dl[n] = tensors[n].dl();
+    holdfast_step_args args = step_args(&dl[0], &dl[1], &dl[2], &dl[3], &dl[4], &dl[5]);
+    args.degree = 2, args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS, args.sum_of_keys = &dl[6];
+    ASSERT_EQ(holdfast_step(*context, &args), HOLDFAST_OK) << context->error();
+    const int64_t before = allocations;
+    for (int n = 0; n < 10; n++) holdfast_step(*context, &args);
+    EXPECT_EQ(allocations - before, 0);
+}
+
+TEST_P(StepTest, CallsOfFewTokensAllocateNothingAfterTheFirst) {
+    if (!(dtype == f32)) GTEST_SKIP() << "in fp32";
+    ASSERT_EQ(holdfast_context_set_verbose(*context, nullptr, nullptr), HOLDFAST_OK);
+    ASSERT_EQ(holdfast_context_set_threads(*context, 1), HOLDFAST_OK);
+    for (int64_t T : {2, 3, 4})
+        for (int degree : {1, 2}) {
+            SCOPED_TRACE(testing::Message() << "T " << T << ", degree " << degree);
+            PowerProblem p{2, T, 3, 2, K, V, degree, degree > 1};
+            Tensor tensors[] = {p.q, p.k, p.v, p.log_decay, p.initial_state, p.out, p.state, p.initial_keys, p.keys};
+            DLTensor dl[9];
+            for (int n = 0; n < 9; n++) dl[n] = tensors[n].dl();
+            holdfast_forward_args args = forward_args(&dl[0], &dl[1], &dl[2], &dl[3], &dl[4], &dl[5], &dl[6]);
+            args.degree = degree;
+            if (degree > 1) args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS;
+            if (degree > 1) args.initial_sum_of_keys = &dl[7], args.final_sum_of_keys = &dl[8];
+            ASSERT_EQ(holdfast_forward(*context, &args), HOLDFAST_OK) << context->error();
+            const int64_t before = allocations;
+            for (int n = 0; n < 10; n++) holdfast_forward(*context, &args);
+            EXPECT_EQ(allocations - before, 0);
+        }
 }
 
 TEST_P(StepTest, NothingToDo) {

@@ -129,8 +129,8 @@ typedef void (*holdfast_deallocate)(void *user, void *memory, size_t bytes);
 
 /** Take workspace from the caller's allocator; both NULL go back to the library's own. Workspace held so far is freed first.
  *  Workspace is kept for reuse until the context is destroyed or this function is called. Its size does not depend on T,
- *  except in the parallel form: there T (K + V) floats for each thread, a copy of one head's keys and values, and as few more; and
- *  for holdfast_backward, which says its own.
+ *  except in the parallel form: there T (K + V) floats for each thread, a copy of one head's keys and values, rows rounded up to
+ *  vectors, and up to 100 T more; and for holdfast_backward, which says its own.
  *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, or when just one of the two is NULL. */
 HOLDFAST_API holdfast_status holdfast_context_set_allocator(holdfast_context *context, holdfast_allocate allocate,
                                                             holdfast_deallocate deallocate, void *user);
@@ -319,6 +319,11 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  is where that sum, over that of q's largest element to the power p, is below the smallest number of float32. phi(k)^T v has to be
  *  within float32, and what is small next to |q|^p |k|^p v is lost in a state. Workspace there is two states and two sums of keys a
  *  thread.
+ *
+ *  Workspace of degree 1 on the CPU, for each thread. Chunkwise: the states of the heads that it works on in turn, as many as
+ *  640 KiB hold but at least one, one state more, and what the kernel has of up to 8 chunks of a head (12 of 16 bits): their states
+ *  and a few copies of their rows. Recurrent: V floats, for T = 1 of each head; and a state where final_state is not wanted or
+ *  value-major.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their sequence and head (those of k and v
  *  reach all heads of queries that share it), but may reach earlier tokens of the same chunk.
