@@ -22,6 +22,12 @@ elseif(HOLDFAST_SANITIZE STREQUAL "thread")
   string(APPEND holdfast_base_target "-tsan")
 endif()
 
+# Off x86 `generic` is a CPU's only target.
+set(holdfast_costly "${HOLDFAST_COSTLY}")
+if(NOT HOLDFAST_COSTLY MATCHES "^(all|none)$" AND NOT holdfast_arch STREQUAL "x86-64")
+  list(APPEND holdfast_costly generic)
+endif()
+
 set(holdfast_targets "")
 set(holdfast_variants "")  # items "target|kernel|dtype|chunk|key|value|PARAMS, joined by spaces"; chunk 0, sizes none: a kernel that knows none
 set(holdfast_all_targets "")
@@ -84,7 +90,7 @@ function(holdfast_kernel kernel)
       continue()
     endif()
     set(dtypes ${arg_DTYPES})
-    if(arg_COSTLY AND NOT (HOLDFAST_COSTLY STREQUAL "all" OR target IN_LIST HOLDFAST_COSTLY))
+    if(arg_COSTLY AND NOT (holdfast_costly STREQUAL "all" OR target IN_LIST holdfast_costly))
       list(REMOVE_ITEM dtypes ${arg_COSTLY})
     endif()
     foreach(size IN LISTS arg_SIZES)

@@ -6,7 +6,8 @@ run in blocks with the state carried from one to the next, then, on the beginnin
 token. The language model has four layers of gated retention; what it makes of files that it has not seen stands beside
 gzip and models that count. `make demo` runs this file; PyTorch, where it is installed, takes part, and trains.
 
-    python examples/demo.py [--megabytes 4] [--heads 8] [--size 64] [--minutes 2] [--softmax] [--output build/demo]
+    python examples/demo.py [--megabytes 4] [--heads 8] [--size 64] [--minutes 2] [--softmax] [--data PATH ..]
+        [--output build/demo]
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ def explain_variant(x: Inputs) -> None:
     print(f"  this CPU has {' '.join(report['cpu_features'])}")
     for target in report["targets"]:
         if not target["runs_here"]:
-            print(f"  not {target['name']}: this CPU lacks {' '.join(target['missing'])}")
+            lacks = "this CPU lacks " if target["name"] in report["backends"]["cpu"]["targets"] else ""
+            print(f"  not {target['name']}: {lacks}{' '.join(target['missing'])}")
 
 
 class TorchChunkwise:
@@ -260,25 +262,27 @@ def command(*arguments: str) -> None:
         sys.exit(status)
 
 
-def train(output: Path, minutes: float, *options: str) -> float:
+def train(output: Path, minutes: float, data: list[str], *options: str) -> float:
     """Train a language model; returns the bits per byte of the validation files."""
     dtype = "bf16" if BF16_PRODUCTS.intersection(info()["cpu_features"]) else "fp32"
     arguments = [*TRAINING, "--dtype", dtype, "--minutes", str(minutes), "--output", str(output), *options]
+    if data:
+        arguments += ["--data", *data]
     command("train", *arguments)
     log = (output / "log.jsonl").read_text().splitlines()
     return json.loads(log[-1])["validation_bits_per_byte"]
 
 
-def language_model(output: Path, minutes: float) -> None:
+def language_model(output: Path, minutes: float, data: list[str]) -> None:
     """Train, compare what a byte takes with other models of the same files, write, and see that the forms agree."""
     from holdfast.text import Text, gzip_bits, order_bits
 
-    text = Text.read()
+    text = Text.read(data)
     print(
         f"a language model of bytes, {minutes:g} minutes on {len(text.training):,} bytes of {text.files:,} files; "
         f"{len(text.validation):,} bytes, of other files, validate"
     )
-    bits = {"retention": train(output / "model", minutes)}
+    bits = {"retention": train(output / "model", minutes, data)}
     counted = order_bits(text.training, text.validation, (0, 3))
     bits |= {f"order {order}, counted in the same training files": value for order, value in counted.items()}
     bits["gzip -9 of the validation files"] = gzip_bits(text.validation)
@@ -308,11 +312,11 @@ def compare_steps(run: Path, text: np.ndarray) -> None:
         sys.exit("demo: the forms differ: something is wrong")
 
 
-def compare_softmax(output: Path, minutes: float) -> None:
+def compare_softmax(output: Path, minutes: float, data: list[str]) -> None:
     """The same model with PyTorch's softmax attention, given the same time, at a length where that matters."""
     print(f"at a context of {LONG[1]} bytes, {minutes:g} minutes each:")
     for attention in ("gated", "softmax"):
-        bits = train(output / attention, minutes, *LONG, "--attention", attention)
+        bits = train(output / attention, minutes, data, *LONG, "--attention", attention)
         print(f"  {attention:10} {bits:.3f} bits per byte of the validation files")
     command("plot", str(output / "gated"), str(output / "softmax"), "--output", str(output / "softmax.png"))
 
@@ -332,6 +336,10 @@ def main() -> None:
         action="store_true",
         help="train it, and one with softmax attention, at a context of 4096 bytes too",
     )
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="PATH",
+        help="files and folders for the language model (default: the standard library's sources)",
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, default=Path("build/demo"), help="folder of pictures and runs (default: %(default)s)"
     )
@@ -353,9 +361,9 @@ def main() -> None:
         print(f"no language model is trained: PyTorch is {torch_chunkwise.absent}")
         return
     if args.minutes:
-        language_model(args.output, args.minutes)
+        language_model(args.output, args.minutes, args.data)
         if args.softmax:
-            compare_softmax(args.output, args.minutes)
+            compare_softmax(args.output, args.minutes, args.data)
 
 
 if __name__ == "__main__":

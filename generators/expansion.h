@@ -82,12 +82,12 @@ int expanded_size(int key_elements, int degree);
 Expansion expansion(const Halide::Expr &key_extent, const Halide::Expr &features, int degree,
                     const Halide::Expr &degree_at_run_time);
 
-/// Between orders of the features of degree 2: as they are, to the tiled order of holdfast.h, or back; and of gradients.
+/// Between orders of the features of degree 2.
 enum FeatureOrder {
     keep_order = 0,
-    to_tiled_order = 1,
-    to_tight_order = 2,
-    gradient_to_tiled_order = 3,
+    to_tiled_order = 1,           ///< of holdfast.h
+    to_tight_order = 2,           ///< back
+    gradient_to_tiled_order = 3,  ///< 2 more: of gradients, which turn by the transpose of the way back
     gradient_to_tight_order = 4
 };
 

@@ -89,7 +89,7 @@ bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.b
 
 /// What the library takes for the argument of that name.
 std::string expected_dtypes(const std::string &name) {
-    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights", "dout", "dx", "dgate"};
+    static const char *const rows[] = {"q", "k", "v", "x", "gate", "out", "weights", "dout", "dx", "dgate", "dq", "dk", "dv"};
     static const char *const integers[] = {"positions", "cu_seqlens"};
     auto is_of = [&](const auto &names) { return std::find(std::begin(names), std::end(names), name) != std::end(names); };
     return is_of(rows) ? "float32, float16 or bfloat16" : is_of(integers) ? "int32 or int64" : "float32";
@@ -581,7 +581,7 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
             tensors[n] = made[n].get();
         }
     }
-    // Where shapes do not agree, or the arrays are on a GPU, the library says so before it asks for gradients.
+    // Where shapes do not agree the library says so before it asks for gradients; of arrays on a GPU all are given.
     if (shapes_agree(4, *args.q, *args.k, *args.v) && args.q->device.device_type == kDLCPU) {
         const int64_t *shape = args.q->shape, B = shape[0], T = shape[1], Hk = args.k->shape[2], V = args.v->shape[3];
         const int64_t D = o.expanded_size ? o.expanded_size : shape[3];

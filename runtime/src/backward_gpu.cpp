@@ -28,7 +28,7 @@ void pass_gradients(const Run &run, const BackwardProblem &p, BackwardOperands &
 void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
     BackwardOperands x(run, p);
     DecaysPerHead decays(run, p);
-    if (p.T == 0) {
+    if (p.T == 0 || p.N == 0) {
         pass_gradients(run, p, x);
         return decays.finish();
     }
@@ -92,17 +92,12 @@ void issue(const Run &run, const BackwardProblem &p, int64_t chunk) {
                 return View(*unwanted_state, 0, float32,
                             {{0, V, 1}, {0, K, V}, {0, S, K * V}, {0, H, S * K * V}, {0, B, H * S * K * V}});
             };
-            auto gradient_of_decays = [&] {
-                if (p.dlog_decay.rank)
-                    return decays_of(decays.of_tokens ? *decays.of_tokens : x.dlog_decay, nullptr, b, 0, h, T, H, B);
-                return View(unwanted_row, 0, float32, {{0, T, 0}, {0, H, 0}, {0, B, 0}});
-            };
             View q = groups(x.q, K), k = rows(x.k, K), v = rows(x.v, V), dout = groups(x.dout, V);
             View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, 0, h, T, H, B);
             View state_in = states(x.initial), dstate_out = states(x.dfinal);
             View chunks(added, 0, int32, {{0, ChunkTable::fields, 1}, {0, count + S, ChunkTable::fields}});
             View dq = groups(x.dq, K), dk = rows(x.dk, K), dv = rows(x.dv, V);
-            View dlog_decay = gradient_of_decays(), dstate_in = gradient_of_states();
+            View dlog_decay = decays.part(x.dlog_decay, unwanted_row, b, 0, 0, h, T, H, B), dstate_in = gradient_of_states();
             run.check(run.variant.name, std::get<ChunkwiseBackwardKernel *>(run.variant.run)(
                                             &run.workspace, &q, &k, &v, &log_decay, &state_in, &dout, &dstate_out, &chunks,
                                             count, p.scale, p.dq.rank > 0 && p.group(), p.dk.rank > 0, p.dv.rank > 0,
@@ -130,12 +125,12 @@ GpuCall call_of(const BackwardProblem &p, const Variant &variant) {
 void backward_on_gpu(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
     const Variant &variant = variant_of(p, choice);
     announce(c, "backward", variant, choice.why, p, "chunks of " + std::to_string(chunk_of(p, variant)));
-    if (p.N && p.Hk) call_of(p, variant).run(c);
+    if (!writes_nothing(p)) call_of(p, variant).run(c);
 }
 
 size_t backward_workspace_on_gpu(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
     const BackwardProblem p = nearest(given);
-    return p.N && p.Hk ? call_of(p, variant_of(p, choice)).workspace(c) : 0;
+    return writes_nothing(p) ? 0 : call_of(p, variant_of(p, choice)).workspace(c);
 }
 
 }  // namespace holdfast

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 namespace holdfast {
@@ -319,14 +320,26 @@ void BackwardOperands::fetch(const Run &run, const BackwardProblem &p) {
 }
 
 DecaysPerHead::DecaysPerHead(const Run &run, const BackwardProblem &p) : run(run), p(p) {
-    if (p.dlog_decay.rank == 1) of_tokens.emplace(run, floats_of("dlog_decay of every token", {p.B, p.T, p.Hk}), false);
+    if (p.dlog_decay.rank != 1) return;
+    if (!p.dlog_decay.on_host()) narrow(p.dlog_decay, 0, p.Hk);  // before anything is written
+    if (const int64_t bytes = p.B * p.T * p.Hk * (int64_t)sizeof(float); bytes > most_bytes)
+        fail(HOLDFAST_UNSUPPORTED, "dlog_decay is one per head, and those of all ", p.B * p.T,
+             " tokens, which are added up, need a buffer of ", bytes, " bytes; expected at most ", most_bytes);
+    of_tokens.emplace(run, floats_of("dlog_decay of every token", {p.B, p.T, p.Hk}), false);
+}
+
+View DecaysPerHead::part(const OnDevice &dlog_decay, const Memory &unwanted_row, int64_t b, int64_t start, int64_t t, int64_t h,
+                         int32_t tokens, int32_t heads, int32_t entries) const {
+    if (of_tokens) return decays_of(*of_tokens, nullptr, b, start + t, h, tokens, heads, entries);
+    if (dlog_decay.t.rank) return decays_of(dlog_decay, nullptr, b, t, h, tokens, heads, entries);
+    return View(unwanted_row, 0, float32, {{0, tokens, 0}, {0, heads, 0}, {0, entries, 0}});
 }
 
 void DecaysPerHead::finish() {
     if (!of_tokens) return;
     OnDevice sums(run, p.dlog_decay, false);
     const int32_t H = (int32_t)p.Hk, T = (int32_t)p.T, B = (int32_t)p.B, stride = narrow(sums.t, 0, H);
-    if (p.T == 0) {
+    if (p.T == 0 || p.B == 0) {
         clear(run, View(*sums.memory, sums.at(0), float32, {{0, H, stride}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}));
     } else {
         View gradients = decays_of(*of_tokens, nullptr, 0, 0, 0, T, H, B);
@@ -334,6 +347,15 @@ void DecaysPerHead::finish() {
         run.check("sum_decays", run.variant.target->sum_decays(&run.workspace, &gradients, &of_heads));
     }
     sums.fetch(run, p.dlog_decay);
+}
+
+bool writes_nothing(const BackwardProblem &p) { return !p.Hk || (!p.N && p.dlog_decay.rank != 1); }
+
+std::vector<int64_t> longest_first(const BackwardProblem &p) {
+    std::vector<int64_t> order(p.packed() ? p.N : 0);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.length(a) > p.length(b); });
+    return order;
 }
 
 /// Only `extent` elements of an axis, from `from` on.
@@ -468,8 +490,8 @@ View sums_of(const OnDevice &s, int64_t b, int64_t h, int32_t heads, int32_t ent
 }
 
 void convert(const Run &run, View &&from, holdfast_expansion order, View &&to, holdfast_expansion wanted, Of of) {
-    int32_t how = order == wanted ? 0 : wanted == HOLDFAST_EXPANSION_TILED ? 1 : 2;  // generators/expansion.h
-    if (how && of == Of::gradients) how += 2;
+    int32_t how = order == wanted ? 0 : wanted == HOLDFAST_EXPANSION_TILED ? 1 : 2;  // FeatureOrder of generators/expansion.h,
+    if (how && of == Of::gradients) how += 2;                                        // in which those of gradients follow
     run.check("convert_state", run.variant.target->convert_state(&run.workspace, &from, how, &to));
 }
 

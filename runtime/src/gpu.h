@@ -145,6 +145,10 @@ struct DecaysPerHead {
     std::optional<OnDevice> of_tokens;
 
     DecaysPerHead(const Run &run, const BackwardProblem &p);
+    /// Where a kernel leaves those of a part of the call: of a sequence that begins at token `start`, from its token t on, whose own
+    /// tensor is `dlog_decay`. Where none are wanted, `unwanted_row`.
+    View part(const OnDevice &dlog_decay, const Memory &unwanted_row, int64_t b, int64_t start, int64_t t, int64_t h,
+              int32_t tokens, int32_t heads, int32_t entries) const;
     /// Add them up.
     void finish();
 
@@ -152,6 +156,12 @@ private:
     const Run &run;
     const BackwardProblem &p;
 };
+
+/// Whether a gradient's call has nothing to write.
+bool writes_nothing(const BackwardProblem &p);
+
+/// All packed sequences, none for others, the longest first: what is too large is known before anything is written.
+std::vector<int64_t> longest_first(const BackwardProblem &p);
 
 /// Sequence s of packed ones, as a problem of its own.
 Problem sequence_of(Problem p, int64_t s);

@@ -42,15 +42,11 @@ void issue(const Run &run, const BackwardProblem &p, const DecaysPerHead &decays
                 return View(unwanted_row, 0, halide_type(p.q.dtype),
                             {{0, size, 1}, {0, tokens, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
             };
-            auto gradient_of_decays = [&] {
-                if (decays.of_tokens) return decays_of(*decays.of_tokens, nullptr, b, start, h, tokens, H, B);
-                if (p.dlog_decay.rank) return decays_of(x.dlog_decay, nullptr, b, 0, h, tokens, H, B);
-                return View(unwanted_row, 0, float32, {{0, tokens, 0}, {0, H, 0}, {0, B, 0}});
-            };
             View q = queries(x.q, K), k = keys(x.k, K), v = keys(x.v, V), dout = queries(x.dout, V);
             View out = queries(p.normalized ? x.out : x.dout, V);  // not looked at where it is not normalized
             View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, 0, h, tokens, H, B);
-            View dq = queries(x.dq, K), dk = keys(x.dk, K), dv = keys(x.dv, V), dlog_decay = gradient_of_decays();
+            View dq = queries(x.dq, K), dk = keys(x.dk, K), dv = keys(x.dv, V);
+            View dlog_decay = decays.part(x.dlog_decay, unwanted_row, b, start, 0, h, tokens, H, B);
             run.check(run.variant.name,
                       std::get<ParallelBackwardKernel *>(run.variant.run)(
                           &run.workspace, &q, &k, &v, &log_decay, &out, &dout, p.degree, p.normalized, p.scale, p.dq.rank > 0,
@@ -67,8 +63,8 @@ GpuCall call_of(const BackwardProblem &p, const Variant &variant) {
     return {variant, p.all_tensors(),
             [&p](const Run &run) {
                 DecaysPerHead decays(run, p);
-                if (!p.packed()) issue(run, p, decays, 0);
-                for (int64_t s = 0; p.packed() && s < p.N; s++) issue(run, sequence_of(p, s), decays, p.start(s));
+                if (!p.packed() && p.N) issue(run, p, decays, 0);
+                for (int64_t s : longest_first(p)) issue(run, sequence_of(p, s), decays, p.start(s));
                 decays.finish();
             },
             p.workspace, "holdfast_backward_workspace_size"};
@@ -79,12 +75,12 @@ GpuCall call_of(const BackwardProblem &p, const Variant &variant) {
 void parallel_backward_on_gpu(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
     const Variant &variant = variant_of(p, choice);
     announce(c, "backward", variant, choice.why, p, "parallel form");
-    if (p.N && p.Hk) call_of(p, variant).run(c);
+    if (!writes_nothing(p)) call_of(p, variant).run(c);
 }
 
 size_t parallel_backward_workspace_on_gpu(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
     const BackwardProblem p = nearest(given);
-    return p.N && p.Hk ? call_of(p, variant_of(p, choice)).workspace(c) : 0;
+    return writes_nothing(p) ? 0 : call_of(p, variant_of(p, choice)).workspace(c);
 }
 
 }  // namespace holdfast

@@ -7,10 +7,10 @@
 #include "gpu.h"
 #include "power.h"
 #include "power_backward.h"
+#include "power_gpu.h"
 
 #include <algorithm>
 #include <limits>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,7 +19,6 @@ namespace holdfast {
 namespace {
 
 constexpr auto tight = HOLDFAST_EXPANSION_TIGHT;  // the kernels' order
-constexpr int64_t block_of_features = 80;         // as in power_gpu.cpp
 
 struct Kernels {
     const Variant &gradient, &forward;
@@ -47,17 +46,22 @@ public:
     }
 
     void go() {
-        // The largest buffers that the kernels have: the state, features of a chunk, sums of blocks of them.
+        // The largest buffers that the kernels have: the state; features, values and scores of a chunk; sums of blocks of features.
         const int64_t rows = std::max(kernels.gradient.chunk, kernels.forward.chunk),
                       blocks = (D + block_of_features - 1) / block_of_features;
-        const int64_t scratch = std::max({D * p.V, D * rows * G, blocks * p.V * rows}) * (int64_t)sizeof(float);
+        const int64_t scratch =
+            std::max({D * p.V, std::max({D, p.V, rows}) * rows * G, blocks * p.V * rows}) * (int64_t)sizeof(float);
         part = largest_part(p, x, std::min(chunk, p.T), scratch);
         if (!part.batch)
             fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, its state of D V = ", D * p.V,
                  " or its features need a buffer beyond 2^31 bytes; expected less");
         const bool states = p.dq.rank || p.dlog_decay.rank || p.normalized;
-        // All that are kept a quarter of the rows, at most.
-        const double bytes_of_states = (double)(D * (p.V + 1)) * sizeof(float) * (double)(part.batch * part.of_each);
+        // All that are kept a quarter of the rows, at most; of as many heads as there can be at a time, whatever the strides, by which
+        // memory, that a workspace has been sized for, must not grow.
+        const Part most = largest_part({p.B, p.Hk}, [&](int64_t batch, int64_t heads) {
+            return (double)scratch * (double)batch * (double)heads <= (double)most_bytes;
+        });
+        const double bytes_of_states = (double)(D * (p.V + 1)) * sizeof(float) * (double)(most.batch * most.of_each);
         const int64_t segment = states ? chunks_in_segment(chunks, bytes_of_rows(p) / 4 / bytes_of_states) : 1;
         make(kept, states ? (chunks + segment - 1) / segment - 1 : 0), make(between, segment - 1), make(gradients, 2);
         if (p.expansion != tight && p.initial_state.rank) make(initial, 1);
@@ -214,15 +218,10 @@ private:
         if (run.call.rehearsal && std::exchange(retreated, true)) return;
         const int64_t t = n * chunk;
         const int32_t tokens = tokens_of(n);
-        auto gradient_of_decays = [&] {
-            if (decays.of_tokens) return decays_of(*decays.of_tokens, nullptr, b, start + t, h, tokens, H, B);
-            if (p.dlog_decay.rank) return decays_of(x.dlog_decay, nullptr, b, t, h, tokens, H, B);
-            return View(unwanted_row, 0, float32, {{0, tokens, 0}, {0, H, 0}, {0, B, 0}});
-        };
         View q = groups(x.q, t, tokens), k = rows(x.k, t, tokens), v = rows(x.v, t, tokens);
         View out = groups(x.out, t, tokens), dout = groups(x.dout, t, tokens), log_decay = log_decays(t, tokens);
         View dq = groups(x.dq, t, tokens), dk = rows(x.dk, t, tokens), dv = rows(x.dv, t, tokens);
-        View dlog_decay = gradient_of_decays();
+        View dlog_decay = decays.part(x.dlog_decay, unwanted_row, b, start, t, h, tokens, H, B);
         View state_in = states(state), sum_in = sums(state), dstate_out = states(gradient), dsum_out = sums(gradient);
         View dstate_in = states(next), dsum_in = sums(next);
         run.check(kernels.gradient.name,
@@ -236,8 +235,8 @@ private:
 /// Launch everything.
 void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p) {
     DecaysPerHead decays(run, p);
-    if (!p.packed()) Chains(run, kernels, p, decays, 0).go();
-    for (int64_t s = 0; p.packed() && s < p.N; s++) {
+    if (!p.packed() && p.N) Chains(run, kernels, p, decays, 0).go();
+    for (int64_t s : longest_first(p)) {
         const BackwardProblem sequence = sequence_of(p, s);
         Chains(run, kernels, sequence, decays, p.start(s)).go();
     }
@@ -254,13 +253,13 @@ GpuCall call_of(const BackwardProblem &p, const Kernels &kernels) {
 void power_backward_on_gpu(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
     const Kernels kernels(p, choice);
     announce(c, "backward", kernels.gradient, choice.why, p, "chunks of " + std::to_string(kernels.chunk(p)));
-    if (p.N && p.Hk) call_of(p, kernels).run(c);
+    if (!writes_nothing(p)) call_of(p, kernels).run(c);
 }
 
 size_t power_backward_workspace_on_gpu(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
     const BackwardProblem p = nearest(given);
     const Kernels kernels(p, choice);
-    return p.N && p.Hk ? call_of(p, kernels).workspace(c) : 0;
+    return writes_nothing(p) ? 0 : call_of(p, kernels).workspace(c);
 }
 
 }  // namespace holdfast

@@ -17,8 +17,6 @@
 namespace holdfast {
 namespace {
 
-constexpr int64_t block_of_features = 80;  // of a kernel for any degree, generators/power_generator.cpp: it has sums of each
-
 int64_t chunk_of(const Problem &p, const Variant &variant) {
     return p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
 }

@@ -8,6 +8,8 @@
 
 namespace holdfast {
 
+constexpr int64_t block_of_features = 80;  // of a kernel for any degree, generators/power_generator.cpp: it has sums of each
+
 /// Compute `p` for the public function `call` ("forward"), token by token where p.form is recurrent, else in chunks; and the bytes of
 /// workspace that this takes.
 void power_on_gpu(holdfast_context &context, const char *call, const Problem &p, const Choice &choice);

@@ -463,8 +463,8 @@ TEST_P(BackwardOnGpu, WhatIsNotGivenOrNotWanted) {
     Backward without{1, C + 5, 2, 1, K, V, 1, false, Gates::weak, dtype, Layout::compact, false, false};
     without.value_major = true;
     expect_right(without);
-    Backward no_queries = problem(1, 5, 2, 0);
-    expect_right(no_queries);
+    Backward no_queries = problem(1, 5, 2, 0), no_entries = problem(0, 5, 2, 1, Gates::per_head);
+    expect_right(no_queries), expect_right(no_entries);
     Backward all = problem(1, C + 5, 2);
     run(all);
     for (const char *wanted : {"q", "kv", "g", "s"}) {
@@ -652,7 +652,16 @@ TEST_P(PowerBackwardOnGpu, PackedSequencesAndNoTokens) {
         p.wanted = "gsz";
         expect_right(p);
     }
-    expect_right({2, 5, 2, 0, 5, 7, 3, false, Gates::weak});  // nor queries
+    expect_right({2, 5, 2, 0, 5, 7, 3, false, Gates::weak});     // nor queries
+    expect_right({0, 5, 2, 1, 5, 7, 2, true, Gates::per_head});  // nor batch entries
+}
+
+TEST_P(PowerBackwardOnGpu, WhatIsTooLargeIsKnownBeforeAnythingIsWritten) {
+    Backward p{1, 40100, 1, 1, 1, 1, 2, false, Gates::none, f32, Layout::compact, false, false, {0, 100, 40100}};
+    p.form = HOLDFAST_FORM_PARALLEL;
+    EXPECT_EQ(p.run(context), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(context.error().find("T = 40000 tokens"), std::string::npos) << context.error();
+    EXPECT_TRUE(same_bits(p.dq, Array(p.dq).forget()));
 }
 
 TEST_P(PowerBackwardOnGpu, StatesInEveryOrderAndKeptInPart) {
@@ -716,6 +725,7 @@ TEST_P(PowerBackwardOnGpu, ParallelFormWithoutStates) {
     };
     expect_right({2, 67, 1, 2, 5, 7, 2, true, Gates::weak, f32, Layout::padded, false, false});
     expect_right({1, 5, 2, 1, 5, 7, 3, false, Gates::none, f32, Layout::compact, false, false});
+    expect_right({0, 5, 2, 1, 5, 7, 1, true, Gates::per_head, f32, Layout::compact, false, false});
     expect_right({1, 40, 2, 1, 5, 7, 1, true, Gates::per_head, f32, Layout::padded, false, false, {0, 0, 3, 37, 40}});
     const Dtype dtype = variant_for(GetParam(), {5, 7}, bf16, "parallel_backward") ? bf16 : f32;
     Backward some{1, 35, 1, 2, 5, 7, 2, false, Gates::weak, dtype, Layout::compact, false, false};

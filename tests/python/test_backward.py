@@ -183,6 +183,11 @@ def test_given_arrays_that_are_refused(gradients_of, name, array, error):
         retention_backward(**gradients_of(2, 70, 2, 1, 16, 8), gradients=given)
 
 
+def test_given_arrays_are_six(gradients_of):
+    with pytest.raises(ValueError, match="gradients has 5 arrays; expected 6, those of Gradients"):
+        retention_backward(**gradients_of(2, 70, 2, 1, 16, 8), gradients=(None,) * 5)
+
+
 @pytest.mark.parametrize("dtype, kind", KINDS)
 def test_16_bits(gradients_of, dtype, kind):
     call = gradients_of(1, 70, 2, 2, 24, 16)

@@ -103,6 +103,24 @@ def test_state(model, tmp_path):
         state.reorder([3])
 
 
+@torch.no_grad()
+def test_state_of_another_device(model, tmp_path):
+    """Moved, or read to there. The other device that every machine has is the one without memory."""
+    state = model.new_state(2)
+    model(tokens(2, 8), state)
+    state.save(tmp_path / "state.pt")
+
+    def described(state):
+        return [{name: (x.device.type, x.shape, x.dtype) for name, x in layer.items()} for layer in state.layers]
+
+    here, there = (
+        [{n: (device, *x[1:]) for n, x in y.items()} for y in described(state)] for device in ("cpu", "meta")
+    )
+    for moved in (state.to("meta"), State.load(tmp_path / "state.pt", "meta"), state.to("meta").reorder([1, 0])):
+        assert described(moved) == there and moved.nbytes == state.nbytes
+    assert described(state) == here
+
+
 def test_size_of_state():
     """That of retention does not grow with the text; that of softmax attention does."""
     for attention, grows in (("retnet", False), ("gated", False), ("power", False), ("softmax", True)):

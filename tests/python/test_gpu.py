@@ -97,6 +97,8 @@ def test_new_arrays_need_a_library():
         holdfast.retention(x, x, x)
     with pytest.raises(NotImplementedError, match="q is on a GPU and of type Exporter"):
         holdfast.retention_step(x, x, x, None, x)
+    with pytest.raises(NotImplementedError, match="q is on a GPU and of type Exporter"):
+        holdfast.retention_backward(x, x, x, x)
     with pytest.raises(NotImplementedError, match="x is on a GPU and of type Exporter"):
         holdfast.rotate(x, x)
     with pytest.raises(NotImplementedError, match="x is on a GPU and of type Exporter"):
@@ -170,6 +172,16 @@ assert holdfast.rotate_backward(out, theta, dx=out) is out
 record = stub.stub_record().decode().splitlines()
 assert len([line for line in record if line.startswith("cuLaunchKernel")]) == 7, record
 assert not [line for line in record if "Memcpy" in line or "Synchronize" in line or "Alloc" in line], record
+decays = Library(np.zeros(2, np.float32))
+gradients = holdfast.retention_backward(q, q, q, q, decays)
+assert [type(x) for x in gradients[:4]] == [Library] * 4 and gradients[4:] == (None, None)
+assert [x.shape for x in gradients[:4]] == [(1, 40, 2, 8)] * 3 + [(2,)] and gradients.q.array[0, 0, 0, 0] == 7
+wanted = ("k", "initial_state", "initial_sum_of_keys")
+given = holdfast.Gradients(on_gpu(1, 40, 2, 8), None, None, None, None, None)
+gradients = holdfast.retention_backward(
+    q, q, q, q, out=q, degree=2, wanted=wanted, gradients=given, state_layout="vk")
+assert gradients.q is given.q and gradients.v is None and gradients.k.shape == (1, 40, 2, 8)
+assert gradients.initial_state.shape == (1, 2, 8, 36) and gradients.initial_sum_of_keys.shape == (1, 2, 36)
 gradients = holdfast.head_norm_gate_backward(q, q, q, Library(np.ones((2, 8), np.float32)))
 assert [type(x) for x in gradients] == [Library] * 3
 assert [x.shape for x in gradients] == [(1, 40, 2, 8), (1, 40, 2, 8), (2, 8)], [x.shape for x in gradients]

@@ -409,6 +409,74 @@ def test_head_norm_gate(norm, gated, weight, dtype):
 # ---- Derivatives as PyTorch takes them ------------------------------------------------------------------------------
 
 
+def gradcheck(call, p):
+    """torch.autograd.gradcheck of call(**p) by every tensor of floating point. Differences of fp32 results at points
+    2 eps apart, divided by that, are off by 1e-7 / eps, and by eps^2 where a function is curved: 3e-5 both. The
+    tolerance leaves room for a few terms, and sees a hundredth of a gradient (the test below)."""
+    names = [name for name, x in p.items() if x.is_floating_point()]
+    others = {name: x for name, x in p.items() if name not in names}
+    leaves = [p[name].clone().requires_grad_() for name in names]
+
+    def of_leaves(*leaves):
+        return call(**dict(zip(names, leaves, strict=True)), **others)
+
+    return torch.autograd.gradcheck(of_leaves, leaves, eps=5e-3, atol=1e-3, rtol=1e-3)
+
+
+def tiny(**changes):
+    """A problem for hundreds of calls. Decays stay below 0, and sums of weights above it, when eps is added."""
+    p, options = problem(**{"B": 1, "T": 3, "K": 2, "V": 2, "state": True, **changes})
+    p = {name: x for name, x in p.items() if x is not None}
+    if "log_decay" in p:
+        p["log_decay"] = 10 * p["log_decay"] - 0.1
+    if changes.get("normalize"):
+        p |= {name: p[name].abs() + 0.5 for name in ("q", "k", "initial_sum_of_keys")}
+    return p, options
+
+
+in_fp32 = pytest.mark.filterwarnings("ignore:Input #.* requires gradient and is not a double precision")
+
+
+@in_fp32
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decay": None, "H": 4}, {"decay": "head"}, {"form": "parallel"}, {"form": "recurrent", "scale": -0.7},
+        {"normalize": True}, {"degree": 2}, {"degree": 2, "normalize": False, "chunk_size": 2}, {"degree": 3, "T": 2},
+        {"sequences": [0, 2, 2, 3], "chunk_size": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gradcheck(changes):
+    p, options = tiny(**changes)
+    assert gradcheck(lambda **p: ht.retention(**p, **options, return_state=True), p)
+
+
+@in_fp32
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_gradcheck_of_what_stands_around(norm):
+    p = {"x": normal(1, 2, 2, 4), "gate": normal(1, 2, 2, 4, seed=1), "weight": normal(2, 4)}
+    assert gradcheck(lambda **p: ht.head_norm_gate(**p, norm=norm, eps=0.1), p)
+    assert gradcheck(lambda x: ht.rotate(x, ht.theta(4), 5, norm == "rms"), {"x": p["x"]})
+
+
+@in_fp32
+@pytest.mark.parametrize("name", INPUTS)
+def test_gradcheck_sees_a_wrong_gradient(name, monkeypatch):
+    """One that is a hundredth too large."""
+    backward = holdfast.retention_backward
+
+    def wrong(*arguments, **options):
+        gradients = backward(*arguments, **options)
+        return gradients._replace(**{name: 1.01 * getattr(gradients, name)})
+
+    monkeypatch.setattr(holdfast, "retention_backward", wrong)
+    p, options = tiny(degree=2)
+    message = rf"Jacobian mismatch for output \d with respect to input {list(p).index(name)},"
+    with pytest.raises(RuntimeError, match=message):
+        gradcheck(lambda **p: ht.retention(**p, **options, return_state=True), p)
+
+
 @pytest.mark.parametrize("degree", [1, 2])
 def test_func(degree):
     p, options = problem(T=9, degree=degree)
@@ -711,18 +779,49 @@ def test_training_reaches_the_formulas_losses(layer):
     assert losses[9] < losses[0]
 
 
+def all_of_them(p, options, move):
+    """(values, gradients) of every operator, of tensors that `move` has moved."""
+    values, gradients = [], []
+
+    def differentiate(call, p, names):
+        p = leaves(p, names)
+        results = call(**p)
+        results = results if isinstance(results, tuple) else (results,)
+        values.extend(results)
+        seeds = [move(normal(*x.shape, seed=10 + n)) for n, x in enumerate(results)]
+        gradients.extend(torch.autograd.grad(results, [p[name] for name in names], seeds))
+
+    p = {name: move(x) for name, x in p.items()}
+    theta, weight = move(ht.theta(8)), move(normal(8))
+    differentiate(lambda **p: ht.retention(**p, **options, return_state=True), p, [x for x in INPUTS if x in p])
+    differentiate(lambda x: ht.rotate(x, theta, 5), {"x": p["q"]}, ["x"])
+    differentiate(ht.head_norm_gate, {"x": p["q"], "gate": p["k"], "weight": weight}, ["x", "gate", "weight"])
+    states = [move(p[name]) for name in INPUTS[4:] if name in p]
+    token = [p[name][:, 0] for name in INPUTS[:4]]
+    values += [ht.retention_step(*token, *states, degree=options["degree"]), *states]
+    return values, gradients
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("degree", [1, 2])
 def test_cuda(degree):
+    """In the current stream, forward and back: inputs get there late in it, so that another one would find NaN."""
     p, options = problem(degree=degree, state=True)
-    on_gpu = {name: x.cuda() for name, x in p.items()}
+
+    def on_gpu(x):
+        there = torch.full_like(x, math.nan, device="cuda")
+        torch.cuda._sleep(2_000_000)  # cycles
+        return there.copy_(x if x.is_cuda else x.pin_memory(), non_blocking=True)
+
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        results = ht.retention(**on_gpu, **options, return_state=True)
+        actual = all_of_them(p, options, on_gpu)
     stream.synchronize()
-    for actual, expected in zip(results, ht.retention(**p, **options, return_state=True), strict=True):
-        assert actual.is_cuda
-        assert_close(actual.cpu(), expected, OUT[torch.float32])
+    expected = all_of_them(p, options, torch.clone)
+    for mine, exact, tolerance in zip(actual, expected, (OUT, GRADIENT), strict=True):
+        for x, wanted in zip(mine, exact, strict=True):
+            assert x.is_cuda
+            assert_close(x.cpu(), wanted, tolerance[torch.float32])
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------

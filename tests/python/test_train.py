@@ -7,11 +7,13 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import tomllib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,9 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
 from holdfast import cli, plot, train  # noqa: E402
+from holdfast.lm import RetentionLM  # noqa: E402
 from holdfast.text import Text, gzip_bits, order_bits, standard_library  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SMALL = "--preset tiny --context 32 --batch 4 --log-every 1 --validation-bytes 500 --threads 1 --quiet".split()
@@ -149,6 +153,19 @@ def train_arguments(*arguments: str):
     return parser.parse_args(arguments)
 
 
+def test_weight_decay_is_of_matrices():
+    """Those that products are with, and the head's, all of them; nothing else."""
+    model = RetentionLM("tiny", attention=("retnet", "gated", "power", "softmax"), layers=4, ffn="swiglu")
+    decayed, others = train.make_optimizer(model, train_arguments("--weight-decay", "0.3")).param_groups
+    assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    matrices = {f"{name}.weight" for name in linear if not name.endswith("decay_proj")}
+    assert {names[id(x)] for x in decayed["params"]} == matrices
+    assert {names[id(x)] for x in others["params"]} == set(names.values()) - matrices
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
 @pytest.mark.parametrize("attention", ["retnet", "gated", "power", "softmax", "power,softmax"])
 def test_learns(data, tmp_path, attention):
     options = ["--attention", attention, "--steps", "24", "--validate-every", "12", "--min-learning-rate", "0.1"]
@@ -172,9 +189,11 @@ def test_learns(data, tmp_path, attention):
     assert validations[-1]["validation_loss"] == pytest.approx(nats / count, rel=1e-5)
 
 
-def test_resume(data, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resume(data, tmp_path, capsys, dtype):
     """A run that stops and goes on has the weights and the log of one that does not, to the bit; dropout too."""
     options = [*SMALL, "--steps", "9", "--dropout", "0.2", "--accumulate", "2", "--data", data, "--validate-every", "4"]
+    options += ["--dtype", dtype]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert holdfast("train", *options, "--output", whole) == 0
     assert holdfast("train", *options, "--output", parts, "--stop-at", "5", "--save-every", "3") == 0
@@ -201,6 +220,51 @@ def test_resume(data, tmp_path, capsys):
     ):
         assert holdfast("train", "--resume", parts, *changes) == 1
         assert message in capsys.readouterr().err
+
+
+def test_accumulate(data, tmp_path):
+    """A batch in parts has the losses and gradients of the batch at once, to rounding."""
+    paths = []
+    for parts in ("1", "2", "4"):
+        output = tmp_path / parts
+        options = ["--steps", "5", "--accumulate", parts, "--data", data, "--output", output]
+        assert holdfast("train", *SMALL, *options) == 0
+        paths.append([(entry["loss"], entry["gradient_norm"]) for entry in entries(output, "loss")])
+    for path in paths[1:]:
+        assert len(path) == 5 and np.array(path) == pytest.approx(np.array(paths[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0, 0.3])
+def test_clip(data, tmp_path, clip):
+    """The norm of what the optimizer gets is at most --clip, and the log has the norm that was there before."""
+    norms = []
+
+    def measure(optimizer, *_):
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    hook = register_optimizer_step_pre_hook(measure)
+    status = holdfast("train", *SMALL, "--steps", "6", "--clip", clip, "--data", data, "--output", tmp_path)
+    hook.remove()
+    assert status == 0
+    before = [entry["gradient_norm"] for entry in entries(tmp_path, "loss")]
+    assert max(before) > 0.3 and norms == pytest.approx([min(norm, clip or norm) for norm in before], rel=1e-4)
+
+
+def test_seed_and_degree(data, tmp_path):
+    """They make the run, and they are in its checkpoint."""
+    seven = ["--attention", "power", "--seed", "7"]
+    runs = {"one": seven, "same": seven, "other": [*seven[:-1], "8"], "cubes": [*seven, "--degree", "3"]}
+    for name, options in runs.items():
+        options = [*options, "--steps", "2", "--data", data, "--output", tmp_path / name]
+        assert holdfast("train", *SMALL, *options) == 0
+    assert same_weights(tmp_path / "one", tmp_path / "same")
+    first, other, cubes = ([x["loss"] for x in entries(tmp_path / name, "loss")] for name in ("one", "other", "cubes"))
+    assert first[0] != other[0] and first[0] != cubes[0]
+    for name, seed, degree in (("one", 7, 2), ("other", 8, 2), ("cubes", 7, 3)):
+        checkpoint = train.read_checkpoint(tmp_path / name)
+        assert (checkpoint["options"]["seed"], checkpoint["config"]["degree"]) == (seed, degree)
+    assert train.load_model(tmp_path / "cubes").blocks[0].mixer.degree == 3
 
 
 def test_minutes(data, tmp_path):
@@ -236,12 +300,21 @@ def test_compile(data, tmp_path, monkeypatch):
     assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_two_processes(data, tmp_path):
-    """Under torchrun, each with half of every batch: the losses of one process, to rounding."""
+@pytest.mark.parametrize("agents", [1, 2])
+def test_two_processes(data, tmp_path, agents):
+    """Under torchrun, each with half of every batch: the losses of one process, to rounding. Two agents meet at an
+    address, as those of two machines do."""
     options = [*SMALL, "--steps", "6", "--accumulate", "2", "--validate-every", "3", "--data", data]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    done = run(*torchrun, "holdfast", "train", *options, "--output", tmp_path / "two", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2 // agents, "--nnodes", agents]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address, port = free.getsockname()
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}", "--local-addr", address]
+    torchrun += ["--standalone"] if agents == 1 else meeting
+    command = [*torchrun, "-m", "holdfast", "train", *options, "--output", tmp_path / "two"]
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(run, *command, OMP_NUM_THREADS="1") for _ in range(agents)]
+    for call in calls:
+        assert call.result().returncode == 0, call.result().stderr
     assert holdfast("train", *options, "--output", tmp_path / "one") == 0
     for key in ("loss", "validation_loss", "gradient_norm"):
         one, two = ([entry[key] for entry in entries(tmp_path / name, key)] for name in ("one", "two"))

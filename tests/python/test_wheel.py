@@ -1,8 +1,9 @@
-"""The wheel, built from this source tree, is enough by itself: no Halide, nothing of the build."""
+"""The wheel, built from this source tree, is enough by itself: no Halide, no CMake, nothing of the build."""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -17,12 +18,13 @@ SOURCE = Path(__file__).resolve().parents[2]
 BUILD = Path(holdfast.__file__).parents[2]  # of the package under test: <build>/python/holdfast
 
 SCRIPT = """
-import importlib.util, sys
+import importlib.util, shutil, sys
 from pathlib import Path
 import numpy as np
 import holdfast
 
-assert not importlib.util.find_spec("halide")
+for name in ("halide", "cmake", "ninja", "pybind11", "scikit_build_core"):
+    assert not importlib.util.find_spec(name) and not shutil.which(name), name
 package = Path(holdfast.__file__).parent
 assert package.is_relative_to(sys.prefix)
 
@@ -34,17 +36,17 @@ expected = sum(gamma[:, None, None] ** (T - 1 - t) * k[0, t, :, :, None] * v[0, 
 assert np.allclose(state[0], expected, rtol=0, atol=1e-5 * abs(expected).max())
 assert np.allclose(out[0, -1], np.einsum("hd,hde->he", q[0, -1], expected) / K**0.5, atol=1e-4)
 
-loaded = {line.split()[-1] for line in open("/proc/self/maps") if "holdfast" in line or "alide" in line}
-assert loaded and all(Path(name).parent == package for name in loaded), loaded
+loaded = {Path(line.split()[-1]) for line in open("/proc/self/maps") if ".so" in line}
+loaded = {path for path in loaded if "holdfast" in path.name or "alide" in path.name}
+assert loaded and all(path.parent == package for path in loaded), loaded
 print(holdfast.__version__)
 """
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HOLDFAST_TARGET")}
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HOLDFAST_TARGET")}
+    env = {**inherited, **environment}
+    done = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -62,15 +64,29 @@ def test_wheel(tmp_path):
     run(*pip, "wheel", SOURCE, "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, *options, cwd=tmp_path)
     [wheel] = tmp_path.glob("holdfast-*.whl")
 
+    # Of this interpreter and machine, in its name and within.
+    name, version, *tag = wheel.stem.split("-")
+    assert tag[:2] == [f"cp{sys.version_info.major}{sys.version_info.minor}"] * 2
+    assert tag[2].startswith("macosx" if sys.platform == "darwin" else ("linux", "manylinux"))
+    assert tag[2].endswith(platform.machine())
+    metadata = zipfile.ZipFile(wheel).read(f"{name}-{version}.dist-info/WHEEL").decode().splitlines()
+    assert {"Root-Is-Purelib: false", f"Tag: {'-'.join(tag)}"} <= set(metadata)
+
     names = zipfile.ZipFile(wheel).namelist()
     libraries = [name for name in names if ".so" in name]
     assert len([name for name in libraries if name.startswith("holdfast/_holdfast.")]) == 1
     assert len([name for name in libraries if name.startswith("holdfast/libholdfast.so.")]) == 1
     assert len(libraries) == 2
     assert not [name for name in names if "halide" in name.lower()]
-    package = [f"holdfast/{path.name}" for path in (SOURCE / "bindings/python/holdfast").iterdir() if path.is_file()]
-    assert {"holdfast/__init__.py", "holdfast/py.typed", "holdfast/_holdfast.pyi"} <= set(package) <= set(names)
-    assert {name.split("/")[0] for name in names} == {"holdfast", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+    source = SOURCE / "bindings/python"
+    package = {
+        path.relative_to(source).as_posix()
+        for path in (source / "holdfast").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    expected = {"holdfast/__init__.py", "holdfast/py.typed", "holdfast/_holdfast.pyi", "holdfast/compat/fla.py"}
+    assert expected <= package == {name for name in names if name.startswith("holdfast/")} - set(libraries)
+    assert {name.split("/")[0] for name in names} == {"holdfast", f"{name}-{version}.dist-info"}
 
     venv.create(tmp_path / "clean", with_pip=False)
     python = tmp_path / "clean" / "bin" / "python"
@@ -79,5 +95,6 @@ def test_wheel(tmp_path):
     clean_packages = Path(sysconfig.get_path("platlib", vars={"platbase": str(tmp_path / "clean")}))
     for part in Path(np.__file__).parents[1].glob("numpy*"):
         (clean_packages / part.name).symlink_to(part)
-    assert run(python, "-c", SCRIPT, cwd=tmp_path).strip() == wheel.name.split("-")[1]
-    assert run(python.parent / "holdfast", "info", cwd=tmp_path).startswith("Holdfast ")
+    alone = {"cwd": tmp_path, "PATH": str(python.parent)}
+    assert run(python, "-c", SCRIPT, **alone).strip() == version
+    assert run(python.parent / "holdfast", "info", **alone).startswith("Holdfast ")

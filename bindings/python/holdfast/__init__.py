@@ -211,10 +211,27 @@ def power_retention(
         out_t = sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts
         w_ts = (q_t.k_s)^p exp(log_decay_{s+1} + .. + log_decay_t)
 
-    The sum of weights stands where softmax has its own, and beside a state a sum of keys, so with `return_state` the
-    result is (out, state, sum_of_keys). A normalized out does not depend on `scale`. An odd degree keeps the sign of
-    q.k, and the sum of weights may vanish: out is then infinite or not a number. Arguments, results and errors are
-    those of `retention`.
+    The sum of weights stands where softmax has its own, and beside a state a sum of keys. A normalized out does not
+    depend on `scale`. An odd degree keeps the sign of q.k, and the sum of weights may vanish: out is then infinite or
+    not a number.
+
+    Args:
+        q: queries [B, T, H, K].
+        k: keys [B, T, Hk, K], H a multiple of Hk.
+        v: values [B, T, Hk, V].
+        log_decay: [Hk] or [B, T, Hk], each <= 0. None: no decay.
+        initial_state: [N, Hk, D, V], D of `state_size`: (K + p - 1)! / (p! (K - 1)!) of the tight expansion.
+        initial_sum_of_keys: [N, Hk, D].
+        cu_seqlens: [N + 1]; without, N = B.
+
+    The others, and more of these, as for `retention`.
+
+    Returns:
+        out [B, T, H, V]; with return_state (out, state, sum_of_keys), of the shapes of the initial ones; with
+        return_weights the weights [B, H, T, T] last, w_ts divided by their sum. Where out is not normalized there is no
+        sum of keys, and the weights are scale^p w_ts.
+
+    Raises: as `retention`.
     """
     return retention(
         q, k, v, log_decay, scale=scale, degree=degree, normalize=normalize, form=form, chunk_size=chunk_size,
@@ -304,6 +321,8 @@ def retention_backward(
     """
     given = (q, k, v, log_decay, initial_state, initial_sum_of_keys)
     into = tuple(gradients) if gradients is not None else (None,) * len(given)
+    if len(into) != len(given):
+        raise ValueError(f"gradients has {len(into)} arrays; expected {len(given)}, those of Gradients")
     if wanted is None:
         bits = sum(1 << n for n, x in enumerate(given) if x is not None)
     else:
@@ -316,10 +335,13 @@ def retention_backward(
     options = None
     if (degree, normalize, form, False, state_layout, expansion) != _DEFAULTS:
         options = _options(q, degree, normalize, form, False, state_layout, expansion)
-    stream = _cuda_stream(q) if _gpu(q) in _CUDA else 1
+    stream = 1
+    if (device := _gpu(q)) is not None:
+        into = _gradients_on_gpu(q, k, v, log_decay, into, bits, options, cu_seqlens)
+        stream = _cuda_stream(q) if device in _CUDA else 0
     results = _holdfast.backward(
         dout, q, k, v, log_decay, out, scale, chunk_size, initial_state, initial_sum_of_keys, dfinal_state,
-        dfinal_sum_of_keys, cu_seqlens, bits, None if gradients is None else into, options, stream,
+        dfinal_sum_of_keys, cu_seqlens, bits, into if any(x is not None for x in into) else None, options, stream,
     )  # fmt: skip
     return Gradients(*(x if x is None or x is there else _like(q, x) for x, there in zip(results, into, strict=True)))
 
@@ -410,14 +432,19 @@ def convert_state(
     out: Array | None = None,
 ) -> Any:
     """A state [N, Hk, D, V] or sum of keys [N, Hk, D] of degree 2 in the other order of features, the tight one or the
-    tiled one of the published power-retention package: q's product with it stays the same to rounding. What it is in
-    now follows from D.
+    tiled one of the published power-retention package. What it is in now follows from D.
+
+        phi(q) state = phi'(q) out                          to rounding, phi' the expansion of that order
 
     Args:
         state: float32, on the CPU.
         key_size: K, a multiple of 16.
         expansion: the order that is wanted.
         out: written in place and returned itself; shares no memory with state.
+
+    Returns:
+        out [N, Hk, D', V] or [N, Hk, D'], D' = state_size(key_size, 2, expansion): a new array of state's kind, unless
+        `out` is given.
 
     Raises: ValueError for a D that is none of key_size, and see the module."""
     shape = tuple(getattr(state, "shape", ()))
@@ -846,27 +873,54 @@ def _on_gpu(
     """(out, state, sum of keys, weights), made where q is by q's own library if they are wanted and not given."""
     if (library := _library("q", q, out is None or return_state)) is None:
         return out, None, None, None
-    before = ", ".join(axes)
-    for name, x, last in (("q", q, "H, K"), ("k", k, "Hk, K"), ("v", v, "Hk, V")):
-        rank = len(getattr(x, "shape", ()))
-        if rank != len(axes) + 2:
-            raise ValueError(f"{name} has {rank} dimensions; expected {len(axes) + 2}, [{before}, {last}]")
+    _check_ranks(q, k, v, axes)
     *rows, h, key_size = q.shape
-    key_heads, value_size = k.shape[-2], v.shape[-1]
-    _, _, _, value_major, _, expanded, sums, weights = options or (1, 0, 0, 0, 0, 0, False, False)
-    sequences = rows[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    size = expanded or key_size
-    state = (sequences, key_heads, value_size, size) if value_major else (sequences, key_heads, size, value_size)
+    state, sum_of_keys = _shapes_of_states(q, k, v, options, cu_seqlens)
+    *_, sums, weights = options or (False, False)
 
     def new(shape: tuple[int, ...], dtype: Any, wanted: bool) -> Any:
         return library.empty(shape, dtype=dtype, device=q.device) if wanted else None
 
     return (
-        new((*rows, h, value_size), q.dtype, True) if out is None else out,
+        new((*rows, h, v.shape[-1]), q.dtype, True) if out is None else out,
         new(state, library.float32, return_state),
-        new((sequences, key_heads, size), library.float32, return_state and sums),
+        new(sum_of_keys, library.float32, return_state and sums),
         new((rows[0], h, rows[-1], rows[-1]), q.dtype, weights),
     )
+
+
+def _gradients_on_gpu(
+    q: Any, k: Any, v: Any, log_decay: Any, into: tuple, bits: int, options: tuple | None, cu_seqlens: Any
+) -> tuple:
+    """`into`, with what is wanted and not given made where q is by q's own library."""
+    missing = [bits >> n & 1 and x is None for n, x in enumerate(into)]
+    if (library := _library("q", q, any(missing))) is None:
+        return into
+    _check_ranks(q, k, v, "BT")
+    decays = getattr(log_decay, "shape", (*q.shape[:2], k.shape[-2]))
+    shapes = (q.shape, k.shape, v.shape, decays, *_shapes_of_states(q, k, v, options, cu_seqlens))
+    return tuple(
+        library.empty(tuple(shape), dtype=q.dtype if n < 3 else library.float32, device=q.device) if miss else x
+        for n, (x, shape, miss) in enumerate(zip(into, shapes, missing, strict=True))
+    )
+
+
+def _check_ranks(q: Any, k: Any, v: Any, axes: str) -> None:
+    before = ", ".join(axes)
+    for name, x, last in (("q", q, "H, K"), ("k", k, "Hk, K"), ("v", v, "Hk, V")):
+        rank = len(getattr(x, "shape", ()))
+        if rank != len(axes) + 2:
+            raise ValueError(f"{name} has {rank} dimensions; expected {len(axes) + 2}, [{before}, {last}]")
+
+
+def _shapes_of_states(q: Any, k: Any, v: Any, options: tuple | None, cu_seqlens: Any) -> tuple[tuple, tuple]:
+    """Those of a state and of a sum of keys."""
+    key_heads, value_size = k.shape[-2], v.shape[-1]
+    _, _, _, value_major, _, expanded, _, _ = options or (1, 0, 0, 0, 0, 0, False, False)
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    size = expanded or q.shape[-1]
+    state = (sequences, key_heads, value_size, size) if value_major else (sequences, key_heads, size, value_size)
+    return state, (sequences, key_heads, size)
 
 
 def _like(q: Any, result: np.ndarray) -> Any:

@@ -138,7 +138,17 @@ def power_retention(
     state_layout: Literal["kv", "vk"] = "kv",
     expansion: Literal["tight", "tiled"] = "tight",
 ) -> Any:
-    """`retention` with the defaults of power retention: weights are powers of q.k, divided by their sum."""
+    """`retention` with the defaults of power retention, as `holdfast.power_retention` says it: q [B, T, H, K],
+    k [B, T, Hk, K], v [B, T, Hk, V], log_decay [Hk] or [B, T, Hk], initial_state [N, Hk, D, V], initial_sum_of_keys
+    [N, Hk, D], cu_seqlens [N + 1]. Weights are powers of q.k, divided by their sum:
+
+        out_t = sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts
+        w_ts = (q_t.k_s)^p exp(log_decay_{s+1} + .. + log_decay_t)
+
+    Returns:
+        out [B, T, H, V]; or (out, state, sum_of_keys), with the weights [B, H, T, T] last when asked for. All but the
+        weights are differentiable, as those of `retention`.
+    """
     return retention(
         q, k, v, log_decay, scale=scale, degree=degree, normalize=normalize, form=form, chunk_size=chunk_size,
         initial_state=initial_state, initial_sum_of_keys=initial_sum_of_keys, cu_seqlens=cu_seqlens,
@@ -270,8 +280,15 @@ def state_size(key_size: int, degree: int = 1, expansion: Literal["tight", "tile
 
 
 def convert_state(state: Tensor, key_size: int, expansion: Literal["tight", "tiled"]) -> Tensor:
-    """`holdfast.convert_state`, of tensors on the CPU: a state or sum of keys of degree 2 in the other order of
-    features. For exchange with other programs: it is no operator, and not differentiable."""
+    """`holdfast.convert_state`, of tensors on the CPU: a state [N, Hk, D, V] or sum of keys [N, Hk, D] of degree 2 in
+    the other order of features.
+
+        phi(q) state = phi'(q) out                          to rounding, phi' the expansion of that order
+
+    For exchange with other programs: it is no operator, and not differentiable.
+
+    Returns: out [N, Hk, D', V] or [N, Hk, D'], D' = state_size(key_size, 2, expansion), a new tensor.
+    """
     _check_tensors(state=state)
     return holdfast.convert_state(state, key_size, expansion)
 

@@ -305,7 +305,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  is rounded once, at the end: to the nearest, ties to even, beyond the largest number to infinity. Variants with
  *  round_operands (tensor cores) also round, for products, the weights of tokens within a chunk and states to that type, and
  *  keys to the sum of two numbers of it: out is then within twice the rounding of its own type, as long as fp16's range from
- *  2^-24 to 65504 holds what is rounded; sums and returned states stay fp32. A sequence cut anywhere and continued from final_state
+ *  2^-24 to 65504 holds what is rounded, and but for numbers below 2^-126, which on x86 count as 0 there; sums and returned states
+ *  stay fp32. A sequence cut anywhere and continued from final_state
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
@@ -489,9 +490,9 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  wanted, and for HOLDFAST_FORM_AUTO where holdfast_forward would take that form; else chunk by chunk from the last to the first, also
  *  for HOLDFAST_FORM_RECURRENT.
  *
- *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is on a CPU. States are computed again,
- *  first of all, and kept in workspace until the walk back is done: for degree 1 without normalization one for some chunks (at K =
- *  V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. For a degree above 1 or
+ *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is on a CPU. States are
+ *  computed again, first of all, and kept in workspace until the walk back is done: for degree 1 without normalization one for some
+ *  chunks (at K = V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. For a degree above 1 or
  *  normalization as many of the states between chunks as with those of all threads fit into a quarter of the call's tensors, but at
  *  least about 2 sqrt(T / chunk) a thread; the others are computed a second time, which takes up to a sixth longer. The parallel form
  *  keeps rows in fp32, about 10 T (K + V) floats a thread. Threads beyond one for each sequence and head of keys have nothing to do.
@@ -510,7 +511,8 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  gradient summed by blocks of 256 tokens, in fp32. What holdfast_forward says of log_decay, of tensors there and of streams goes for
  *  this call too.
  *
- *  HOLDFAST_UNSUPPORTED so far: normalized out of no heads of queries, H = 0, where there are some of keys.
+ *  HOLDFAST_UNSUPPORTED so far: normalized out of no heads of queries, H = 0, where there are some of keys; on a GPU the parallel form
+ *  where the T x T floats of a group of heads are more than 2^31 bytes, and dlog_decay per head where those of all tokens are.
  *
  *  @returns as holdfast_forward, HOLDFAST_UNSUPPORTED also for a stride between heads that share keys, of q, out, dout or dq, beyond
  *  2^31 elements for all of them. holdfast_last_error(context) has the text. Thread-safety: that of the context. */
