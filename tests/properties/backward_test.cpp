@@ -148,6 +148,15 @@ INSTANTIATE_TEST_SUITE_P(, BackwardReferences,
                          testing::Values(Case{1, false, 3, 2}, Case{1, true, 3, 2}, Case{2, false, 3, 2}, Case{2, true, 3, 2},
                                          Case{3, true, 2, 3}, Case{3, false, 2, 3}, Case{4, true, 2, 2}, Case{4, false, 2, 3}));
 
+/// What `some` wants are the bits of `all`, and nothing else is written.
+void expect_only_wanted(Backward &some, Backward &all) {
+    const std::string order = "qkvgsz";
+    for (size_t n = 0; n < order.size(); n++) {
+        const Array &got = *some.gradients()[n];
+        EXPECT_TRUE(same_bits(got, some.wants(order[n]) ? *all.gradients()[n] : Array(got).forget())) << order[n];
+    }
+}
+
 // ---- Degree 1 ----------------------------------------------------------------------------------------------------------
 
 class BackwardTest : public testing::TestWithParam<Instance> {
@@ -309,10 +318,7 @@ TEST_P(BackwardTest, WhatIsNotWantedCostsTheOthersNothing) {
         some.wanted = wanted;
         run(some);
         const std::string order = "qkvgs";
-        for (size_t n = 0; n < order.size(); n++) {
-            const Array &got = *some.gradients()[n];
-            EXPECT_TRUE(same_bits(got, some.wants(order[n]) ? *all.gradients()[n] : Array(got).forget())) << order[n];
-        }
+        expect_only_wanted(some, all);
     }
 }
 
@@ -473,10 +479,7 @@ TEST_P(BackwardOnGpu, WhatIsNotGivenOrNotWanted) {
         some.wanted = wanted;
         run(some);
         const std::string order = "qkvgs";
-        for (size_t n = 0; n < order.size(); n++) {
-            const Array &got = *some.gradients()[n];
-            EXPECT_TRUE(same_bits(got, some.wants(order[n]) ? *all.gradients()[n] : Array(got).forget())) << order[n];
-        }
+        expect_only_wanted(some, all);
     }
 }
 
@@ -490,6 +493,27 @@ INSTANTIATE_TEST_SUITE_P(, BackwardOnGpu, testing::ValuesIn([] {
                          [](const auto &info) { return name(info.param); });
 
 // ---- Any degree, normalized or not -------------------------------------------------------------------------------------
+
+/// Of degree 2, K 32, whose states there are in every layout and order.
+Backward with_states(int64_t T, int64_t H, int64_t V, bool normalize, holdfast_expansion expansion, bool value_major) {
+    return {1,
+            T,
+            H,
+            1,
+            32,
+            V,
+            2,
+            normalize,
+            Gates::weak,
+            f32,
+            Layout::padded,
+            true,
+            true,
+            {},
+            HOLDFAST_FORM_CHUNKWISE,
+            expansion,
+            value_major};
+}
 
 class PowerBackward : public testing::TestWithParam<std::tuple<std::string, Case>> {
 protected:
@@ -569,11 +593,7 @@ TEST_P(PowerBackward, WhatIsNotWantedCostsTheOthersNothing) {
             for (char what : wanted)
                 if (all.wants(what)) some.wanted += what;
             ASSERT_EQ(some.run(context), HOLDFAST_OK) << context.error();
-            const std::string order = "qkvgsz";
-            for (size_t n = 0; n < order.size(); n++) {
-                const Array &got = *some.gradients()[n];
-                EXPECT_TRUE(same_bits(got, some.wants(order[n]) ? *all.gradients()[n] : Array(got).forget())) << order[n];
-            }
+            expect_only_wanted(some, all);
         }
     }
 }
@@ -666,24 +686,7 @@ TEST_P(PowerBackwardOnGpu, WhatIsTooLargeIsKnownBeforeAnythingIsWritten) {
 
 TEST_P(PowerBackwardOnGpu, StatesInEveryOrderAndKeptInPart) {
     // Of five chunks the states of the first and the fourth are kept.
-    Backward p{1,
-               9,
-               1,
-               1,
-               32,
-               3,
-               2,
-               true,
-               Gates::weak,
-               f32,
-               Layout::padded,
-               true,
-               true,
-               {},
-               HOLDFAST_FORM_CHUNKWISE,
-               HOLDFAST_EXPANSION_TILED,
-               true};
-    expect_right(p, 2);
+    expect_right(with_states(9, 1, 3, true, HOLDFAST_EXPANSION_TILED, true), 2);
 }
 
 TEST_P(PowerBackwardOnGpu, WhatIsNotWantedCostsTheOthersNothing) {
@@ -693,16 +696,12 @@ TEST_P(PowerBackwardOnGpu, WhatIsNotWantedCostsTheOthersNothing) {
         EXPECT_EQ(p.run(context), HOLDFAST_OK) << context.error();
         return p;
     };
-    const std::string order = "qkvgs";
-    Backward all = run(order);
+    Backward all = run("qkvgs");
     all.expect_reference(chunk);
     for (const char *wanted : {"q", "kv", "g", "s"}) {
         SCOPED_TRACE(wanted);
         Backward some = run(wanted);
-        for (size_t n = 0; n < order.size(); n++) {
-            const Array &got = *some.gradients()[n];
-            EXPECT_TRUE(same_bits(got, some.wants(order[n]) ? *all.gradients()[n] : Array(got).forget())) << order[n];
-        }
+        expect_only_wanted(some, all);
     }
     // A chunk of the longest, by default.
     Backward longest{1, 65, 1, 1, 5, 7, 2, true};
@@ -804,23 +803,7 @@ TEST(PowerBackwardStates, EveryLayoutAndOrder) {
             for (bool normalize : {false, true}) {
                 SCOPED_TRACE(testing::Message()
                              << "value_major " << value_major << ", expansion " << expansion << ", normalize " << normalize);
-                Backward p{1,
-                           20,
-                           2,
-                           1,
-                           32,
-                           5,
-                           2,
-                           normalize,
-                           Gates::weak,
-                           f32,
-                           Layout::padded,
-                           true,
-                           true,
-                           {},
-                           HOLDFAST_FORM_CHUNKWISE,
-                           expansion,
-                           value_major};
+                Backward p = with_states(20, 2, 5, normalize, expansion, value_major);
                 ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
                 p.expect_reference(64);
             }

@@ -93,8 +93,6 @@ TEST(Forms, AgreeOver4096Tokens) {
     EXPECT_LE(relative_rms(tokens.out.values(), whole.out.values()), tolerance::relative_rms_between_forms);
 }
 
-// One call of a million tokens of one head: no drift, and workspace as for a thousand.
-
 /// Bytes that a context takes for them.
 size_t workspace_of(const std::function<void(Context &)> &calls) {
     size_t bytes = 0;
@@ -122,6 +120,7 @@ void expect_no_drift(Context &context, int64_t T, int64_t size, Gates gates, hol
     EXPECT_LE(relative_rms(p.final_state.values(), want.state), tolerance::relative_rms) << name(gates);
 }
 
+// One call of a million tokens of one head: no drift, and workspace as for a thousand.
 TEST(LongSequence, AMillionTokens) {
     auto workspace = [](int64_t T) {
         return workspace_of([&](Context &context) {
