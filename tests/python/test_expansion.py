@@ -43,3 +43,7 @@ def test_conversion_refuses() -> None:
         holdfast.convert_state(np.zeros((1, 1, 7, 3), np.float32), 64, "tiled")
     with pytest.raises(ValueError, match="dimensions"):
         holdfast.convert_state(np.zeros((7, 3), np.float32), 64, "tiled")
+    with pytest.raises(TypeError, match="state is of type float; expected an array"):
+        holdfast.convert_state(1.5, 64, "tiled")
+    with pytest.raises(NotImplementedError, match="has dtype bfloat16; expected float32"):
+        holdfast.convert_state(holdfast.BFloat16Array(np.zeros((1, 1, 2080, 3), np.uint16)), 64, "tiled")

@@ -447,16 +447,9 @@ def convert_state(
         `out` is given.
 
     Raises: ValueError for a D that is none of key_size, and see the module."""
-    shape = tuple(getattr(state, "shape", ()))
-    if len(shape) not in (3, 4):
-        raise ValueError(f"state has {len(shape)} dimensions; expected 4, [N, Hk, D, V], or 3, [N, Hk, D]")
-    wanted = state_size(key_size, 2, expansion)
-    present = "tiled" if shape[2] == state_size(key_size, 2, "tiled") else "tight"
-    made = out is None
-    if made:
-        out = np.empty((*shape[:2], wanted, *shape[3:]), np.float32)
-    _holdfast.convert_state(key_size, state, _EXPANSIONS[present], out, _EXPANSIONS[expansion], len(shape))
-    return _like(state, out) if made else out
+    state_size(key_size, 2, expansion)  # where there is none, an error
+    result = _holdfast.convert_state(key_size, state, _EXPANSIONS[expansion], out)
+    return _like(state, result) if out is None else result
 
 
 def rotate(
@@ -772,6 +765,7 @@ def _degree(degree: Any) -> int:
 
 
 def _key_size(q: Any) -> int:
+    """Of an array on a GPU. Of others only the module knows it: not all have a shape."""
     return int(q.shape[-1]) if getattr(q, "shape", ()) else 1
 
 
