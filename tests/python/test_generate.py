@@ -260,7 +260,10 @@ def test_config():
         (lambda: Config(ffn="relu"), "ffn is 'relu'"),
         # Those of layers that it does not have, too.
         (lambda: Config(decay="foo"), "decay is 'foo'; expected one of 'retnet', 'linspace', 'none'"),
-        (lambda: Config(attention="power", head_norm="foo"), "head_norm is 'foo'; expected one of 'rms', 'layer', None"),
+        (
+            lambda: Config(attention="power", head_norm="foo"),
+            "head_norm is 'foo'; expected one of 'rms', 'layer', None",
+        ),
         (lambda: Config(conv_width=-3), "conv_width is -3; expected at least 0"),
         (lambda: Config(degree=1), "degree is 1; expected one of 2, 3, 4"),
         (lambda: Config(ffn_size=0), "ffn_size is 0; expected at least 1, or None"),

@@ -211,6 +211,7 @@ def test_16_bits(dtype, degree):
 
 def test_power_retention_is_retention():
     p, _ = problem(degree=2)
+    torch.testing.assert_close(ht.retention(**p, degree=2.0), ht.retention(**p, degree=2), rtol=0, atol=0)
     torch.testing.assert_close(ht.power_retention(**p), ht.retention(**p, degree=2), rtol=0, atol=0)
     out, state, sum_of_keys = ht.power_retention(**p, degree=3, return_state=True)
     assert state.shape[2] == sum_of_keys.shape[2] == ht.state_size(8, 3) == 120
@@ -974,7 +975,11 @@ def ones(*shape):
         (TypeError, "scale is of type str; expected a number", {"scale": "1"}),
         (ValueError, "scale is 0; expected", {"scale": 0}),
         (ValueError, "chunk_size is 0; expected at least 1, or None", {"chunk_size": 0}),
+        (TypeError, "chunk_size is of type float; expected an int, or None", {"chunk_size": 2.5}),
         (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 5])}),
+        (ValueError, "cu_seqlens [N + 1] has N + 1 = 0; expected at least 2",
+         {"cu_seqlens": torch.zeros(0, dtype=torch.int64)}),
+        (ValueError, "cu_seqlens has 0 dimensions; expected 1, [N + 1]", {"cu_seqlens": torch.tensor(5)}),
     ],
 )  # fmt: skip
 def test_errors(error, text, changes):
@@ -993,7 +998,7 @@ def test_errors(error, text, changes):
          lambda x: ht.retention_step(x[0], x[0], x[0], None, x)),
         (ValueError, "degree is 0; expected 1", lambda x: ht.retention_step(x[0], x[0], x[0], None, x, degree=0)),
         (TypeError, "theta is of type NoneType; expected a torch.Tensor", lambda x: ht.rotate(x, None)),
-        (TypeError, "'float' object cannot be interpreted as an integer", lambda x: ht.rotate(x, x, 0.5)),
+        (TypeError, "offset is of type float; expected an int", lambda x: ht.rotate(x, x, 0.5)),
         (ValueError, "interleaved is 2; expected False or True", lambda x: ht.rotate(x, ht.theta(8), 0, 2)),
         (ValueError, "theta", lambda x: ht.rotate(x, ht.theta(6))),
         (ValueError, "x has 3 dimensions; expected 4", lambda x: ht.rotate(x[0], ht.theta(8))),
@@ -1030,7 +1035,8 @@ theta = ht.theta(4)
 out = ht.head_norm_gate(ht.retention(ht.rotate(q, theta), ht.rotate(q, theta), q, ht.decay(2)), gate)
 out.square().sum().backward()
 print([*q.grad.flatten().tolist(), *gate.grad.flatten().tolist()])
-for f in (lambda x: ht.retention(x, x, x), ht.head_norm_gate, *[lambda x: ht.rotate(x, theta)] * (not ht._SingleLevelFunction)):
+functions = [lambda x: ht.retention(x, x, x), ht.head_norm_gate, lambda x: ht.rotate(x, theta)]
+for f in functions[: 2 if ht._SingleLevelFunction else 3]:
     try:
         torch.func.jvp(f, (q.detach(),), (q.detach(),))
         print("dropped")

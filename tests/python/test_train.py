@@ -368,10 +368,20 @@ def test_compile(data, tmp_path, monkeypatch):
     assert one == pytest.approx(other, rel=1e-5)
 
 
+def test_compile_by_inductor(data, tmp_path):
+    """As users have it, forward and back: what the kernels' operators say of themselves is enough for it."""
+    small = [*SMALL, "--layers", "1", "--attention", "power", "--conv-width", "0", "--steps", "2", "--data", data]
+    for name, options in (("one", ["--compile"]), ("other", [])):
+        assert holdfast("train", *small, *options, "--output", tmp_path / name) == 0
+    one, other = ([entry["loss"] for entry in entries(tmp_path / name, "loss")] for name in ("one", "other"))
+    assert one == pytest.approx(other, rel=1e-4)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("agents", [1, 2])
 def test_two_processes(data, tmp_path, agents):
     """Under torchrun, each with half of every batch: the losses of one process, to rounding. Two agents meet at an
-    address, as those of two machines do."""
+    address, as those of two machines do; a single one stops, and goes on."""
     options = [*SMALL, "--steps", "6", "--accumulate", "2", "--validate-every", "3", "--data", data]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2 // agents, "--nnodes", agents]
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -379,6 +389,10 @@ def test_two_processes(data, tmp_path, agents):
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}", "--local-addr", address]
     torchrun += ["--standalone"] if agents == 1 else meeting
     command = [*torchrun, "-m", "holdfast", "train", *options, "--output", tmp_path / "two"]
+    if agents == 1:
+        done = run(*command, "--stop-at", "4", OMP_NUM_THREADS="1")
+        assert done.returncode == 0 and train.read_checkpoint(tmp_path / "two")["step"] == 4, done.stderr
+        command = [*torchrun, "-m", "holdfast", "train", "--resume", tmp_path / "two"]
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(run, *command, OMP_NUM_THREADS="1") for _ in range(agents)]
     for call in calls:

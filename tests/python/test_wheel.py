@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -51,6 +53,10 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+def spaceless(requirement: str) -> str:
+    return requirement.replace(" ", "")
+
+
 def test_wheel(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     # In the build tree, so that a second run has next to nothing to compile; with the generators that the build has.
@@ -71,6 +77,13 @@ def test_wheel(tmp_path):
     assert tag[2].endswith(platform.machine())
     metadata = zipfile.ZipFile(wheel).read(f"{name}-{version}.dist-info/WHEEL").decode().splitlines()
     assert {"Root-Is-Purelib: false", f"Tag: {'-'.join(tag)}"} <= set(metadata)
+
+    # Its extras bring what pyproject.toml says that they do.
+    project = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]
+    metadata = zipfile.ZipFile(wheel).read(f"{name}-{version}.dist-info/METADATA").decode()
+    required = {line.split(": ", 1)[1].replace('"', "'") for line in metadata.splitlines() if "Requires-Dist" in line}
+    extras = {f"{what}; extra == '{extra}'" for extra, x in project["optional-dependencies"].items() for what in x}
+    assert {spaceless(x) for x in required} == {spaceless(x) for x in extras | set(project["dependencies"])}
 
     names = zipfile.ZipFile(wheel).namelist()
     libraries = [name for name in names if ".so" in name]
@@ -98,3 +111,11 @@ def test_wheel(tmp_path):
     alone = {"cwd": tmp_path, "PATH": str(python.parent)}
     assert run(python, "-c", SCRIPT, **alone).strip() == version
     assert run(python.parent / "holdfast", "info", **alone).startswith("Holdfast ")
+
+    # And what its extra `train` is for, with the libraries that are installed here.
+    if all(importlib.util.find_spec(name) for name in ("torch", "tqdm", "matplotlib")):
+        alone["PYTHONPATH"] = str(Path(np.__file__).parents[1])
+        options = "--preset tiny --context 32 --batch 1 --steps 2 --validation-bytes 100 --quiet --output run".split()
+        run(python.parent / "holdfast", "train", *options, "--data", SOURCE / "README.md", **alone)
+        assert run(python.parent / "holdfast", "generate", "run", "--bytes", "3", **alone)
+        assert (tmp_path / "run" / "loss.png").exists()

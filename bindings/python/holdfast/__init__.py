@@ -320,12 +320,20 @@ def retention_backward(
     Raises: see the module. A positive or NaN decay is a ValueError.
     """
     given = (q, k, v, log_decay, initial_state, initial_sum_of_keys)
-    into = tuple(gradients) if gradients is not None else (None,) * len(given)
+    into = (None,) * len(given)
+    if gradients is not None:
+        if not isinstance(gradients, Iterable):
+            raise TypeError(f"gradients is of type {type(gradients).__name__}; expected Gradients, or None")
+        into = tuple(gradients)
     if len(into) != len(given):
         raise ValueError(f"gradients has {len(into)} arrays; expected {len(given)}, those of Gradients")
     if wanted is None:
         bits = sum(1 << n for n, x in enumerate(given) if x is not None)
     else:
+        if not isinstance(wanted, Iterable):
+            raise TypeError(
+                f"wanted is of type {type(wanted).__name__}; expected names of fields of Gradients, or None"
+            )
         bits = 0
         for name in wanted:
             if name not in Gradients._fields:
@@ -413,10 +421,11 @@ def state_size(key_size: int, degree: int = 1, expansion: Literal["tight", "tile
     """D, the rows of a state and the size of a sum of keys, for keys of `key_size` elements: of the tight expansion
     (K + p - 1)! / (p! (K - 1)!), of the tiled one, which is of degree 2 and for multiples of 16, 128 (K/16) (K/16 + 1).
 
-    Raises: ValueError where there is no such expansion."""
+    Raises: TypeError for a key_size that is not an int; ValueError where there is no such expansion."""
     if expansion not in _EXPANSIONS:
         raise ValueError(f"expansion is {expansion!r}; expected 'tight' or 'tiled'")
-    if size := _holdfast.state_size(key_size, degree, _EXPANSIONS[expansion]) if degree > 0 else 0:
+    elements, power = _integer("key_size", key_size), _degree(degree)
+    if size := _holdfast.state_size(elements, power, _EXPANSIONS[expansion]) if 0 < elements < 2**31 else 0:
         return size
     raise ValueError(
         f"key_size is {key_size}, degree {degree} and expansion {expansion!r}; expected at least 1, 1 to 4, and "
@@ -628,7 +637,7 @@ def theta(key_size: int, convention: Literal["retnet", "rope"] = "retnet") -> np
     Raises: TypeError for a key_size that is not an int; ValueError for one that is not even or below 2, or an unknown
     convention.
     """
-    size = index(key_size)
+    size = _integer("key_size", key_size)
     if size < 2 or size % 2:
         raise ValueError(f"key_size is {size}; expected an even number, at least 2")
     if convention == "retnet":
@@ -648,7 +657,7 @@ def decay(num_heads: int, convention: Literal["retnet", "linspace"] = "retnet") 
 
     Raises: TypeError for a num_heads that is not an int; ValueError for a negative one, or an unknown convention.
     """
-    heads = index(num_heads)
+    heads = _integer("num_heads", num_heads)
     if heads < 0:
         raise ValueError(f"num_heads is {heads}; expected at least 0")
     if convention == "retnet":
@@ -758,6 +767,13 @@ def _option(name: str, value: Any, numbers: dict[Any, int]) -> int:
         raise ValueError(f"{name} is {value!r}; expected one of {expected}") from None
 
 
+def _integer(name: str, value: Any, otherwise: str = "") -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} is of type {type(value).__name__}; expected an int{otherwise}") from None
+
+
 def _degree(degree: Any) -> int:
     if degree not in (1, 2, 3, 4):
         raise ValueError(f"degree is {degree!r}; expected 1, 2, 3 or 4")
@@ -837,7 +853,7 @@ def _library(name: str, x: Any, needed: bool) -> Any:
 
 
 def _offset(offset: int) -> int:
-    first = index(offset)
+    first = _integer("offset", offset)
     if not -(2**63) <= first < 2**63:
         raise ValueError(f"offset is {first}; expected an int of 64 bits")
     return first

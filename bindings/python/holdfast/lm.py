@@ -77,8 +77,8 @@ class Config:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; expected at least 0, less than 1")
         for name, known in (
-            ("ffn", ("gelu", "swiglu")), ("decay", ("retnet", "linspace", "none")), ("head_norm", ("rms", "layer", None)),
-            ("degree", (2, 3, 4)),
+            ("ffn", ("gelu", "swiglu")), ("degree", (2, 3, 4)),
+            ("decay", ("retnet", "linspace", "none")), ("head_norm", ("rms", "layer", None)),
         ):  # fmt: skip
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")

@@ -20,7 +20,6 @@ Errors name the argument, say what it was and what was expected, as those of `ho
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any, Literal
 
 try:
@@ -47,7 +46,18 @@ except ImportError:  # private, and may go
 
 import holdfast
 
-from . import _EXPANSIONS, _FORMS, _NORMALIZE, _STATE_LAYOUTS, _cuda_stream, _degree, _expanded_size, _holdfast, _option
+from . import (
+    _EXPANSIONS,
+    _FORMS,
+    _NORMALIZE,
+    _STATE_LAYOUTS,
+    _cuda_stream,
+    _degree,
+    _expanded_size,
+    _holdfast,
+    _integer,
+    _option,
+)
 
 __all__ = [
     "convert_state",
@@ -105,7 +115,7 @@ def retention(
     if _SingleLevelFunction is None and _forward_mode():
         states = {"initial_state": initial_state, "initial_sum_of_keys": initial_sum_of_keys}
         _check_no_tangents("retention", q=q, k=k, v=v, log_decay=log_decay, **states)
-    normalized = _normalized(_degree(degree), normalize)
+    normalized = _normalized(degree := _degree(degree), normalize)
     for name, value, known in (
         ("form", form, _FORMS), ("state_layout", state_layout, _STATE_LAYOUTS), ("expansion", expansion, _EXPANSIONS)
     ):  # fmt: skip
@@ -189,7 +199,7 @@ def retention_step(
     """
     _check_tensors(q=q, k=k, v=v, state=state)
     _check_optional_tensors(log_decay=log_decay, sum_of_keys=sum_of_keys)
-    normalized = _normalized(degree if degree == 1 else _degree(degree), normalize)
+    normalized = _normalized(degree := 1 if degree == 1 else _degree(degree), normalize)
     if state_layout != "kv" or expansion != "tight":
         _option("state_layout", state_layout, _STATE_LAYOUTS)
         _option("expansion", expansion, _EXPANSIONS)
@@ -226,7 +236,7 @@ def rotate(
     if _SingleLevelFunction is None and _forward_mode():
         _check_no_tangents("rotate", x=x, theta=theta)
     if not isinstance(offset, int | torch.SymInt):
-        offset = index(offset)
+        offset = _integer("offset", offset)
     if _autocast_dtype(x) is not None:
         theta = theta.float()
     return torch.ops.holdfast.rotate(x, theta, offset, interleaved, positions)
@@ -366,7 +376,7 @@ def _number(name: str, value: Any) -> float | None:
 def _chunk_size(value: Any) -> int | None:
     if value is None:
         return None
-    if (size := index(value)) < 1:
+    if (size := _integer("chunk_size", value, ", or None")) < 1:
         raise ValueError(f"chunk_size is {size}; expected at least 1, or None")
     return size
 
@@ -423,8 +433,8 @@ def _define_gradient(name: str, save: Any, differentiate: Any, push: Any = None)
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
         if push is None:
             raise NotImplementedError(
-                f"{name} is differentiated in forward mode, which is not implemented; expected reverse mode: backward(), "
-                "or grad, vjp and jacrev of torch.func"
+                f"{name} is differentiated in forward mode, which is not implemented; expected reverse mode: "
+                "backward(), or grad, vjp and jacrev of torch.func"
             )
         return push(ctx, *tangents)
 
@@ -473,6 +483,10 @@ def _retention_results(
             raise ValueError(f"{name} has {x.ndim} dimensions; expected 4, [B, T, {axes}]")
     B, T, H, K = q.shape
     Hk, V = v.shape[2:]
+    if cu_seqlens is not None and cu_seqlens.ndim != 1:
+        raise ValueError(f"cu_seqlens has {cu_seqlens.ndim} dimensions; expected 1, [N + 1]")
+    if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens [N + 1] has N + 1 = 0; expected at least 2")
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     D = _expanded_size(K, degree, expansion)
     state = (N, Hk, D, V) if state_layout == "kv" else (N, Hk, V, D)
@@ -631,8 +645,8 @@ _define(
 
 def _step_batched(*_: Any) -> None:
     raise NotImplementedError(
-        "retention_step is called under vmap, which is not implemented for it: it writes to the state; expected the batch "
-        "as that of its arguments"
+        "retention_step is called under vmap, which is not implemented for it: it writes to the state; expected the "
+        "batch as that of its arguments"
     )
 
 
