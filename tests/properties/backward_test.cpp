@@ -3,6 +3,7 @@
 #include "../backward.h"
 
 #include <functional>
+#include <tuple>
 
 namespace {
 using namespace test;
@@ -973,6 +974,25 @@ TEST(BackwardMemory, ShortMemoryIsAStatus) {
         EXPECT_EQ(p.run(context), HOLDFAST_OUT_OF_MEMORY);
         EXPECT_NE(context.error().find("out of memory"), std::string::npos) << context.error();
     }
+}
+
+TEST(StateInterval, IsAnEighthOfTheTensors) {
+    const DLDataType wide = {kDLFloat, 32, 1}, half = {kDLFloat, 16, 1}, brain = {kDLBfloat, 16, 1};
+    for (const auto &[K, V, dtype, want] :
+         std::vector<std::tuple<int64_t, int64_t, DLDataType, int64_t>>{{64, 64, wide, 128},
+                                                                        {128, 128, wide, 128},
+                                                                        {256, 256, wide, 256},
+                                                                        {256, 512, wide, 512},
+                                                                        {1, 1, wide, 128},
+                                                                        {64, 64, half, 128},
+                                                                        {128, 128, brain, 256},
+                                                                        {0, 64, wide, 0},
+                                                                        {64, -1, wide, 0},
+                                                                        {64, 64, {kDLFloat, 64, 1}, 0},
+                                                                        {64, 64, {kDLFloat, 32, 4}, 0},
+                                                                        {64, 64, {kDLInt, 32, 1}, 0}})
+        EXPECT_EQ(holdfast_state_interval(K, V, dtype), want) << K << ", " << V;
+    EXPECT_GT(holdfast_state_interval(INT64_MAX, INT64_MAX, wide), 0);
 }
 
 TEST(BackwardMemory, IsAShareOfTheTensors) {

@@ -144,8 +144,8 @@ def retention(
         return_state: return the final state as well, and the sum of keys where out is normalized.
         return_weights: return the weights as well; form "parallel".
         state_interval: return the states inside the sequences as well, of degree 1 without normalization on the CPU: of
-            each sequence those after 0, state_interval, 2 state_interval, .. tokens and after all, one sequence after the
-            other. `retention_backward` need not compute them again; `state_interval()` is what suits it.
+            each sequence those after 0, state_interval, 2 state_interval, .. tokens and after all, one sequence after
+            the other. `retention_backward` need not compute them again; `state_interval()` is what suits it.
         state_layout: of the states: "kv", [.., D, V], or "vk", [.., V, D].
         expansion: order of the D features of expanded keys, degree 2 and more: "tight", each monomial once, or "tiled",
             degree 2 and K a multiple of 16 (holdfast.h: HOLDFAST_EXPANSION_TILED).
@@ -298,8 +298,8 @@ def retention_backward(
         initial_state: a_1 dS_1                             initial_sum_of_keys: a_1 ds_1
 
     Nothing but `out` has to be kept from the forward call, and that only where it is normalized: states are computed
-    again, chunk by chunk (holdfast.h: holdfast_backward says where, and how much memory it takes). With the `states` that
-    it returned a fifth of the time is saved. The gradients are
+    again, chunk by chunk (holdfast.h: holdfast_backward says where, and how much memory it takes). With the `states`
+    that it returned a fifth of the time is saved. The gradients are
     the same in every form, to rounding. Those of the two parts of a sequence that is cut are those of the whole, if the
     second part's of its initial state and sum of keys are given to the first part as those of its final ones.
 
@@ -438,13 +438,15 @@ def state_size(key_size: int, degree: int = 1, expansion: Literal["tight", "tile
 
 
 def state_interval(key_size: int, value_size: int, dtype: Any = np.float32) -> int:
-    """The `state_interval` that suits gradients of `retention`: the least power of two from 128 on with which `states` are
-    at most an eighth of what q, k, v, out and their gradients take, for keys and values of such sizes and rows of `dtype`,
-    of 32 or 16 bits.
+    """The `state_interval` that suits gradients of `retention`: the least power of two from 128 on with which `states`
+    are at most an eighth of what q, k, v, out and their gradients take, for keys and values of such sizes and rows of
+    `dtype`, of 32 or 16 bits: NumPy's, PyTorch's, or what makes one of NumPy's.
 
-    Raises: ValueError for sizes below 1."""
-    wide = getattr(dtype, "itemsize", None) or np.dtype(dtype).itemsize
-    if interval := _holdfast.state_interval(key_size, value_size, wide == 4):
+    Raises: ValueError for sizes below 1 and other types."""
+    size = getattr(dtype, "itemsize", None)
+    if (bytes_of_element := size if isinstance(size, int) else np.dtype(dtype).itemsize) not in (2, 4):
+        raise ValueError(f"dtype is {dtype!r}; expected one of 32 or 16 bits")
+    if interval := _holdfast.state_interval(key_size, value_size, bytes_of_element == 4):
         return interval
     raise ValueError(f"key_size is {key_size} and value_size {value_size}; expected at least 1")
 

@@ -10,9 +10,10 @@ float16 or bfloat16, and results have their type; log_decay, states, sums of key
 autocast q, k and v are cast to its type, and what is float32 always to float32.
 
 Gradients are those of `holdfast.retention_backward` and `holdfast.head_norm_gate_backward`: of every argument that is a
-tensor of floating point, but theta; what needs no gradient costs none. Where that of q or of log_decay is
-needed, of degree 1 without normalization on the CPU, `retention` keeps a state every `holdfast.state_interval` tokens for
-it: at most an eighth of the memory that q, k, v, out and their gradients take. They have no gradients of their own, except for
+tensor of floating point, but theta; what needs no gradient costs none. Where that of q or of log_decay is needed, of
+degree 1 without normalization on the CPU, `retention` keeps a state every `holdfast.state_interval` tokens for it (not
+of packed sequences, nor in state_layout "vk"): at most an eighth of the memory that q, k, v, out and their gradients
+take. Gradients have no gradients of their own, except for
 `rotate`: to differentiate them raises NotImplementedError.
 
 Errors name the argument, say what it was and what was expected, as those of `holdfast` do. PyTorch may be missing:
@@ -116,6 +117,7 @@ def retention(
         and not normalized
         and form in ("auto", "chunkwise")
         and cu_seqlens is None
+        and state_layout == "kv"
         and q.device.type == "cpu"
     )
     out, state, sum_of_keys, weights, _ = torch.ops.holdfast.retention(
@@ -530,8 +532,8 @@ def _retention_backward_kernel(
 _define(
     "retention_backward(Tensor dout, Tensor? dstate, Tensor? dsum_of_keys, Tensor q, Tensor k, Tensor v, "
     "Tensor? log_decay, Tensor? initial_state, Tensor? initial_sum_of_keys, Tensor? cu_seqlens, Tensor? out, "
-    "Tensor? states, float? scale, int degree, bool normalize, str form, int? chunk_size, str state_layout, str expansion, "
-    "bool[] wanted) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_state, "
+    "Tensor? states, float? scale, int degree, bool normalize, str form, int? chunk_size, str state_layout, "
+    "str expansion, bool[] wanted) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_state, "
     "Tensor dinitial_sum_of_keys)",
     _retention_backward_kernel,
     _retention_gradients,
