@@ -134,7 +134,7 @@ TEST(Power, StatesWithoutQueries) {
 
 TEST(Power, PackedSequencesAreCallsOfTheirOwn) {
     Context context;
-    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_PARALLEL}) {
+    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT, HOLDFAST_FORM_PARALLEL}) {
         SCOPED_TRACE(form);
         PowerProblem p{1, 90, 2, 1, 32, 32};
         p.starts = {0, 0, 70, 71, 71, 90}, p.initial = false, p.form = form;
@@ -164,6 +164,34 @@ TEST(Power, SameBitsForAnyNumberOfThreads) {
         if (!one) one = p;
         EXPECT_TRUE(same_bits(p.out, one->out) && same_bits(p.state, one->state) && same_bits(p.keys, one->keys)) << threads;
     }
+}
+
+TEST(Power, QueriesOfAnySize) {
+    // Of three heads that share a state one is of the usual size, one faint, and one, where nothing is divided by its weights, 0.
+    for (const std::string &target : cpu_targets())
+        for (const Dtype &dtype : all_dtypes)
+            for (const Case &c : {Case{1, true, 64, 64},
+                                  {2, true, 64, 64},
+                                  {2, false, 64, 64},
+                                  {2, false, 5, 7},
+                                  {3, false, 16, 64},
+                                  {3, true, 16, 64},
+                                  {4, true, 6, 33},
+                                  {4, false, 6, 33}})
+                for (holdfast_form form : {HOLDFAST_FORM_RECURRENT, HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_PARALLEL}) {
+                    if (!variant_for(target, {c.K, c.V}, dtype, "power_step")) continue;  // COSTLY in cmake/kernels.cmake
+                    SCOPED_TRACE(testing::Message()
+                                 << target << ", " << dtype.name << ", " << testing::PrintToString(c) << ", form " << form);
+                    Context context(target);
+                    PowerProblem p{1, 9, 1, 3, c.K, c.V, c.degree, c.normalize};
+                    p.dtype = dtype, p.form = form, p.initial = false;
+                    const float faint = dtype == f16 ? 6e-7f : 1e-22f;
+                    each(p.q.shape, [&](const Index &i) {
+                        p.q(i) *= i[2] == 0 ? 1 : i[2] == 1 ? faint : c.normalize ? -1 : 0;
+                    });
+                    ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+                    expect_right(p, p.want());
+                }
 }
 
 TEST(Power, NotANumberStaysInItsHead) {
