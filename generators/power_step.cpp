@@ -23,7 +23,6 @@ PowerStepFuncs power_step(const Func &q, const Func &k, const Func &v, const Fun
     p.largest(g, h) = max(p.largest(g, h), abs(q(p.over_element, g, h)));
     p.unit = Func("unit");
     p.unit(g, h) = unit_of(p.largest(g, h));
-    // A stage of its own, which schedules store: of products of q * unit compilers make unit^p, beyond fp32 where q is small.
     p.queries = Func("queries");
     p.queries(d, g, h) = q(d, g, h) * p.unit(g, h);
     auto element = [&](const Func &x, const Expr &n, const std::vector<Expr> &others) {
