@@ -155,15 +155,33 @@ TEST(Power, PackedSequencesAreCallsOfTheirOwn) {
 }
 
 TEST(Power, SameBitsForAnyNumberOfThreads) {
-    std::optional<PowerProblem> one;
-    for (int threads : {1, 2, 5}) {
-        Context context("", threads);
-        PowerProblem p{1, 150, 1, 2, 64, 64};
-        p.initial = false;
-        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
-        if (!one) one = p;
-        EXPECT_TRUE(same_bits(p.out, one->out) && same_bits(p.state, one->state) && same_bits(p.keys, one->keys)) << threads;
-    }
+    // Fewer heads than threads, which share columns of values and tokens; and states in place.
+    for (const std::string &target : cpu_targets())
+        for (const Case &c : {Case{2, true, 64, 64}, {2, true, 32, 32}, {1, true, 64, 48}, {3, false, 16, 64}})
+            for (const std::vector<int32_t> &starts : {std::vector<int32_t>{}, {0, 0, 70, 71, 530}}) {
+                std::optional<PowerProblem> one;
+                for (int threads : {1, 2, 5, 8}) {
+                    Context context(target, threads);
+                    PowerProblem p{1, 530, 1, 2, c.K, c.V, c.degree, c.normalize};
+                    p.form = HOLDFAST_FORM_CHUNKWISE, p.starts = starts;
+                    p.state = Array(p.states_shape()).fill(p.random, 0, 1);
+                    p.keys = Array(Index{p.sequences(), 1, p.D}).fill(p.random, 1, 2);
+                    p.initial_state = p.state, p.initial_keys = p.keys;
+                    PowerProblem in_place = p;
+                    in_place.in_place = true;
+                    SCOPED_TRACE(testing::Message() << target << ", " << testing::PrintToString(c) << ", " << threads
+                                                    << " threads, " << p.sequences() << " sequences");
+                    ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+                    if (threads > 1 && c.degree > 1) {
+                        EXPECT_EQ(context.messages.back().find(", 1 threads"), std::string::npos) << context.messages.back();
+                    }
+                    ASSERT_EQ(in_place.run(context), HOLDFAST_OK) << context.error();
+                    if (!one) one = p;
+                    for (const PowerProblem *other : {&p, &in_place})
+                        EXPECT_TRUE(same_bits(other->out, one->out) && same_bits(other->state, one->state) &&
+                                    same_bits(other->keys, one->keys));
+                }
+            }
 }
 
 TEST(Power, QueriesOfAnySize) {
@@ -189,7 +207,8 @@ TEST(Power, QueriesOfAnySize) {
                     each(p.q.shape, [&](const Index &i) {
                         p.q(i) *= i[2] == 0 ? 1 : i[2] == 1 ? faint : c.normalize ? -1 : 0;
                     });
-                    ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+                    ASSERT_EQ(p.run(context, 0, 5), HOLDFAST_OK) << context.error();
+                    ASSERT_EQ(p.run(context, 5, 9), HOLDFAST_OK) << context.error();
                     expect_right(p, p.want());
                 }
 }
