@@ -66,7 +66,7 @@ constexpr int64_t lengths[] = {1, 16, 256, 4096, 65536};
 constexpr int64_t sample_length = 256;           // of rows that calls do not take
 constexpr int64_t longest_parallel = 4096;       // time grows with the square
 constexpr double most_bytes = 1 << 30;           // of a call's tensors, and
-constexpr double most_operations = 1e11;         // of one of power retention: longer calls have fewer heads
+constexpr double most_operations = 1e11;         // of one of power retention: longer calls, and gradients, have fewer heads
 constexpr int64_t retnet_heads[] = {8, 10, 16};  // of K = 256 and V = 512: 1.3, 2.7 and 6.7 billion parameters
 
 constexpr double states_in_memory = 1 << 28;  // bytes: far beyond the caches
@@ -130,10 +130,10 @@ struct Tensor {
     float *data() { return (float *)memory.get(); }
     const float *data() const { return (const float *)memory.get(); }
     uint16_t *bits() { return (uint16_t *)memory.get(); }
+    /// Numbers repeat after a prime number of them: no two rows near each other are alike, and a gigabyte takes little time.
+    static constexpr int64_t period = 1'000'003;
     void fill(std::mt19937 &random, float low, float high) {
         std::uniform_real_distribution<float> number(low, high);
-        // Repeated after a prime number: no two rows near each other are alike, and a gigabyte takes little time.
-        constexpr int64_t period = 1'000'003;
         for (int64_t n = 0; n < size; n++) data()[n] = n < period ? number(random) : data()[n - period];
     }
 
@@ -147,14 +147,16 @@ private:
 /// q, k, v and out of a call: in fp32, and as they are handed over.
 class Stored {
 public:
-    /// q, k and v are rounded to the type.
+    /// q, k and v, which Tensor::fill() has made, are rounded to the type.
     Stored(const Dtype &dtype, Tensor &q, Tensor &k, Tensor &v, Tensor &out) : dtype(dtype), wide{&q, &k, &v, &out} {
         for (Tensor *x : wide) {
             if (dtype == f32) break;
             narrow.emplace_back(x->shape, dtype);
+            uint16_t *bits = narrow.back().bits();
             for (int64_t n = 0; x != &out && n < x->size; n++) {
-                narrow.back().bits()[n] = dtype.encode(x->data()[n]);
-                x->data()[n] = (float)dtype.decode(narrow.back().bits()[n]);
+                const int64_t same = n - Tensor::period;
+                bits[n] = same < 0 ? dtype.encode(x->data()[n]) : bits[same];
+                x->data()[n] = same < 0 ? (float)dtype.decode(bits[n]) : x->data()[same];
             }
         }
         forget();
@@ -482,8 +484,11 @@ void retention(benchmark::State &state, const Variant &variant, const Shape &sha
     args.form = parallel ? HOLDFAST_FORM_PARALLEL : HOLDFAST_FORM_CHUNKWISE;
     if (!parallel) args.chunk_size = variant.chunk;
     p.clear_results();
+    auto allowed = allowed_of(variant);
+    if (shape.T == 1 && variant.round_operands) allowed.first = tolerance::relative_rms_of_one_token(variant.dtype);
     const double rate = calls_per_second(
-        state, variant, threads, [&](holdfast_context *c) { return holdfast_forward(c, &args); }, [&] { return p.errors(); });
+        state, variant, threads, [&](holdfast_context *c) { return holdfast_forward(c, &args); }, [&] { return p.errors(); },
+        allowed);
     const Operations operations(shape, parallel ? shape.T : variant.chunk);
     const int at_work = (int)std::min<int64_t>(threads, shape.H);
     state.counters["GFLOP/s"] = operations.useful * rate * 1e-9;
@@ -539,8 +544,8 @@ public:
           log_decay({1, s.T, s.H}), dlog_decay({1, s.T, s.H}), dq(q.shape, dtype), dk(k.shape, dtype), dv(v.shape, dtype),
           dfinal_state({1, s.H, D, s.V}), dfinal_sum({1, s.H, D}), dinitial_state({1, s.H, D, s.V}), dinitial_sum({1, s.H, D}) {
         std::mt19937 random(1);
-        const float low = degree == 3 ? 0.2f : -1.7f;  // odd degrees keep the sign of q.k: sums of weights stay away from 0
-        for (Tensor *x : {&q, &k, &v, &dout}) x->fill(random, low, 1.7f);
+        for (Tensor *x : {&q, &k}) x->fill(random, degree == 3 ? 0.2f : -1.7f, 1.7f);  // odd degrees keep the sign of q.k
+        for (Tensor *x : {&v, &dout}) x->fill(random, -1.7f, 1.7f);
         for (Tensor *x : {&dfinal_state, &dfinal_sum}) std::fill_n(x->data(), x->size, 0.0f);
         log_decay.fill(random, -0.01f, 0);
         if (s.T > most) log_decay.data()[most * s.H] = log_decay.data()[(s.T - most) * s.H] = -INFINITY;
@@ -764,6 +769,8 @@ Part part_of(const Variant &row, Size size, const std::vector<std::string> &targ
     return Part::none;
 }
 
+double features(int K, int degree) { return (double)holdfast_state_size(K, degree, HOLDFAST_EXPANSION_TIGHT); }
+
 /// Of so many heads the share that may be, one at least.
 int64_t heads_within(double share, int64_t heads) { return std::clamp<int64_t>((int64_t)(share * (double)heads), 1, heads); }
 
@@ -862,10 +869,14 @@ int main(int argc, char **argv) {
                         });
                     for (const char *kernel : {"chunkwise_backward", "power_backward", "parallel_backward"})
                         each_row(kernel, dtype, T == sample_length, [&](const Variant &row, int at_most) {
-                            if ((T != 256 && T != 4096) || !on_cpu(row) || few(at_most, H)) return;
-                            add_of_heads(row, shape, at_most,
-                                         degree_of(row) == 1 ? "" : "/degree:" + std::to_string(degree_of(row)),
-                                         [=, &row](benchmark::State &state) { gradient(state, row, shape, at_most); });
+                            if ((T != 256 && T != 4096) || !on_cpu(row)) return;
+                            const int degree = degree_of(row);
+                            Shape s = shape;
+                            if (row.is("power_backward"))
+                                s.H = heads_within(most_operations / (10.0 * T * (V + 1) * H * features(K, degree)), H);
+                            if (few(at_most, s.H)) return;
+                            add_of_heads(row, s, at_most, degree == 1 ? "" : "/degree:" + std::to_string(degree),
+                                         [=, &row](benchmark::State &state) { gradient(state, row, s, at_most); });
                         });
                 }
             }
@@ -874,8 +885,7 @@ int main(int argc, char **argv) {
                 each_row("power", dtype, T == sample_length, [&](const Variant &row, int at_most) {
                     const int degree = degree_of(row);
                     Shape shape = {T, heads, K, V, dtype};
-                    const double operations =
-                        4.0 * T * (V + 1) * heads * (double)holdfast_state_size(K, degree, HOLDFAST_EXPANSION_TIGHT);
+                    const double operations = 4.0 * T * (V + 1) * heads * features(K, degree);
                     if (T > 4096)
                         shape.H = heads_within(std::min(most_bytes / shape.bytes(), most_operations / operations), heads);
                     if (at_most > shape.H || !on_cpu(row)) return;  // columns of values would go to other variants
@@ -887,8 +897,7 @@ int main(int argc, char **argv) {
                 each_row("power_step", dtype, one, [&](const Variant &row, int at_most) {
                     if (!on_cpu(row)) return;
                     const int degree = degree_of(row);
-                    const double states =
-                        sizeof(float) * (double)heads * V * (double)holdfast_state_size(K, degree, HOLDFAST_EXPANSION_TIGHT);
+                    const double states = sizeof(float) * (double)heads * V * features(K, degree);
                     const int64_t B = one ? 1 : (int64_t)std::ceil(states_in_memory / states);
                     std::ostringstream name;
                     name << row.name << "/B:" << B << "/H:" << heads << "/K:" << K << "/V:" << V << "/degree:" << degree
@@ -911,6 +920,7 @@ int main(int argc, char **argv) {
                 for (int64_t T : {256, 4096, 65536})
                     for (int at_most : threads) {
                         if (!row.is(RowsProblem::kernel(call)) || !on_cpu(row)) continue;
+                        if (T == 65536 && size != 64) continue;  // in memory all are alike
                         const Part part = part_of(row, {}, targets);
                         const bool in_sample = T == sample_length && at_most == threads.front();
                         if (part == Part::none || (part == Part::sample && !in_sample)) continue;
