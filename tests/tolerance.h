@@ -85,6 +85,10 @@ constexpr double relative_rms = 2e-6, relative_rms_f16 = 4e-4, relative_rms_bf16
 inline double relative_rms_of_out(const test::Dtype &dtype) {
     return dtype == test::f32 ? relative_rms : dtype == test::f16 ? relative_rms_f16 : relative_rms_bf16;
 }
+/// Of the out of one token where operands are rounded: it has few weights, whose roundings all its values share.
+inline double relative_rms_of_one_token(const test::Dtype &dtype) {
+    return relative_rms_of_out(dtype) + std::exp2(-dtype.digits);
+}
 /// Of states where operands of products are rounded to the type: keys enter them in two parts, which leave out 2^-17 of a key in
 /// bf16 at most, and 2^-23 in fp16.
 inline double relative_rms_of_state(const test::Dtype &dtype) { return dtype == test::bf16 ? 4e-6 : relative_rms; }
