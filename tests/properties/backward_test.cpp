@@ -212,26 +212,24 @@ TEST_P(BackwardTest, HeadsInGroupsAndAnyStrides) {
     for (Layout layout : layouts)
         for (Gates gates : {Gates::per_head, Gates::resets}) {
             SCOPED_TRACE(std::string(name(layout)) + ", gates " + name(gates));
-            Backward p = problem(2, 2 * C + 5, 2, 3, gates, layout);
-            p.value_major = layout != Layout::compact;
-            Backward of_values = {p.B,
-                                  p.T,
-                                  p.H,
-                                  p.G,
-                                  K,
-                                  V,
-                                  1,
-                                  false,
-                                  gates,
-                                  dtype,
-                                  layout,
-                                  true,
-                                  true,
-                                  {},
-                                  HOLDFAST_FORM_CHUNKWISE,
-                                  HOLDFAST_EXPANSION_TIGHT,
-                                  layout != Layout::compact};
-            expect_right(of_values);
+            Backward p = {2,
+                          2 * C + 5,
+                          2,
+                          3,
+                          K,
+                          V,
+                          1,
+                          false,
+                          gates,
+                          dtype,
+                          layout,
+                          true,
+                          true,
+                          {},
+                          HOLDFAST_FORM_CHUNKWISE,
+                          HOLDFAST_EXPANSION_TIGHT,
+                          layout != Layout::compact};
+            expect_right(p);
         }
 }
 
@@ -950,16 +948,24 @@ TEST(BackwardMemory, IsGivenBackAndUsedAgain) {
         std::free(memory);
     };
     for (const auto &[degree, states] : {std::make_pair(1, true), {2, true}, {2, false}}) {
-        SCOPED_TRACE(degree);
-        Context context("", 2);
-        ASSERT_EQ(holdfast_context_set_allocator(context, allocate, deallocate, &count), HOLDFAST_OK);
-        Backward p{1, 300, 2, 1, 16, 16, degree, degree > 1, Gates::weak, f32, Layout::compact, states, states};
-        if (!states) p.form = HOLDFAST_FORM_PARALLEL;
-        for (int n = 0; n < 3; n++) ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
-        EXPECT_GT(count.blocks, 0);
-        context.destroy();
-        EXPECT_EQ(count.blocks, 0);
-        EXPECT_EQ(count.bytes, 0);
+        int64_t of_one_thread = 0;
+        for (int threads : {1, 2}) {
+            SCOPED_TRACE(testing::Message() << "degree " << degree << ", threads " << threads);
+            Context context("", threads);
+            count.made = 0;
+            ASSERT_EQ(holdfast_context_set_allocator(context, allocate, deallocate, &count), HOLDFAST_OK);
+            Backward p{1, 300, 2, 1, 16, 16, degree, degree > 1, Gates::weak, f32, Layout::compact, states, states};
+            if (!states) p.form = HOLDFAST_FORM_PARALLEL;
+            ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+            EXPECT_GT(count.blocks, 0);
+            if (threads == 1) of_one_thread = count.made;
+            for (int n = 0; n < 5; n++) ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+            EXPECT_LE(count.made, threads * of_one_thread) << "more is allocated by each call";
+            EXPECT_EQ(count.made, count.blocks) << "something is given back between calls";
+            context.destroy();
+            EXPECT_EQ(count.blocks, 0);
+            EXPECT_EQ(count.bytes, 0);
+        }
     }
 }
 
