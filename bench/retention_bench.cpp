@@ -618,11 +618,11 @@ void gradient(benchmark::State &state, const Variant &variant, const Shape &shap
         return state.SkipWithError(holdfast_last_error(nullptr));
     }
     const holdfast_backward_args args = p.args(variant);
-    const double bound = tolerance::relative_rms_of_gradient;
-    const double of_rows = std::max(bound, tolerance::relative_rms_of_out(variant.dtype));
+    const double of_rows = tolerance::relative_rms_of_gradient_of_rows(variant.dtype);
+    const double of_decays = variant.round_operands ? of_rows : tolerance::relative_rms_of_gradient;
     const double rate = calls_per_second(
         state, variant, threads, [&](holdfast_context *c) { return holdfast_backward(c, &args); }, [&] { return p.errors(); },
-        std::pair(of_rows, bound));
+        std::pair(of_rows, of_decays));
     const double operations = p.operations(variant.chunk);
     state.counters["GFLOP/s"] = operations * rate * 1e-9;
     state.counters["peak_share"] = operations * rate / peaks.at((int)std::min<int64_t>(threads, shape.H)).flops;

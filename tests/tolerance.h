@@ -48,6 +48,10 @@ inline double of_power_gradient_spread(int64_t K, int64_t V, int64_t D, int64_t 
 /// millions some are four times its spread.
 inline double of_rounded_operands(const test::Dtype &dtype, int parts) { return 4 * std::exp2(-parts * dtype.digits); }
 
+/// The same of gradients: in each term of dq, dk and dv one factor is rounded, weights, their gradients, a state or its gradient. Gates
+/// sum products of those, and have no other rounding.
+inline double of_rounded_gradients(const test::Dtype &dtype) { return of_rounded_operands(dtype, 1); }
+
 /// And beside any share: numbers of the type are no closer than this to one another, however small they are. Of `terms` terms
 /// whose other factor is 1 at most, five standard deviations of what is spread evenly over that distance.
 inline double between_operands(const test::Dtype &dtype, int64_t terms) {
@@ -91,6 +95,11 @@ inline double relative_rms_of_state(const test::Dtype &dtype) { return dtype == 
 constexpr double relative_rms_between_forms = 1e-6;
 /// Of every gradient in fp32.
 constexpr double relative_rms_of_gradient = 1e-5;
+/// Of gradients that are stored in their type, and, where operands of products are rounded, of those of decays, which are sums of
+/// them: what an out is allowed. Those of states are fp32's.
+inline double relative_rms_of_gradient_of_rows(const test::Dtype &dtype) {
+    return dtype == test::f32 ? relative_rms_of_gradient : relative_rms_of_out(dtype);
+}
 /// Of normalised out of degree 2, fp32, for gates of every strength.
 constexpr double relative_rms_of_power = 5e-7;
 
