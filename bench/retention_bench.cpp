@@ -589,6 +589,8 @@ public:
         }
         return {of_rows, of_decays};
     }
+    static constexpr int64_t most = 64;  // tokens that are checked at each end
+
     double operations(int64_t chunk) const {
         double sum = 0;
         for (int64_t t = 0, length = states ? chunk : s.T; t < s.T; t += length) {
@@ -599,7 +601,6 @@ public:
     }
 
 private:
-    static constexpr int64_t most = 64;  // tokens that are checked at each end
     const Shape s;
     const bool states;
     const int degree;
@@ -619,7 +620,9 @@ void gradient(benchmark::State &state, const Variant &variant, const Shape &shap
     }
     const holdfast_backward_args args = p.args(variant);
     const double of_rows = tolerance::relative_rms_of_gradient_of_rows(variant.dtype);
-    const double of_decays = variant.round_operands ? of_rows : tolerance::relative_rms_of_gradient;
+    const double of_decays = variant.round_operands
+                                 ? tolerance::relative_rms_of_rounded_gates(variant.dtype, GradientProblem::most)
+                                 : tolerance::relative_rms_of_gradient;
     const double rate = calls_per_second(
         state, variant, threads, [&](holdfast_context *c) { return holdfast_backward(c, &args); }, [&] { return p.errors(); },
         std::pair(of_rows, of_decays));

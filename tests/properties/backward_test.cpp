@@ -464,9 +464,24 @@ TEST_P(RoundedBackward, MatchesReference) {
         expect_right({1, 10 * C + 9, 1, 1, K, V, 1, false, gates, dtype}, context);
         expect_right({2, C + 5, 2, 3, K, V, 1, false, gates, dtype, Layout::padded}, context);
     }
-    Backward packed{1, 2 * C + 9, 2, 1, K, V, 1, false, Gates::resets, dtype, Layout::swapped, true, true, {0, 0, C + 2, 2 * C + 9}};
-    packed.value_major = true;
-    expect_right(packed, context);
+    expect_right({1,
+                  2 * C + 9,
+                  2,
+                  1,
+                  K,
+                  V,
+                  1,
+                  false,
+                  Gates::resets,
+                  dtype,
+                  Layout::swapped,
+                  true,
+                  true,
+                  {0, 0, C + 2, 2 * C + 9},
+                  HOLDFAST_FORM_CHUNKWISE,
+                  HOLDFAST_EXPANSION_TIGHT,
+                  true},
+                 context);
     for (const char *wanted : {"q", "kv", "g", "s", "qkv"}) {
         SCOPED_TRACE(wanted);
         Backward some{1, C + 5, 2, 1, K, V, 1, false, Gates::weak, dtype};

@@ -94,9 +94,9 @@ TEST_P(Accuracy, RelativeErrorOf1024Tokens) {
         SCOPED_TRACE(name(gates));
         BackwardCall call({name(gates), {1024}, 1, 4, Layout::compact, gates, 0}, variant.chunk, variant.size, variant.dtype);
         const auto error = call.relative_errors([&](auto &&...arguments) { return variant.run(nullptr, arguments...); });
-        const double of_rows = tolerance::relative_rms_of_gradient_of_rows(variant.dtype);
-        EXPECT_LE(error.rows, of_rows);
-        EXPECT_LE(error.decays, variant.rounds_operands ? of_rows : tolerance::relative_rms_of_gradient);
+        EXPECT_LE(error.rows, tolerance::relative_rms_of_gradient_of_rows(variant.dtype));
+        EXPECT_LE(error.decays, variant.rounds_operands ? tolerance::relative_rms_of_rounded_gates(variant.dtype, 1024)
+                                                        : tolerance::relative_rms_of_gradient);
         EXPECT_LE(error.states, tolerance::relative_rms_of_gradient);
     }
 }
