@@ -71,7 +71,7 @@ struct Backward {
     holdfast_expansion expansion = HOLDFAST_EXPANSION_TIGHT;
     bool value_major = false;
     int64_t chunk_size = 0;
-    float scale = 0;  // the default, K^-1/2
+    float scale = 0;               // the default, K^-1/2
     bool rounds_operands = false;  // by a variant that does
 
     Random random{};

@@ -30,9 +30,9 @@ class BackwardCall {
 public:
     BackwardCall(const KernelCase &c, int C, Size size, const Dtype &dtype = f32, const Wants &wants = {},
                  bool rounds_operands = false)
-        : c(c), dtype(dtype), wants(wants), rounds_operands(rounds_operands), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C),
-          starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()), N((int64_t)c.lengths.size()),
-          q(rows_of(c.group, K)), k(rows_of(1, K)), v(rows_of(1, V)),
+        : c(c), dtype(dtype), wants(wants), rounds_operands(rounds_operands), K(size.K), V(size.V),
+          chunk(c.longest_chunk ? c.longest_chunk : C), starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()),
+          N((int64_t)c.lengths.size()), q(rows_of(c.group, K)), k(rows_of(1, K)), v(rows_of(1, V)),
           log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)), state_in(states()), dout(rows_of(c.group, V)),
           dstate_out(states()), dq(rows_of(c.group, K)), dk(rows_of(1, K)), dv(rows_of(1, V)),
           dlog_decay({c.B, T, c.H}, strides({c.B, T, c.H}, c.layout, false)), dstate_in(states()) {
@@ -76,9 +76,9 @@ public:
     Errors relative_errors(const Kernel &kernel) {
         run(kernel);
         const reference::Gradients want = reference::retention_backward(inputs(0), rows(dout, 0), states(dstate_out, 0));
-        return {std::max({relative_rms(dq.values(), want.q), relative_rms(dk.values(), want.k),
-                          relative_rms(dv.values(), want.v)}),
-                relative_rms(dlog_decay.values(), want.log_decay), relative_rms(dstate_in.values(), want.initial_state)};
+        return {
+            std::max({relative_rms(dq.values(), want.q), relative_rms(dk.values(), want.k), relative_rms(dv.values(), want.v)}),
+            relative_rms(dlog_decay.values(), want.log_decay), relative_rms(dstate_in.values(), want.initial_state)};
     }
 
 private:

@@ -35,8 +35,8 @@ struct Dot : x86::ChunkwiseBackwardLoops {
         // What products read: rows as they are stored, (d,i,...), for the factor that is the same for all columns; rows of pairs,
         // (two,d,pair of i,...), and where it is the other axis that is summed over, columns of pairs.
         const Func q = as_bf16(r.q_stored), k = as_bf16(r.k_stored), v = as_bf16(r.v_stored), dout = as_bf16(r.dout_stored);
-        Func q_pairs = pairs_of(q, 1), k_pairs = pairs_of(k, 1), dout_pairs = pairs_of(dout, 1), weights = pairs_of(weights_read, 1),
-             dscores = pairs_of(dscores_read, 1), dstate = pairs_of(dstate_read, 1);
+        Func q_pairs = pairs_of(q, 1), k_pairs = pairs_of(k, 1), dout_pairs = pairs_of(dout, 1),
+             weights = pairs_of(weights_read, 1), dscores = pairs_of(dscores_read, 1), dstate = pairs_of(dstate_read, 1);
         x86::PairColumns k_columns(r.k_stored, vec), v_columns(r.v_stored, vec), state_columns(state_read, vec),
             dstate_columns(dstate_read, vec);
         replace_calls(r.f.scores, r.f.q, [&](auto at) { return cast<float>(q(at)); });
@@ -89,7 +89,8 @@ void apply(ChunkwiseBackwardFuncs &r, const ChunkwiseSizes &sizes, const Target 
 bool matches(const Target &t, const ChunkwiseSizes &s) {
     const int wide = avx512_tile.columns * 16;
     return t.arch == Target::X86 && !t.has_gpu_feature() && t.has_feature(Target::AVX512_Zen4) && s.operands == Dtype::bf16 &&
-           s.key > 0 && s.key % wide == 0 && s.value > 0 && s.value % wide == 0 && s.chunk % wide == 0 && s.causal_tile % 2 == 0;
+           s.key > 0 && s.key % wide == 0 && s.value > 0 && s.value % wide == 0 && s.chunk % wide == 0 &&
+           s.causal_tile % 2 == 0;
 }
 
 const bool added = Schedule<ChunkwiseBackwardFuncs, ChunkwiseSizes>::add({"x86_bf16", 20, matches, apply});

@@ -68,7 +68,7 @@ struct Dot : x86::ChunkwiseLoops {
         queries.rename(queries.args()[1], Var(x86::rows_ahead));
         for (Func pairs : {added, keys[0], keys[1]}) pairs.rename(pairs.args()[2], Var(x86::rows_ahead));
         keys[0].compute_with(keys[1], Var(x86::rows_ahead));  // the second part reads the first
-        x86::PairColumns columns(f.k_stored, vec);  // scores read keys along j
+        x86::PairColumns columns(f.k_stored, vec);            // scores read keys along j
         replace_calls(f.scores, f.k, [&](auto at) { return cast<float>(columns(at)); });
         columns.compute_at(of_result);
     }

@@ -95,12 +95,8 @@ inline void cut_at_pairs(Halide::Func f, const Halide::RVar &over) {
             const auto *r = e.as<Internal::Variable>();
             return r && r->name == name;
         }
-        Expr visit(const Internal::LT *op) override {
-            return is_term(op->a) ? op->a / 2 * 2 < op->b : IRMutator::visit(op);
-        }
-        Expr visit(const Internal::GE *op) override {
-            return is_term(op->a) ? op->a / 2 * 2 >= op->b : IRMutator::visit(op);
-        }
+        Expr visit(const Internal::LT *op) override { return is_term(op->a) ? op->a / 2 * 2 < op->b : IRMutator::visit(op); }
+        Expr visit(const Internal::GE *op) override { return is_term(op->a) ? op->a / 2 * 2 >= op->b : IRMutator::visit(op); }
     } whole_pairs(over.name());
     f.function().mutate(&whole_pairs);
 }
@@ -157,7 +153,8 @@ class PairColumns {
     }
 
 public:
-    PairColumns(const Halide::Func &rows, int vec) : vec(vec), words(words_of(rows), vec), pairs(rows.name() + "_pair_columns") {
+    PairColumns(const Halide::Func &rows, int vec)
+        : vec(vec), words(words_of(rows), vec), pairs(rows.name() + "_pair_columns") {
         using namespace Halide;
         std::vector<Var> args = words.lines().args();
         const Expr column = words.lines()(std::vector<Expr>(args.begin(), args.end()));

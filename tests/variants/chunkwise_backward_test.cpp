@@ -104,7 +104,8 @@ TEST_P(Accuracy, RelativeErrorOf1024Tokens) {
 std::vector<Variant> accurate_variants() {
     std::vector<Variant> list;
     for (const Variant &v : variants)
-        if ((v.dtype == f32 || v.rounds_operands) && v.size.K == 64 && v.size.V == 64 && v.backend == std::string("cpu")) list.push_back(v);
+        if ((v.dtype == f32 || v.rounds_operands) && v.size.K == 64 && v.size.V == 64 && v.backend == std::string("cpu"))
+            list.push_back(v);
     return list;
 }
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(Accuracy);
