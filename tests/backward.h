@@ -72,6 +72,7 @@ struct Backward {
     bool value_major = false;
     int64_t chunk_size = 0;
     float scale = 0;               // the default, K^-1/2
+    int64_t state_interval = 0;    // of the states that the forward keeps; 0: none
     bool rounds_operands = false;  // by a variant that does
 
     Random random{};
@@ -86,6 +87,7 @@ struct Backward {
     Array dout = array({B, T, H * G, V}), dfinal_state = states(), dfinal_keys = array({N, H, D});
     Array dq = like(q), dk = like(k), dv = like(v), dinitial_state = like(initial_state), dinitial_keys = like(initial_keys);
     Array dlog_decay = gates == Gates::per_head ? Array({H}).forget() : Array({B, T, H}, layout).forget();
+    Array kept = kept_states();
     /// Of q, k, v, g (log_decay), s (initial state) and z (its sum of keys) those that are wanted.
     std::string wanted = std::string("qkv") + (gates == Gates::none ? "" : "g") + (final ? normalize ? "sz" : "s" : "");
 
@@ -111,10 +113,14 @@ struct Backward {
         return status;
     }
 
+    /// holdfast_backward, after the forward whose results it takes.
     holdfast_status run(holdfast_context *context) {
-        round();
-        if (normalize)
+        if (normalize || state_interval)
             if (const holdfast_status status = forward(context)) return status;
+        return backward(context);
+    }
+    holdfast_status backward(holdfast_context *context) {
+        round();
         Arguments a(dtype);
         holdfast_backward_args args = {};
         args.struct_size = sizeof args;
@@ -221,6 +227,17 @@ struct Backward {
         part.initial_state = initial_state, part.initial_keys = initial_keys;
         part.dfinal_state = dfinal_state, part.dfinal_keys = dfinal_keys;
         return part;
+    }
+
+    /// Of one that has state_interval set.
+    Array kept_states() {
+        int64_t M = 0;
+        for (int64_t s = 0; s < N && state_interval; s++)
+            M += ((starts.empty() ? T : starts[s + 1] - starts[s]) + state_interval - 1) / state_interval + 1;
+        if (!value_major) return Array({M, H, D, V}, layout).forget();
+        Index stride = strides({M, H, V, D}, layout);
+        std::swap(stride[2], stride[3]);
+        return Array({M, H, D, V}, stride).forget();
     }
 
     std::vector<Array *> gradients() { return {&dq, &dk, &dv, &dlog_decay, &dinitial_state, &dinitial_keys}; }
@@ -343,6 +360,7 @@ private:
         args.normalize = normalize ? HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS : HOLDFAST_NORMALIZE_NONE;
         args.state_layout = value_major ? HOLDFAST_STATE_VALUE_MAJOR : HOLDFAST_STATE_KEY_MAJOR;
         args.cu_seqlens = a.starts(starts);
+        args.states = given(a, kept, state_interval > 0), args.state_interval = state_interval;
     }
 };
 

@@ -92,11 +92,13 @@ struct Forward {
     holdfast_form form = HOLDFAST_FORM_AUTO;
     holdfast_state_layout state_layout = HOLDFAST_STATE_KEY_MAJOR;
     Index starts = {};  // of packed sequences, and T
+    Tensor states = {};
+    int64_t state_interval = 0;
 
     holdfast_status run(holdfast_context *context) {
-        Tensor *tensors[] = {&q, &k, &v, &log_decay, &initial_state, &out, &final_state};
-        DLTensor dl[7];
-        for (int n = 0; n < 7; n++) dl[n] = tensors[n]->dl();
+        Tensor *tensors[] = {&q, &k, &v, &log_decay, &initial_state, &out, &final_state, &states};
+        DLTensor dl[8];
+        for (int n = 0; n < 8; n++) dl[n] = tensors[n]->dl();
         std::deque<Stored> stored;
         for (int n : {0, 1, 2, 5}) {
             stored.emplace_back(dtype, tensors[n]->data, tensors[n]->shape, tensors[n]->stride);
@@ -108,6 +110,7 @@ struct Forward {
         int64_t sequences = (int64_t)starts.size();
         const DLTensor cu_seqlens = {starts.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &sequences, nullptr, 0};
         if (sequences) args.cu_seqlens = &cu_seqlens;
+        args.states = given(7), args.state_interval = state_interval;
         const holdfast_status status = holdfast_forward(context, &args);
         for (int n : {0, 1, 2}) EXPECT_TRUE(stored[n].unchanged()) << "input " << n << " was written";
         EXPECT_TRUE(stored[3].gaps_intact()) << "memory between the elements of out was written";
@@ -185,6 +188,38 @@ struct Problem {
         }
         in.scale = scale != 0 ? scale : 1 / std::sqrt((double)K);
         return in;
+    }
+
+    /// States every so many tokens, and after all: how many, of all sequences; and that they are what the reference says.
+    int64_t states_inside(int64_t interval) const {
+        int64_t count = 0;
+        for (int64_t s = 0; s < N; s++) count += (length(s) + interval - 1) / interval + 1;
+        return count;
+    }
+    int64_t length(int64_t s) const { return starts.empty() ? T : starts[s + 1] - starts[s]; }
+    void expect_states(const Array &states, int64_t interval, int64_t chunk, int64_t decays) const {
+        const double share = tolerance::of_spread(K, chunk, decays);
+        Array key_major = states;
+        if (value_major) std::swap(key_major.shape[2], key_major.shape[3]), std::swap(key_major.stride[2], key_major.stride[3]);
+        int64_t n = 0;
+        for (int64_t s = 0; s < N; s++)
+            for (int64_t t = 0;; t += interval, n++) {
+                SCOPED_TRACE("sequence " + std::to_string(s) + ", after " + std::to_string(t) + " tokens");
+                reference::Inputs in = inputs(starts.empty() ? 0 : s);
+                in.T = std::min(t, length(s));
+                const std::vector<double> want = reference::retention(in).state, spread = reference::spread(in).state;
+                const int64_t size = Hk * K * V, from = starts.empty() ? s * size : 0;
+                auto part = [&](const std::vector<double> &x) {
+                    return std::vector<double>(x.begin() + from, x.begin() + from + size);
+                };
+                expect_close("states", slice(key_major, 0, n, 1), part(want), part(spread), share);
+                if (t >= length(s)) {
+                    n++;
+                    break;
+                }
+            }
+        EXPECT_EQ(n, states.shape[0]);
+        EXPECT_TRUE(states.gaps_intact()) << "memory between the states was written";
     }
 
     /// out and final_state are what the reference says, up to the errors of multiplying the state `decays` times.

@@ -459,6 +459,7 @@ struct Options {
     int32_t degree = 0, normalize = 0, form = 0, state_layout = 0, expansion = 0;
     int64_t expanded_size = 0;  // D; 0: K
     bool sums = false, weights = false;
+    int64_t state_interval = 0;
 
     explicit Options(py::handle tuple) {
         if (tuple.is_none()) return;
@@ -467,17 +468,34 @@ struct Options {
         for (int n = 0; n < 5; n++) *numbers[n] = t[n].cast<int32_t>();
         expanded_size = t[5].cast<int64_t>();
         sums = t[6].cast<bool>(), weights = t[7].cast<bool>();
+        state_interval = t[8].cast<int64_t>();
     }
 };
 
-/// (out, state, sum of keys, weights), None for what is not wanted, or out where that is all: NumPy arrays, except for those
+/// How many `states` there are of sequences of cu_seqlens, or of B of T tokens; of what the library refuses any number.
+int64_t number_of_states(const DLTensor *cu_seqlens, int64_t B, int64_t T, int64_t interval) {
+    auto of = [&](int64_t tokens) { return std::max<int64_t>(tokens, 0) / interval + (tokens % interval > 0) + 1; };
+    if (!cu_seqlens) return B * of(T);
+    const bool wide = cu_seqlens->dtype.bits == 64;
+    if (cu_seqlens->ndim != 1 || cu_seqlens->device.device_type != kDLCPU || (!wide && cu_seqlens->dtype.bits != 32)) return 0;
+    auto at = [&](int64_t n) -> int64_t {
+        const char *first = (const char *)cu_seqlens->data + cu_seqlens->byte_offset;
+        n *= cu_seqlens->strides ? cu_seqlens->strides[0] : 1;
+        return wide ? ((const int64_t *)first)[n] : ((const int32_t *)first)[n];
+    };
+    int64_t sum = 0;
+    for (int64_t n = 1; n < cu_seqlens->shape[0]; n++) sum += of(std::min(at(n), T) - std::max<int64_t>(at(n - 1), 0));
+    return sum;
+}
+
+/// (out, state, sum of keys, states, weights), None for what is not wanted, or out where that is all: NumPy arrays, except for those
 /// that are given. New ones of bfloat16 are its bits, in uint16. `stream` is of CUDA, as DLPack numbers them.
 py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle scale, py::handle chunk_size,
                    py::handle initial_state, bool return_state, py::object out, py::object final_state, uint64_t stream,
-                   py::handle initial_sum, py::handle cu_seqlens, py::handle options, py::object final_sum,
-                   py::object weights) {
+                   py::handle initial_sum, py::handle cu_seqlens, py::handle options, py::object final_sum, py::object weights,
+                   py::object states) {
     const Options o(options);
-    Array initial_sum_array, cu_seqlens_array, final_sum_array, weights_array;
+    Array initial_sum_array, cu_seqlens_array, final_sum_array, weights_array, states_array;
     Array q_array, k_array, v_array, log_decay_array, initial_state_array, out_array, final_state_array;
     q_array.borrow("q", q, 4, false, stream);
     k_array.borrow("k", k, 4, false, stream);
@@ -490,6 +508,7 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     if (!cu_seqlens.is_none()) cu_seqlens_array.borrow("cu_seqlens", cu_seqlens, 1, false, stream);
     if (!final_sum.is_none()) final_sum_array.borrow("final_sum_of_keys", final_sum, 3, true, stream);
     if (!weights.is_none()) weights_array.borrow("weights", weights, 4, true, stream);
+    if (!states.is_none()) states_array.borrow("states", states, 4, true, stream);
 
     holdfast_forward_args args = {};
     args.struct_size = sizeof args;
@@ -525,16 +544,22 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
             make("final_sum_of_keys", final_sum, final_sum_array, float32, N, Hk, D);
         if (o.weights && weights.is_none())
             make("weights", weights, weights_array, type, shape[0], shape[2], shape[1], shape[1]);
+        if (o.state_interval > 0 && states.is_none()) {
+            const int64_t M = number_of_states(args.cu_seqlens, shape[0], shape[1], o.state_interval);
+            make("states", states, states_array, float32, M, Hk, value_major ? V : D, value_major ? D : V);
+        }
     }
     args.out = out_array.get() ? out_array.get() : &nowhere.tensor;
     args.final_state = final_state_array.get();
     args.final_sum_of_keys = final_sum_array.get();
     args.weights = weights_array.get();
+    args.states = states_array.get(), args.state_interval = o.state_interval;
 
     holdfast_context *c = context();
     holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
     if (holdfast_status status = without_gil(holdfast_forward, c, args)) raise_status(status, holdfast_last_error(c));
-    return return_state || o.weights ? py::make_tuple(out, final_state, final_sum, weights) : out;
+    if (!return_state && !o.weights && !o.state_interval) return out;
+    return py::make_tuple(out, final_state, final_sum, states, weights);
 }
 
 /// The gradients of q, k, v, log_decay, the initial state and its sum of keys, of which bit n of `wanted` asks for the n-th: NumPy
@@ -543,9 +568,10 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
 py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, py::handle log_decay, py::handle out,
                     py::handle scale, py::handle chunk_size, py::handle initial_state, py::handle initial_sum,
                     py::handle dfinal_state, py::handle dfinal_sum, py::handle cu_seqlens, int wanted, py::handle given,
-                    py::handle options, uint64_t stream) {
+                    py::handle options, uint64_t stream, py::handle states) {
     const Options o(options);
-    Array dout_array, q_array, k_array, v_array, log_decay_array, out_array, initial_state_array, initial_sum_array;
+    Array states_array, dout_array, q_array, k_array, v_array, log_decay_array, out_array, initial_state_array,
+        initial_sum_array;
     Array dfinal_state_array, dfinal_sum_array, cu_seqlens_array, made[6];
     auto borrow = [&](Array &array, const char *name, py::handle given, int rank) {
         if (!given.is_none()) array.borrow(name, given, rank, false, stream);
@@ -563,6 +589,7 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
     args.dfinal_state = borrow(dfinal_state_array, "dfinal_state", dfinal_state, 4);
     args.dfinal_sum_of_keys = borrow(dfinal_sum_array, "dfinal_sum_of_keys", dfinal_sum, 3);
     args.cu_seqlens = borrow(cu_seqlens_array, "cu_seqlens", cu_seqlens, 1);
+    args.states = borrow(states_array, "states", states, 4), args.state_interval = o.state_interval;
     args.scale = scale_argument(scale), args.chunk_size = chunk_size_argument(chunk_size);
     args.degree = o.degree, args.normalize = o.normalize, args.form = o.form;
     args.state_layout = o.state_layout, args.expansion = o.expansion;
@@ -861,6 +888,9 @@ PYBIND11_MODULE(_holdfast, m) {
     m.def("rotate_backward", rotate_backward);
     m.def("convert_state", convert_state);
     m.def("state_size", holdfast_state_size);
+    m.def("state_interval", [](int64_t key_size, int64_t value_size, bool wide) {
+        return holdfast_state_interval(key_size, value_size, wide ? float32 : float16);
+    });
     m.def("head_norm_gate", head_norm_gate);
     m.def("head_norm_gate_backward", head_norm_gate_backward);
     m.def("backends", backends);

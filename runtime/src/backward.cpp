@@ -1,6 +1,6 @@
 // The gradient of degree 1 on the CPU, on every sequence and head: first the forward kernel for the states alone, of which one is
 // kept for each segment of the sequence; then the kernel of the gradient on the segments, from the last to the first, with the
-// gradient of the state going from one to the next.
+// gradient of the state going from one to the next. States that the caller kept are not computed.
 #include "backward.h"
 
 #include "backward_head.h"
@@ -30,6 +30,7 @@ struct Plan {
     int64_t segment;                   // tokens in a call of a kernel
     int64_t groups;                    // of neighbouring heads, in each sequence: the pieces that threads take
     bool states;                       // the gradients that are wanted need the states
+    int64_t given = 0;                 // tokens from one of Problem::states to the next, a number of segments; 0: none
 
     Plan(const BackwardProblem &p, const Choice &choice, const holdfast_context &context)
         : variant(select_variant("chunkwise_backward", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced)),
@@ -42,6 +43,13 @@ struct Plan {
         groups = std::min(most, p.Hk * p.state_bytes() / heads_in_cache + 1);
         while (groups < most && p.N * groups % threads != 0 && p.N * groups < 4 * threads) groups++;
         states = p.dq.rank || p.dlog_decay.rank;
+        if (!states || !p.states.rank || p.states.stride[3] != 1) return;
+        if (p.state_interval <= segment) {
+            segment = given = p.state_interval;
+        } else if (p.state_interval % chunk == 0) {
+            while (p.state_interval % segment) segment -= chunk;
+            given = p.state_interval;
+        }
     }
     int64_t first_head(const Problem &p, int64_t group) const { return group * p.Hk / groups; }
 };
@@ -51,9 +59,10 @@ class Head {
 public:
     Head(const BackwardProblem &p, const Plan &plan, Workspace &workspace, int64_t s, int64_t h)
         : p(p), plan(plan), s(s), h(h), T(p.length(s)), segments((T + plan.segment - 1) / plan.segment), size(p.D * p.V),
-          rows(p, workspace, s, h, plan.segment), states(workspace, size * (plan.states ? std::max<int64_t>(segments, 1) : 1)),
+          rows(p, workspace, s, h, plan.segment), first_state(plan.given ? p.first_state(s) : 0),
+          states(workspace, size * (plan.states && plan.given != plan.segment ? std::max<int64_t>(segments, 1) : 1)),
           gradient_memory(workspace, size), gradient(gradient_memory.floats(), p.D, p.V, p.V) {
-        if (plan.states && p.initial_state.rank)
+        if (plan.states && !plan.given && p.initial_state.rank)
             copy_state(State(p.initial_state, s, h), state(0));
         else
             std::fill_n(states.floats(), size, 0.0f);
@@ -63,9 +72,9 @@ public:
             std::fill_n(gradient_memory.floats(), size, 0.0f);
     }
 
-    /// The state at the end of segment n, where that is not the last.
+    /// The state at the end of segment n, where that is not the last, and it is not given.
     void advance(Workspace &workspace, int64_t n) {
-        if (!plan.states || n + 1 >= segments) return;
+        if (!plan.states || n + 1 >= segments || is_given(n + 1)) return;
         look_at(n);
         rows.with_queries(false);
         const ChunkTable table({0, tokens(n)}, plan.forward_chunk);
@@ -104,11 +113,17 @@ private:
     const Plan &plan;
     const int64_t s, h, T, segments, size;
     BackwardHead rows;
-    const Scratch states;  // at the start of each segment
+    const int64_t first_state;  // of those given
+    const Scratch states;       // at the start of each segment, where not all are given
     const Scratch gradient_memory;
     State gradient;  // of the state at the end of the next segment
 
-    State state(int64_t n) const { return {states.floats() + n * size, p.D, p.V, p.V}; }
+    bool is_given(int64_t n) const { return plan.given && n * plan.segment % plan.given == 0; }
+    /// At the start of segment n.
+    State state(int64_t n) const {
+        return is_given(n) ? State(p.states, first_state + n * plan.segment / plan.given, h)
+                           : State(states.floats() + n * size, p.D, p.V, p.V);
+    }
     int64_t tokens(int64_t n) const { return std::min(plan.segment, T - n * plan.segment); }
     void look_at(int64_t n) { rows.look_at(n * plan.segment, tokens(n)); }
 };
@@ -135,7 +150,8 @@ void run_backward(holdfast_context &c, const BackwardProblem &p, const Choice &c
     check_kernel_strides(p, plan.segment);
     const int64_t pieces = p.Hk == 0 ? 0 : p.N * plan.groups;
     announce(c, "backward", plan.variant, choice.why, p,
-             "chunks of " + std::to_string(plan.chunk) + ", a state kept every " + std::to_string(plan.segment) + " tokens",
+             "chunks of " + std::to_string(plan.chunk) + ", a state kept every " + std::to_string(plan.segment) + " tokens" +
+                 (plan.given ? ", given every " + std::to_string(plan.given) : ""),
              pieces);
     DecaySums sums(p);
     if (pieces == 0) return sums.finish();

@@ -57,6 +57,7 @@ bool weights_are_less(const Problem &p) {
 holdfast_form choose_form(const Problem &p, const Choice &choice) {
     // States alone: the kernels of the other forms want queries.
     if (choice.backend == Backend::cpu && p.H == 0 && p.Hk > 0) return HOLDFAST_FORM_CHUNKWISE;
+    if (p.states.rank) return HOLDFAST_FORM_CHUNKWISE;
     if (p.form != HOLDFAST_FORM_AUTO) return p.form;
     if (choice.backend != Backend::cpu || p.chunk_size) return HOLDFAST_FORM_CHUNKWISE;
     if (weights_are_less(p)) return HOLDFAST_FORM_PARALLEL;
@@ -71,7 +72,15 @@ void recurrent(holdfast_context &c, const char *call, const Problem &p, const Ch
     recurrent_on_gpu(c, call, p, step_variant(p, choice), choice.why);
 }
 
+/// Check that states inside sequences are of a call on the CPU.
+void check_states(const Problem &p, const Choice &choice) {
+    if (p.states.rank && choice.backend != Backend::cpu)
+        fail(HOLDFAST_UNSUPPORTED, "states is given and the call is computed by ", name_of(choice.backend),
+             "; expected the CPU, or NULL");
+}
+
 void forward(holdfast_context &c, Problem p, const Choice &choice) {
+    check_states(p, choice);
     p.form = choose_form(p, choice);
     if (p.form == HOLDFAST_FORM_PARALLEL)
         return choice.backend == Backend::cpu ? run_parallel(c, p, choice) : parallel_on_gpu(c, p, choice);
@@ -106,7 +115,7 @@ void check_heads(const BackwardProblem &p) {
 }
 
 void backward(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
-    check_heads(p);
+    check_heads(p), check_states(p, choice);
     if (!p.wants_any()) return;
     const bool cpu = choice.backend == Backend::cpu;
     if (backward_from_weights(p, choice))
@@ -116,7 +125,7 @@ void backward(holdfast_context &c, const BackwardProblem &p, const Choice &choic
 }
 
 size_t backward_workspace(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
-    check_heads(p);
+    check_heads(p), check_states(p, choice);
     if (!p.wants_any() || choice.backend == Backend::cpu) return 0;
     if (backward_from_weights(p, choice)) return parallel_backward_workspace_on_gpu(c, p, choice);
     return is_power(p) ? power_backward_workspace_on_gpu(c, p, choice) : backward_workspace_on_gpu(c, p, choice);
@@ -141,6 +150,7 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         if (!bytes) fail(HOLDFAST_INVALID_ARGUMENT, "bytes is NULL; expected a size_t to write to");
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
+        check_states(p, choice);
         *bytes = 0;
         if (p.form == HOLDFAST_FORM_PARALLEL) {
             if (choice.backend != Backend::cpu) *bytes = parallel_workspace_on_gpu(c, p, choice);
@@ -160,6 +170,18 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
              selectable_variants("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced))
             *bytes = std::max(*bytes, workspace_on_gpu(c, p, *variant));
     });
+}
+
+int64_t holdfast_state_interval(int64_t key_size, int64_t value_size, DLDataType dtype) {
+    for (const Dtype &known : {f32, f16, bf16}) {
+        if (key_size < 1 || value_size < 1 || dtype.lanes != 1 || !(known == Dtype{"", dtype})) continue;
+        const double state = 4.0 * (double)key_size * (double)value_size;
+        const double rows = 4 * ((double)key_size + (double)value_size) * (double)known.bytes() / 8;  // an eighth of a token's
+        int64_t interval = 128;
+        while (state > rows * (double)interval) interval *= 2;
+        return interval;
+    }
+    return 0;
 }
 
 holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args) {

@@ -52,7 +52,7 @@ const Variant *narrower(const Variant &whole, int64_t K, int64_t columns) {
 /// The same problem for some columns of values.
 Problem columns_of(Problem p, int64_t first, int64_t columns) {
     p.V = columns;
-    for (Tensor *x : {&p.v, &p.out, &p.initial_state, &p.final_state}) {
+    for (Tensor *x : {&p.v, &p.out, &p.initial_state, &p.final_state, &p.states}) {
         if (!x->rank) continue;
         if (x->data) x->data += first * x->stride[3] * x->dtype.bytes();
         x->shape[3] = columns;
@@ -64,38 +64,50 @@ Problem columns_of(Problem p, int64_t first, int64_t columns) {
 struct Plan {
     const Variant &variant;
     int64_t chunk;    // tokens in a chunk
-    int64_t segment;  // tokens in a call of the kernel
+    int64_t segment;  // tokens in a call of the kernel, at most
     int64_t groups;   // of neighbouring heads, in each sequence: the pieces that threads take
+    bool in_place;    // states between calls are those of Problem::states: all calls end where one of them is
 
     Plan(const Problem &p, const Variant &variant, const holdfast_context &context) : variant(variant) {
         chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
         auto longer = [&](int64_t size) { return p.q.dtype.bytes() == 2 ? size * 3 / 2 : size; };
         segment = chunk * std::clamp<int64_t>(longer(states_in_cache) / p.state_bytes() - 1, least_chunks_per_call,
                                               longer(most_chunks_per_call));
+        const Tensor &states = p.states;
+        in_place = states.rank && states.stride[3] == 1 && p.state_interval <= segment;
         // As few groups as give all threads the same number of pieces, or several each; enough for the cache.
         const int64_t threads = context.threads_for(p.N * p.Hk), most = std::max<int64_t>(p.Hk, 1);
         groups = std::min(most, p.Hk * p.state_bytes() / heads_in_cache + 1);
         while (groups < most && p.N * groups % threads != 0 && p.N * groups < 4 * threads) groups++;
     }
     int64_t first_head(const Problem &p, int64_t group) const { return group * p.Hk / groups; }
+    /// Where the call ends that begins at token t of a sequence.
+    int64_t end_of(const Problem &p, int64_t s, int64_t t) const {
+        const int64_t end = std::min(t + segment, p.length(s));
+        return p.states.rank ? std::min(end, (t / p.state_interval + 1) * p.state_interval) : end;
+    }
 };
 
 /// One sequence and head of keys: where its rows and its state are.
 class Head {
 public:
     Head(const Problem &p, Workspace &workspace, int64_t s, int64_t h)
-        : p(p), s(s), h(h), q(p.q, p.entry(s), p.start(s), h, p.group()), k(p.k, p.entry(s), p.start(s), h),
-          v(p.v, p.entry(s), p.start(s), h), out(p.out, p.entry(s), p.start(s), h, p.group()),
+        : p(p), s(s), h(h), first_state(p.states.rank ? p.first_state(s) : 0), q(p.q, p.entry(s), p.start(s), h, p.group()),
+          k(p.k, p.entry(s), p.start(s), h), v(p.v, p.entry(s), p.start(s), h),
+          out(p.out, p.entry(s), p.start(s), h, p.group()),
           log_decay(nullptr, float32, {{0, 0, (int32_t)decay_stride()}, {0, 1, 0}, {0, 1, 0}}), scratch(workspace, p.D * p.V),
           state(scratch.floats(), p.D, p.V, p.V) {
         if (p.initial_state.rank)
             copy_state(State(p.initial_state, s, h), state);
         else
             std::fill_n(scratch.floats(), p.D * p.V, 0.0f);
+        if (p.states.rank) copy_state(state, after(0));
     }
 
-    /// Tokens t .. t + tokens - 1 of the sequence: writes their rows of out, and the state after them to `next`, which becomes the state.
-    void advance(const Plan &plan, Workspace &workspace, int64_t t, int64_t tokens, State &next) {
+    /// Tokens t .. end - 1 of the sequence: writes their rows of out, and the state after them to `next`, which becomes the state, or
+    /// to `states`.
+    void advance(const Plan &plan, Workspace &workspace, int64_t t, int64_t end, State &next) {
+        const int64_t tokens = end - t;
         static const float no_decay = 0;
         const Tensor &g = p.log_decay;
         const float *decay = g.rank == 3 ? g.at(p.entry(s), p.start(s) + t, h) : g.rank == 1 ? g.at(h) : &no_decay;
@@ -104,24 +116,36 @@ public:
         for (HeadRows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
         log_decay.host = (uint8_t *)decay, log_decay.axes[0].extent = (int32_t)tokens;
         const Variant &variant = plan.variant;
-        const auto run = std::get<ChunkwiseKernel *>(variant.run);
-        check_returned(run(&workspace, &q, &k, &v, &log_decay, &state, &chunks, table.count, p.scale, &out, &next), variant,
-                       workspace);
+        auto run = [&](State &before, State &after) {
+            const auto kernel = std::get<ChunkwiseKernel *>(variant.run);
+            check_returned(kernel(&workspace, &q, &k, &v, &log_decay, &before, &chunks, table.count, p.scale, &out, &after),
+                           variant, workspace);
+        };
+        if (plan.in_place) {
+            State before = after(t), behind = after(end);
+            return run(before, behind);
+        }
+        run(state, next);
         std::swap(state.host, next.host);
+        if (p.states.rank && (end % p.state_interval == 0 || end == p.length(s))) copy_state(state, after(end));
     }
 
     void finish() const {
-        if (p.final_state.rank) copy_state(state, State(p.final_state, s, h));
+        if (!p.final_state.rank) return;
+        const State final_state(p.final_state, s, h);
+        p.states.rank ? copy_state(after(p.length(s)), final_state) : copy_state(state, final_state);
     }
 
 private:
     const Problem &p;
-    const int64_t s, h;
+    const int64_t s, h, first_state;
     HeadRows q, k, v, out;
     Buffer log_decay;
     Scratch scratch;
     State state;
 
+    /// That of `states` after t tokens, or the next one.
+    State after(int64_t t) const { return State(p.states, first_state + p.intervals(t), h); }
     int64_t decay_stride() const { return p.log_decay.rank == 3 ? p.log_decay.stride[1] : 0; }
 };
 
@@ -133,8 +157,10 @@ void run_heads(const Problem &p, const Plan &plan, Workspace &workspace, int64_t
     std::deque<Head> heads;
     for (int64_t h = plan.first_head(p, group); h < plan.first_head(p, group + 1); h++) heads.emplace_back(p, workspace, s, h);
     const int64_t T = p.length(s);
-    for (int64_t t = 0; t < T; t += plan.segment)
-        for (Head &head : heads) head.advance(plan, workspace, t, std::min(plan.segment, T - t), next);
+    for (int64_t t = 0, end; t < T; t = end) {
+        end = plan.end_of(p, s, t);
+        for (Head &head : heads) head.advance(plan, workspace, t, end, next);
+    }
     for (const Head &head : heads) head.finish();
 }
 
@@ -156,6 +182,7 @@ void run_chunkwise(holdfast_context &c, const Problem &whole, const Variant &var
     check_kernel_strides(whole, plan.segment);
     const int64_t pieces = heads == 0 ? 0 : whole.N * plan.groups * strips;
     std::string how = "chunks of " + std::to_string(plan.chunk);
+    if (whole.states.rank) how += ", states every " + std::to_string(whole.state_interval) + " tokens";
     if (strips > 1) how += ", " + std::to_string(whole.V / strips) + " columns of values at a time";
     announce(c, "forward", *run, why, whole, how, pieces);
     if (pieces == 0) return;

@@ -114,11 +114,15 @@ Tensor checked_rows(const Tensor &q, const TensorSpec &spec, const DLTensor *ten
     return t;
 }
 
-/// State [N, Hk, D, V] of `p`; of letters [B, Hk, D, V] in a step.
-Tensor checked_state(const Problem &p, const char *name, const DLTensor *tensor, bool value_major, bool step = false) {
-    const TensorSpec spec{name, step ? value_major ? "BhVD" : "BhDV" : value_major ? "NhVD" : "NhDV"};
+/// State [N, Hk, D, V] of `p`; [B, Hk, D, V] in a step, and [M, Hk, D, V] of several in a sequence, by their first letter.
+Tensor checked_state(const Problem &p, const char *name, const DLTensor *tensor, bool value_major, char first = 'N') {
+    const std::string axes = std::string(1, first) + (value_major ? "hVD" : "hDV");
+    const TensorSpec spec{name, axes.c_str()};
     Tensor state = check_tensor(spec, tensor);
-    check_extent(spec, state, 0, p.N, p.packed() ? "the sequences of cu_seqlens" : "the B of q");
+    if (first == 'M')
+        check_extent(spec, state, 0, p.first_state(p.N), "of each sequence T / state_interval, rounded up, and one more");
+    else
+        check_extent(spec, state, 0, p.N, p.packed() ? "the sequences of cu_seqlens" : "the B of q");
     check_extent(spec, state, 1, p.Hk, "that of k");
     check_extent(spec, state, value_major ? 3 : 2, p.D, p.degree > 1 ? "the size of q's K features expanded" : "the K of q");
     check_extent(spec, state, value_major ? 2 : 3, p.V, "that of v");
@@ -203,7 +207,7 @@ Problem checked(const holdfast_forward_args &args, Call call) {
     }
 
     if (args.initial_state || step)
-        p.initial_state = checked_state(p, step ? "state" : "initial_state", args.initial_state, value_major, step);
+        p.initial_state = checked_state(p, step ? "state" : "initial_state", args.initial_state, value_major, step ? 'B' : 'N');
     if (step)
         p.final_state = p.initial_state;
     else if (args.final_state)
@@ -231,11 +235,25 @@ Problem checked(const holdfast_forward_args &args, Call call) {
         check_rows(p.weights);
     }
 
+    if (args.state_interval < 0 || !args.states != !args.state_interval)
+        fail(HOLDFAST_INVALID_ARGUMENT, "state_interval is ", args.state_interval, " and states is ",
+             args.states ? "given; expected at least 1" : "NULL; expected 0");
+    p.state_interval = args.state_interval;
+    if (args.states) {
+        if (p.degree > 1 || p.normalized)
+            fail(HOLDFAST_UNSUPPORTED, "states is given, degree is ", p.degree, " and normalize ", normalize,
+                 "; expected degree 1 without normalization, or NULL");
+        if (!backward && (p.form == HOLDFAST_FORM_PARALLEL || p.form == HOLDFAST_FORM_RECURRENT))
+            fail(HOLDFAST_INVALID_ARGUMENT, "states is given and form is ", (int)p.form, "; expected ",
+                 (int)HOLDFAST_FORM_CHUNKWISE, ", HOLDFAST_FORM_CHUNKWISE, or ", (int)HOLDFAST_FORM_AUTO);
+        p.states = checked_state(p, "states", args.states, value_major, 'M');
+    }
+
     if (backward)  // its outputs are not here yet
-        check_memory({&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum, &p.out}, {}, {});
+        check_memory({&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum, &p.out, &p.states}, {}, {});
     else
         check_memory({&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum},
-                     {&p.out, &p.final_state, &p.final_sum, &p.weights},
+                     {&p.out, &p.final_state, &p.final_sum, &p.weights, &p.states},
                      {{&p.final_state, &p.initial_state}, {&p.final_sum, &p.initial_sum}});
     p.workspace = args.workspace;
 
@@ -280,6 +298,7 @@ BackwardProblem checked_problem(const holdfast_backward_args *args) {
     same.scale = call.scale, same.chunk_size = call.chunk_size, same.workspace = call.workspace;
     same.degree = call.degree, same.normalize = call.normalize, same.form = call.form;
     same.state_layout = call.state_layout, same.expansion = call.expansion, same.cu_seqlens = call.cu_seqlens;
+    same.states = const_cast<DLTensor *>(call.states), same.state_interval = call.state_interval;  // an input here
     BackwardProblem p{checked(same, Call::backward), {}, {}, {}, {}, {}, {}, {}, {}, {}};
 
     constexpr TensorSpec::Types floats = TensorSpec::floats;
@@ -307,14 +326,21 @@ BackwardProblem checked_problem(const holdfast_backward_args *args) {
     p.dinitial_state = state("dinitial_state", call.dinitial_state);
     p.dinitial_sum = sum("dinitial_sum_of_keys", call.dinitial_sum_of_keys);
 
-    check_memory(
-        {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum, &p.out, &p.dout, &p.dfinal_state, &p.dfinal_sum},
-        {&p.dq, &p.dk, &p.dv, &p.dlog_decay, &p.dinitial_state, &p.dinitial_sum},
-        {{&p.dinitial_state, &p.dfinal_state}, {&p.dinitial_sum, &p.dfinal_sum}});
+    check_memory({&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.initial_sum, &p.out, &p.states, &p.dout, &p.dfinal_state,
+                  &p.dfinal_sum},
+                 {&p.dq, &p.dk, &p.dv, &p.dlog_decay, &p.dinitial_state, &p.dinitial_sum},
+                 {{&p.dinitial_state, &p.dfinal_state}, {&p.dinitial_sum, &p.dfinal_sum}});
     return p;
 }
 
 Backend Problem::home() const { return home_of(q); }
+
+int64_t Problem::first_state(int64_t s) const {
+    if (!packed()) return s ? s * states_of(0) : 0;
+    int64_t first = 0;
+    for (int64_t before = 0; before < s; before++) first += states_of(before);
+    return first;
+}
 
 int64_t Problem::longest() const {
     int64_t longest = 0;
@@ -352,7 +378,8 @@ void check_kernel_strides(const Problem &p, int64_t tokens) {
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check_kernel_stride(*t, 1, std::min(tokens, p.T));
     for (const Tensor *t : {&p.q, &p.out}) check_kernel_stride(*t, 2, p.group());
     if (p.log_decay.rank == 3) check_kernel_stride(p.log_decay, 1, std::min(tokens, p.T));
-    for (const Tensor *t : {&p.initial_state, &p.final_state}) check_kernel_stride(*t, 2, p.D), check_kernel_stride(*t, 3, p.V);
+    for (const Tensor *t : {&p.initial_state, &p.final_state, &p.states})
+        check_kernel_stride(*t, 2, p.D), check_kernel_stride(*t, 3, p.V);
 }
 
 void check_kernel_strides(const BackwardProblem &p, int64_t tokens) {

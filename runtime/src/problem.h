@@ -27,6 +27,8 @@ struct Problem {
     Tensor initial_state, final_state;  // [N, Hk, D, V], value-major ones by their strides; rank 0: not given
     Tensor initial_sum, final_sum;      // [N, Hk, D]; rank 0: not given
     Tensor weights;                     // [B, H, T, T]; rank 0: not wanted
+    Tensor states;  // [M, Hk, D, V], as states above, those of a sequence in a row; rank 0: not given. An input of a gradient
+    int64_t state_interval;  // tokens from one of them to the next; 0: not given
     float scale;
     int64_t chunk_size;         // 0: the library's choice
     const DLTensor *workspace;  // null: not given. Not checked: only a GPU looks at it
@@ -39,12 +41,17 @@ struct Problem {
     int64_t start(int64_t s) const { return packed() ? starts[s] : 0; }
     int64_t length(int64_t s) const { return packed() ? starts[s + 1] - starts[s] : T; }
 
+    /// In `states`: how many are of sequence s, after 0, state_interval, .. tokens and after all; and the first of them.
+    int64_t states_of(int64_t s) const { return intervals(length(s)) + 1; }
+    int64_t intervals(int64_t tokens) const { return tokens / state_interval + (tokens % state_interval > 0); }
+    int64_t first_state(int64_t s) const;
+
     int64_t longest() const;  // of the sequences, in tokens
     Backend home() const;     // where all tensors are
 
     /// All that a kernel has, first q; those not given have rank 0.
     std::vector<const Tensor *> tensors() const {
-        return {&q, &k, &v, &log_decay, &initial_state, &initial_sum, &out, &final_state, &final_sum, &weights};
+        return {&q, &k, &v, &log_decay, &initial_state, &initial_sum, &out, &final_state, &final_sum, &weights, &states};
     }
 
     /// Of rows as kernels of `backend` get them: of host tensors in packed copies, where that is a GPU.

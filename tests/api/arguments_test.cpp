@@ -20,10 +20,11 @@ struct Call {
     Forward f = p.forward();
     DLTensor q = f.q.dl(), k = f.k.dl(), v = f.v.dl(), log_decay = f.log_decay.dl(), initial_state = f.initial_state.dl(),
              out = f.out.dl(), final_state = f.final_state.dl();
-    Array sums = Array({2, B, H, K}).fill(p.random), all_weights = Array({B, H, T, T});
+    Array sums = Array({2, B, H, K}).fill(p.random), all_weights = Array({B, H, T, T}), inside = Array({B * 4, H, K, V});
     Tensor initial_sum_view = Tensor(sums).part(0, 0, 1).without(0), final_sum_view = Tensor(sums).part(0, 1, 2).without(0),
-           weights_view = all_weights;
-    DLTensor initial_sum = initial_sum_view.dl(), final_sum = final_sum_view.dl(), weights = weights_view.dl();
+           weights_view = all_weights, states_view = inside;
+    DLTensor initial_sum = initial_sum_view.dl(), final_sum = final_sum_view.dl(), weights = weights_view.dl(),
+             states = states_view.dl();
     int64_t starts[3] = {0, 2, T}, sequences[1] = {3};
     DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, sequences, nullptr, 0};
     holdfast_forward_args args = forward_args(&q, &k, &v, &log_decay, &initial_state, &out, &final_state);
@@ -81,6 +82,8 @@ struct Call {
         args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS;
         args.initial_sum_of_keys = &initial_sum, args.final_sum_of_keys = &final_sum;
     }
+    /// States after 0, 2, 4 and 5 tokens.
+    void want_states() { args.states = &states, args.state_interval = 2; }
     void want_weights() { args.weights = &weights, args.form = HOLDFAST_FORM_PARALLEL; }
     /// One head of keys for all of queries.
     void group() { k.shape[2] = v.shape[2] = log_decay.shape[2] = initial_state.shape[1] = final_state.shape[1] = 1; }
@@ -90,7 +93,8 @@ struct Call {
         for (DLTensor *x : {&initial_state, &final_state}) std::swap(x->shape[2], x->shape[3]), x->strides = nullptr;
     }
     std::vector<const Array *> arrays() const {
-        return {&p.q, &p.k, &p.v, &p.log_decay, &p.initial_state, &p.out, &p.final_state, &sums, &all_weights, &memory};
+        return {&p.q,           &p.k,  &p.v,         &p.log_decay, &p.initial_state, &p.out,
+                &p.final_state, &sums, &all_weights, &inside,      &memory};
     }
 };
 
@@ -115,6 +119,44 @@ std::vector<Case> cases() {
     std::vector<Case> list;
     auto add = [&](const std::string &name, holdfast_status status, const std::string &text,
                    std::function<void(Call &)> spoil) { list.push_back({name, status, text, std::move(spoil)}); };
+
+    // ---- States inside sequences.
+    auto states = [](std::function<void(Call &)> spoil) { return [spoil](Call &c) { c.want_states(), spoil(c); }; };
+    add("states_without_interval", invalid, "state_interval is 0 and states is given; expected at least 1",
+        states([](Call &c) { c.args.state_interval = 0; }));
+    add("states_with_negative_interval", invalid, "state_interval is -3 and states is given; expected at least 1",
+        states([](Call &c) { c.args.state_interval = -3; }));
+    add("interval_without_states", invalid, "state_interval is 2 and states is NULL; expected 0",
+        states([](Call &c) { c.args.states = nullptr; }));
+    add("too_few_states", invalid,
+        "states [M, Hk, D, V] has M = 7; expected 8, of each sequence T / state_interval, rounded up, and one more",
+        states([](Call &c) { c.states.shape[0] = 7; }));
+    add("states_of_another_interval", invalid, "states [M, Hk, D, V] has M = 8; expected 12",
+        states([](Call &c) { c.args.state_interval = 1; }));
+    add("packed_states", invalid, "states [M, Hk, D, V] has M = 8; expected 5", states([](Call &c) { c.pack(); }));
+    add("states_of_other_heads", invalid, "states [M, Hk, D, V] has Hk = 2; expected 3",
+        states([](Call &c) { c.states.shape[1] = 2; }));
+    add("states_of_other_order", invalid, "states [M, Hk, V, D] has D = 6; expected 4",
+        states([](Call &c) { c.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR, c.value_major(); }));
+    add("states_of_doubles", unsupported, "states", states([](Call &c) { c.states.dtype.bits = 64; }));
+    add("states_in_out", invalid, "states", states([](Call &c) { c.states.data = c.out.data; }));
+    add("states_in_q", invalid, "states", states([](Call &c) { c.states.data = c.q.data; }));
+    add("states_of_one_element", invalid, "states", states([](Call &c) {
+            c.other_strides = {0, K * V, V, 1};
+            c.states.strides = c.other_strides.data();
+        }));
+    add("states_of_normalized", unsupported,
+        "states is given, degree is 1 and normalize 2; expected degree 1 without normalization, or NULL",
+        states([](Call &c) { c.sum_up(); }));
+    add("states_of_degree_2", unsupported, "states is given, degree is 2 and normalize 1; expected degree 1",
+        states([](Call &c) {
+            c.args.degree = 2, c.args.normalize = HOLDFAST_NORMALIZE_NONE;
+            c.args.initial_state = nullptr, c.args.final_state = nullptr;
+        }));
+    for (holdfast_form form : {HOLDFAST_FORM_PARALLEL, HOLDFAST_FORM_RECURRENT})
+        add("states_of_form_" + std::to_string(form), invalid,
+            "states is given and form is " + std::to_string(form) + "; expected 2, HOLDFAST_FORM_CHUNKWISE, or 0",
+            states([form](Call &c) { c.args.form = form; }));
 
     // ---- The struct.
     for (size_t size : {(size_t)0, (size_t)1, sizeof(void *), offsetof(holdfast_forward_args, chunk_size),
@@ -517,6 +559,8 @@ std::vector<GoodCase> good_cases() {
              c.q.strides[0] = huge, c.k.strides[1] = -huge, c.out.strides[2] = 0, c.v.strides[3] = 0,
              c.log_decay.strides[1] = huge;
          }},
+        {"states", [](Call &c) { c.want_states(); }},
+        {"states_every_huge", [](Call &c) { c.want_states(), c.args.state_interval = huge, c.states.shape[0] = 2 * B; }},
         {"no_data_in_empty_tensors",
          [](Call &c) {
              for (DLTensor *x : {&c.q, &c.k, &c.v, &c.out, &c.log_decay}) x->shape[1] = 0, x->data = nullptr;

@@ -16,7 +16,9 @@ constexpr int64_t B = 2, T = 5, H = 3, K = 4, V = 6;
 /// A good call of normalized outputs, to be spoilt. `memory` is one more array to point into.
 struct Call {
     Backward p{B, T, H, 1, K, V, 1, true};
-    Array out = p.v, memory = Array({8192}).fill(-1.0f);
+    Array out = p.v, memory = Array({8192}).fill(-1.0f), inside = Array({B * 4, H, K, V}).fill(p.random);
+    Tensor states_view = inside;
+    DLTensor states = states_view.dl();  // after 0, 2, 4 and 5 tokens
     Tensor views[16] = {
         p.q,  p.k,  p.v,  p.log_decay,  p.initial_state,  p.initial_keys, out, p.dout, p.dfinal_state, p.dfinal_keys,
         p.dq, p.dk, p.dv, p.dlog_decay, p.dinitial_state, p.dinitial_keys};
@@ -73,6 +75,7 @@ struct Call {
             x.ndim = 1, x.shape[0] = H, x.strides = nullptr;
         }
     }
+    void give_states() { plain(), args.states = &states, args.state_interval = 2; }
     /// Out is not normalized.
     void plain() {
         args.normalize = HOLDFAST_NORMALIZE_NONE;
@@ -95,6 +98,7 @@ struct Call {
                 &p.dlog_decay,
                 &p.dinitial_state,
                 &p.dinitial_keys,
+                &inside,
                 &memory};
     }
 };
@@ -112,6 +116,20 @@ std::vector<Case> cases() {
     std::vector<Case> list;
     auto add = [&](const std::string &name, holdfast_status status, const std::string &text,
                    std::function<void(Call &)> spoil) { list.push_back({name, status, text, std::move(spoil)}); };
+
+    // ---- States that the forward kept.
+    add("states_without_interval", invalid, "state_interval is 0 and states is given; expected at least 1",
+        [](Call &c) { c.give_states(), c.args.state_interval = 0; });
+    add("interval_without_states", invalid, "state_interval is 2 and states is NULL; expected 0",
+        [](Call &c) { c.give_states(), c.args.states = nullptr; });
+    add("states_of_another_interval", invalid,
+        "states [M, Hk, D, V] has M = 8; expected 6, of each sequence T / state_interval, rounded up, and one more",
+        [](Call &c) { c.give_states(), c.args.state_interval = 3; });
+    add("states_of_normalized", unsupported,
+        "states is given, degree is 1 and normalize 2; expected degree 1 without normalization, or NULL",
+        [](Call &c) { c.args.states = &c.states, c.args.state_interval = 2; });
+    add("dq_in_states", invalid, "dq overlaps states in memory; expected separate memory",
+        [](Call &c) { c.give_states(), c.tensor("dq").data = c.states.data; });
 
     // ---- The struct, and what goes through the checks of holdfast_forward.
     for (size_t size : {(size_t)0, sizeof(void *), offsetof(holdfast_backward_args, cu_seqlens)})
@@ -262,6 +280,7 @@ TEST(BackwardArgs, WhatIsNoError) {
     const std::pair<const char *, std::function<void(Call &)>> good[] = {
         {"nothing changed", [](Call &) {}},
         {"plain", [](Call &c) { c.plain(); }},
+        {"states", [](Call &c) { c.give_states(); }},
         {"plain, with out", [](Call &c) { c.plain(), c.args.out = &c.tensor("out"); }},
         {"nothing wanted",
          [](Call &c) {

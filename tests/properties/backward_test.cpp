@@ -3,6 +3,7 @@
 #include "../backward.h"
 
 #include <functional>
+#include <tuple>
 
 namespace {
 using namespace test;
@@ -275,6 +276,54 @@ TEST_P(BackwardTest, PackedSequences) {
         SCOPED_TRACE(name(gates));
         Backward p{1, starts.back(), 2, 2, K, V, 1, false, gates, dtype, Layout::padded, true, true, starts};
         expect_right(p);
+    }
+}
+
+TEST_P(BackwardTest, StatesThatTheForwardKept) {
+    const Index packed = {0, 0, C + 2, C + 3, C + 3, 4 * C + 9};
+    for (int64_t interval : {(int64_t)7, C, 2 * C, 5 * C, 24 * C, 24 * C + 1})
+        for (bool value_major : {false, true})
+            for (const Index &starts : {Index(), packed}) {
+                if ((large || interval < C) && (value_major || !starts.empty())) continue;
+                SCOPED_TRACE("every " + std::to_string(interval) + (value_major ? ", value-major" : "") + text(starts));
+                const int64_t T = !starts.empty() ? starts.back() : interval > 5 * C && !large ? 25 * C + 3 : 6 * C + 3;
+                Backward p{1,
+                           T,
+                           1,
+                           2,
+                           K,
+                           V,
+                           1,
+                           false,
+                           Gates::weak,
+                           dtype,
+                           Layout::padded,
+                           true,
+                           true,
+                           starts,
+                           HOLDFAST_FORM_CHUNKWISE,
+                           HOLDFAST_EXPANSION_TIGHT,
+                           value_major,
+                           0,
+                           0,
+                           interval};
+                expect_right(p);
+            }
+}
+
+TEST_P(BackwardTest, StatesThatTheForwardKeptAreNotComputed) {
+    const int64_t several = 24 * C;  // more than a call of the kernel has
+    for (int64_t interval : {C, several, several + 1}) {
+        SCOPED_TRACE(interval);
+        Backward p = problem(1, several + C, 1);
+        p.state_interval = interval, p.kept = p.kept_states();
+        run(p);
+        Backward other = p;
+        other.kept.forget();  // not a number
+        ASSERT_EQ(other.backward(*context), HOLDFAST_OK) << context->error();
+        EXPECT_TRUE(same_bits(p.dk, other.dk) && same_bits(p.dv, other.dv)) << "they need no states";
+        const bool looked_at = interval % C == 0;
+        EXPECT_EQ(same_bits(p.dq, other.dq) && same_bits(p.dlog_decay, other.dlog_decay), !looked_at);
     }
 }
 
@@ -993,6 +1042,25 @@ TEST(BackwardMemory, ShortMemoryIsAStatus) {
     }
 }
 
+TEST(StateInterval, IsAnEighthOfTheTensors) {
+    const DLDataType wide = {kDLFloat, 32, 1}, half = {kDLFloat, 16, 1}, brain = {kDLBfloat, 16, 1};
+    for (const auto &[K, V, dtype, want] :
+         std::vector<std::tuple<int64_t, int64_t, DLDataType, int64_t>>{{64, 64, wide, 128},
+                                                                        {128, 128, wide, 128},
+                                                                        {256, 256, wide, 256},
+                                                                        {256, 512, wide, 512},
+                                                                        {1, 1, wide, 128},
+                                                                        {64, 64, half, 128},
+                                                                        {128, 128, brain, 256},
+                                                                        {0, 64, wide, 0},
+                                                                        {64, -1, wide, 0},
+                                                                        {64, 64, {kDLFloat, 64, 1}, 0},
+                                                                        {64, 64, {kDLFloat, 32, 4}, 0},
+                                                                        {64, 64, {kDLInt, 32, 1}, 0}})
+        EXPECT_EQ(holdfast_state_interval(K, V, dtype), want) << K << ", " << V;
+    EXPECT_GT(holdfast_state_interval(INT64_MAX, INT64_MAX, wide), 0);
+}
+
 TEST(BackwardMemory, IsAShareOfTheTensors) {
     // Of forward and backward at T 4096 of 8 heads, K = V = 64: a third of what goes in and out, at most.
     struct Count {
@@ -1015,11 +1083,16 @@ TEST(BackwardMemory, IsAShareOfTheTensors) {
     Context context("", 2);
     ASSERT_EQ(holdfast_context_set_allocator(context, allocate, deallocate, &count), HOLDFAST_OK);
     Backward p{1, 4096, 8, 1, 64, 64};
-    ASSERT_EQ(p.forward(context), HOLDFAST_OK) << context.error();
-    ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
     const int64_t tensors = 8 * p.T * p.H * 64 * (int64_t)sizeof(float);
-    RecordProperty("share", std::to_string((double)count.most / (double)tensors));
-    EXPECT_LE(count.most, tensors * 3 / 10);
+    for (bool kept : {false, true}) {
+        if (kept) p.state_interval = holdfast_state_interval(p.K, p.V, {kDLFloat, 32, 1}), p.kept = p.kept_states();
+        ASSERT_EQ(p.forward(context), HOLDFAST_OK) << context.error();
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        const int64_t states = kept ? (int64_t)(p.kept.values().size() * sizeof(float)) : 0;
+        RecordProperty(kept ? "share_with_states" : "share", std::to_string((double)(count.most + states) / (double)tensors));
+        EXPECT_LE(count.most + states, tensors * 3 / 10);
+        EXPECT_LE(states, tensors / 15);
+    }
 }
 
 }  // namespace

@@ -415,6 +415,45 @@ TEST_P(Retention, ValueMajorStates) {
         }
 }
 
+TEST_P(Retention, StatesInside) {
+    if (!on_cpu()) {
+        Problem p = problem(1, 4, 1);
+        Array states = Array({3, 1, K, V}).forget();
+        Forward f = p.forward();
+        f.states = states, f.state_interval = 2;
+        EXPECT_EQ(f.run(*context), HOLDFAST_UNSUPPORTED);
+        EXPECT_EQ(context->error(), "states is given and the call is computed by " + backend_of(GetParam().target) +
+                                        "; expected the CPU, or NULL");
+        EXPECT_TRUE(same_bits(states, Array(states).forget()));
+        return;
+    }
+    const Index packed = {0, 0, C + 3, C + 4, 3 * C + 4};
+    for (int64_t interval : {(int64_t)1, C / 2 + 1, C, 2 * C, 20 * C, (int64_t)1 << 40})
+        for (bool value_major : {false, true})
+            for (const Index &starts : {Index(), packed}) {
+                SCOPED_TRACE("every " + std::to_string(interval) + (value_major ? ", value-major" : "") + text(starts));
+                const int64_t T = starts.empty() ? interval == 1 ? 3 : 3 * C + 2 : starts.back();
+                if (interval == 1 && !starts.empty()) continue;
+                Problem p{starts.empty() ? 2 : 1, T, 2, K, V, Gates::weak, Layout::padded, true, dtype, 2, starts, value_major};
+                Problem without = p;
+                const int64_t M = p.states_inside(interval);
+                const Index shape = value_major ? Index{M, 1, V, K} : Index{M, 1, K, V};
+                Array states = Array(shape, Layout::padded).forget();
+                Forward f = p.forward();
+                f.states = states, f.state_interval = interval;
+                run(f);
+                p.expect_reference(C, chunks(T) + T);
+                p.expect_states(states, interval, C, chunks(T) + T);
+                // A matter of memory alone, where chunks stay what they are.
+                Forward same = without.forward();
+                same.form = HOLDFAST_FORM_CHUNKWISE;
+                run(same);
+                if (interval % C == 0) {
+                    EXPECT_TRUE(same_bits(p.out, without.out));
+                }
+            }
+}
+
 TEST_P(Retention, FormsThatAreForced) {
     const std::pair<holdfast_form, const char *> forms[] = {{HOLDFAST_FORM_CHUNKWISE, "chunkwise"},
                                                             {HOLDFAST_FORM_RECURRENT, "recurrent"}};

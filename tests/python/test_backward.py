@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 
 import holdfast
@@ -127,6 +128,76 @@ def test_packed_sequences(gradients_of):
         for name in ("q", "k", "v", "log_decay"):
             np.testing.assert_array_equal(getattr(packed, name)[:, begin:end], getattr(alone, name))
         np.testing.assert_array_equal(packed.initial_state[n : n + 1], alone.initial_state)
+
+
+@pytest.mark.parametrize("state_layout", ["kv", "vk"])
+@pytest.mark.parametrize("starts", [None, [0, 0, 70, 195]])
+@pytest.mark.parametrize("interval", [1, 64, 1000])
+def test_states_that_the_forward_kept(gradients_of, interval, starts, state_layout):
+    call = gradients_of(2 if starts is None else 1, 195, 2, 3, 16, 8)
+    initial, dstate = call.pop("initial_state"), call.pop("dfinal_state")
+    lengths = [195] * 2 if starts is None else np.diff(starts)
+    if starts is not None:
+        initial, dstate = np.repeat(initial, len(lengths), 0), np.repeat(dstate, len(lengths), 0)
+    if state_layout == "vk":
+        initial, dstate = (np.ascontiguousarray(x.swapaxes(2, 3)) for x in (initial, dstate))
+    same = {"initial_state": initial, "state_layout": state_layout, "cu_seqlens": starts and np.array(starts)}
+    dout = call.pop("dout")
+    out, state, states = retention(**call, **same, return_state=True, state_interval=interval)
+    np.testing.assert_array_equal(out, retention(**call, **same, form="chunkwise", chunk_size=min(interval, 32)))
+    counts = [-(-length // interval) + 1 for length in lengths]
+    assert states.shape == (sum(counts), *initial.shape[1:]) and states.dtype == np.float32
+    ends = np.cumsum(counts)
+    np.testing.assert_array_equal(states[ends - counts], initial)
+    np.testing.assert_array_equal(states[ends - 1], state)
+    start = 0 if starts is None else starts[-2]
+    if lengths[-1] > interval:
+        one = {name: x[-1:, start : start + interval] for name, x in call.items()}
+        _, after = retention(**one, initial_state=initial[-1:], state_layout=state_layout, return_state=True)
+        assert_close(states[ends[-1] - counts[-1] + 1], after[0].astype("f8"), TOLERANCE)
+    got = retention_backward(dout, **call, **same, dfinal_state=dstate, states=states, state_interval=interval)
+    wanted = retention_backward(dout, **call, **same, dfinal_state=dstate)
+    for actual, values in zip(got[:5], wanted[:5], strict=True):
+        assert_close(actual, values.astype("f8"), TOLERANCE)
+
+
+def test_states_that_are_refused(gradients_of):
+    call = gradients_of(1, 70, 2, 1, 16, 8)
+    del call["dfinal_state"]
+    dout = call.pop("dout")
+    for interval, error, text in (
+        (0, ValueError, "state_interval is 0; expected at least 1, below 2^63, or None"),
+        (1 << 63, ValueError, "expected at least 1, below 2^63, or None"),
+        (2.5, TypeError, "state_interval is of type float; expected an int, or None"),
+        (True, TypeError, "state_interval is of type bool; expected an int, or None"),
+    ):
+        with pytest.raises(error, match=re.escape(text)):
+            retention(**call, state_interval=interval)
+    with pytest.raises(ValueError, match="states is given and form is 1; expected 2"):
+        retention(**call, form="parallel", state_interval=32)
+    with pytest.raises(NotImplementedError, match="states is given, degree is 1 and normalize 2"):
+        retention(**{**call, "initial_state": None}, normalize=True, state_interval=32)
+    _, states = retention(**call, state_interval=32)
+    with pytest.raises(ValueError, match=re.escape("states [M, Hk, D, V] has M = 4; expected 5")):
+        retention_backward(dout, **call, states=states, state_interval=20)
+    with pytest.raises(ValueError, match="state_interval is 0 and states is given; expected at least 1"):
+        retention_backward(dout, **call, states=states)
+    with pytest.raises(ValueError, match="state_interval is 32 and states is NULL; expected 0"):
+        retention_backward(dout, **call, state_interval=32)
+    with pytest.raises(TypeError, match="states is of type int; expected an array"):
+        retention_backward(dout, **call, states=3, state_interval=32)
+
+
+def test_the_interval_that_suits_gradients():
+    assert [holdfast.state_interval(n, n) for n in (1, 64, 128, 256)] == [128, 128, 128, 256]
+    assert [holdfast.state_interval(n, n, "f2") for n in (64, 128, 256)] == [128, 256, 512]
+    assert holdfast.state_interval(256, 512, np.float32) == 512
+    with pytest.raises(ValueError, match="key_size is 0 and value_size 4; expected at least 1"):
+        holdfast.state_interval(0, 4)
+    with pytest.raises(ValueError, match="expected one of 32 or 16 bits"):
+        holdfast.state_interval(4, 4, np.float64)
+    torch = pytest.importorskip("torch")
+    assert holdfast.state_interval(128, 128, torch.bfloat16) == 256
 
 
 def test_what_is_wanted(gradients_of):
@@ -298,5 +369,5 @@ def test_refusals(gradients_of):
 def test_the_signature_is_the_specified_one():
     assert " ".join(inspect.signature(retention_backward).parameters) == (
         "dout q k v log_decay out scale degree normalize form chunk_size initial_state initial_sum_of_keys "
-        "dfinal_state dfinal_sum_of_keys cu_seqlens wanted gradients state_layout expansion"
+        "dfinal_state dfinal_sum_of_keys cu_seqlens states state_interval wanted gradients state_layout expansion"
     )

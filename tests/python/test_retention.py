@@ -250,7 +250,7 @@ def test_bitwise_equal_for_any_number_of_threads(problem):
 def test_the_signature_is_the_specified_one():
     names = {
         holdfast.retention: "q k v log_decay scale degree normalize form chunk_size initial_state initial_sum_of_keys "
-        "cu_seqlens return_state return_weights state_layout expansion out",
+        "cu_seqlens return_state return_weights state_interval state_layout expansion out",
         holdfast.retention_step: "q k v log_decay state sum_of_keys scale degree normalize state_layout expansion out",
         holdfast.rotate: "x theta offset interleaved positions out",
         holdfast.head_norm_gate: "x gate weight norm eps out",

@@ -193,6 +193,23 @@ def test_few_tokens(T):
     check(*problem(T=T, state=True))
 
 
+@pytest.mark.parametrize("T", [1, 129, 300])
+@pytest.mark.parametrize("state_layout", ["kv", "vk"])
+def test_states_are_kept_for_gradients(T, state_layout):
+    given, _ = problem(T=T, K=6, V=6, state=True)  # of equal sizes: a state in either layout
+    lines = []
+    holdfast.set_verbose(lines.append)
+    for what, needs in (("q", True), ("log_decay", True), ("k", False)):
+        lines.clear()
+        ht.retention(**leaves(given, (what,)), state_layout=state_layout).square().sum().backward()
+        kept = needs and state_layout == "kv"
+        assert (", states every 128 tokens" in lines[0], ", given every 128" in lines[1]) == (kept, kept), lines
+    lines.clear()
+    with torch.no_grad():
+        ht.retention(**leaves(given, ("q",)))
+    assert "states every" not in lines[0]
+
+
 def test_tuned_sizes():
     check(*problem(B=1, T=300, H=2, Hk=1, K=64, V=64, state=True))
 
@@ -559,9 +576,9 @@ def operators():
         p = leaves(p) if requires_grad else p
         return tuple(p.get(name) for name in (*INPUTS, "cu_seqlens"))
 
-    first = (None, 1, False, "auto", None, True, False, "kv", "tight")
-    weights = (0.5, 1, False, "parallel", 4, False, True, "kv", "tight")
-    second = (None, 2, True, "chunkwise", 4, True, False, "vk", "tight")
+    first = (None, 1, False, "auto", None, True, False, "kv", "tight", False)
+    weights = (0.5, 1, False, "parallel", 4, False, True, "kv", "tight", False)
+    second = (None, 2, True, "chunkwise", 4, True, False, "vk", "tight", False)
     packed_vk = {**packed, "initial_state": packed["initial_state"].mT.contiguous()}
     dout, dstate, dsum = normal(1, 6, 4, 3), normal(2, 2, 3, 10), normal(2, 2, 10)
     some, backward = [True, True, True, False, True, False], (None, 1, False, "auto", None, "kv", "tight")
@@ -569,15 +586,21 @@ def operators():
     token = tuple(x[:, 0] for x in inputs(p, False)[:4])
     return {
         "retention": (ops.retention, (*inputs(p), *first)),
+        "retention with states": (ops.retention, (*inputs(p), *first[:-1], True)),
         "retention with weights": (ops.retention, (*inputs({**p, "log_decay": None}), *weights)),
         "power retention": (ops.retention, (*inputs(packed_vk), *second)),
         "backward": (
             ops.retention_backward,
-            (normal(2, 6, 2, 3), None, None, *inputs(p, False), None, *backward, some),
+            (normal(2, 6, 2, 3), None, None, *inputs(p, False), None, None, *backward, some),
+        ),
+        "backward with states": (
+            ops.retention_backward,
+            (normal(2, 6, 2, 3), None, None, *inputs(p, False), None,
+             ops.retention(*inputs(p, False), *first[:-1], True)[4], *backward, some),
         ),
         "power backward": (
             ops.retention_backward,
-            (dout, dstate, dsum, *inputs(packed_vk, False), out, *second[:5], "vk", "tight", 6 * [True]),
+            (dout, dstate, dsum, *inputs(packed_vk, False), out, None, *second[:5], "vk", "tight", 6 * [True]),
         ),
         "step": (ops.retention_step, (*token, p["initial_state"], None, None, 1, False, "kv", "tight")),
         "power step": (
@@ -600,8 +623,9 @@ def operators():
 
 
 OPERATORS = (
-    "retention", "retention with weights", "power retention", "backward", "power backward", "step", "power step",
-    "rotate", "rotate positions", "head_norm_gate", "head_norm_gate alone", "norm backward",
+    "retention", "retention with states", "retention with weights", "power retention", "backward",
+    "backward with states", "power backward", "step", "power step", "rotate", "rotate positions", "head_norm_gate",
+    "head_norm_gate alone", "norm backward",
 )  # fmt: skip
 
 

@@ -23,9 +23,10 @@ def forward(
     stream: int,
     initial_sum_of_keys: Any,
     cu_seqlens: Any,
-    options: tuple[int, int, int, int, int, int, bool, bool] | None,
+    options: tuple[int, int, int, int, int, int, bool, bool, int] | None,
     final_sum_of_keys: Any,
     weights: Any,
+    states: Any,
     /,
 ) -> Any: ...
 def backward(
@@ -44,8 +45,9 @@ def backward(
     cu_seqlens: Any,
     wanted: int,
     given: tuple[Any, Any, Any, Any, Any, Any] | None,
-    options: tuple[int, int, int, int, int, int, bool, bool] | None,
+    options: tuple[int, int, int, int, int, int, bool, bool, int] | None,
     stream: int,
+    states: Any,
     /,
 ) -> tuple[Any, Any, Any, Any, Any, Any]: ...
 def bfloat16_capsule(bits: np.ndarray, /, **options: Any) -> Any: ...
@@ -69,6 +71,7 @@ def convert_state(
     key_size: int, state: Any, from_expansion: int, out: Any, to_expansion: int, rank: int, /
 ) -> None: ...
 def state_size(key_size: int, degree: int, expansion: int, /) -> int: ...
+def state_interval(key_size: int, value_size: int, wide: bool, /) -> int: ...
 def rotate(x: Any, theta: Any, offset: int, positions: Any, interleaved: bool, out: Any, stream: int, /) -> Any: ...
 def rotate_backward(
     dout: Any, theta: Any, offset: int, positions: Any, interleaved: bool, dx: Any, stream: int, /

@@ -25,6 +25,7 @@ from . import (
     retention_step,
     set_num_threads,
     set_verbose,
+    state_interval,
     state_size,
 )
 
@@ -514,15 +515,29 @@ def holdfast_gradients(x: Inputs, dout: np.ndarray, threads: int) -> list[Peer]:
     out = aligned(x.v.shape)
     results = Gradients(*(aligned(a.shape) for a in (x.q, x.k, x.v, x.log_decay)), None, None)
 
+    interval = state_interval(x.q.shape[3], x.v.shape[3]) if x.degree == 1 else None
+
     def forward() -> None:
         retention(x.q, x.k, x.v, x.log_decay, degree=x.degree, out=out)
 
-    def backward() -> None:
-        retention_backward(dout, x.q, x.k, x.v, x.log_decay, out=out, degree=x.degree, gradients=results, wanted=())
+    def forward_with_states() -> np.ndarray | None:
+        if interval is None:
+            return forward()
+        return retention(x.q, x.k, x.v, x.log_decay, state_interval=interval, out=out)[1]
+
+    def differentiate(states: np.ndarray | None) -> None:
+        retention_backward(
+            dout, x.q, x.k, x.v, x.log_decay, out=out, degree=x.degree, states=states, state_interval=interval,
+            gradients=results, wanted=(),
+        )  # fmt: skip
 
     def both() -> None:
-        forward()
-        backward()
+        differentiate(forward_with_states())
+
+    kept = forward_with_states()
+
+    def backward() -> None:
+        differentiate(kept)
 
     lines: list[str] = []
     set_verbose(lines.append)

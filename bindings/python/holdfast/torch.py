@@ -10,7 +10,10 @@ float16 or bfloat16, and results have their type; log_decay, states, sums of key
 autocast q, k and v are cast to its type, and what is float32 always to float32.
 
 Gradients are those of `holdfast.retention_backward` and `holdfast.head_norm_gate_backward`: of every argument that is a
-tensor of floating point, but theta; what needs no gradient costs none. They have no gradients of their own, except for
+tensor of floating point, but theta; what needs no gradient costs none. Where that of q or of log_decay is needed, of
+degree 1 without normalization on the CPU, `retention` keeps a state every `holdfast.state_interval` tokens for it (not
+of packed sequences, nor in state_layout "vk"): at most an eighth of the memory that q, k, v, out and their gradients
+take. Gradients have no gradients of their own, except for
 `rotate`: to differentiate them raises NotImplementedError.
 
 Errors name the argument, say what it was and what was expected, as those of `holdfast` do. PyTorch may be missing:
@@ -107,9 +110,19 @@ def retention(
     if (dtype := _autocast_dtype(q)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         log_decay, initial_state, initial_sum_of_keys = map(_float32, (log_decay, initial_state, initial_sum_of_keys))
-    out, state, sum_of_keys, weights = torch.ops.holdfast.retention(
+    keep_states = (
+        torch.is_grad_enabled()
+        and (q.requires_grad or (log_decay is not None and log_decay.requires_grad))
+        and degree == 1
+        and not normalized
+        and form in ("auto", "chunkwise")
+        and cu_seqlens is None
+        and state_layout == "kv"
+        and q.device.type == "cpu"
+    )
+    out, state, sum_of_keys, weights, _ = torch.ops.holdfast.retention(
         q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, _number("scale", scale), degree, normalized,
-        form, _chunk_size(chunk_size), return_state, return_weights, state_layout, expansion,
+        form, _chunk_size(chunk_size), return_state, return_weights, state_layout, expansion, keep_states,
     )  # fmt: skip
     results = (out,)
     if return_state:
@@ -423,9 +436,9 @@ def _stream(x: Tensor) -> int:
 
 def _retention_results(
     q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, scale, degree, normalize, form, chunk_size,
-    return_state, return_weights, state_layout, expansion,
+    return_state, return_weights, state_layout, expansion, keep_states,
 ):  # fmt: skip
-    """(out, state, sum of keys, weights), not computed; those that are not wanted are empty."""
+    """(out, state, sum of keys, weights, states), not computed; those that are not wanted are empty."""
     for name, x, axes in (("q", q, "H, K"), ("k", k, "Hk, K"), ("v", v, "Hk, V")):
         if x.ndim != 4:
             raise ValueError(f"{name} has {x.ndim} dimensions; expected 4, [B, T, {axes}]")
@@ -433,27 +446,36 @@ def _retention_results(
     Hk, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     D = _expanded_size(K, degree, expansion)
-    state = (N, Hk, D, V) if state_layout == "kv" else (N, Hk, V, D)
+    state = (Hk, D, V) if state_layout == "kv" else (Hk, V, D)
+    if keep_states:
+        interval = _interval(q, v)
+        kept = B * ((T + interval - 1) // interval + 1)
     return (
         q.new_empty((B, T, H, V)),
-        q.new_empty(state if return_state else (0,), dtype=torch.float32),
+        q.new_empty((N, *state) if return_state else (0,), dtype=torch.float32),
         q.new_empty((N, Hk, D) if return_state and normalize else (0,), dtype=torch.float32),
         q.new_empty((B, H, T, T) if return_weights else (0,)),
+        q.new_empty((kept, *state) if keep_states else (0,), dtype=torch.float32),
     )
+
+
+def _interval(q: Tensor, v: Tensor) -> int:
+    """Tokens from one state that is kept for the gradient to the next."""
+    return holdfast.state_interval(int(q.shape[3]), int(v.shape[3]), q.dtype)
 
 
 def _retention_kernel(
     q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, scale, degree, normalize, form, chunk_size,
-    return_state, return_weights, state_layout, expansion,
+    return_state, return_weights, state_layout, expansion, keep_states,
 ):  # fmt: skip
     results = _retention_results(
         q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, scale, degree, normalize, form, chunk_size,
-        return_state, return_weights, state_layout, expansion,
+        return_state, return_weights, state_layout, expansion, keep_states,
     )  # fmt: skip
-    out, state, sum_of_keys, weights = results
+    out, state, sum_of_keys, weights, states = results
     options = (
         degree, _NORMALIZE[normalize], _FORMS[form], _STATE_LAYOUTS[state_layout], _EXPANSIONS[expansion],
-        _expanded_size(q.shape[3], degree, expansion), normalize, return_weights,
+        _expanded_size(q.shape[3], degree, expansion), normalize, return_weights, _interval(q, v) if keep_states else 0,
     )  # fmt: skip
     q, k, v, log_decay, initial_state, initial_sum_of_keys = _plain(
         q, k, v, log_decay, initial_state, initial_sum_of_keys
@@ -461,7 +483,7 @@ def _retention_kernel(
     _holdfast.forward(
         q, k, v, log_decay, scale, chunk_size, initial_state, return_state, out, state if return_state else None,
         _stream(q), initial_sum_of_keys, cu_seqlens, options, sum_of_keys if return_state and normalize else None,
-        weights if return_weights else None,
+        weights if return_weights else None, states if keep_states else None,
     )  # fmt: skip
     return results
 
@@ -469,16 +491,16 @@ def _retention_kernel(
 _define(
     "retention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? initial_sum_of_keys, "
     "Tensor? cu_seqlens, float? scale, int degree, bool normalize, str form, int? chunk_size, bool return_state, "
-    "bool return_weights, str state_layout, str expansion) "
-    "-> (Tensor out, Tensor state, Tensor sum_of_keys, Tensor weights)",
+    "bool return_weights, str state_layout, str expansion, bool keep_states) "
+    "-> (Tensor out, Tensor state, Tensor sum_of_keys, Tensor weights, Tensor states)",
     _retention_kernel,
     _retention_results,
 )
 
 
 def _retention_gradients(
-    dout, dstate, dsum_of_keys, q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, out, scale, degree,
-    normalize, form, chunk_size, state_layout, expansion, wanted,
+    dout, dstate, dsum_of_keys, q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, out, states, scale,
+    degree, normalize, form, chunk_size, state_layout, expansion, wanted,
 ):  # fmt: skip
     """Gradients, not computed; those that are not wanted are empty."""
     inputs = (q, k, v, log_decay, initial_state, initial_sum_of_keys)
@@ -489,17 +511,18 @@ _INPUTS = ("q", "k", "v", "log_decay", "initial_state", "initial_sum_of_keys")
 
 
 def _retention_backward_kernel(
-    dout, dstate, dsum_of_keys, q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, out, scale, degree,
-    normalize, form, chunk_size, state_layout, expansion, wanted,
+    dout, dstate, dsum_of_keys, q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, out, states, scale,
+    degree, normalize, form, chunk_size, state_layout, expansion, wanted,
 ):  # fmt: skip
     dout, dstate, dsum_of_keys = _rows(*_plain(dout, dstate, dsum_of_keys))
-    q, k, v, log_decay, initial_state, initial_sum_of_keys, out = _plain(
-        q, k, v, log_decay, initial_state, initial_sum_of_keys, out
+    q, k, v, log_decay, initial_state, initial_sum_of_keys, out, states = _plain(
+        q, k, v, log_decay, initial_state, initial_sum_of_keys, out, states
     )
     gradients = holdfast.retention_backward(
         dout, q, k, v, log_decay, out=out, scale=scale, degree=degree, normalize=normalize, form=form,
         chunk_size=chunk_size, initial_state=initial_state, initial_sum_of_keys=initial_sum_of_keys,
         dfinal_state=dstate, dfinal_sum_of_keys=dsum_of_keys, cu_seqlens=cu_seqlens,
+        states=states, state_interval=None if states is None else _interval(q, v),
         wanted=tuple(name for name, want in zip(_INPUTS, wanted, strict=True) if want), state_layout=state_layout,
         expansion=expansion,
     )  # fmt: skip
@@ -509,8 +532,8 @@ def _retention_backward_kernel(
 _define(
     "retention_backward(Tensor dout, Tensor? dstate, Tensor? dsum_of_keys, Tensor q, Tensor k, Tensor v, "
     "Tensor? log_decay, Tensor? initial_state, Tensor? initial_sum_of_keys, Tensor? cu_seqlens, Tensor? out, "
-    "float? scale, int degree, bool normalize, str form, int? chunk_size, str state_layout, str expansion, "
-    "bool[] wanted) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_state, "
+    "Tensor? states, float? scale, int degree, bool normalize, str form, int? chunk_size, str state_layout, "
+    "str expansion, bool[] wanted) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_state, "
     "Tensor dinitial_sum_of_keys)",
     _retention_backward_kernel,
     _retention_gradients,
@@ -518,24 +541,26 @@ _define(
 
 
 def _save_retention(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, scale, degree, normalize, form, chunk_size, return_state, _, state_layout, expansion = inputs
-    ctx.save_for_backward(*tensors, output[0] if normalize else None)
+    *tensors, scale, degree, normalize, form, chunk_size, return_state, _, state_layout, expansion, keep_states = inputs
+    out, state, sum_of_keys, weights, states = output
+    ctx.save_for_backward(*tensors, out if normalize else None, states if keep_states else None)
     ctx.options = (scale, degree, normalize, form, chunk_size, state_layout, expansion)
     ctx.set_materialize_grads(False)
-    _, state, sum_of_keys, weights = output
     empty = [x for x, there in ((state, return_state), (sum_of_keys, return_state and normalize)) if not there]
-    ctx.mark_non_differentiable(*empty, weights)
+    ctx.mark_non_differentiable(*empty, weights, states)
 
 
-def _differentiate_retention(ctx: Any, dout, dstate, dsum_of_keys, _):
-    *tensors, out = ctx.saved_tensors
+def _differentiate_retention(ctx: Any, dout, dstate, dsum_of_keys, *_):
+    *tensors, out, states = ctx.saved_tensors
     q, v = tensors[0], tensors[2]
     if dout is None:
         dout = q.new_zeros((*q.shape[:3], v.shape[3]))
     wanted = _wanted(ctx, len(_INPUTS))
-    gradients = torch.ops.holdfast.retention_backward(dout, dstate, dsum_of_keys, *tensors, out, *ctx.options, wanted)
-    # And none for cu_seqlens and the nine options.
-    return *(x if want else None for x, want in zip(gradients, wanted, strict=True)), *(None,) * 10
+    gradients = torch.ops.holdfast.retention_backward(
+        dout, dstate, dsum_of_keys, *tensors, out, states, *ctx.options, wanted
+    )
+    # And none for cu_seqlens and the ten options.
+    return *(x if want else None for x, want in zip(gradients, wanted, strict=True)), *(None,) * 11
 
 
 _define_gradient("retention", _save_retention, _differentiate_retention)

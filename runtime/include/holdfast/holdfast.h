@@ -280,6 +280,13 @@ typedef struct holdfast_forward_args {
                                                never falling; N is at least 1. NULL: one sequence per batch entry. */
     DLTensor *weights;                   /**< [B, H, T, T], written: what the values are multiplied by, divided by their sum
                                                where out is. For HOLDFAST_FORM_PARALLEL; NULL: not wanted */
+    DLTensor *states; /**< [M, Hk, D, V], written: of each sequence the states after 0, state_interval, 2 state_interval, ..
+                                               tokens and after all, one sequence after the other, each T / state_interval, rounded up,
+                                               and one more. For degree 1 without normalization, on the CPU, and not for the parallel and
+                                               the recurrent form. What holdfast_backward need not compute again; or to go on from anywhere.
+                                               NULL: not wanted */
+    int64_t state_interval; /**< tokens from one of `states` to the next, at least 1; 0 where there are none. What
+                                               holdfast_state_interval says is best for gradients */
 } holdfast_forward_args;
 
 /** Bytes of workspace that holdfast_forward needs for these arguments on `context`, of which `workspace` itself is not looked
@@ -355,6 +362,11 @@ HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const h
 /** D, the size of an expanded key and the rows of a state: K = `key_size` elements, `degree` 0 (which is 1) to 4, a
  *  holdfast_expansion. 0 where there is no such expansion, or D is beyond 2^53. */
 HOLDFAST_API int64_t holdfast_state_size(int64_t key_size, int32_t degree, int32_t expansion);
+
+/** The state_interval of holdfast_forward that suits gradients of rows of K = `key_size` and V = `value_size` elements of `dtype`: the
+ *  least power of two from 128 on with which `states` are at most an eighth of what q, k, v, out and their gradients take, where all
+ *  heads have keys of their own. 128 for float32 at K = V = 64 (a 16th) and 128. 0 for sizes below 1 or another dtype. */
+HOLDFAST_API int64_t holdfast_state_interval(int64_t key_size, int64_t value_size, DLDataType dtype);
 
 /** Copy states [N, Hk, D, V] or sums of keys [N, Hk, D] of degree 2 from the order `from_expansion` of features to the order
  *  `to_expansion`: phi(q) S stays the same to rounding. Both are float32, on the CPU, of any strides, and share no memory; key_size is
@@ -456,6 +468,9 @@ typedef struct holdfast_backward_args {
     int32_t state_layout;       /**< a holdfast_state_layout, of the initial state and of all gradients of states */
     int32_t expansion;          /**< a holdfast_expansion, likewise; tight for a degree other than 2 */
     const DLTensor *cu_seqlens; /**< packed sequences, as in holdfast_forward_args; NULL: one per batch entry */
+    const DLTensor *states; /**< as holdfast_forward wrote them for the same arguments, which saves computing them again: see
+                                               below; NULL: not given */
+    int64_t state_interval; /**< as it was there */
 } holdfast_backward_args;
 
 /** Bytes of workspace that holdfast_backward needs for these arguments, as holdfast_workspace_size says it of holdfast_forward.
@@ -494,7 +509,9 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *
  *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is on a CPU. States are
  *  computed again, first of all, and kept in workspace until the walk back is done: for degree 1 without normalization one for some
- *  chunks (at K = V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. For a degree above 1 or
+ *  chunks (at K = V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. `states` that are
+ *  given save that (a fifth of the time), where their rows are contiguous along V, and state_interval is at most so many tokens or a
+ *  multiple of a chunk; others are not looked at. For a degree above 1 or
  *  normalization as many of the states between chunks as with those of all threads fit into a quarter of the call's tensors, but at
  *  least about 2 sqrt(T / chunk) a thread; the others are computed a second time, which takes up to a sixth longer. The parallel form
  *  keeps rows in fp32, about 10 T (K + V) floats a thread. Threads beyond one for each sequence and head of keys have nothing to do.
