@@ -309,6 +309,7 @@ struct Settings {
     int threads = 0;
     std::optional<std::string> target, backend;
     py::object listener;
+    py::object allocate;  // null: contexts allocate
 };
 Settings &settings() {
     static Settings *const all = new Settings;
@@ -454,6 +455,33 @@ struct Nowhere {
     Nowhere(int rank, const DLTensor &q) : tensor{nullptr, q.device, rank, q.dtype, shape, nullptr, 0} {}
 };
 
+// ---- Memory of CUDA ------------------------------------------------------------------------------------------------------
+
+/// Workspace for a call on CUDA, where set_cuda_allocator has said who allocates: alive as long as this.
+class Workspace {
+public:
+    template<class Args>
+    Workspace(Args &args, holdfast_status (*size_of)(holdfast_context *, const Args *, size_t *), holdfast_context *context,
+              uint64_t stream) {
+        const DLDevice device = args.q->device;
+        if (!settings().allocate || device.device_type != kDLCUDA) return;
+        size_t bytes = 0;
+        if (holdfast_status status = size_of(context, &args, &bytes)) raise_status(status, holdfast_last_error(context));
+        if (bytes) memory = settings().allocate(bytes, device.device_id, stream);
+        if (!memory || memory.is_none()) return;
+        array.borrow("workspace", memory, 1, true, stream);
+        args.workspace = array.get();
+    }
+
+private:
+    py::object memory;
+    Array array;
+};
+
+/// `allocate(bytes, device, stream)` returns memory on that CUDA device, an array of uint8, for a call in that stream, as DLPack numbers
+/// streams; or None, for contexts to allocate, as without it.
+void set_cuda_allocator(py::object allocate) { settings().allocate = allocate.is_none() ? py::object() : std::move(allocate); }
+
 /// Numbers of holdfast_forward_args; of its enumerations, those of holdfast.h. Without it: all 0.
 struct Options {
     int32_t degree = 0, normalize = 0, form = 0, state_layout = 0, expansion = 0;
@@ -560,6 +588,7 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
 
     holdfast_context *c = context();
     holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    const Workspace workspace(args, holdfast_workspace_size, c, stream);
     if (holdfast_status status = without_gil(holdfast_forward, c, args)) raise_status(status, holdfast_last_error(c));
     if (!return_state && !o.weights && !o.state_interval) return out;
     return py::make_tuple(out, final_state, final_sum, states, weights);
@@ -637,6 +666,7 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
 
     holdfast_context *c = context();
     holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    const Workspace workspace(args, holdfast_backward_workspace_size, c, stream);
     if (holdfast_status status = without_gil(holdfast_backward, c, args)) raise_status(status, holdfast_last_error(c));
     return py::make_tuple(gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5]);
 }
@@ -679,6 +709,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
 
     holdfast_context *c = context();
     holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    const Workspace workspace(args, holdfast_step_workspace_size, c, stream);
     if (holdfast_status status = without_gil(holdfast_step, c, args)) raise_status(status, holdfast_last_error(c));
     return out;
 }
@@ -910,6 +941,7 @@ PYBIND11_MODULE(_holdfast, m) {
     m.def("variants", variants);
     m.def("version", holdfast_version);
     m.def("cpu_features", holdfast_cpu_features);
+    m.def("set_cuda_allocator", set_cuda_allocator);
     m.def("set_num_threads", set_num_threads);
     m.def("get_num_threads", [] { return settings().threads; });
     m.def("set_backend", set_backend);

@@ -8,10 +8,10 @@ import machine_code
 import pytest
 from conftest import Call
 from occupancy import GPUS, blocks_per_multiprocessor
-from rows import CHUNKWISE, TUNED
+from rows import ALL, TUNED
 
 ARCHITECTURES = os.environ["HOLDFAST_ARCHITECTURES"].split()
-each_row = pytest.mark.parametrize("row", CHUNKWISE, ids=str)
+each_row = pytest.mark.parametrize("row", ALL, ids=str)
 each_tuned_row = pytest.mark.parametrize("row", TUNED, ids=str)
 
 

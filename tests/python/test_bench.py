@@ -1,7 +1,11 @@
 """`holdfast bench`: what it measures is right, what is missing is said, what is written can be read."""
 
 import argparse
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,8 +50,13 @@ def test_quick_without_peers(brief, nothing_installed, tmp_path, capsys):
         assert ours["correct"] and ours["relative_error"] < bench.TOLERANCE and ours["ratio"] == 1
         assert 0 < ours["best_ms"] == min(ours["all_ms"]) <= ours["median_ms"] and len(ours["all_ms"]) >= 2
         absent = {peer["name"]: peer["reason"] for peer in result["absent"]}
-        assert set(absent) == {peers.ORT, peers.EAGER, peers.COMPILED, peers.ATTENTION, peers.SGEMM}
-        of_no_degree_2 = {"has no degrees", "of degree 1, and of degree 2 for K a multiple of 16"}
+        published = peers.ALL_PUBLISHED if result["shape"]["degree"] > 1 else ()
+        assert set(absent) == {peers.ORT, peers.EAGER, peers.COMPILED, *published, peers.ATTENTION, peers.SGEMM}
+        of_no_degree_2 = {
+            "has no degrees",
+            "of degree 1, and of degree 2 for K a multiple of 16",
+            "power retention's, of degree 2 for K a multiple of 16",
+        }
         assert all("pip install" in reason or reason in of_no_degree_2 for reason in absent.values())
     table = capsys.readouterr().out
     assert "Holdfast" in table and table.count("not installed; pip install torch") == 4 + 2
@@ -97,6 +106,8 @@ PREPARE = {
     "onnxruntime": lambda x: peers.onnx_runtime(x, 1),
     "eager": lambda x: peers.torch_chunkwise(x, 1),
     "compiled": lambda x: peers.torch_chunkwise(x, 1, compiled=True),
+    "published": lambda x: peers.torch_published(x, 1),
+    "published, compiled": lambda x: peers.torch_published(x, 1, compiled=True),
     "attention": lambda x: peers.torch_attention(x, 1),
     "sgemm": lambda x: peers.torch_product(x, 1, peers.holdfast(x, 1)),
 }
@@ -118,10 +129,13 @@ def test_peers_agree_with_the_reference(name, shape):
         assert bench.check(x, [peer] if name == "holdfast" else [peers.holdfast(x, 1), peer])[peer.name] < limit
 
 
+SEGMENTS = [peers.eager_segment, peers.functional_segment, peers.power_segment, peers.published_segment]
+
+
 @pytest.mark.skipif(peers.missing("torch") is not None, reason="PyTorch is not installed")
-@pytest.mark.parametrize("segment", [peers.eager_segment, peers.functional_segment, peers.power_segment])
+@pytest.mark.parametrize("segment", SEGMENTS)
 def test_torch_state_is_carried(segment):
-    degree = 2 if segment == peers.power_segment else 1
+    degree = 2 if segment in (peers.power_segment, peers.published_segment) else 1
     whole = Inputs.random(2, 192, 2, 16, 24, degree)
     parts = [
         Inputs(*(a[:, part] for a in (whole.q, whole.k, whole.v, whole.log_decay)), degree)
@@ -133,3 +147,41 @@ def test_torch_state_is_carried(segment):
     expected = (peers.reference if degree == 1 else peers.power_reference)(whole, [(1, 1)])[0]
     result = np.concatenate([first.result(), second.result()], axis=1)[1, :, 1]
     assert peers.relative_rms(result[-len(expected) :], expected) < 2e-6
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """bench/gpu.py, its tensors on the CPU and every call of a millisecond."""
+    pytest.importorskip("torch")
+    path = Path(__file__).parents[2] / "bench" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("bench_gpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "milliseconds", lambda run: (run(), 1.0)[1])
+    return module
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_gpu_is_compared_on_right_results_alone(on_gpu, backward, monkeypatch):
+    result = on_gpu.compare((2, 300, 3, 16, 8), "f32", backward, 2)
+    ours, *peers = result["times"]
+    assert ours["name"] == "Holdfast" and ours["error"] < 1e-5 and ours["ms"] == ours["median_ms"] == 1
+    assert all(("ms" in row) != ("why_not" in row) for row in result["times"])
+    assert len(peers) == 4 and all(
+        "No module named" in row["why_not"] for row in peers if row["name"][:3] in ("FLA", "mls")
+    )
+    off = on_gpu.holdfast.torch.retention
+    monkeypatch.setattr(on_gpu.holdfast.torch, "retention", lambda q, k, v, g: 1.01 * off(q, k, v, g))
+    ours, *_ = on_gpu.compare((2, 300, 3, 16, 8), "f32", backward, 2)["times"]
+    assert "ms" not in ours and ours["why_not"].startswith("wrong: relative error 1.00e-02; expected at most 0.001")
+
+
+def test_a_gpu_that_is_not_there_is_said():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    path = Path(__file__).parents[2] / "bench" / "gpu.py"
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"no CUDA device: PyTorch {torch.__version__} finds none (Holdfast: "), done.stderr

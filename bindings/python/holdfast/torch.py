@@ -485,6 +485,17 @@ def _stream(x: Tensor) -> int:
     return _cuda_stream(x) if x.is_cuda else 1
 
 
+def _workspace(bytes: int, device: int, stream: int) -> Tensor | None:
+    """Memory of a call on CUDA, PyTorch's: a graph that is being captured keeps it, streams get it in turn. None where
+    the call is not in PyTorch's current stream, which is the one that its allocator minds."""
+    if not torch.cuda.is_available() or (torch.cuda.current_stream(device).cuda_stream or 1) != stream:
+        return None
+    return torch.empty(bytes, dtype=torch.uint8, device=f"cuda:{device}")
+
+
+_holdfast.set_cuda_allocator(_workspace)
+
+
 def _retention_results(
     q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, scale, degree, normalize, form, chunk_size,
     return_state, return_weights, state_layout, expansion, keep_states,
