@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -116,18 +117,41 @@ void baseline_loop(long steps) {
     (void)used;
 }
 
+// Changes signs alone, so that numbers stay what they are however often.
+template<class Vector>
+inline __attribute__((always_inline)) void turn(float *data, size_t count) {
+    constexpr size_t lanes = sizeof(Vector) / sizeof(float), unrolled = 4 * lanes;
+    for (size_t n = 0; n + unrolled <= count; n += unrolled) {
+#pragma GCC unroll 4
+        for (size_t m = 0; m < unrolled; m += lanes) {
+            Vector x;
+            std::memcpy(&x, data + n + m, sizeof x);
+            x = -x;
+            std::memcpy(data + n + m, &x, sizeof x);
+        }
+    }
+}
+using Update = void (*)(float *data, size_t count);
+#if defined(__x86_64__)
+__attribute__((target("avx512f"))) void avx512_update(float *data, size_t count) { turn<__m512>(data, count); }
+__attribute__((target("avx2"))) void avx2_update(float *data, size_t count) { turn<__m256>(data, count); }
+#endif
+void baseline_update(float *data, size_t count) { turn<Float4>(data, count); }
+
 struct Unit {
     const char *name;
     Loop loop;
     int flops_per_step;
+    Update update;
 };
 
 Unit widest_unit() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f")) return {"avx512", avx512_loop, 2 * 16 * avx512_accumulators};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", avx2_loop, 2 * 8 * avx2_accumulators};
+    if (__builtin_cpu_supports("avx512f")) return {"avx512", avx512_loop, 2 * 16 * avx512_accumulators, avx512_update};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return {"avx2", avx2_loop, 2 * 8 * avx2_accumulators, avx2_update};
 #endif
-    return {"baseline", baseline_loop, 2 * 4 * baseline_accumulators};
+    return {"baseline", baseline_loop, 2 * 4 * baseline_accumulators, baseline_update};
 }
 
 /// No flops where there is none. Tiles are to be asked for: runtime/src/cpu_features.cpp.
@@ -135,12 +159,12 @@ Unit widest_bf16_unit() {
 #if defined(__x86_64__) && defined(__linux__)
     unsigned a, b, c, d;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & 1u << 22) && (d & 1u << 24) && !syscall(SYS_arch_prctl, 0x1023, 18))
-        return {"amx", amx_loop, amx_flops_per_step};
+        return {"amx", amx_loop, amx_flops_per_step, nullptr};
 #endif
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512bf16")) return {"avx512_bf16", avx512_bf16_loop, 2 * 32 * avx512_accumulators};
+    if (__builtin_cpu_supports("avx512bf16")) return {"avx512_bf16", avx512_bf16_loop, 2 * 32 * avx512_accumulators, nullptr};
 #endif
-    return {"none", nullptr, 0};
+    return {"none", nullptr, 0, nullptr};
 }
 
 /// The sum over threads of the best rate that each reaches: run() does work and says how much, on all threads at once.
@@ -188,22 +212,35 @@ Peak measure_bf16_peak(int threads) {
     return unit.loop ? measure(unit, threads) : Peak{0, unit.name};
 }
 
-double measure_copy(size_t bytes, int threads) {
-    constexpr size_t bytes_in_a_run = 8 << 20;  // at least: half a millisecond or more
+/// work(memory of `bytes`) on each of `threads`, which moves twice `moved` bytes and takes turns of half a millisecond or more.
+template<class Work>
+static double bandwidth(size_t bytes, size_t moved, int threads, const Work &work) {
+    constexpr size_t bytes_in_a_run = 8 << 20;
     constexpr int runs = 100;
-    const size_t half = std::max<size_t>(bytes / threads / 2, 64);
-    const int copies = (int)((bytes_in_a_run + half - 1) / half);
-    return best_rates(threads, half > bytes_in_a_run ? runs / 10 : runs, [&] {
-        return [=, memory = std::make_shared<std::vector<char>>(2 * half, 1)] {
-            for (int n = 0; n < copies; n++) {
-                char *data = memory->data();
-                std::memcpy(data + (n & 1 ? 0 : half), data + (n & 1 ? half : 0), half);
-            }
-            volatile char used = (*memory)[half];
+    const int times = (int)((bytes_in_a_run + moved - 1) / moved);
+    return best_rates(threads, moved > bytes_in_a_run ? runs / 10 : runs, [&] {
+        constexpr size_t line = 64;
+        return [=, memory = std::make_shared<std::vector<char>>(bytes + line, 1)] {
+            char *data = memory->data() + (line - (uintptr_t)memory->data() % line);
+            for (int n = 0; n < times; n++) work(data, n);
+            volatile char used = data[bytes / 2];
             (void)used;
-            return 2.0 * half * copies;
+            return 2.0 * moved * times;
         };
     });
+}
+
+double measure_copy(size_t bytes, int threads) {
+    const size_t half = std::max<size_t>(bytes / threads / 2, 64);
+    return bandwidth(2 * half, half, threads,
+                     [half](char *data, int n) { std::memcpy(data + (n & 1 ? 0 : half), data + (n & 1 ? half : 0), half); });
+}
+
+double measure_update(size_t bytes, int threads) {
+    constexpr size_t step = 4 * 64;  // of the widest vectors
+    const size_t share = std::max(bytes / threads / step, (size_t)1) * step;
+    return bandwidth(share, share, threads,
+                     [share, update = widest_unit().update](char *data, int) { update((float *)data, share / sizeof(float)); });
 }
 
 }  // namespace holdfast_bench

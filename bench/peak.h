@@ -21,4 +21,8 @@ Peak measure_bf16_peak(int threads);
 /// other half, again and again. The best of many runs, about 0.1 s in all.
 double measure_copy(size_t bytes, int threads);
 
+/// The same when each multiplies all of its share of `bytes` by a constant, in place: no line has to be fetched only to be
+/// written over, so that this can be faster.
+double measure_update(size_t bytes, int threads);
+
 }  // namespace holdfast_bench

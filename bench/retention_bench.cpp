@@ -1,10 +1,13 @@
-// Times every compiled variant that this machine runs, through the public API: one benchmark per row of variants.inc, length
+// Times compiled variants that this machine runs, through the public API: one benchmark per row of variants.inc, length
 // (all but steps; parallel: up to 4096) or batch size (steps: one, and as many as make states of a quarter gigabyte) and number of
 // threads; at K = 256 and V = 512 with RetNet's numbers of heads too. Long calls have fewer heads than asked for: as many as a
 // gigabyte of tensors holds, of power retention as take seconds. Before the clock starts, the variant that really ran and its
 // result are checked; either one wrong fails the benchmark and the program.
 //
-//     retention_bench [--heads=8] [--threads=1,<cores>] [Google Benchmark's options]
+//     retention_bench [--heads=8] [--threads=1,<cores>] [--targets=best|all|NAME,...] [Google Benchmark's options]
+//
+// best, the default: those rows in full that calls on the CPU take here. Other rows of the CPU, slower at every length, for 256
+// tokens or one batch entry on one thread; none of GPUs, which may be software: PoCL, lavapipe, the stand-in for Metal.
 //
 // Batch entries and heads are the same thing to the chunkwise kernel, so B is 1. Not here: peers (`holdfast bench`).
 //
@@ -17,8 +20,9 @@
 //     peak_share      GFLOP/s over the fp32 peak that was measured at the start, on as many threads
 //     bf16_peak_share of bf16, where this CPU has products of it: the same over their peak
 //     bytes_moved     q, k, v, log_decay and the initial state read once, out and the final state written once
-//     copy_share      of kernels bound by memory, all but chunkwise and power: bytes_moved per second over what copying reads
-//                     and writes, measured at the start in as much memory on as many threads
+//     copy_share      of rotation, norm and gate: bytes_moved per second over what copying reads and writes, measured once in as
+//                     much memory on as many threads
+//     update_share    of steps: the same over what changing as much memory in place reads and writes
 #include "../tests/reference/backward.h"
 #include "../tests/reference/head_norm_gate.h"
 #include "../tests/reference/power.h"
@@ -59,9 +63,10 @@ namespace {
 using test::Dtype, test::f32, test::f16, test::bf16;
 
 constexpr int64_t lengths[] = {1, 16, 256, 4096, 65536};
+constexpr int64_t sample_length = 256;           // of rows that calls do not take
 constexpr int64_t longest_parallel = 4096;       // time grows with the square
 constexpr double most_bytes = 1 << 30;           // of a call's tensors, and
-constexpr double most_operations = 1e11;         // of one of power retention: longer calls have fewer heads
+constexpr double most_operations = 1e11;         // of one of power retention: longer calls, and gradients, have fewer heads
 constexpr int64_t retnet_heads[] = {8, 10, 16};  // of K = 256 and V = 512: 1.3, 2.7 and 6.7 billion parameters
 
 constexpr double states_in_memory = 1 << 28;  // bytes: far beyond the caches
@@ -80,6 +85,12 @@ constexpr Variant variants[] = {
 #include "variants.inc"
 #undef HOLDFAST_VARIANT
 };
+
+/// At which a row is timed: one for any of power retention at 2.
+int degree_of(const Variant &row) {
+    const bool power = row.is("parallel_backward") || !std::strncmp(row.kernel, "power", 5);
+    return !power ? 1 : row.degree ? row.degree : 2;
+}
 
 struct Shape {
     int64_t T, H, K, V;
@@ -119,9 +130,11 @@ struct Tensor {
     float *data() { return (float *)memory.get(); }
     const float *data() const { return (const float *)memory.get(); }
     uint16_t *bits() { return (uint16_t *)memory.get(); }
+    /// Numbers repeat after a prime number of them: no two rows near each other are alike, and a gigabyte takes little time.
+    static constexpr int64_t period = 1'000'003;
     void fill(std::mt19937 &random, float low, float high) {
         std::uniform_real_distribution<float> number(low, high);
-        for (int64_t n = 0; n < size; n++) data()[n] = number(random);
+        for (int64_t n = 0; n < size; n++) data()[n] = n < period ? number(random) : data()[n - period];
     }
 
 private:
@@ -134,14 +147,16 @@ private:
 /// q, k, v and out of a call: in fp32, and as they are handed over.
 class Stored {
 public:
-    /// q, k and v are rounded to the type.
+    /// q, k and v, which Tensor::fill() has made, are rounded to the type.
     Stored(const Dtype &dtype, Tensor &q, Tensor &k, Tensor &v, Tensor &out) : dtype(dtype), wide{&q, &k, &v, &out} {
         for (Tensor *x : wide) {
             if (dtype == f32) break;
             narrow.emplace_back(x->shape, dtype);
+            uint16_t *bits = narrow.back().bits();
             for (int64_t n = 0; x != &out && n < x->size; n++) {
-                narrow.back().bits()[n] = dtype.encode(x->data()[n]);
-                x->data()[n] = (float)dtype.decode(narrow.back().bits()[n]);
+                const int64_t same = n - Tensor::period;
+                bits[n] = same < 0 ? dtype.encode(x->data()[n]) : bits[same];
+                x->data()[n] = same < 0 ? (float)dtype.decode(bits[n]) : x->data()[same];
             }
         }
         forget();
@@ -172,7 +187,8 @@ private:
 /// The worse one of two errors. NaN is worst.
 double worse(double a, double b) { return b > a || std::isnan(b) ? b : a; }
 
-/// Inputs of one shape and type, and what the first and the last head, which forget fastest and slowest, should give.
+/// Inputs of one shape and type, and what the first and the last head, which forget fastest and slowest, should give. Of long
+/// calls what the first and the last tokens should: before the latter everything is forgotten, so that the reference needs no more.
 class Problem {
 public:
     const Shape shape;
@@ -186,8 +202,11 @@ public:
         stored.emplace(s.dtype, q, k, v, out);
         log_decay.fill(random, 0.5f, 1.5f);  // times RetNet's decay of the head: weak gates hide no error
         for (int64_t n = 0; n < s.T * s.H; n++) log_decay.data()[n] *= std::log1p(-std::exp2(-5.0f - n % s.H));
-        sampled = s.H > 1 ? std::vector<int64_t>{0, s.H - 1} : std::vector<int64_t>{0};
-        for (int64_t h : sampled) expected.push_back(reference_of(h));
+        const bool at_ends = s.T > 2 * most;
+        if (at_ends) std::fill_n(log_decay.data() + (s.T - most) * s.H, s.H, -INFINITY);
+        for (int64_t from : at_ends ? std::vector<int64_t>{0, s.T - most} : std::vector<int64_t>{0})
+            for (int64_t h : s.H > 1 ? std::vector<int64_t>{0, s.H - 1} : std::vector<int64_t>{0})
+                expected.push_back({from, h, reference_of(from, at_ends ? most : s.T, h)});
     }
 
     holdfast_forward_args args() {
@@ -202,15 +221,15 @@ public:
         std::fill_n(final_state.data(), final_state.size, std::nanf(""));
     }
 
-    /// Largest relative RMS errors over the sampled heads: of out, and of final_state.
+    /// Largest relative RMS errors over what is expected: of out, and of final_state.
     std::pair<double, double> errors() {
         stored->load();
         double of_out = 0, of_state = 0;
-        for (size_t n = 0; n < sampled.size(); n++) {
-            const int64_t h = sampled[n], state = shape.K * shape.V;
-            const reference::Result &e = expected[n];
-            of_out = worse(of_out, relative_rms(out.data() + h * shape.V, shape.H * shape.V, e.out, shape.V));
-            of_state = worse(of_state, relative_rms(final_state.data() + h * state, state, e.state, state));
+        const int64_t row = shape.H * shape.V, state = shape.K * shape.V;
+        for (const auto &[from, h, e] : expected) {
+            of_out = worse(of_out, relative_rms(out.data() + from * row + h * shape.V, row, e.out, shape.V));
+            if (from + (int64_t)e.out.size() / shape.V == shape.T)
+                of_state = worse(of_state, relative_rms(final_state.data() + h * state, state, e.state, state));
         }
         return {of_out, of_state};
     }
@@ -226,16 +245,20 @@ public:
     }
 
 private:
+    static constexpr int64_t most = 2048;  // tokens that are checked at each end
+    struct Expected {
+        int64_t from, h;
+        reference::Result result;
+    };
     std::optional<Stored> stored;
-    std::vector<int64_t> sampled;
-    std::vector<reference::Result> expected;
+    std::vector<Expected> expected;
 
-    reference::Result reference_of(int64_t h) const {
-        const int64_t T = shape.T, H = shape.H, K = shape.K, V = shape.V;
-        reference::Inputs in{1, T, 1, K, V};
+    reference::Result reference_of(int64_t from, int64_t tokens, int64_t h) const {
+        const int64_t H = shape.H, K = shape.K, V = shape.V, row = from * H + h;
+        reference::Inputs in{1, tokens, 1, K, V};
         in.scale = 1 / std::sqrt((double)K);
-        in.q = {q.data() + h * K, {0, H * K, 0, 1}}, in.k = {k.data() + h * K, {0, H * K, 0, 1}};
-        in.v = {v.data() + h * V, {0, H * V, 0, 1}}, in.log_decay = {log_decay.data() + h, {0, H, 0, 0}};
+        in.q = {q.data() + row * K, {0, H * K, 0, 1}}, in.k = {k.data() + row * K, {0, H * K, 0, 1}};
+        in.v = {v.data() + row * V, {0, H * V, 0, 1}}, in.log_decay = {log_decay.data() + row, {0, H, 0, 0}};
         in.initial_state = {initial_state.data() + h * K * V, {0, 0, V, 1}};
         return reference::retention(in);
     }
@@ -404,7 +427,7 @@ Problem &problem(const Shape &shape) {
 std::map<int, holdfast_bench::Peak> peaks, bf16_peaks;  // by threads
 bool failed = false;
 
-std::map<std::pair<size_t, int>, double> copies;  // by bytes and threads
+std::map<std::pair<size_t, int>, double> copies, updates;  // by bytes and threads
 
 /// Of a variant's errors: of out, and of the state.
 std::pair<double, double> allowed_of(const Variant &variant) {
@@ -461,8 +484,11 @@ void retention(benchmark::State &state, const Variant &variant, const Shape &sha
     args.form = parallel ? HOLDFAST_FORM_PARALLEL : HOLDFAST_FORM_CHUNKWISE;
     if (!parallel) args.chunk_size = variant.chunk;
     p.clear_results();
+    auto allowed = allowed_of(variant);
+    if (shape.T == 1 && variant.round_operands) allowed.first = tolerance::relative_rms_of_one_token(variant.dtype);
     const double rate = calls_per_second(
-        state, variant, threads, [&](holdfast_context *c) { return holdfast_forward(c, &args); }, [&] { return p.errors(); });
+        state, variant, threads, [&](holdfast_context *c) { return holdfast_forward(c, &args); }, [&] { return p.errors(); },
+        allowed);
     const Operations operations(shape, parallel ? shape.T : variant.chunk);
     const int at_work = (int)std::min<int64_t>(threads, shape.H);
     state.counters["GFLOP/s"] = operations.useful * rate * 1e-9;
@@ -506,19 +532,20 @@ void power(benchmark::State &state, const Variant &variant, const Shape &s, int 
     state.counters["peak_share"] = operations * rate / peaks.at((int)std::min<int64_t>(threads, s.H)).flops;
 }
 
-/// holdfast_backward: of degree 1 with states, of power retention of degree 2, normalized, with states or all pairs of tokens.
+/// holdfast_backward: of degree 1 with states, of power retention, normalized, with states or all pairs of tokens.
 /// After its first tokens, and before its last, the first head forgets all: the gradients there are those of sequences of their
 /// own, for which the reference takes little time.
 class GradientProblem {
 public:
     GradientProblem(const Variant &variant, const Shape &s)
-        : s(s), states(!variant.is("parallel_backward")), degree(variant.is("chunkwise_backward") ? 1 : 2),
+        : s(s), states(!variant.is("parallel_backward")), degree(degree_of(variant)),
           D(holdfast_state_size(s.K, degree, HOLDFAST_EXPANSION_TIGHT)), dtype(s.dtype), q({1, s.T, s.H, s.K}),
           k({1, s.T, s.H, s.K}), v({1, s.T, s.H, s.V}), out({1, s.T, s.H, s.V}), dout({1, s.T, s.H, s.V}), unused({1, 1, 1, 1}),
           log_decay({1, s.T, s.H}), dlog_decay({1, s.T, s.H}), dq(q.shape, dtype), dk(k.shape, dtype), dv(v.shape, dtype),
           dfinal_state({1, s.H, D, s.V}), dfinal_sum({1, s.H, D}), dinitial_state({1, s.H, D, s.V}), dinitial_sum({1, s.H, D}) {
         std::mt19937 random(1);
-        for (Tensor *x : {&q, &k, &v, &dout}) x->fill(random, -1.7f, 1.7f);
+        for (Tensor *x : {&q, &k}) x->fill(random, degree == 3 ? 0.2f : -1.7f, 1.7f);  // odd degrees keep the sign of q.k
+        for (Tensor *x : {&v, &dout}) x->fill(random, -1.7f, 1.7f);
         for (Tensor *x : {&dfinal_state, &dfinal_sum}) std::fill_n(x->data(), x->size, 0.0f);
         log_decay.fill(random, -0.01f, 0);
         if (s.T > most) log_decay.data()[most * s.H] = log_decay.data()[(s.T - most) * s.H] = -INFINITY;
@@ -589,6 +616,8 @@ public:
         }
         return {of_rows, of_decays};
     }
+    static constexpr int64_t most = 64;  // tokens that are checked at each end
+
     double operations(int64_t chunk) const {
         double sum = 0;
         for (int64_t t = 0, length = states ? chunk : s.T; t < s.T; t += length) {
@@ -599,7 +628,6 @@ public:
     }
 
 private:
-    static constexpr int64_t most = 64;  // tokens that are checked at each end
     const Shape s;
     const bool states;
     const int degree;
@@ -618,23 +646,27 @@ void gradient(benchmark::State &state, const Variant &variant, const Shape &shap
         return state.SkipWithError(holdfast_last_error(nullptr));
     }
     const holdfast_backward_args args = p.args(variant);
-    const double bound = tolerance::relative_rms_of_gradient;
-    const double of_rows = std::max(bound, tolerance::relative_rms_of_out(variant.dtype));
+    const double of_rows = tolerance::relative_rms_of_gradient_of_rows(variant.dtype);
+    const double of_decays = variant.round_operands
+                                 ? tolerance::relative_rms_of_rounded_gates(variant.dtype, GradientProblem::most)
+                                 : tolerance::relative_rms_of_gradient;
     const double rate = calls_per_second(
         state, variant, threads, [&](holdfast_context *c) { return holdfast_backward(c, &args); }, [&] { return p.errors(); },
-        std::pair(of_rows, bound));
+        std::pair(of_rows, of_decays));
     const double operations = p.operations(variant.chunk);
     state.counters["GFLOP/s"] = operations * rate * 1e-9;
     state.counters["peak_share"] = operations * rate / peaks.at((int)std::min<int64_t>(threads, shape.H)).flops;
 }
 
-/// Counters of a kernel that moves so many bytes a call, over memory of `size`.
-void bandwidth(benchmark::State &state, double bytes, size_t size, double rate, int threads) {
+/// Counters of a kernel that moves so many bytes a call, over memory of `size`, which it changes `in_place`.
+void bandwidth(benchmark::State &state, double bytes, size_t size, double rate, int threads, bool in_place) {
     const std::pair<size_t, int> memory(size, threads);
-    if (!copies.count(memory)) copies[memory] = holdfast_bench::measure_copy(size, threads);
+    auto &known = in_place ? updates : copies;
+    if (!known.count(memory))
+        known[memory] = in_place ? holdfast_bench::measure_update(size, threads) : holdfast_bench::measure_copy(size, threads);
     state.counters["bytes_moved"] = bytes_counter(bytes);
     state.counters["GB/s"] = bytes * rate * 1e-9;
-    state.counters["copy_share"] = bytes * rate / copies.at(memory);
+    state.counters[in_place ? "update_share" : "copy_share"] = bytes * rate / known.at(memory);
 }
 
 void step(benchmark::State &state, const Variant &variant, int64_t B, int64_t H, int64_t K, int64_t V, int threads) {
@@ -642,7 +674,7 @@ void step(benchmark::State &state, const Variant &variant, int64_t B, int64_t H,
     holdfast_step_args args = p.args();
     const double rate = calls_per_second(
         state, variant, threads, [&](holdfast_context *c) { return holdfast_step(c, &args); }, [&] { return p.errors(); });
-    bandwidth(state, p.bytes(), (size_t)p.state_bytes() / 2, rate, threads);
+    bandwidth(state, p.bytes(), (size_t)p.state_bytes() / 2, rate, threads, true);
 }
 
 /// One token of power retention, normalized, checked for the first head.
@@ -673,7 +705,7 @@ void power_step(benchmark::State &state, const Variant &variant, int64_t B, int6
                              Problem::relative_rms(states.data(), V, expected.state, V));
         });
     bandwidth(state, 2.0 * sizeof(float) * (double)(states.size + keys.size), (size_t)states.size * sizeof(float), rate,
-              threads);
+              threads, true);
 }
 
 void rows(benchmark::State &state, const Variant &variant, RowsProblem::Call call, int64_t T, int64_t H, int64_t size,
@@ -681,7 +713,7 @@ void rows(benchmark::State &state, const Variant &variant, RowsProblem::Call cal
     RowsProblem p(call, T, H, size, variant.dtype);
     const double rate =
         calls_per_second(state, variant, threads, [&](holdfast_context *c) { return p.run(c); }, [&] { return p.errors(); });
-    bandwidth(state, p.bytes(), (size_t)p.bytes(), rate, threads);
+    bandwidth(state, p.bytes(), (size_t)p.bytes(), rate, threads, false);
 }
 
 using Size = std::pair<int, int>;             // K, V
@@ -724,6 +756,24 @@ bool runs_here(const Variant &row) {
     return false;
 }
 
+/// What is timed of a row: nothing, one short call, or all.
+enum class Part { none, sample, all };
+
+/// `targets` as --targets has them; `size`: nothing for kernels that have none.
+Part part_of(const Variant &row, Size size, const std::vector<std::string> &targets) {
+    auto named = [&](const char *name) { return std::find(targets.begin(), targets.end(), name) != targets.end(); };
+    if (!runs_here(row)) return Part::none;
+    if (!named("best")) return named("all") || named(row.target) ? Part::all : Part::none;
+    if (!on_cpu(row)) return Part::none;
+    for (const Variant &other : variants)  // those of the best target come first
+        if (!std::strcmp(other.kernel, row.kernel) && other.dtype == row.dtype && degree_of(other) == degree_of(row) &&
+            (size == Size() || serves(other, size)) && on_cpu(other) && runs_here(other))
+            return !std::strcmp(other.target, row.target) ? Part::all : Part::sample;
+    return Part::none;
+}
+
+double features(int K, int degree) { return (double)holdfast_state_size(K, degree, HOLDFAST_EXPANSION_TIGHT); }
+
 /// Of so many heads the share that may be, one at least.
 int64_t heads_within(double share, int64_t heads) { return std::clamp<int64_t>((int64_t)(share * (double)heads), 1, heads); }
 
@@ -734,10 +784,10 @@ std::string cpu_name() {
     return "unknown";
 }
 
-std::vector<int> parse_list(const std::string &text) {
-    std::vector<int> list;
+std::vector<std::string> parse_list(const std::string &text) {
+    std::vector<std::string> list;
     std::istringstream stream(text);
-    for (std::string item; std::getline(stream, item, ',');) list.push_back(std::stoi(item));
+    for (std::string item; std::getline(stream, item, ',');) list.push_back(item);
     return list;
 }
 
@@ -745,6 +795,7 @@ std::vector<int> parse_list(const std::string &text) {
 
 int main(int argc, char **argv) {
     int heads = 8;
+    std::vector<std::string> targets = {"best"};
     std::vector<int> threads = {1};
     if (const int cores = (int)std::thread::hardware_concurrency(); cores > 1) threads.push_back(cores);
     char short_runs[] = "--benchmark_min_time=0.1";  // there are hundreds; what the caller says comes later and wins
@@ -757,15 +808,19 @@ int main(int argc, char **argv) {
         try {
             if (option == "--heads=")
                 heads = std::stoi(value);
-            else if (option == "--threads=")
-                threads = parse_list(value);
+            else if (option == "--threads=") {
+                threads.clear();
+                for (const std::string &item : parse_list(value)) threads.push_back(std::stoi(item));
+            } else if (option == "--targets=")
+                targets = parse_list(value);
             else
                 throw std::invalid_argument(arg);
-            if (heads < 1 || threads.empty() || *std::min_element(threads.begin(), threads.end()) < 1)
+            if (heads < 1 || threads.empty() || *std::min_element(threads.begin(), threads.end()) < 1 || targets.empty())
                 throw std::invalid_argument(arg);
         } catch (const std::exception &) {
-            std::fprintf(stderr, "%s: cannot use '%s'; expected --heads=N, --threads=N,..., or --benchmark_...\n", argv[0],
-                         arg.c_str());
+            std::fprintf(stderr,
+                         "%s: cannot use '%s'; expected --heads=N, --threads=N,..., --targets=NAME,..., or --benchmark_...\n",
+                         argv[0], arg.c_str());
             return 2;
         }
     }
@@ -789,10 +844,15 @@ int main(int argc, char **argv) {
     };
     for (const Size &size : sizes()) {
         const int K = size.first, V = size.second;
-        auto each_row = [&](const char *kernel, const Dtype &dtype, auto &&add_row) {
-            for (const Variant &row : variants)
-                for (int at_most : threads)
-                    if (row.is(kernel) && row.dtype == dtype && serves(row, size) && runs_here(row)) add_row(row, at_most);
+        auto each_row = [&](const char *kernel, const Dtype &dtype, bool of_sample, auto &&add_row) {
+            for (const Variant &row : variants) {
+                if (!row.is(kernel) || !(row.dtype == dtype) || !serves(row, size)) continue;
+                const Part part = part_of(row, size, targets);
+                if (part == Part::all)
+                    for (int at_most : threads) add_row(row, at_most);
+                else if (part == Part::sample && of_sample)
+                    add_row(row, threads.front());
+            }
         };
         const bool retnet = size == Size(256, 512);
         for (int64_t T : lengths)
@@ -805,26 +865,30 @@ int main(int argc, char **argv) {
                 for (int64_t H : all_heads) {
                     shape.H = H;
                     for (const char *kernel : {"chunkwise", "parallel"})
-                        each_row(kernel, dtype, [&](const Variant &row, int at_most) {
+                        each_row(kernel, dtype, T == sample_length, [&](const Variant &row, int at_most) {
                             if ((row.is("parallel") && T > longest_parallel) || few(at_most, H)) return;
                             add_of_heads(row, shape, at_most, "",
                                          [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
                         });
                     for (const char *kernel : {"chunkwise_backward", "power_backward", "parallel_backward"})
-                        each_row(kernel, dtype, [&](const Variant &row, int at_most) {
-                            if ((T != 256 && T != 4096) || !on_cpu(row) || few(at_most, H)) return;
-                            add_of_heads(row, shape, at_most, row.is("chunkwise_backward") ? "" : "/degree:2",
-                                         [=, &row](benchmark::State &state) { gradient(state, row, shape, at_most); });
+                        each_row(kernel, dtype, T == sample_length, [&](const Variant &row, int at_most) {
+                            if ((T != 256 && T != 4096) || !on_cpu(row)) return;
+                            const int degree = degree_of(row);
+                            Shape s = shape;
+                            if (row.is("power_backward"))
+                                s.H = heads_within(most_operations / (10.0 * T * (V + 1) * H * features(K, degree)), H);
+                            if (few(at_most, s.H)) return;
+                            add_of_heads(row, s, at_most, degree == 1 ? "" : "/degree:" + std::to_string(degree),
+                                         [=, &row](benchmark::State &state) { gradient(state, row, s, at_most); });
                         });
                 }
             }
         for (int64_t T : {16, 256, 4096, 65536})
             for (const Dtype &dtype : test::all_dtypes)
-                each_row("power", dtype, [&](const Variant &row, int at_most) {
-                    const int degree = row.degree ? row.degree : 2;
+                each_row("power", dtype, T == sample_length, [&](const Variant &row, int at_most) {
+                    const int degree = degree_of(row);
                     Shape shape = {T, heads, K, V, dtype};
-                    const double operations =
-                        4.0 * T * (V + 1) * heads * (double)holdfast_state_size(K, degree, HOLDFAST_EXPANSION_TIGHT);
+                    const double operations = 4.0 * T * (V + 1) * heads * features(K, degree);
                     if (T > 4096)
                         shape.H = heads_within(std::min(most_bytes / shape.bytes(), most_operations / operations), heads);
                     if (at_most > shape.H || !on_cpu(row)) return;  // columns of values would go to other variants
@@ -832,21 +896,20 @@ int main(int argc, char **argv) {
                                  [=, &row](benchmark::State &state) { power(state, row, shape, degree, at_most); });
                 });
         for (const Dtype &dtype : test::all_dtypes)
-            each_row("power_step", dtype, [&](const Variant &row, int at_most) {
-                if (!on_cpu(row)) return;
-                const int degree = row.degree ? row.degree : 2;
-                const double states =
-                    sizeof(float) * (double)heads * V * (double)holdfast_state_size(K, degree, HOLDFAST_EXPANSION_TIGHT);
-                for (int64_t B : {(int64_t)1, (int64_t)std::ceil(states_in_memory / states)}) {
+            for (bool one : {true, false})
+                each_row("power_step", dtype, one, [&](const Variant &row, int at_most) {
+                    if (!on_cpu(row)) return;
+                    const int degree = degree_of(row);
+                    const double states = sizeof(float) * (double)heads * V * features(K, degree);
+                    const int64_t B = one ? 1 : (int64_t)std::ceil(states_in_memory / states);
                     std::ostringstream name;
                     name << row.name << "/B:" << B << "/H:" << heads << "/K:" << K << "/V:" << V << "/degree:" << degree
                          << "/threads:" << at_most;
                     add(name, [=, &row](benchmark::State &state) { power_step(state, row, B, heads, K, V, degree, at_most); });
-                }
-            });
+                });
         for (int64_t B : {(int64_t)1, (int64_t)std::ceil(states_in_memory / (sizeof(float) * (double)heads * K * V))})
             for (const Dtype &dtype : test::all_dtypes)
-                each_row("recurrent", dtype, [&](const Variant &row, int at_most) {
+                each_row("recurrent", dtype, B == 1, [&](const Variant &row, int at_most) {
                     std::ostringstream name;
                     name << row.name << "/B:" << B << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
                     add(name, [=, &row](benchmark::State &state) { step(state, row, B, heads, K, V, at_most); });
@@ -859,7 +922,11 @@ int main(int argc, char **argv) {
             for (int size : {64, 128})
                 for (int64_t T : {256, 4096, 65536})
                     for (int at_most : threads) {
-                        if (!row.is(RowsProblem::kernel(call)) || !on_cpu(row) || !runs_here(row)) continue;
+                        if (!row.is(RowsProblem::kernel(call)) || !on_cpu(row)) continue;
+                        if (T == 65536 && size != 64) continue;  // in memory all are alike
+                        const Part part = part_of(row, {}, targets);
+                        const bool in_sample = T == sample_length && at_most == threads.front();
+                        if (part == Part::none || (part == Part::sample && !in_sample)) continue;
                         std::ostringstream name;
                         name << row.name << "/" << RowsProblem::names[call] << "/T:" << T << "/H:" << heads << "/size:" << size
                              << "/threads:" << at_most;

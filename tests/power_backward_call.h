@@ -129,7 +129,7 @@ public:
             for (Buffer *buffer : {&bdq, &bdk, &bdv, &bdg, &bnds, &bndc}) ASSERT_EQ(buffer->copy_to_host(), 0);
             std::swap(dstate, next_dstate), std::swap(dkeys, next_dkeys);
         }
-        const double share = tolerance::of_power_spread(K, D, longest, (int64_t)c.calls.size());
+        const double share = tolerance::of_power_gradient_spread(K, V, D, c.G * longest, (int64_t)c.calls.size());
         auto expect = [&](const char *what, bool wanted, Array &got, Stored *stored, const std::vector<double> &value,
                           const std::vector<double> &spread) {
             if (wanted) {

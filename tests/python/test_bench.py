@@ -50,8 +50,13 @@ def test_quick_without_peers(brief, nothing_installed, tmp_path, capsys):
         assert ours["correct"] and ours["relative_error"] < bench.TOLERANCE and ours["ratio"] == 1
         assert 0 < ours["best_ms"] == min(ours["all_ms"]) <= ours["median_ms"] and len(ours["all_ms"]) >= 2
         absent = {peer["name"]: peer["reason"] for peer in result["absent"]}
-        assert set(absent) == {peers.ORT, peers.EAGER, peers.COMPILED, peers.ATTENTION, peers.SGEMM}
-        of_no_degree_2 = {"has no degrees", "of degree 1, and of degree 2 for K a multiple of 16"}
+        published = peers.ALL_PUBLISHED if result["shape"]["degree"] > 1 else ()
+        assert set(absent) == {peers.ORT, peers.EAGER, peers.COMPILED, *published, peers.ATTENTION, peers.SGEMM}
+        of_no_degree_2 = {
+            "has no degrees",
+            "of degree 1, and of degree 2 for K a multiple of 16",
+            "power retention's, of degree 2 for K a multiple of 16",
+        }
         assert all("pip install" in reason or reason in of_no_degree_2 for reason in absent.values())
     table = capsys.readouterr().out
     assert "Holdfast" in table and table.count("not installed; pip install torch") == 4 + 2
@@ -101,6 +106,8 @@ PREPARE = {
     "onnxruntime": lambda x: peers.onnx_runtime(x, 1),
     "eager": lambda x: peers.torch_chunkwise(x, 1),
     "compiled": lambda x: peers.torch_chunkwise(x, 1, compiled=True),
+    "published": lambda x: peers.torch_published(x, 1),
+    "published, compiled": lambda x: peers.torch_published(x, 1, compiled=True),
     "attention": lambda x: peers.torch_attention(x, 1),
     "sgemm": lambda x: peers.torch_product(x, 1, peers.holdfast(x, 1)),
 }
@@ -122,10 +129,13 @@ def test_peers_agree_with_the_reference(name, shape):
         assert bench.check(x, [peer] if name == "holdfast" else [peers.holdfast(x, 1), peer])[peer.name] < limit
 
 
+SEGMENTS = [peers.eager_segment, peers.functional_segment, peers.power_segment, peers.published_segment]
+
+
 @pytest.mark.skipif(peers.missing("torch") is not None, reason="PyTorch is not installed")
-@pytest.mark.parametrize("segment", [peers.eager_segment, peers.functional_segment, peers.power_segment])
+@pytest.mark.parametrize("segment", SEGMENTS)
 def test_torch_state_is_carried(segment):
-    degree = 2 if segment == peers.power_segment else 1
+    degree = 2 if segment in (peers.power_segment, peers.published_segment) else 1
     whole = Inputs.random(2, 192, 2, 16, 24, degree)
     parts = [
         Inputs(*(a[:, part] for a in (whole.q, whole.k, whole.v, whole.log_decay)), degree)

@@ -170,9 +170,13 @@ def compare(x: Inputs, threads: int, turns: int) -> dict[str, Any]:
         peers.ORT: lambda: peers.onnx_runtime(x, threads),
         peers.EAGER: lambda: peers.torch_chunkwise(x, threads),
         peers.COMPILED: lambda: peers.torch_chunkwise(x, threads, compiled=True),
+        peers.PUBLISHED: lambda: peers.torch_published(x, threads),
+        peers.PUBLISHED_COMPILED: lambda: peers.torch_published(x, threads, compiled=True),
         peers.ATTENTION: lambda: peers.torch_attention(x, threads),
         peers.SGEMM: lambda: peers.torch_product(x, threads, ready[0]),
     }.items():
+        if x.degree == 1 and name in peers.ALL_PUBLISHED:
+            continue
         progress(f"preparing {name}")
         peer = prepare()
         (ready if isinstance(peer, Peer) else absent).append(peer)
@@ -307,3 +311,8 @@ def print_table(result: dict[str, Any]) -> None:
         )
     for row in result["absent"]:
         print(f"{row['name']:{width}}  {row['reason']}")
+    # The published algorithm as it stands says less than the best that can be made of it.
+    for what, names in {"the best peer": peers.SAME, **{name: [name] for name in peers.ALL_PUBLISHED}}.items():
+        ratios = [row["ratio"] for row in result["times"] if row["name"] in names and row["correct"]]
+        if ratios:
+            print(f"{min(ratios):.2f} times as fast as {what}")

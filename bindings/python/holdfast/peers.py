@@ -7,6 +7,7 @@ by examples/demo.py; no part of the library's public interface.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import time
@@ -37,10 +38,14 @@ STEPS = "Holdfast, a call for each token"
 ORT = "ONNX Runtime LinearAttention"
 EAGER = "PyTorch chunkwise, eager"
 COMPILED = "PyTorch chunkwise, torch.compile"
+PUBLISHED = "PyTorch, as published, eager"
+PUBLISHED_COMPILED = "PyTorch, as published, torch.compile"
 ATTENTION = "PyTorch attention"
 SGEMM = "PyTorch matrix product of as many operations"
 FORWARD = "Holdfast, forward alone"
 BACKWARD = "Holdfast, backward alone"
+ALL_PUBLISHED = PUBLISHED, PUBLISHED_COMPILED
+SAME = ORT, EAGER, COMPILED, *ALL_PUBLISHED  # what computes retention, and is not ours
 
 LONGEST_ATTENTION = 16384  # its time grows with T^2
 MOST_STEPS = 4096
@@ -133,37 +138,66 @@ def best_seconds(run: Callable[[], Any], calls: int = 5) -> float:
 
 
 def holdfast(x: Inputs, threads: int) -> Peer:
-    """Holdfast as a user calls it, with the memory of the output reused as the peers reuse theirs."""
+    """Holdfast as a user calls it, with the memory of the output reused as the peers reuse theirs. One token is a step,
+    whose state, in place, the step before has left; its result is that of a step from zeros."""
     set_num_threads(threads)
     out = aligned(x.v.shape)
 
     def run() -> None:
         retention(x.q, x.k, x.v, x.log_decay, degree=x.degree, out=out)
 
+    call, result = (run, lambda: out) if x.shape[1] > 1 else _one_token(x, out)
     lines: list[str] = []
     set_verbose(lines.append)
-    run()
+    call()
     set_verbose(None)
-    return Peer(OURS, run, lambda: out, how=lines[0].removeprefix("forward: "))
+    return Peer(OURS, call, result, how=lines[0].partition(": ")[2])
+
+
+def _one_token(x: Inputs, out: np.ndarray) -> tuple[Callable[[], None], Callable[[], np.ndarray]]:
+    """(a step, the result of one from zeros)."""
+    token, y = tuple(a[:, 0] for a in (x.q, x.k, x.v, x.log_decay)), out[:, 0]
+    states = _states(x)
+
+    def step() -> None:
+        retention_step(*token, *states, degree=x.degree, out=y)
+
+    def first_step() -> np.ndarray:
+        for state in states:
+            state[...] = 0
+        step()
+        return out
+
+    return step, first_step
+
+
+def _states(x: Inputs) -> list[np.ndarray]:
+    """A state, and of degree 2 a sum of keys, for a step: zeros."""
+    B, _, H, K, V = x.shape
+    D = state_size(K, x.degree)
+    states = [aligned((B, H, D, V)), aligned((B, H, D))][: 1 if x.degree == 1 else 2]
+    for state in states:
+        state[...] = 0
+    return states
 
 
 def holdfast_steps(x: Inputs, threads: int) -> Peer | Absent:
     """What a model does that generates: a call for each token, the state in place."""
-    B, T, H, K, V = x.shape
+    T = x.shape[1]
+    if T == 1:
+        return Absent(STEPS, f"is {OURS} at T = 1")
     if T > MOST_STEPS:
         return Absent(STEPS, f"left out above T = {MOST_STEPS}")
     set_num_threads(threads)
     out = aligned(x.v.shape)
     tokens = [tuple(a[:, t] for a in (x.q, x.k, x.v, x.log_decay, out)) for t in range(T)]
-    D = state_size(K, x.degree)
-    state, sum_of_keys = aligned((B, H, D, V)), aligned((B, H, D)) if x.degree > 1 else None
+    states = _states(x)
 
     def run() -> None:
-        state[...] = 0
-        if sum_of_keys is not None:
-            sum_of_keys[...] = 0
+        for state in states:
+            state[...] = 0
         for q, k, v, log_decay, y in tokens:
-            retention_step(q, k, v, log_decay, state, sum_of_keys, degree=x.degree, out=y)
+            retention_step(q, k, v, log_decay, *states, degree=x.degree, out=y)
 
     return Peer(STEPS, run, lambda: out, how=f"{T} calls of retention_step")
 
@@ -278,9 +312,10 @@ def functional_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, sta
 
 
 def chunks_of_power(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any) -> tuple[Any, Any]:
-    """N chunks of power retention of degree 2, divided by the sum of weights, as Buckman, Gelada and Zhang publish it
-    (arXiv:2507.04239): keys and queries expanded in blocks of 16, the states of all chunks, and the weights inside a
-    chunk. Shapes as for `eager_segment`; state [heads, D, V + 1], the sum of keys in its last column."""
+    """N chunks of power retention of degree 2, divided by the sum of weights: keys and queries expanded in blocks of
+    16, the states of all chunks, and the weights inside a chunk. What `published_segment` computes, but for a few
+    hundred tokens at a time, without logarithms, and with the sum of keys in the same products. Shapes as for
+    `eager_segment`; state [heads, D, V + 1], the sum of keys in its last column."""
     import torch
 
     N, heads, C, K = q.shape
@@ -305,6 +340,70 @@ def chunks_of_power(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state:
     inter = (expanded(q) * total.exp().unsqueeze(-1)) @ torch.stack(states)
     both = inter + weights @ values
     return both[..., :V] / both[..., V:], state
+
+
+def published_contributions(k: Any, v: Any, log_decay: Any) -> tuple[Any, Any]:
+    """What each chunk of keys and values adds to the state by its end, the sum of keys in the last column; and the
+    decay of the state over the chunk. A stage of `published_segment`."""
+    import torch
+
+    total = log_decay.cumsum(-1)
+    rest = ((total[..., -1:] - total) / 2).exp().unsqueeze(-1)  # on keys, which phi multiplies by themselves
+    phi = published_expansion(k * rest, of_keys=True)
+    return torch.cat([phi.mT @ v, phi.sum(-2).unsqueeze(-1)], -1), total[..., -1].exp()[..., None, None]
+
+
+def published_outputs(q: Any, k: Any, v: Any, log_decay: Any, scale: float, states: Any) -> Any:
+    """Outputs from the state before each chunk, and from the chunk itself by logarithms of the weights less the largest
+    of a row. A stage of `published_segment`."""
+    import torch
+
+    C, V = q.shape[-2], v.shape[-1]
+    total = log_decay.cumsum(-1)
+    weights = 2 * (q @ k.mT * scale).abs().log() + (total.unsqueeze(-1) - total.unsqueeze(-2))
+    weights = weights.masked_fill(torch.ones(C, C, dtype=torch.bool).triu(1), -torch.inf)
+    largest = weights.amax(-1, keepdim=True)
+    weights = (weights - largest).exp()
+    from_state = published_expansion(q * scale * (total / 2).exp().unsqueeze(-1)) @ states
+    common = largest.clamp(min=0)  # neither part overflows
+    of_chunk, of_state = (largest - common).exp(), (-common).exp()
+    sums = weights.sum(-1, keepdim=True) * of_chunk + from_state[..., V:] * of_state
+    return ((weights @ v) * of_chunk + from_state[..., :V] * of_state) / sums
+
+
+def published_expansion(x: Any, of_keys: bool = False) -> Any:
+    """phi of degree 2 in the published order: `[..., D]` of `[..., K]`, products of 16 features with all before them
+    and with each other; the former count twice, which keys have as a factor."""
+    import torch
+
+    K = x.shape[-1]
+    parts = []
+    for block in range(0, K, 16):
+        others = x[..., : block + 16]
+        if of_keys:
+            others = torch.cat([2 * others[..., :block], others[..., block:]], -1)
+        parts.append((others.unsqueeze(-1) * x[..., None, block : block + 16]).flatten(-2))
+    return torch.cat(parts, -1)
+
+
+PUBLISHED_STAGES = published_contributions, published_outputs
+
+
+def published_segment(
+    q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any, out: Any, stages: Any = PUBLISHED_STAGES
+) -> Any:
+    """What `power_segment` computes as Buckman, Gelada and Zhang publish it (arXiv:2507.04239): three stages, each over
+    all tokens, with phi and all states in memory. What chunks add to states; the sums of that, discounted; outputs."""
+    import torch
+
+    contributions, outputs = stages
+    states = torch.empty(len(q) + 1, *state.shape)
+    states[0] = state
+    states[1:], decays = contributions(k, v, log_decay)
+    for c, chunk_decay in enumerate(decays):
+        states[c + 1].addcmul_(chunk_decay, states[c])
+    out.copy_(outputs(q, k, v, log_decay, scale, states[:-1]))
+    return states[-1]
 
 
 def power_segment(q: Any, k: Any, v: Any, log_decay: Any, scale: float, state: Any, out: Any) -> Any:
@@ -354,6 +453,11 @@ class TorchChunkwise:
         for source, to in self.parts(self.out, self.returned):
             to.copy_(source)
 
+    def convert(self) -> None:
+        """What `run` leaves out."""
+        self.load()
+        self.store()
+
     def run(self) -> Any:
         """Writes `out` and returns the final state."""
         import torch
@@ -376,6 +480,7 @@ def fastest_chunkwise(
     tokens_at_a_time: Iterable[int],
     segment: Callable[..., Any] = eager_segment,
     chunks: Iterable[int] = CHUNKS,
+    calls: int = 5,
 ) -> tuple[TorchChunkwise, dict[str, float]]:
     """The chunk size, and number of chunks at a time, that take least time on `x`; and the seconds of all that were
     tried, by "chunk x number"."""
@@ -384,7 +489,7 @@ def fastest_chunkwise(
     for chunk in sorted({min(chunk, T) for chunk in chunks}):
         for at_a_time in sorted({max(1, min(tokens, T) // chunk) for tokens in tokens_at_a_time}):
             candidate = TorchChunkwise(x, chunk, at_a_time, segment)
-            seconds = tried[f"{chunk}x{at_a_time}"] = best_seconds(candidate.run)
+            seconds = tried[f"{chunk}x{at_a_time}"] = best_seconds(candidate.run, calls)
             if best is None or seconds < best[0]:
                 best = seconds, candidate
     assert best, "there is at least one chunk size"
@@ -419,12 +524,32 @@ def torch_chunkwise(x: Inputs, threads: int, compiled: bool = False) -> Peer | A
         tokens_at_a_time = (*TOKENS_AT_A_TIME, x.shape[1]) if x.degree == 1 else TOKENS_AT_A_TIME
         best, tried = fastest_chunkwise(x, tokens_at_a_time, eager, chunks)
 
-    def convert() -> None:
-        best.load()
-        best.store()
-
     how = f"chunks of {best.chunk}, {best.at_a_time} at a time, laid out [chunks, heads, {best.chunk}, size]"
-    return Peer(name, best.run, best.result, how, layout_seconds=best_seconds(convert), tried=tried)
+    return Peer(name, best.run, best.result, how, layout_seconds=best_seconds(best.convert), tried=tried)
+
+
+def torch_published(x: Inputs, threads: int, compiled: bool = False) -> Peer | Absent:
+    """Power retention of degree 2 by `published_segment`, in the layout and with the chunks that suit it best;
+    `compiled`: its stages through torch.compile, which would unroll the sums between them over all chunks."""
+    name = PUBLISHED_COMPILED if compiled else PUBLISHED
+    if x.degree != 2 or x.shape[3] % 16:
+        return Absent(name, "power retention's, of degree 2 for K a multiple of 16")
+    if reason := missing("torch"):
+        return Absent(name, reason)
+    import torch
+
+    torch.set_num_threads(threads)
+    segment = published_segment
+    if compiled:
+        torch._dynamo.config.recompile_limit = 256
+        stages = [torch.compile(stage, dynamic=False, fullgraph=True) for stage in PUBLISHED_STAGES]
+        segment = functools.partial(published_segment, stages=stages)
+    try:
+        best, tried = fastest_chunkwise(x, (x.shape[1],), segment, POWER_CHUNKS, calls=1)
+    except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, for one
+        return Absent(name, "failed: " + str(error).strip().splitlines()[0])
+    how = f"chunks of {best.chunk}, all at a time, phi in blocks of 16, laid out [chunks, heads, {best.chunk}, size]"
+    return Peer(name, best.run, best.result, how, layout_seconds=best_seconds(best.convert), tried=tried)
 
 
 class TorchGradients:

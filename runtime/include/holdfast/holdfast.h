@@ -500,9 +500,11 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  wanted: it costs nothing, and the others keep their bits. Where log_decay is -infinity dlog_decay is 0, to rounding.
  *
  *  Inputs of 16 bits are widened as they are read, sums are in fp32, and each gradient is rounded once; that of a decay per head is
- *  summed in fp64. A sequence cut in two, the gradients of the second part's initial state and sum of keys given to the first part as
- *  those of its final ones, has the gradients of the whole to rounding. The same call on the same machine and target gives the
- *  same bits, for any number of threads.
+ *  summed in fp64. Variants with round_operands also round, for products, weights within a chunk and their gradients, and states and
+ *  theirs, one factor of each term: dq, dk and dv are then within twice the rounding of their type, dlog_decay within one of the terms
+ *  that it is a sum of, and dinitial_state stays fp32. A sequence cut in two, the gradients of the second part's initial state and
+ *  sum of keys given to the first part as those of its final ones, has the gradients of the whole to rounding. The same call on the
+ *  same machine and target gives the same bits, for any number of threads.
  *
  *  What is computed, where: the gradient is the same in every form, so it is computed from all T x T weights, without any state, for
  *  HOLDFAST_FORM_PARALLEL and a degree above 1 or normalization where no state, sum of keys, or gradient of one is given or
