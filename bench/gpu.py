@@ -203,9 +203,7 @@ def compare(shape: tuple[int, ...], dtype: str, backward: bool, turns: int) -> d
             if name not in OTHERS_PROBLEM:
                 row["error"] = error(results, right, shape[2])
                 if not row["error"] <= TOLERANCES[dtype]:
-                    row["why_not"] = (
-                        f"wrong: relative error {row['error']:.2e}, expected at most {TOLERANCES[dtype]:.2e}"
-                    )
+                    row["why_not"] = f"wrong: relative error {row['error']:.2e}; expected at most {TOLERANCES[dtype]}"
                     continue
             ready[name] = run
         except Absent as why:

@@ -6,6 +6,7 @@
 #include "chunk_table.h"
 #include "context.h"
 #include "failure.h"
+#include "head_groups.h"
 #include "problem.h"
 #include "spans.h"
 
@@ -26,10 +27,6 @@ namespace {
 // chunks, which far apart have but a part of its sets. Past 8 chunks little is gained, past 12 where rows
 // have half the bytes (3%, on two threads 7%, at K = V = 64 on Zen 4): bench/retention_bench.cpp.
 constexpr int64_t states_in_cache = 320 * 1024, least_chunks_per_call = 2, most_chunks_per_call = 8;
-
-// The states of heads that a thread works on in turn, likewise: as many as fit, since they share the pages of their rows, and
-// a page that must be looked up for each row holds up the products (K = V = 128 of 8 heads: 6%).
-constexpr int64_t heads_in_cache = 640 * 1024;
 
 // Columns of values that a thread takes at least: as wide as tiles of the widest vectors. Each piece computes the scores anew, an
 // eighth of the work at K = V = 64.
@@ -61,26 +58,21 @@ Problem columns_of(Problem p, int64_t first, int64_t columns) {
 /// How the work is cut up.
 struct Plan {
     const Variant &variant;
-    int64_t chunk;    // tokens in a chunk
-    int64_t segment;  // tokens in a call of the kernel, at most
-    int64_t groups;   // of neighbouring heads, in each sequence: with spans of their tokens the pieces that threads take
-    bool in_place;    // states between calls are those of Problem::states: all calls end where one of them is
+    int64_t chunk;      // tokens in a chunk
+    int64_t segment;    // tokens in a call of the kernel, at most
+    bool in_place;      // states between calls are those of Problem::states: all calls end where one of them is
+    HeadGroups groups;  // with spans of their tokens the pieces that threads take
     Spans spans;
 
     Plan(const Problem &p, const Variant &variant, const holdfast_context &context, int64_t threads_of_head)
         : variant(variant), chunk(p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk),
-          spans(p, chunk, threads_of_head) {
+          groups(p, context), spans(p, chunk, threads_of_head) {
         auto longer = [&](int64_t size) { return p.q.dtype.bytes() == 2 ? size * 3 / 2 : size; };
         segment = chunk * std::clamp<int64_t>(longer(states_in_cache) / p.state_bytes() - 1, least_chunks_per_call,
                                               longer(most_chunks_per_call));
         const Tensor &states = p.states;
         in_place = states.rank && states.stride[3] == 1 && p.state_interval <= segment;
-        // As few groups as give all threads the same number of pieces, or several each; enough for the cache.
-        const int64_t threads = context.threads_for(p.N * p.Hk), most = std::max<int64_t>(p.Hk, 1);
-        groups = std::min(most, p.Hk * p.state_bytes() / heads_in_cache + 1);
-        while (groups < most && p.N * groups % threads != 0 && p.N * groups < 4 * threads) groups++;
     }
-    int64_t first_head(const Problem &p, int64_t group) const { return group * p.Hk / groups; }
     /// Where the call ends that begins at token t of a sequence and does not go beyond `last`.
     int64_t end_of(const Problem &p, int64_t t, int64_t last) const {
         const int64_t end = std::min(t + segment, last);
@@ -158,7 +150,7 @@ void run_heads(const Problem &p, const Plan &plan, Workspace &workspace, int64_t
     Scratch scratch(workspace, p.D * p.V);
     State next(scratch.floats(), p.D, p.V, p.V);
     std::deque<Head> heads;
-    for (int64_t h = plan.first_head(p, group); h < plan.first_head(p, group + 1); h++) heads.emplace_back(p, workspace, s, h);
+    for (int64_t h = plan.groups.begin(group); h < plan.groups.begin(group + 1); h++) heads.emplace_back(p, workspace, s, h);
     for (int64_t t = 0, end; t < to; t = end) {
         end = plan.end_of(p, t, t < from ? from : to);
         for (Head &head : heads) head.advance(plan, workspace, t, end, t >= from, next);
@@ -183,7 +175,7 @@ void run_chunkwise(holdfast_context &c, const Problem &whole, const Variant &var
 
     const Plan plan(strip[0], *run, c, threads_of_head / strips);
     check_kernel_strides(whole, plan.segment);
-    const int64_t spans = plan.spans.count, pieces = heads == 0 ? 0 : whole.N * plan.groups * strips * spans;
+    const int64_t spans = plan.spans.count, pieces = heads == 0 ? 0 : whole.N * plan.groups.count * strips * spans;
     std::string how = "chunks of " + std::to_string(plan.chunk);
     if (whole.states.rank) how += ", states every " + std::to_string(whole.state_interval) + " tokens";
     if (strips > 1) how += ", " + std::to_string(whole.V / strips) + " columns of values at a time";
@@ -192,7 +184,7 @@ void run_chunkwise(holdfast_context &c, const Problem &whole, const Variant &var
     if (pieces == 0) return;
     c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
         const int64_t group = n / strips / spans;
-        run_heads(strip[n % strips], plan, workspace, group / plan.groups, group % plan.groups, n / strips % spans);
+        run_heads(strip[n % strips], plan, workspace, group / plan.groups.count, group % plan.groups.count, n / strips % spans);
     });
 }
 

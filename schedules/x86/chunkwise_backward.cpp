@@ -10,7 +10,9 @@
 // The whole call, two threads, T 4096 of 8 heads, calls of 8 chunks: 13.4 to 14.2 ms at 64, 3.0 to 3.2 times the forward's time, where
 // it was 14.7 to 15.0 ms and 3.3 times before rows were asked for and results of q and k written chunk by chunk; 43 to 45 ms at 128,
 // 3.1 times, 1% less than before. The products with states are six to the forward's two: the runtime's states, those again here, and
-// the four of gradients.
+// the four of gradients. With states that the forward kept every 128 tokens (holdfast_backward_args::states) they are five: 12.5 ms at
+// 64 where the forward takes 4.4, 39 at 128 where it takes 15.4, 2.8 and 2.5 times. By count, a product with states as the unit, the
+// forward is 2.5 and 2.2, the gradient with such states 6.1 and 5.4: 2.4 times at the forward's share of the peak.
 //
 // Products take 57% of the time at 64, near the peak. The rest: adding to states and their gradients 9%, rows in 8% and results out 5%,
 // transposing 6%, products of gates 4%, the mask's exp 2%, memory for stages 2%. Tried: copies for each product by the chunk, the

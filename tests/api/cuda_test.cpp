@@ -603,9 +603,9 @@ TEST(Cuda, CallsOnTheCpuLeaveDeviceMemoryWhereItIs) {
                   nullptr),
               HOLDFAST_OK);
     Call call;
-    Problem host{1, 512, 8, 32, 32};
+    Problem host{1, 4096, 8, 32, 32};  // long enough for both threads
     ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
-    for (int n = 0; n < 20; n++) {
+    for (int n = 0; n < 10; n++) {
         driver.clear();
         ASSERT_EQ(host.forward().run(context), HOLDFAST_OK) << context.error();
         ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();

