@@ -616,6 +616,8 @@ public:
         }
         return {of_rows, of_decays};
     }
+    static constexpr int64_t most = 64;  // tokens that are checked at each end
+
     double operations(int64_t chunk) const {
         double sum = 0;
         for (int64_t t = 0, length = states ? chunk : s.T; t < s.T; t += length) {
@@ -626,7 +628,6 @@ public:
     }
 
 private:
-    static constexpr int64_t most = 64;  // tokens that are checked at each end
     const Shape s;
     const bool states;
     const int degree;
@@ -645,11 +646,13 @@ void gradient(benchmark::State &state, const Variant &variant, const Shape &shap
         return state.SkipWithError(holdfast_last_error(nullptr));
     }
     const holdfast_backward_args args = p.args(variant);
-    const double bound = tolerance::relative_rms_of_gradient;
-    const double of_rows = std::max(bound, tolerance::relative_rms_of_out(variant.dtype));
+    const double of_rows = tolerance::relative_rms_of_gradient_of_rows(variant.dtype);
+    const double of_decays = variant.round_operands
+                                 ? tolerance::relative_rms_of_rounded_gates(variant.dtype, GradientProblem::most)
+                                 : tolerance::relative_rms_of_gradient;
     const double rate = calls_per_second(
         state, variant, threads, [&](holdfast_context *c) { return holdfast_backward(c, &args); }, [&] { return p.errors(); },
-        std::pair(of_rows, bound));
+        std::pair(of_rows, of_decays));
     const double operations = p.operations(variant.chunk);
     state.counters["GFLOP/s"] = operations * rate * 1e-9;
     state.counters["peak_share"] = operations * rate / peaks.at((int)std::min<int64_t>(threads, shape.H)).flops;

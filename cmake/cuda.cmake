@@ -1,6 +1,6 @@
 # What the generators need for CUDA: device functions beside Halide's own, and NVIDIA's assembler. Both come from the CUDA
 # Toolkit or from the wheels that pyproject.toml pins; what is missing is named, and kernels are then embedded as PTX alone,
-# which the driver compiles at the first call.
+# which the driver compiles at the first call. HOLDFAST_REQUIRED_TOOLS="ptxas fatbinary" in the environment makes that an error.
 #
 #   HOLDFAST_CUDA_ARCHITECTURES: for which machine code is made, as in sm_80; the PTX behind it serves later ones.
 set(HOLDFAST_CUDA_ARCHITECTURES "80;90" CACHE STRING "CUDA architectures to make machine code for, e.g. 80;86;89;90")
@@ -11,6 +11,9 @@ find_program(HOLDFAST_FATBINARY fatbinary HINTS ${cuda_hints})
 foreach(tool PTXAS FATBINARY)
   if(NOT HOLDFAST_${tool})
     string(TOLOWER ${tool} name)
+    if("$ENV{HOLDFAST_REQUIRED_TOOLS}" MATCHES "(^| )${name}( |$)")
+      message(FATAL_ERROR "CUDA: no ${name}, which HOLDFAST_REQUIRED_TOOLS has: pip install nvidia-cuda-nvcc, or the CUDA Toolkit")
+    endif()
     message(STATUS "CUDA: no ${name} (pip install nvidia-cuda-nvcc, or the CUDA Toolkit): kernels are embedded as PTX alone")
     set(HOLDFAST_PTXAS "")
     set(HOLDFAST_FATBINARY "")

@@ -50,6 +50,11 @@ holdfast_kernel(chunkwise_backward DTYPES f16 bf16 CHUNKS 32
     TARGETS avx512 avx2
     COSTLY f16 bf16)
 
+holdfast_kernel(chunkwise_backward DTYPES bf16 CHUNKS 32
+    SIZES 64x64 128x128
+    TARGETS avx512_bf16
+    PARAMS round_operands=true)
+
 holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
     TARGETS avx512 avx2 generic

@@ -1,7 +1,9 @@
 // The stages of chunkwise_backward.h.
 #include "chunkwise_backward.h"
 #include "decay.h"
+#include "operands.h"
 
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -68,6 +70,42 @@ int update_reading(const Func &f, const Func &factor) {
     return -1;
 }
 
+/// `sum`, two derived sums, one of them over scaled * other where scaled = factor * value and the factor is a row's: as factor *
+/// product, to which the other one adds. The product, over value * other, is put where `product` is.
+Func take_out(const Func &sum, const Func &scaled, const Func &value, const Func &factor, Func &product) {
+    const int reads_scaled = update_reading(sum, scaled);
+    _halide_user_assert(sum.num_update_definitions() == 2) << sum.name() << " is not two sums\n";
+    struct Rename : Internal::IRMutator {
+        const std::vector<std::pair<Func, Func>> names;
+        explicit Rename(const std::vector<std::pair<Func, Func>> &names) : names(names) {}
+        using IRMutator::visit;
+        Expr visit(const Internal::Call *op) override {
+            for (const auto &[from, to] : names)
+                if (op->call_type == Internal::Call::Halide && op->name == from.name()) return to(op->args);
+            return IRMutator::visit(op);
+        }
+    };
+    // Over a domain of its own: that of a variable in the derived one still has the extents that autodiff saw.
+    const auto update = [&](int u, Rename rename) {
+        Region region;
+        const auto &rvars = sum.function().update(u).schedule().rvars();
+        for (const auto &rvar : rvars) region.emplace_back(rvar.min, rvar.extent);
+        const RDom over(region);
+        Expr value = rename.mutate(sum.update_value(u));
+        for (size_t n = 0; n < rvars.size(); n++) value = Internal::substitute(rvars[n].var, over[(int)n], value);
+        return value;
+    };
+    const std::vector<Var> args = sum.args();
+    const size_t n = args.size();
+    product = Func(sum.name() + "_from_state");
+    product(args) = 0.0f;
+    product(args) = update(reads_scaled, Rename({{sum, product}, {scaled, value}}));
+    Func taken_out(sum.name() + "_of_rows");
+    taken_out(args) = factor(args[1], args[2], args[n - 2], args[n - 1]) * product(args);
+    taken_out(args) = update(1 - reads_scaled, Rename({{sum, taken_out}}));
+    return taken_out;
+}
+
 /// RDom::where of an update that is there.
 void where(const Func &f, int update, const Expr &condition) {
     Expr &predicate = f.function().update(update).predicate();
@@ -85,7 +123,7 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
     ChunkwiseBackwardFuncs r;
     // Autodiff takes no sum whose bounds depend on a pure variable: those of the gradients are trimmed below.
     ChunkwiseSizes untrimmed = sizes;
-    untrimmed.causal_tile = C;
+    untrimmed.causal_tile = C, untrimmed.operands = Dtype::f32;  // rounded below
     r.f = chunkwise(q, k, v, log_decay, state_in, chunks, extents.key, scale, untrimmed);
     r.dout = dout, r.dstate_out = dstate_out;
 
@@ -133,7 +171,11 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
         _halide_user_assert(adjoint.defined()) << "autodiff has no adjoint of " << name << "\n";
         adjoint.function().mutate(&unguard);
     }
-    const std::vector<Func> derived = {r.dq, r.dk, r.dv, r.dstate_from_inter};
+    if (sizes.operands != Dtype::f32) {
+        r.dq = take_out(r.dq, r.dinter, r.dout_staged, r.f.row_decay, r.dq_from_state);
+        r.dv = take_out(r.dv, r.f.keys_decayed, k, r.f.key_decay, r.dv_from_state);
+    }
+    const std::vector<Func> derived = {r.dq, r.dk, r.dv, r.dstate_from_inter, r.f.contribution};
 
     // Keys until row i, rows from key j on; whole tiles of them, as in the forward's sum.
     if (sizes.causal_tile < C) {
@@ -191,6 +233,13 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
     r.dlog_decay(i, c, h, b) = r.end_product(c, h, b);
     r.dlog_decay(i, c, h, b) +=
         select(r.over_row >= i, r.row_product(r.over_row, c, h, b) - r.key_product(r.over_row, c, h, b), 0.0f);
+
+    // Both products of dscores read the same ones, and both sums of dkeys_decayed: what gates add and take back cancels as before.
+    // <S, dS> is of fp32: of states that decay slowly it is larger than what else is in a gradient of gates.
+    r.weights_read = round_operand(r.f.weights, {r.dv}, sizes.operands);
+    r.dscores_read = round_operand(r.dscores, {r.dq, r.dk}, sizes.operands);
+    r.state_read = round_operand(r.f.state, {r.dq_from_state}, sizes.operands);
+    r.dstate_read = round_operand(r.dcontribution, {r.dkeys_decayed, r.dv_from_state}, sizes.operands);
     return r;
 }
 

@@ -7,8 +7,14 @@
 // which counts in out_i and, for the last row, in the state after the chunk, and is taken back in key i; so its gradient is
 // q_i.dq_i - k_i.dk_i, and <S, dS> of the state after the chunk for its last row. A log decay counts for all rows from its own on.
 // Left out: as in chunkwise.h.
+//
+// Operands of 16 bits (ChunkwiseSizes::operands): products that make dq, dk and dv read what is not an input rounded, one factor
+// of each term. What a row has for a factor in all of its terms is taken out of the sum, whose other operand then is an input. Sums
+// that go into states are of fp32: those of keys and queries in two parts would take as many instructions.
 #pragma once
 #include "chunkwise.h"
+
+#include <vector>
 
 namespace holdfast {
 
@@ -37,6 +43,12 @@ struct ChunkwiseBackwardFuncs {
     Halide::RDom over_sequence;  // dstate, update 0: s
     Halide::RDom over_chunk;     // dstate, update 1: of chunk count - 1 - over_chunk
 
+    // Where operands are not fp32, else undefined or none: what row_decay and key_decay are factors of; and what products read of
+    // weights, dscores, state and dcontribution.
+    Halide::Func dq_from_state;  // (d,i,c,g,h,b): dout . state
+    Halide::Func dv_from_state;  // (e,j,c,h,b): k . dcontribution
+    std::vector<Halide::Func> weights_read, dscores_read, state_read, dstate_read;
+
     // Gates.
     Halide::Func row_product;  // (i,c,h,b): q . dq, of all queries of the group
     Halide::Func key_product;  // (j,c,h,b): k . dk
@@ -52,7 +64,8 @@ struct ChunkwiseBackwardFuncs {
     Halide::RDom over_state;     // end_product:   d in [0, D)
     Halide::RDom over_row;       // dlog_decay:    r in [0, C)
 
-    // set by the generator: what leaves the kernel, in the caller's layout and type
+    // set by the generator: inputs and gradients in the type that they are stored in; what leaves the kernel, in the caller's layout
+    Halide::Func q_stored, k_stored, v_stored, dout_stored, dq_stored, dk_stored, dv_stored;
     Halide::Func result_dq, result_dk, result_dv;       // (d,t,g,h,b) (d,t,h,b) (e,t,h,b), update 0 over (x = i, y = c)
     Halide::Func result_dlog_decay;                     // (t,h,b), likewise
     Halide::Func dstate_in;                             // (e,d,s,h,b)

@@ -14,6 +14,7 @@ public:
     GeneratorParam<int> chunk{"chunk", 64};
     GeneratorParam<int> key_size{"key_size", 64}, value_size{"value_size", 64};  // 0: any
     GeneratorParam<int> causal_tile{"causal_tile", 8};                           // 0: the chunk
+    GeneratorParam<bool> round_operands{"round_operands", false};                // products read dtype: chunkwise_backward.h
     GeneratorParam<bool> any_state_strides{"any_state_strides", false};          // also along e: states may be value-major
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};          // schedule.h
 
@@ -55,6 +56,7 @@ public:
 
         Func cq("q_chunks"), ck("k_chunks"), cv("v_chunks"), cg("log_decay_chunks"), cs("state_start"), co("dout_chunks"),
             cz("dstate_end");
+        Func sq("q_stored"), sk("k_stored"), sv("v_stored"), so("dout_stored");
         // Zero past the last feature: schedules may round the sizes up.
         auto padded = [](auto &rows, const Expr &size) {
             Region region(rows.dimensions());
@@ -64,15 +66,24 @@ public:
         auto state = [&](auto &states) {
             return BoundaryConditions::constant_exterior(states, 0.0f, {{0, E}, {0, D}, {}, {}, {}})(e, d, s, h, b);
         };
-        cq(d, i, c, g, h, b) = widen(dtype, padded(q, D)(d, at.time(i, c, q.dim(1).extent()), g, h, b));
-        ck(d, i, c, h, b) = widen(dtype, padded(k, D)(d, at.time(i, c, k.dim(1).extent()), h, b));
-        cv(e, i, c, h, b) = widen(dtype, padded(v, E)(e, at.time(i, c, v.dim(1).extent()), h, b));
+        sq(d, i, c, g, h, b) = padded(q, D)(d, at.time(i, c, q.dim(1).extent()), g, h, b);
+        sk(d, i, c, h, b) = padded(k, D)(d, at.time(i, c, k.dim(1).extent()), h, b);
+        sv(e, i, c, h, b) = padded(v, E)(e, at.time(i, c, v.dim(1).extent()), h, b);
+        cq(d, i, c, g, h, b) = widen(dtype, sq(d, i, c, g, h, b));
+        ck(d, i, c, h, b) = widen(dtype, sk(d, i, c, h, b));
+        cv(e, i, c, h, b) = widen(dtype, sv(e, i, c, h, b));
         Expr decay = log_decay(at.time(i, c, log_decay.dim(0).extent()), h, b);
         cg(i, c, h, b) = select(i < at.length(c), decay, 0.0f);
         cs(e, d, s, h, b) = state(state_in), cz(e, d, s, h, b) = state(dstate_out);
-        Expr row_of_dout = widen(dtype, padded(dout, E)(e, at.time(i, c, dout.dim(1).extent()), g, h, b));
-        co(e, i, c, g, h, b) = select(i < at.length(c), row_of_dout, 0.0f);
+        Expr row_of_dout = padded(dout, E)(e, at.time(i, c, dout.dim(1).extent()), g, h, b);
+        so(e, i, c, g, h, b) = select(i < at.length(c), row_of_dout, cast(stored_type(dtype), 0));
+        co(e, i, c, g, h, b) = widen(dtype, so(e, i, c, g, h, b));
         r = chunkwise_backward(cq, ck, cv, cg, cs, co, cz, at, {D, E, G, H, B}, scale, size);
+        r.q_stored = sq, r.k_stored = sk, r.v_stored = sv, r.dout_stored = so;
+        r.dq_stored = Func("dq_stored"), r.dk_stored = Func("dk_stored"), r.dv_stored = Func("dv_stored");
+        r.dq_stored(d, i, c, g, h, b) = narrow(dtype, r.dq(d, i, c, g, h, b));
+        r.dk_stored(d, i, c, h, b) = narrow(dtype, r.dk(d, i, c, h, b));
+        r.dv_stored(e, i, c, h, b) = narrow(dtype, r.dv(e, i, c, h, b));
 
         // Each row of a result is written once, by the chunk that holds it, if it is wanted. What only others need is left out
         // with them.
@@ -85,11 +96,11 @@ public:
         r.over_gate = rows(want_dlog_decay, "over_gate");
         auto time = [&](const RDom &over, auto &out, int axis) { return at.time(over.x, over.y, out.dim(axis).extent()); };
         dq(d, t, g, h, b) = undef(stored_type(dtype));
-        dq(d, time(r.over_dq, dq, 1), g, h, b) = narrow(dtype, r.dq(d, r.over_dq.x, r.over_dq.y, g, h, b));
+        dq(d, time(r.over_dq, dq, 1), g, h, b) = r.dq_stored(d, r.over_dq.x, r.over_dq.y, g, h, b);
         dk(d, t, h, b) = undef(stored_type(dtype));
-        dk(d, time(r.over_dk, dk, 1), h, b) = narrow(dtype, r.dk(d, r.over_dk.x, r.over_dk.y, h, b));
+        dk(d, time(r.over_dk, dk, 1), h, b) = r.dk_stored(d, r.over_dk.x, r.over_dk.y, h, b);
         dv(e, t, h, b) = undef(stored_type(dtype));
-        dv(e, time(r.over_dv, dv, 1), h, b) = narrow(dtype, r.dv(e, r.over_dv.x, r.over_dv.y, h, b));
+        dv(e, time(r.over_dv, dv, 1), h, b) = r.dv_stored(e, r.over_dv.x, r.over_dv.y, h, b);
         // A decay that keeps nothing has gradient 0, not the rounding of a sum.
         dlog_decay(t, h, b) = undef<float>();
         dlog_decay(time(r.over_gate, dlog_decay, 0), h, b) = select(cg(r.over_gate.x, r.over_gate.y, h, b) > least_log_decay,
@@ -118,7 +129,7 @@ private:
     ChunkwiseBackwardFuncs r;
     ChunkwiseSizes sizes() const {
         const int tile = causal_tile;
-        return {chunk, key_size, value_size, tile ? tile : (int)chunk};
+        return {chunk, key_size, value_size, tile ? tile : (int)chunk, round_operands ? (Dtype)dtype : Dtype::f32};
     }
 };
 }  // namespace

@@ -48,7 +48,8 @@ struct PowerFuncs {
     Halide::Func chunk_decay;           // (h,b): what it keeps of the initial state, a sum of two
     Halide::Func largest;               // (i,g,h,b): of |q|
     Halide::Func unit;                  // (i,g,h,b): unit_of it, which brings it into range
-    Halide::Func queries;               // (d,i,g,h,b): q * unit; 1 at d = K
+    Halide::Func queries;               // (d,i,g,h,b): q * unit; 1 at d = K. Schedules store it: of
+                                        // products of q * unit compilers make unit^p, which may be beyond fp32
     Halide::Func queries_decayed;       // (d,i,g,h,b): * row_decay. The decay is on one factor of phi
     Halide::Func keys;                  // (d,j,h,b): k; 1 at d = K
     Halide::Func keys_decayed;          // (d,j,h,b): * key_decay

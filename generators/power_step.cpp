@@ -23,16 +23,17 @@ PowerStepFuncs power_step(const Func &q, const Func &k, const Func &v, const Fun
     p.largest(g, h) = max(p.largest(g, h), abs(q(p.over_element, g, h)));
     p.unit = Func("unit");
     p.unit(g, h) = unit_of(p.largest(g, h));
-    auto element = [&](const Func &x, const Expr &n, const std::vector<Expr> &others, const Expr &factor) {
+    p.queries = Func("queries");
+    p.queries(d, g, h) = q(d, g, h) * p.unit(g, h);
+    auto element = [&](const Func &x, const Expr &n, const std::vector<Expr> &others) {
         std::vector<Expr> at = others;
         at.insert(at.begin(), p.phi.open ? min(n, key_extent - 1) : n);
-        const Expr value = factor.defined() ? x(at) * factor : x(at);
-        return p.phi.open ? select(n < key_extent, value, 1.0f) : value;
+        return p.phi.open ? select(n < key_extent, x(at), 1.0f) : x(at);
     };
     p.phi_q = Func("phi_q");
-    p.phi_q(f, g, h) = p.phi.product(f, [&](int, const Expr &n) { return element(q, n, {g, h}, p.unit(g, h)); });
+    p.phi_q(f, g, h) = p.phi.product(f, [&](int, const Expr &n) { return element(p.queries, n, {g, h}); });
     p.phi_k = Func("phi_k");
-    p.phi_k(f, h) = p.phi.product(f, [&](int, const Expr &n) { return element(k, n, {h}, Expr()); });
+    p.phi_k(f, h) = p.phi.product(f, [&](int, const Expr &n) { return element(k, n, {h}); });
 
     // The state, and what the first query reads of it.
     p.over_feature = RDom(0, W, "over_feature");

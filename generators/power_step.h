@@ -21,7 +21,8 @@ struct PowerStepFuncs {
     Halide::Func log_decay;       // (h): input
     Expansion phi;                // the table
     Halide::Func decay;           // (h): exp(log_decay), a sum of two
-    Halide::Func largest, unit;   // (g,h): as in power.h
+    Halide::Func largest, unit;   // (g,h): as in power.h, and so is
+    Halide::Func queries;         // (d,g,h): q * unit. Schedules store it
     Halide::Func phi_q, phi_k;    // (f,g,h) (f,h)
     Halide::Func state_and_sum;   // (e,w,u,h): {state, sum}. Update 0 goes down the rows over_feature: row w of the block in
                                   // place, and the sum of its part of the first query's product until there

@@ -28,10 +28,11 @@ inline std::vector<Wants> some_wants() {
 
 class BackwardCall {
 public:
-    BackwardCall(const KernelCase &c, int C, Size size, const Dtype &dtype = f32, const Wants &wants = {})
-        : c(c), dtype(dtype), wants(wants), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C),
-          starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()), N((int64_t)c.lengths.size()),
-          q(rows_of(c.group, K)), k(rows_of(1, K)), v(rows_of(1, V)),
+    BackwardCall(const KernelCase &c, int C, Size size, const Dtype &dtype = f32, const Wants &wants = {},
+                 bool rounds_operands = false)
+        : c(c), dtype(dtype), wants(wants), rounds_operands(rounds_operands), K(size.K), V(size.V),
+          chunk(c.longest_chunk ? c.longest_chunk : C), starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()),
+          N((int64_t)c.lengths.size()), q(rows_of(c.group, K)), k(rows_of(1, K)), v(rows_of(1, V)),
           log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)), state_in(states()), dout(rows_of(c.group, V)),
           dstate_out(states()), dq(rows_of(c.group, K)), dk(rows_of(1, K)), dv(rows_of(1, V)),
           dlog_decay({c.B, T, c.H}, strides({c.B, T, c.H}, c.layout, false)), dstate_in(states()) {
@@ -45,7 +46,12 @@ public:
     void expect_reference(const Kernel &kernel) {
         SCOPED_TRACE(c.name + ", wanted: " + name(wants));
         run(kernel);
-        const double share = tolerance::of_gradient_spread(K, V, c.group * chunk, table.count);
+        const double of_state = tolerance::of_gradient_spread(K, V, c.group * chunk, table.count);
+        double share = of_state, absolute = 0;
+        if (rounds_operands) {
+            absolute = tolerance::between_operands(dtype, K * V + K + V + c.group * chunk);
+            share += tolerance::of_rounded_gradients(dtype);
+        }
         for (int64_t s = 0; s < N; s++) {
             SCOPED_TRACE("sequence " + std::to_string(s));
             const reference::Inputs in = inputs(s);
@@ -53,28 +59,33 @@ public:
             const reference::Gradients want = reference::retention_backward(in, from_out, from_state);
             const reference::Gradients spread = reference::spread_backward(in, from_out, from_state);
             auto of = [&](const Array &rows) { return slice(rows, 1, starts[s], c.lengths[s]); };
-            if (wants.dq) expect_close("dq", of(dq), want.q, spread.q, share, dtype);
-            if (wants.dk) expect_close("dk", of(dk), want.k, spread.k, share, dtype);
-            if (wants.dv) expect_close("dv", of(dv), want.v, spread.v, share, dtype);
-            if (wants.dlog_decay) expect_close("dlog_decay", of(dlog_decay), want.log_decay, spread.log_decay, share);
-            expect_close("dstate_in", slice(dstate_in, 1, s, 1), want.initial_state, spread.initial_state, share);
+            if (wants.dq) expect_close("dq", of(dq), want.q, spread.q, share, dtype, absolute);
+            if (wants.dk) expect_close("dk", of(dk), want.k, spread.k, share, dtype, absolute);
+            if (wants.dv) expect_close("dv", of(dv), want.v, spread.v, share, dtype, absolute);
+            if (wants.dlog_decay)
+                expect_close("dlog_decay", of(dlog_decay), want.log_decay, spread.log_decay, share, f32, absolute);
+            expect_close("dstate_in", slice(dstate_in, 1, s, 1), want.initial_state, spread.initial_state, of_state);
         }
     }
 
-    /// The largest of the root mean square errors of the gradients, each relative to its values; of one sequence.
+    /// Root mean square errors of gradients, each relative to its values; of one sequence.
+    struct Errors {
+        double rows, decays, states;  // the largest of those of q, k and v
+    };
     template<class Kernel>
-    double relative_error(const Kernel &kernel) {
+    Errors relative_errors(const Kernel &kernel) {
         run(kernel);
         const reference::Gradients want = reference::retention_backward(inputs(0), rows(dout, 0), states(dstate_out, 0));
-        return std::max({relative_rms(dq.values(), want.q), relative_rms(dk.values(), want.k),
-                         relative_rms(dv.values(), want.v), relative_rms(dlog_decay.values(), want.log_decay),
-                         relative_rms(dstate_in.values(), want.initial_state)});
+        return {
+            std::max({relative_rms(dq.values(), want.q), relative_rms(dk.values(), want.k), relative_rms(dv.values(), want.v)}),
+            relative_rms(dlog_decay.values(), want.log_decay), relative_rms(dstate_in.values(), want.initial_state)};
     }
 
 private:
     const KernelCase c;
     const Dtype dtype;
     const Wants wants;
+    const bool rounds_operands;
     const int64_t K, V, chunk;
     const Index starts;
     ChunkTable table;

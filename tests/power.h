@@ -15,6 +15,7 @@ struct PowerProblem {
     holdfast_form form = HOLDFAST_FORM_AUTO;
     holdfast_expansion expansion = HOLDFAST_EXPANSION_TIGHT;
     bool value_major = false, initial = true;
+    bool in_place = false;  // the final state and sum of keys are where the initial ones are
     int64_t chunk_size = 0;
     float scale = 0;
     Layout layout = Layout::compact;
@@ -37,7 +38,8 @@ struct PowerProblem {
         for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
         Tensor rows[] = {Tensor(q).part(1, from, to), Tensor(k).part(1, from, to), Tensor(v).part(1, from, to),
                          Tensor(out).part(1, from, to)};
-        Tensor g = Tensor(log_decay).part(1, from, to), in(initial_state), ink(initial_keys), fin(state), fink(keys);
+        Tensor g = Tensor(log_decay).part(1, from, to), in(in_place ? state : initial_state),
+               ink(in_place ? keys : initial_keys), fin(state), fink(keys);
         DLTensor dl[4], dl_g = g.dl(), dl_in = in.dl(), dl_ink = ink.dl(), dl_fin = fin.dl(), dl_fink = fink.dl();
         std::deque<Stored> stored;
         for (int n = 0; n < 4; n++) {

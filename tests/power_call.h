@@ -22,8 +22,9 @@ struct PowerCase {
     bool normalize;
     enum class Contents { random, positive, ones } contents = Contents::random;
     double size_of_keys = 1;
-    bool in_place = false;    // the state is read and written where it lies
-    bool no_queries = false;  // of H G heads none, in the place of those that there are: states alone
+    bool in_place = false;                     // the state is read and written where it lies
+    bool no_queries = false;                   // of H G heads none, in the place of those that there are: states alone
+    std::vector<double> size_of_queries = {};  // beside that of keys, for each of a group; {}: 1
 };
 
 /// Everything that a kernel with chunks of C tokens may meet; `gpu`: also what only those of GPUs promise.
@@ -48,6 +49,12 @@ inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype, bool gpu = 
                          true,
                          PowerCase::Contents::positive,
                          size});
+    // What brings these to 1, to the power p, is beyond fp32: no kernel may meet it.
+    const double faint = dtype == f16 ? 6e-7 : 1e-22;
+    cases.push_back({"faint_queries", {C, 3}, 1, 1, 2, Layout::compact, Gates::weak, true, PowerCase::Contents::positive});
+    cases.back().size_of_queries = {1, faint};
+    cases.push_back({"queries_of_zero", {C, 3}, 1, 1, 3, Layout::compact, Gates::weak, false});
+    cases.back().size_of_queries = {1, 0, faint};
     if (!gpu) {  // which starts no kernel without threads
         cases.push_back({"no_queries", {C, C / 2 + 1}, 2, 2, 1, Layout::padded, Gates::resets, true});
         cases.back().no_queries = true;
@@ -68,6 +75,7 @@ public:
           v(array({c.B, T, c.H, V}, 1)), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
           state(array({c.B, c.H, D, V}, std::pow(c.size_of_keys, degree), dense_states)), keys(sums_of_keys()),
           out(array({c.B, T, c.H * c.G, V}, 1).forget()) {
+        if (!c.size_of_queries.empty()) each(q.shape, [&](const Index &i) { q(i) *= (float)c.size_of_queries[i[2] % c.G]; });
         for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
     }
 

@@ -309,6 +309,7 @@ struct Settings {
     int threads = 0;
     std::optional<std::string> target, backend;
     py::object listener;
+    py::object allocate;  // null: contexts allocate
 };
 Settings &settings() {
     static Settings *const all = new Settings;
@@ -454,10 +455,36 @@ struct Nowhere {
     Nowhere(int rank, const DLTensor &q) : tensor{nullptr, q.device, rank, q.dtype, shape, nullptr, 0} {}
 };
 
+// ---- Memory of CUDA ------------------------------------------------------------------------------------------------------
+
+/// Workspace for a call on CUDA, where set_cuda_allocator has said who allocates: alive as long as this.
+class Workspace {
+public:
+    template<class Args>
+    Workspace(Args &args, holdfast_status (*size_of)(holdfast_context *, const Args *, size_t *), holdfast_context *context,
+              uint64_t stream) {
+        const DLDevice device = args.q->device;
+        if (!settings().allocate || device.device_type != kDLCUDA) return;
+        size_t bytes = 0;
+        if (holdfast_status status = size_of(context, &args, &bytes)) raise_status(status, holdfast_last_error(context));
+        if (bytes) memory = settings().allocate(bytes, device.device_id, stream);
+        if (!memory || memory.is_none()) return;
+        array.borrow("workspace", memory, 1, true, stream);
+        args.workspace = array.get();
+    }
+
+private:
+    py::object memory;
+    Array array;
+};
+
+/// `allocate(bytes, device, stream)` returns memory on that CUDA device, an array of uint8, for a call in that stream, as DLPack numbers
+/// streams; or None, for contexts to allocate, as without it.
+void set_cuda_allocator(py::object allocate) { settings().allocate = allocate.is_none() ? py::object() : std::move(allocate); }
+
 /// Numbers of holdfast_forward_args; of its enumerations, those of holdfast.h. Without it: all 0.
 struct Options {
     int32_t degree = 0, normalize = 0, form = 0, state_layout = 0, expansion = 0;
-    int64_t expanded_size = 0;  // D; 0: K
     bool sums = false, weights = false;
     int64_t state_interval = 0;
 
@@ -466,9 +493,13 @@ struct Options {
         const py::tuple t = py::reinterpret_borrow<py::tuple>(tuple);
         int32_t *const numbers[] = {&degree, &normalize, &form, &state_layout, &expansion};
         for (int n = 0; n < 5; n++) *numbers[n] = t[n].cast<int32_t>();
-        expanded_size = t[5].cast<int64_t>();
-        sums = t[6].cast<bool>(), weights = t[7].cast<bool>();
+        sums = t[6].cast<bool>(), weights = t[7].cast<bool>();  // 5: D, for Python's own use
         state_interval = t[8].cast<int64_t>();
+    }
+
+    /// D.
+    int64_t expanded_size(int64_t key_size) const {
+        return degree > 1 ? holdfast_state_size(key_size, degree, expansion) : key_size;
     }
 };
 
@@ -528,7 +559,7 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
     Nowhere nowhere(4, *args.q);
     if (shapes_agree(4, *args.q, *args.k, *args.v)) {
         const int64_t *shape = args.q->shape, V = args.v->shape[3], Hk = args.k->shape[2];
-        const int64_t D = o.expanded_size ? o.expanded_size : shape[3];
+        const int64_t D = o.expanded_size(shape[3]);
         const bool packed = args.cu_seqlens && args.cu_seqlens->ndim == 1 && args.cu_seqlens->shape[0] > 0;
         const int64_t N = packed ? args.cu_seqlens->shape[0] - 1 : shape[0];
         auto make = [&](const char *name, py::object &array, Array &borrowed, DLDataType of, auto... extents) {
@@ -557,6 +588,7 @@ py::object forward(py::handle q, py::handle k, py::handle v, py::handle log_deca
 
     holdfast_context *c = context();
     holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    const Workspace workspace(args, holdfast_workspace_size, c, stream);
     if (holdfast_status status = without_gil(holdfast_forward, c, args)) raise_status(status, holdfast_last_error(c));
     if (!return_state && !o.weights && !o.state_interval) return out;
     return py::make_tuple(out, final_state, final_sum, states, weights);
@@ -611,7 +643,7 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
     // Where shapes do not agree the library says so before it asks for gradients; of arrays on a GPU all are given.
     if (shapes_agree(4, *args.q, *args.k, *args.v) && args.q->device.device_type == kDLCPU) {
         const int64_t *shape = args.q->shape, B = shape[0], T = shape[1], Hk = args.k->shape[2], V = args.v->shape[3];
-        const int64_t D = o.expanded_size ? o.expanded_size : shape[3];
+        const int64_t D = o.expanded_size(shape[3]);
         const bool packed = args.cu_seqlens && args.cu_seqlens->ndim == 1 && args.cu_seqlens->shape[0] > 0;
         const int64_t N = packed ? args.cu_seqlens->shape[0] - 1 : B;
         const bool value_major = o.state_layout == HOLDFAST_STATE_VALUE_MAJOR;
@@ -634,6 +666,7 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
 
     holdfast_context *c = context();
     holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    const Workspace workspace(args, holdfast_backward_workspace_size, c, stream);
     if (holdfast_status status = without_gil(holdfast_backward, c, args)) raise_status(status, holdfast_last_error(c));
     return py::make_tuple(gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5]);
 }
@@ -676,6 +709,7 @@ py::object step(py::handle q, py::handle k, py::handle v, py::handle log_decay, 
 
     holdfast_context *c = context();
     holdfast_context_set_stream(c, args.q->device.device_type == kDLCPU ? nullptr : (void *)(uintptr_t)stream);
+    const Workspace workspace(args, holdfast_step_workspace_size, c, stream);
     if (holdfast_status status = without_gil(holdfast_step, c, args)) raise_status(status, holdfast_last_error(c));
     return out;
 }
@@ -742,14 +776,24 @@ py::object rotate_backward(py::handle dout, py::handle theta, int64_t offset, py
     return turn(true, dout, theta, offset, positions, interleaved, std::move(dx), stream);
 }
 
-void convert_state(int64_t key_size, py::handle from, int from_expansion, py::handle to, int to_expansion, int rank) {
-    Array from_array, to_array;
-    from_array.borrow("state", from, rank);
-    to_array.borrow("out", to, rank, true);
+/// out: as from rotate(). Which order the state has follows from its D.
+py::object convert_state(int64_t key_size, py::handle state, int expansion, py::object out) {
+    Array state_array, out_array;
+    state_array.borrow("state", state, 4);
+    const DLTensor &from = *state_array.get();
+    if (from.ndim != 3 && from.ndim != 4)
+        raise(PyExc_ValueError, "state has ", from.ndim, " dimensions; expected 4, [N, Hk, D, V], or 3, [N, Hk, D]");
+    const int64_t *shape = from.shape, D = holdfast_state_size(key_size, 2, expansion);
+    const int tiled = HOLDFAST_EXPANSION_TILED;
+    const bool is_tiled = shape[2] == holdfast_state_size(key_size, 2, tiled);
+    if (out.is_none())
+        out = from.ndim == 3 ? empty_array(float32, shape[0], shape[1], D) : empty_array(float32, shape[0], shape[1], D, shape[3]);
+    out_array.borrow("out", out, from.ndim, true);
     holdfast_context *c = context();
-    if (holdfast_status status =
-            holdfast_convert_state(c, key_size, from_array.get(), from_expansion, to_array.get(), to_expansion))
+    if (holdfast_status status = holdfast_convert_state(c, key_size, &from, is_tiled ? tiled : HOLDFAST_EXPANSION_TIGHT,
+                                                        out_array.get(), expansion))
         raise_status(status, holdfast_last_error(c));
+    return out;
 }
 
 /// out: as from rotate().
@@ -897,6 +941,7 @@ PYBIND11_MODULE(_holdfast, m) {
     m.def("variants", variants);
     m.def("version", holdfast_version);
     m.def("cpu_features", holdfast_cpu_features);
+    m.def("set_cuda_allocator", set_cuda_allocator);
     m.def("set_num_threads", set_num_threads);
     m.def("get_num_threads", [] { return settings().threads; });
     m.def("set_backend", set_backend);

@@ -5,6 +5,7 @@
 
 #include "backward_head.h"
 #include "chunk_table.h"
+#include "head_groups.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -20,28 +21,23 @@ namespace {
 // states; of larger ones a few fill the caches.
 constexpr int64_t states_in_cache = 640 * 1024, least_chunks_per_call = 2, most_chunks_per_call = 8;
 
-// The states of heads that a thread works on in turn, as in forward.cpp.
-constexpr int64_t heads_in_cache = 640 * 1024;
-
 /// How the work is cut up.
 struct Plan {
     const Variant &variant, &forward;  // of the gradient, and of states
     int64_t chunk, forward_chunk;      // tokens in a chunk
     int64_t segment;                   // tokens in a call of a kernel
-    int64_t groups;                    // of neighbouring heads, in each sequence: the pieces that threads take
+    HeadGroups groups;                 // the pieces that threads take
     bool states;                       // the gradients that are wanted need the states
     int64_t given = 0;                 // tokens from one of Problem::states to the next, a number of segments; 0: none
 
     Plan(const BackwardProblem &p, const Choice &choice, const holdfast_context &context)
         : variant(select_variant("chunkwise_backward", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, choice.forced)),
-          forward(select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, variant.target)) {
+          forward(select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, variant.target)),
+          groups(p, context) {
         auto chunk_of = [&](const Variant &v) { return p.chunk_size ? std::min<int64_t>(p.chunk_size, v.chunk) : v.chunk; };
         chunk = chunk_of(variant), forward_chunk = chunk_of(forward);
         segment =
             chunk * std::clamp<int64_t>(states_in_cache / p.state_bytes() - 1, least_chunks_per_call, most_chunks_per_call);
-        const int64_t threads = context.threads_for(p.N * p.Hk), most = std::max<int64_t>(p.Hk, 1);
-        groups = std::min(most, p.Hk * p.state_bytes() / heads_in_cache + 1);
-        while (groups < most && p.N * groups % threads != 0 && p.N * groups < 4 * threads) groups++;
         states = p.dq.rank || p.dlog_decay.rank;
         if (!states || !p.states.rank || p.states.stride[3] != 1) return;
         if (p.state_interval <= segment) {
@@ -51,7 +47,6 @@ struct Plan {
             given = p.state_interval;
         }
     }
-    int64_t first_head(const Problem &p, int64_t group) const { return group * p.Hk / groups; }
 };
 
 /// One sequence and head of keys.
@@ -133,7 +128,7 @@ void run_heads(const BackwardProblem &p, const Plan &plan, Workspace &workspace,
     const Scratch scratch(workspace, p.D * p.V);
     State next(scratch.floats(), p.D, p.V, p.V);
     std::deque<Head> heads;
-    for (int64_t h = plan.first_head(p, group); h < plan.first_head(p, group + 1); h++)
+    for (int64_t h = plan.groups.begin(group); h < plan.groups.begin(group + 1); h++)
         heads.emplace_back(p, plan, workspace, s, h);
     const int64_t segments = (p.length(s) + plan.segment - 1) / plan.segment;
     for (int64_t n = 0; n < segments; n++)
@@ -148,15 +143,16 @@ void run_heads(const BackwardProblem &p, const Plan &plan, Workspace &workspace,
 void run_backward(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
     const Plan plan(p, choice, c);
     check_kernel_strides(p, plan.segment);
-    const int64_t pieces = p.Hk == 0 ? 0 : p.N * plan.groups;
+    const int64_t pieces = p.Hk == 0 ? 0 : p.N * plan.groups.count;
     announce(c, "backward", plan.variant, choice.why, p,
              "chunks of " + std::to_string(plan.chunk) + ", a state kept every " + std::to_string(plan.segment) + " tokens" +
                  (plan.given ? ", given every " + std::to_string(plan.given) : ""),
              pieces);
     DecaySums sums(p);
     if (pieces == 0) return sums.finish();
-    c.for_each(pieces,
-               [&](Workspace &workspace, int64_t n) { run_heads(p, plan, workspace, n / plan.groups, n % plan.groups, sums); });
+    c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
+        run_heads(p, plan, workspace, n / plan.groups.count, n % plan.groups.count, sums);
+    });
     sums.finish();
 }
 

@@ -49,6 +49,7 @@ int cores() {
 /// The work of one call, shared by its threads: each takes the next item until none is left or one has failed.
 struct Job {
     holdfast_context &context;
+    std::vector<std::unique_ptr<Workspace>> &idle;
     const std::function<void(Workspace &, int64_t)> &work;
     const int64_t items;
     std::atomic<int64_t> next{0}, done{0};
@@ -61,7 +62,7 @@ struct Job {
             std::unique_ptr<Workspace> workspace = take();
             for (int64_t item; !failed && (item = next++) < items; done++) work(*workspace, item);
             std::lock_guard<std::mutex> lock(context.idle_mutex);
-            context.idle.push_back(std::move(workspace));
+            idle.push_back(std::move(workspace));
         } catch (const Failure &f) {
             record(f);
         } catch (const std::bad_alloc &) {
@@ -75,9 +76,9 @@ private:
     std::unique_ptr<Workspace> take() {
         {
             std::lock_guard<std::mutex> lock(context.idle_mutex);
-            if (!context.idle.empty()) {
-                auto workspace = std::move(context.idle.back());
-                context.idle.pop_back();
+            if (!idle.empty()) {
+                auto workspace = std::move(idle.back());
+                idle.pop_back();
                 workspace->error.clear();
                 return workspace;
             }
@@ -189,7 +190,7 @@ int holdfast_context::threads_for(int64_t items) const {
 }
 
 void holdfast_context::for_each(int64_t items, const std::function<void(Workspace &, int64_t)> &work) {
-    Job job{*this, work, items, {}, {}, {}, {}, {HOLDFAST_OK, ""}};
+    Job job{*this, idle, work, items, {}, {}, {}, {}, {HOLDFAST_OK, ""}};
     const int tasks = threads_for(items);
     int rc = 0;
     if (tasks == 1)
@@ -203,6 +204,13 @@ void holdfast_context::for_each(int64_t items, const std::function<void(Workspac
     if (job.done != items)
         fail(HOLDFAST_INTERNAL_ERROR, "thread pool: parallel_for returned with ", job.done.load(), " of ", items,
              " pieces of work done");
+}
+
+void holdfast_context::on_gpu(const std::function<void(Workspace &)> &work) {
+    const std::function<void(Workspace &, int64_t)> once = [&](Workspace &workspace, int64_t) { work(workspace); };
+    Job job{*this, idle_of_gpu, once, 1, {}, {}, {}, {}, {HOLDFAST_OK, ""}};
+    job.run();
+    if (job.failed) throw job.failure;
 }
 
 // Kernels call these by name; they stand in for the weak ones of Halide's runtime. user_context is the Workspace.
@@ -317,7 +325,7 @@ holdfast_status holdfast_context_set_allocator(holdfast_context *context, holdfa
         if (!allocate != !deallocate)
             fail(HOLDFAST_INVALID_ARGUMENT, allocate ? "deallocate" : "allocate",
                  " is NULL; expected both functions or neither");
-        c.idle.clear();
+        c.idle.clear(), c.idle_of_gpu.clear();
         c.allocator = allocate ? Allocator{allocate, deallocate, user} : default_allocator;
     });
 }

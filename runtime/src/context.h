@@ -67,8 +67,11 @@ struct holdfast_context {
     /// Call work(workspace, item) once for each of `items`, on threads_for(items) threads. The first failure ends the call.
     void for_each(int64_t items, const std::function<void(holdfast::Workspace &, int64_t)> &work);
 
+    /// Call work(workspace) on this thread, with a workspace that has device memory if one is idle.
+    void on_gpu(const std::function<void(holdfast::Workspace &)> &work);
+
     std::mutex idle_mutex;
-    std::vector<std::unique_ptr<holdfast::Workspace>> idle;  // workspaces that no call uses
+    std::vector<std::unique_ptr<holdfast::Workspace>> idle, idle_of_gpu;  // workspaces that no call uses
 };
 
 namespace holdfast {

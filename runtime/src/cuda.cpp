@@ -10,6 +10,7 @@
 #include <HalideRuntimeCuda.h>
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <string>
@@ -125,13 +126,6 @@ struct Module {
 using Modules = std::map<unsigned long long, Module>;
 std::mutex modules_mutex;
 
-/// A later context may lie where an earlier one was: its number tells them apart, where the driver has one.
-unsigned long long key_of(CUcontext context) {
-    unsigned long long id = 0;
-    if (api().CtxGetId && api().CtxGetId(context, &id) == success) return id;
-    return (unsigned long long)context;
-}
-
 DeviceCall &call_of(void *user_context) { return *((Workspace *)user_context)->device; }
 
 int report(void *user_context, const std::string &text, Result result) {
@@ -171,41 +165,80 @@ Availability probe() {
     return found;
 }
 
+unsigned long long id_of(CUcontext context) {
+    unsigned long long id = 0;
+    if (api().CtxGetId && api().CtxGetId(context, &id) == success) return id;
+    return (unsigned long long)context;
+}
+
+// 0, and two names for the default streams, the process's and the thread's: of whatever context is current.
+constexpr uintptr_t special_streams = 2;
+
+unsigned long long thread_of(CUstream stream) {
+    static std::atomic<unsigned long long> threads{0};
+    thread_local const unsigned long long number = ++threads;  // ids of the system's come again
+    return (uintptr_t)stream == 2 ? number : 0;
+}
+
 CUcontext choose_context(CUcontext context, CUstream stream, int device) {
     const Api &cuda = api();
-    Device wanted;
-    check("cuDeviceGet", cuda.DeviceGet(&wanted, device));
-    if (const int sm = capability(wanted); sm < least_capability)
-        fail(HOLDFAST_TARGET_UNAVAILABLE, "CUDA device ", device, " is of sm_", sm, "; expected at least sm_",
-             least_capability);
-    auto of_wanted = [&](CUcontext c) {
+    Device wanted = any_device;
+    auto check_capability = [&](Device device, int number) {
+        if (const int sm = capability(device); sm < least_capability)
+            fail(HOLDFAST_TARGET_UNAVAILABLE, "CUDA device ", number, " is of sm_", sm, "; expected at least sm_",
+                 least_capability);
+    };
+    if (device != any_device) {
+        check("cuDeviceGet", cuda.DeviceGet(&wanted, device));
+        check_capability(wanted, device);
+    }
+    auto device_of = [&](CUcontext c) {
         Current current(c);
         Device found;
         check("cuCtxGetDevice", cuda.CtxGetDevice(&found));
-        return found == wanted;
+        return found;
     };
-    constexpr uintptr_t special_streams = 2;  // 0, and the two names for the default streams: of whatever context is current
     const char *origin = "holdfast_context_set_device";
     if (!context && (uintptr_t)stream > special_streams) {
         check("cuStreamGetCtx", cuda.StreamGetCtx(stream, &context));
         origin = "the stream of holdfast_context_set_stream";
     }
     if (context) {
-        if (!of_wanted(context))
+        const Device found = device_of(context);
+        if (device == any_device)
+            check_capability(found, found);
+        else if (found != wanted)
             fail(HOLDFAST_INVALID_ARGUMENT, "the context of ", origin,
                  " is of another device than the tensors, which are on CUDA device ", device);
         return context;
     }
     check("cuCtxGetCurrent", cuda.CtxGetCurrent(&context));
-    if (context && of_wanted(context)) return context;
+    if (context) {
+        const Device found = device_of(context);
+        if (device == any_device ? capability(found) >= least_capability : found == wanted) return context;
+    }
+    for (int n = 0; wanted == any_device; n++) {  // probe() has found one that will do
+        Device candidate;
+        check("cuDeviceGet", cuda.DeviceGet(&candidate, n));
+        if (capability(candidate) >= least_capability) wanted = candidate;
+    }
 
-    // Retained once for each device, never released: tensors of other libraries live in it.
+    // Retained once for each device, never released: tensors of other libraries live in it. Again, where a reset of the device has
+    // ended it.
+    struct Primary {
+        CUcontext context = nullptr;
+        unsigned long long id = 0;
+    };
     static std::mutex mutex;
-    static std::map<Device, CUcontext> primary;
+    static std::map<Device, Primary> all;
     std::lock_guard<std::mutex> lock(mutex);
-    CUcontext &retained = primary[wanted];
-    if (!retained) check("cuDevicePrimaryCtxRetain", cuda.PrimaryCtxRetain(&retained, wanted));
-    return retained;
+    Primary &primary = all[wanted];
+    if (!primary.context || id_of(primary.context) != primary.id) {
+        primary.context = nullptr;
+        check("cuDevicePrimaryCtxRetain", cuda.PrimaryCtxRetain(&primary.context, wanted));
+        primary.id = id_of(primary.context);
+    }
+    return primary.context;
 }
 
 Current::Current(CUcontext context) {
@@ -228,9 +261,9 @@ uint64_t allocate(size_t bytes) {
     return memory;
 }
 
-void deallocate(CUcontext context, uint64_t memory) noexcept {
+void deallocate(CUcontext context, unsigned long long id, uint64_t memory) noexcept {
     // A context that its owner has destroyed took the memory along.
-    if (api().CtxPushCurrent(context) != success) return;
+    if (id_of(context) != id || api().CtxPushCurrent(context) != success) return;
     api().MemFree(memory);
     CUcontext popped;
     api().CtxPopCurrent(&popped);
@@ -262,7 +295,7 @@ int halide_cuda_initialize_kernels(void *user_context, void **state, const char 
         std::lock_guard<std::mutex> lock(modules_mutex);
         if (!*state) *state = new Modules;
         if (call.rehearsal) return 0;
-        Module &module = (*(Modules *)*state)[key_of((CUcontext)call.place.context)];
+        Module &module = (*(Modules *)*state)[call.place.id];
         if (module.module) return 0;
         if (Result result = api().ModuleLoadDataEx(&module.module, image, 0, nullptr, nullptr)) {
             module.module = nullptr;
@@ -284,7 +317,7 @@ int halide_cuda_run(void *user_context, void *state, const char *name, int block
         CUfunction function;
         {
             std::lock_guard<std::mutex> lock(modules_mutex);
-            Module &module = (*(Modules *)state)[key_of((CUcontext)call.place.context)];
+            Module &module = (*(Modules *)state)[call.place.id];
             auto known = module.functions.find(name);
             if (known == module.functions.end()) {
                 if (Result result = api().ModuleGetFunction(&function, module.module, name))

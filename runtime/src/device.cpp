@@ -56,19 +56,35 @@ void DeviceMemory::move_to(const Place &to) {
 }
 
 void DeviceMemory::release() noexcept {
-    if (memory) cuda::deallocate((CUcontext)place.context, memory);  // waits for the device
+    if (memory) cuda::deallocate((CUcontext)place.context, place.id, memory);  // waits for the device
     memory = 0, bytes = 0;
     if (pieces.empty()) return;
     std::lock_guard<std::mutex> lock(call_mutex(place.backend));
     Workspace workspace(resolve(nullptr).allocator);
     DeviceCall call{place};
     workspace.device = &call;
-    for (const Piece &piece : pieces) {
+    for (Piece &piece : pieces) piece.used = false;
+    drop(&workspace, true);
+}
+
+void DeviceMemory::drop(void *user_context, bool all) {
+    auto leaves = [&](const Piece &piece) {
+        if (piece.used || (piece.of_this_call && !all)) return false;
         halide_buffer_t buffer{};
         buffer.device = piece.device, buffer.device_interface = device_interface(place.backend);
-        deallocate(&workspace, place.backend, &buffer);
-    }
-    pieces.clear();
+        deallocate(user_context, place.backend, &buffer);
+        return true;
+    };
+    pieces.erase(std::remove_if(pieces.begin(), pieces.end(), leaves), pieces.end());
+}
+
+void DeviceMemory::begin() {
+    for (Piece &piece : pieces) piece.of_this_call = false;
+    grown = false;
+}
+
+void DeviceMemory::finish(void *user_context) {
+    if (grown) drop(user_context, false);
 }
 
 uint64_t DeviceMemory::block(size_t wanted) {
@@ -82,7 +98,8 @@ uint64_t DeviceMemory::block(size_t wanted) {
 
 int DeviceMemory::lend(void *user_context, halide_buffer_t *buffer) {
     if (!keeps()) return allocate(user_context, place.backend, buffer);
-    const size_t wanted = (buffer->size_in_bytes() + Arena::alignment - 1) / Arena::alignment * Arena::alignment;
+    const size_t wanted =
+        (std::max<size_t>(buffer->size_in_bytes(), 1) + Arena::alignment - 1) / Arena::alignment * Arena::alignment;
     Piece *best = nullptr;
     for (Piece &piece : pieces)
         if (!piece.used && piece.bytes >= wanted && (!best || piece.bytes < best->bytes)) best = &piece;
@@ -91,11 +108,17 @@ int DeviceMemory::lend(void *user_context, halide_buffer_t *buffer) {
         halide_dimension_t axis(0, (int32_t)(wanted / 4), 1);
         halide_buffer_t whole{};
         whole.type = halide_type_t(halide_type_uint, 32), whole.dimensions = 1, whole.dim = &axis;
-        if (int rc = allocate(user_context, place.backend, &whole)) return rc;
-        pieces.push_back({whole.device, wanted, false});
-        best = &pieces.back();
+        int rc = allocate(user_context, place.backend, &whole);
+        if (rc) {  // perhaps there is room without what nobody uses
+            drop(user_context, true);
+            ((Workspace *)user_context)->error.clear();
+            rc = allocate(user_context, place.backend, &whole);
+        }
+        if (rc) return rc;
+        pieces.push_back({whole.device, wanted, false, false});
+        best = &pieces.back(), grown = true;
     }
-    best->used = true;
+    best->used = best->of_this_call = true;
     buffer->device = best->device, buffer->device_interface = device_interface(place.backend);
     return 0;
 }

@@ -21,10 +21,13 @@ namespace holdfast {
 /// Where a call runs. Native handles as holdfast_context_set_device and _set_stream take them.
 struct Place {
     Backend backend = Backend::cpu;
-    void *context = nullptr;  // CUcontext, cl_context, id<MTLDevice>; null: the library's own
-    void *stream = nullptr;   // CUstream, cl_command_queue, id<MTLCommandQueue>
+    void *context = nullptr;        // CUcontext, cl_context, id<MTLDevice>; null: the library's own
+    void *stream = nullptr;         // CUstream, cl_command_queue, id<MTLCommandQueue>
+    unsigned long long id = 0;      // CUDA: tells a context from a later one at the same address
+    unsigned long long thread = 0;  // CUDA: whose stream it is, where one handle stands for a stream of each thread
     bool operator==(const Place &other) const {
-        return backend == other.backend && context == other.context && stream == other.stream;
+        return backend == other.backend && context == other.context && stream == other.stream && id == other.id &&
+               thread == other.thread;
     }
 };
 
@@ -46,6 +49,10 @@ public:
     int lend(void *user_context, halide_buffer_t *buffer);
     void take_back(void *user_context, halide_buffer_t *buffer);
 
+    /// A call begins; it is done, and where it had to allocate, what it had no use for is given back.
+    void begin();
+    void finish(void *user_context);
+
     /// Memory that nobody keeps.
     static int allocate(void *user_context, Backend backend, halide_buffer_t *buffer);
     static int deallocate(void *user_context, Backend backend, halide_buffer_t *buffer);
@@ -60,9 +67,13 @@ private:
     struct Piece {
         uint64_t device;
         size_t bytes;
-        bool used;
+        bool used, of_this_call;
     };
     std::vector<Piece> pieces;
+    bool grown = false;  // in this call
+
+    /// Give back those that are not in use; of them those of this call only if `all`.
+    void drop(void *user_context, bool all);
 };
 
 /// What the user_context of a kernel on a GPU leads to (Workspace::device).

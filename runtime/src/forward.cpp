@@ -6,7 +6,9 @@
 #include "chunk_table.h"
 #include "context.h"
 #include "failure.h"
+#include "head_groups.h"
 #include "problem.h"
+#include "spans.h"
 
 #include <HalideRuntime.h>
 
@@ -26,27 +28,20 @@ namespace {
 // have half the bytes (3%, on two threads 7%, at K = V = 64 on Zen 4): bench/retention_bench.cpp.
 constexpr int64_t states_in_cache = 320 * 1024, least_chunks_per_call = 2, most_chunks_per_call = 8;
 
-// The states of heads that a thread works on in turn, likewise: as many as fit, since they share the pages of their rows, and
-// a page that must be looked up for each row holds up the products (K = V = 128 of 8 heads: 6%).
-constexpr int64_t heads_in_cache = 640 * 1024;
+// Columns of values that a thread takes at least: as wide as tiles of the widest vectors. Each piece computes the scores anew, an
+// eighth of the work at K = V = 64.
+constexpr int64_t least_columns = 32;
 
-// Columns of values that a thread takes at least: as wide as tiles of the widest vectors. Each piece computes the scores anew,
-// an eighth of the work at K = V = 64. Two threads for one head: 1.2 to 1.5 times as fast from T K V = 2^22 on, at K = V of 64
-// and 128 with the kernels for any size; below, the first thread does all before the other is awake.
-constexpr int64_t least_columns = 32, least_work = 1 << 22;
-
-/// The variant that does for fewer columns of values what `whole` does, to the bit: chunks of the same length, on the same
-/// target. Null if there is none.
-const Variant *narrower(const Variant &whole, int64_t K, int64_t columns) {
-    const Variant *any = nullptr;
-    for (const Variant &v : variants()) {
-        if (v.target != whole.target || std::strcmp(v.kernel, whole.kernel) || std::strcmp(v.dtype, whole.dtype) ||
-            v.chunk != whole.chunk || v.row_alignment > whole.row_alignment || v.round_operands != whole.round_operands)
-            continue;
-        if (v.key_size == K && v.value_size == columns) return &v;
-        if (v.key_size == 0 && v.value_size == 0 && !any) any = &v;
-    }
-    return any;
+/// The variant that does for fewer columns of values what `whole` does, to the bit and no slower: itself where it takes any, else one
+/// for those, of chunks of the same length, on the same target. Null if there is none.
+const Variant *narrower(const Variant &whole, int64_t columns) {
+    if (!whole.value_size) return &whole;
+    for (const Variant &v : variants())
+        if (v.target == whole.target && v.key_size == whole.key_size && v.value_size == columns && v.chunk == whole.chunk &&
+            v.row_alignment <= whole.row_alignment && v.round_operands == whole.round_operands &&
+            !std::strcmp(v.kernel, whole.kernel) && !std::strcmp(v.dtype, whole.dtype))
+            return &v;
+    return nullptr;
 }
 
 /// The same problem for some columns of values.
@@ -63,27 +58,24 @@ Problem columns_of(Problem p, int64_t first, int64_t columns) {
 /// How the work is cut up.
 struct Plan {
     const Variant &variant;
-    int64_t chunk;    // tokens in a chunk
-    int64_t segment;  // tokens in a call of the kernel, at most
-    int64_t groups;   // of neighbouring heads, in each sequence: the pieces that threads take
-    bool in_place;    // states between calls are those of Problem::states: all calls end where one of them is
+    int64_t chunk;      // tokens in a chunk
+    int64_t segment;    // tokens in a call of the kernel, at most
+    bool in_place;      // states between calls are those of Problem::states: all calls end where one of them is
+    HeadGroups groups;  // with spans of their tokens the pieces that threads take
+    Spans spans;
 
-    Plan(const Problem &p, const Variant &variant, const holdfast_context &context) : variant(variant) {
-        chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk;
+    Plan(const Problem &p, const Variant &variant, const holdfast_context &context, int64_t threads_of_head)
+        : variant(variant), chunk(p.chunk_size ? std::min<int64_t>(p.chunk_size, variant.chunk) : variant.chunk),
+          groups(p, context), spans(p, chunk, threads_of_head) {
         auto longer = [&](int64_t size) { return p.q.dtype.bytes() == 2 ? size * 3 / 2 : size; };
         segment = chunk * std::clamp<int64_t>(longer(states_in_cache) / p.state_bytes() - 1, least_chunks_per_call,
                                               longer(most_chunks_per_call));
         const Tensor &states = p.states;
         in_place = states.rank && states.stride[3] == 1 && p.state_interval <= segment;
-        // As few groups as give all threads the same number of pieces, or several each; enough for the cache.
-        const int64_t threads = context.threads_for(p.N * p.Hk), most = std::max<int64_t>(p.Hk, 1);
-        groups = std::min(most, p.Hk * p.state_bytes() / heads_in_cache + 1);
-        while (groups < most && p.N * groups % threads != 0 && p.N * groups < 4 * threads) groups++;
     }
-    int64_t first_head(const Problem &p, int64_t group) const { return group * p.Hk / groups; }
-    /// Where the call ends that begins at token t of a sequence.
-    int64_t end_of(const Problem &p, int64_t s, int64_t t) const {
-        const int64_t end = std::min(t + segment, p.length(s));
+    /// Where the call ends that begins at token t of a sequence and does not go beyond `last`.
+    int64_t end_of(const Problem &p, int64_t t, int64_t last) const {
+        const int64_t end = std::min(t + segment, last);
         return p.states.rank ? std::min(end, (t / p.state_interval + 1) * p.state_interval) : end;
     }
 };
@@ -104,9 +96,9 @@ public:
         if (p.states.rank) copy_state(state, after(0));
     }
 
-    /// Tokens t .. end - 1 of the sequence: writes their rows of out, and the state after them to `next`, which becomes the state, or
-    /// to `states`.
-    void advance(const Plan &plan, Workspace &workspace, int64_t t, int64_t end, State &next) {
+    /// Tokens t .. end - 1 of the sequence: writes their rows of out, if wanted, and the state after them to `next`, which becomes the
+    /// state, or to `states`.
+    void advance(const Plan &plan, Workspace &workspace, int64_t t, int64_t end, bool outputs, State &next) {
         const int64_t tokens = end - t;
         static const float no_decay = 0;
         const Tensor &g = p.log_decay;
@@ -114,6 +106,7 @@ public:
         const ChunkTable table({0, tokens}, plan.chunk);
         Buffer chunks(table.columns.data(), int32, {{0, ChunkTable::fields, 1}, {0, table.slots, ChunkTable::fields}});
         for (HeadRows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
+        for (HeadRows *rows : {&q, &out}) rows->axes[2].extent = outputs ? (int32_t)p.group() : 0;
         log_decay.host = (uint8_t *)decay, log_decay.axes[0].extent = (int32_t)tokens;
         const Variant &variant = plan.variant;
         auto run = [&](State &before, State &after) {
@@ -149,45 +142,49 @@ private:
     int64_t decay_stride() const { return p.log_decay.rank == 3 ? p.log_decay.stride[1] : 0; }
 };
 
-/// Some heads of one sequence, all of them a segment at a time: rows of neighbouring heads lie side by side in memory, and are
-/// read while their pages and prefetched lines are at hand.
-void run_heads(const Problem &p, const Plan &plan, Workspace &workspace, int64_t s, int64_t group) {
+/// Span n of some heads of one sequence, all of them a segment at a time: rows of neighbouring heads lie side by side in memory, and
+/// are read while their pages and prefetched lines are at hand.
+void run_heads(const Problem &p, const Plan &plan, Workspace &workspace, int64_t s, int64_t group, int64_t n) {
+    const int64_t T = p.length(s), from = plan.spans.begin(T, n), to = plan.spans.begin(T, n + 1);
+    if (!plan.spans.has_work(T, n)) return;
     Scratch scratch(workspace, p.D * p.V);
     State next(scratch.floats(), p.D, p.V, p.V);
     std::deque<Head> heads;
-    for (int64_t h = plan.first_head(p, group); h < plan.first_head(p, group + 1); h++) heads.emplace_back(p, workspace, s, h);
-    const int64_t T = p.length(s);
-    for (int64_t t = 0, end; t < T; t = end) {
-        end = plan.end_of(p, s, t);
-        for (Head &head : heads) head.advance(plan, workspace, t, end, next);
+    for (int64_t h = plan.groups.begin(group); h < plan.groups.begin(group + 1); h++) heads.emplace_back(p, workspace, s, h);
+    for (int64_t t = 0, end; t < to; t = end) {
+        end = plan.end_of(p, t, t < from ? from : to);
+        for (Head &head : heads) head.advance(plan, workspace, t, end, t >= from, next);
     }
+    if (to < T) return;
     for (const Head &head : heads) head.finish();
 }
 
 }  // namespace
 
 void run_chunkwise(holdfast_context &c, const Problem &whole, const Variant &variant, const char *why) {
-    // Threads that have no head of their own share one's columns of values.
-    const int64_t heads = whole.N * whole.Hk, all = c.threads_for(std::numeric_limits<int64_t>::max());
+    // Threads that have no head of their own share one's columns of values, and its tokens.
+    const int64_t heads = whole.N * whole.Hk,
+                  threads_of_head = heads ? c.threads_for(std::numeric_limits<int64_t>::max()) / heads : 1;
     const Variant *run = &variant;
     int64_t strips = 1;
-    const bool worth_it = heads && whole.T * whole.K * whole.V >= least_work;
-    for (int64_t n = worth_it ? all / heads : 0; n > 1 && strips == 1; n--)
+    for (int64_t n = worth_sharing(whole) ? threads_of_head : 0; n > 1 && strips == 1; n--)
         if (whole.V % (n * least_columns) == 0)
-            if (const Variant *narrow = narrower(variant, whole.K, whole.V / n)) strips = n, run = narrow;
+            if (const Variant *narrow = narrower(variant, whole.V / n)) strips = n, run = narrow;
     std::vector<Problem> strip;
     for (int64_t n = 0; n < strips; n++) strip.push_back(columns_of(whole, n * whole.V / strips, whole.V / strips));
 
-    const Plan plan(strip[0], *run, c);
+    const Plan plan(strip[0], *run, c, threads_of_head / strips);
     check_kernel_strides(whole, plan.segment);
-    const int64_t pieces = heads == 0 ? 0 : whole.N * plan.groups * strips;
+    const int64_t spans = plan.spans.count, pieces = heads == 0 ? 0 : whole.N * plan.groups.count * strips * spans;
     std::string how = "chunks of " + std::to_string(plan.chunk);
     if (whole.states.rank) how += ", states every " + std::to_string(whole.state_interval) + " tokens";
     if (strips > 1) how += ", " + std::to_string(whole.V / strips) + " columns of values at a time";
+    if (spans > 1) how += ", tokens in " + std::to_string(spans) + " spans";
     announce(c, "forward", *run, why, whole, how, pieces);
     if (pieces == 0) return;
     c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
-        run_heads(strip[n % strips], plan, workspace, n / strips / plan.groups, n / strips % plan.groups);
+        const int64_t group = n / strips / spans;
+        run_heads(strip[n % strips], plan, workspace, group / plan.groups.count, group % plan.groups.count, n / strips % spans);
     });
 }
 

@@ -42,8 +42,9 @@ void issue(const Run &run, const Problem &p, int64_t chunk) {
     Memory added(run, added_bytes);
     const Zeros zeros{added, zeros_at};
     const int32_t S = packed ? (int32_t)p.N : 1;  // sequences of a batch entry in a call
-    // A final state that is not wanted has to go somewhere.
-    std::optional<Memory> unwanted_state;
+    // What is not wanted has to go somewhere.
+    std::optional<Memory> unwanted_state, unwanted_row;
+    if (!p.out.rank) unwanted_row.emplace(run, p.V * (int64_t)sizeof(float));
     if (!p.final_state.rank) unwanted_state.emplace(run, part.batch * S * part.of_each * p.state_bytes());
     if (packed) {
         packed->columns.resize(added_bytes / sizeof(int32_t));
@@ -62,7 +63,8 @@ void issue(const Run &run, const Problem &p, int64_t chunk) {
         View chunks(added, 0, int32, {{0, ChunkTable::fields, 1}, {0, count + S, ChunkTable::fields}});
         auto rows = [&](const OnDevice &r) { return rows_of(r, b, t, h, tokens, H, B); };
         auto groups = [&](const OnDevice &r) { return groups_of(r, p.group(), b, t, h, tokens, H, B); };
-        View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = groups(x.out);
+        View q = groups(x.q), k = rows(x.k), v = rows(x.v);
+        View out = unwanted_row ? row_for_all(*unwanted_row, p, tokens, H, B) : groups(x.out);
         View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, t, h, tokens, H, B);
         auto states = [&](const OnDevice &state) {
             return View(*state.memory, state.at(b + s, h), float32,
@@ -115,12 +117,13 @@ GpuCall call_of(const Problem &p, const Variant &variant) {
 }  // namespace
 
 size_t workspace_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant) {
-    const Problem p = nearest(given);
+    const Problem p = with_queries(nearest(given));
     return p.B && p.Hk ? call_of(p, variant).workspace(c) : 0;
 }
 
-void forward_on_gpu(holdfast_context &c, const Problem &p, const Variant &variant, const char *why) {
-    announce(c, "forward", variant, why, p, "chunks of " + std::to_string(chunk_of(p, variant)));
+void forward_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant, const char *why) {
+    announce(c, "forward", variant, why, given, "chunks of " + std::to_string(chunk_of(given, variant)));
+    const Problem p = with_queries(given);
     if (p.B && p.Hk) call_of(p, variant).run(c);
 }
 

@@ -223,6 +223,9 @@ OnDevice::OnDevice(const Run &run, const Tensor &tensor, bool read) : t(tensor) 
     int64_t count = 1;
     for (int axis = t.rank - 1; axis >= 0; axis--) t.stride[axis] = count, count *= t.shape[axis];
     const int64_t bytes = count * t.dtype.bytes();
+    if (bytes > most_bytes)
+        fail(HOLDFAST_UNSUPPORTED, t.name, " needs a buffer of ", bytes, " bytes on ", name_of(run.call.place.backend),
+             "; expected at most ", most_bytes, ", or tensors there");
     memory = std::make_unique<Memory>(run, std::max<int64_t>(bytes, 1));
     if (!read || !count || run.call.rehearsal) return;
     if (packed_already(t, tensor)) {
@@ -231,6 +234,7 @@ OnDevice::OnDevice(const Run &run, const Tensor &tensor, bool read) : t(tensor) 
         Scratch packed(run.workspace, (bytes + 3) / 4);
         copy((char *)packed.floats(), tensor, true);
         memory->copy_in(packed.floats(), bytes);
+        if (run.cuda()) cuda::wait((CUstream)run.call.place.stream);  // a caller's allocator may give memory that is read later
     }
 }
 
@@ -293,7 +297,7 @@ void Operands::pass_state(int64_t s, int64_t h, int64_t sequences, int64_t heads
 void Operands::pass_states() {
     const Part part = largest_part(p, *this, 0, 0, p.packed() ? p.N : 1);
     if (!part.batch) fail(HOLDFAST_UNSUPPORTED, "the state of one head reaches beyond 2^31 bytes; expected less");
-    const int64_t N = p.packed() ? p.N : part.batch;
+    const int64_t N = std::min(p.packed() ? p.N : part.batch, most_blocks);
     for (int64_t s = 0; s < p.N; s += N)
         for (int64_t h = 0; h < p.Hk; h += part.of_each)
             pass_state(s, h, std::min(N, p.N - s), std::min(part.of_each, p.Hk - h));
@@ -338,13 +342,24 @@ View DecaysPerHead::part(const OnDevice &dlog_decay, const Memory &unwanted_row,
 void DecaysPerHead::finish() {
     if (!of_tokens) return;
     OnDevice sums(run, p.dlog_decay, false);
-    const int32_t H = (int32_t)p.Hk, T = (int32_t)p.T, B = (int32_t)p.B, stride = narrow(sums.t, 0, H);
-    if (p.T == 0 || p.B == 0) {
-        clear(run, View(*sums.memory, sums.at(0), float32, {{0, H, stride}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}));
-    } else {
-        View gradients = decays_of(*of_tokens, nullptr, 0, 0, 0, T, H, B);
-        View of_heads(*sums.memory, sums.at(0), float32, {{0, H, stride}});
-        run.check("sum_decays", run.variant.target->sum_decays(&run.workspace, &gradients, &of_heads));
+    const int32_t stride = narrow(sums.t, 0, p.Hk);
+    // Those of as many batch entries and heads as a grid of blocks takes; then of these parts.
+    const int64_t parts = p.T ? (p.B + most_blocks - 1) / most_blocks : 0;
+    std::optional<OnDevice> of_parts;
+    if (parts > 1) of_parts.emplace(run, floats_of("dlog_decay of every part", {1, parts, p.Hk}), false);
+    for (int64_t h = 0; h < p.Hk; h += most_blocks) {
+        const int32_t H = (int32_t)std::min(most_blocks, p.Hk - h);
+        auto sum = [&](View &&gradients, View &&to) {
+            run.check("sum_decays", run.variant.target->sum_decays(&run.workspace, &gradients, &to));
+        };
+        auto result = [&] { return View(*sums.memory, sums.at(h), float32, {{0, H, stride}}); };
+        if (parts == 0) clear(run, View(*sums.memory, sums.at(h), float32, {{0, H, stride}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}));
+        for (int64_t n = 0; n < parts; n++) {
+            const int64_t b = n * most_blocks;
+            sum(decays_of(*of_tokens, nullptr, b, 0, h, (int32_t)p.T, H, (int32_t)std::min(most_blocks, p.B - b)),
+                parts == 1 ? result() : View(*of_parts->memory, of_parts->at(0, n, h), float32, {{0, H, 1}}));
+        }
+        if (parts > 1) sum(decays_of(*of_parts, nullptr, 0, 0, h, (int32_t)parts, H, 1), result());
     }
     sums.fetch(run, p.dlog_decay);
 }
@@ -385,8 +400,14 @@ BackwardProblem sequence_of(const BackwardProblem &given, int64_t s) {
     return p;
 }
 
+/// Batch entries are an axis of a grid of blocks, heads of queries another.
+static bool blocks_fit(const Problem &p, int64_t batch, int64_t heads) {
+    return (batch == 1 || batch <= most_blocks) && (heads == 1 || heads * std::max<int64_t>(p.group(), 1) <= most_blocks);
+}
+
 Part largest_part(const Problem &p, const Operands &x, int64_t tokens, int64_t bytes_of_a_head, int64_t sequences) {
     auto fits = [&](int64_t batch, int64_t heads) {
+        if (!blocks_fit(p, batch, heads)) return false;
         int64_t most = 0;
         for (const OnDevice *rows : {&x.k, &x.v}) most = std::max(most, span(rows->t, {batch, tokens, heads}));
         for (const OnDevice *rows : {&x.q, &x.out}) most = std::max(most, span(rows->t, {batch, tokens, heads * p.group()}));
@@ -400,14 +421,16 @@ Part largest_part(const Problem &p, const Operands &x, int64_t tokens, int64_t b
     return largest_part({p.B, p.Hk}, fits);
 }
 
-Part largest_part(const BackwardProblem &p, const BackwardOperands &x, int64_t tokens, int64_t bytes_of_a_head) {
+Part largest_part(const BackwardProblem &p, const BackwardOperands &x, int64_t tokens, int64_t bytes_of_a_head,
+                  int64_t sequences) {
     return largest_part({p.B, p.Hk}, [&](int64_t batch, int64_t heads) {
+        if (!blocks_fit(p, batch, heads)) return false;
         int64_t most = 0;
         for (const OnDevice *rows : {&x.k, &x.v, &x.dk, &x.dv}) most = std::max(most, span(rows->t, {batch, tokens, heads}));
         for (const OnDevice *rows : {&x.q, &x.out, &x.dout, &x.dq})
             most = std::max(most, span(rows->t, {batch, tokens, heads * p.group()}));
         for (const OnDevice *states : {&x.initial, &x.initial_sum, &x.dfinal, &x.dfinal_sum, &x.dinitial, &x.dinitial_sum})
-            most = std::max(most, span(states->t, {p.packed() ? p.N : batch, heads}));
+            most = std::max(most, span(states->t, {std::max(batch, sequences), heads}));
         for (const OnDevice *g : {&x.log_decay, &x.dlog_decay})
             most = std::max(most, g->t.rank == 3 ? span(g->t, {batch, tokens, heads}) : span(g->t, {heads}));
         return most <= most_bytes && (double)bytes_of_a_head * (double)batch * (double)heads <= (double)most_bytes;
@@ -416,9 +439,8 @@ Part largest_part(const BackwardProblem &p, const BackwardOperands &x, int64_t t
 
 void each_part(const std::vector<const OnDevice *> &tensors,
                const std::function<void(int64_t b, int64_t t, int64_t entries, int64_t tokens)> &run) {
-    constexpr int64_t most = 1 << 15;  // blocks of threads along an axis: Vulkan promises 2^16 - 1
     const int64_t B = tensors[0]->t.shape[0], T = tensors[0]->t.shape[1];
-    const Part part = largest_part({std::min(B, most), std::min(T, most)}, [&](int64_t entries, int64_t tokens) {
+    const Part part = largest_part({std::min(B, most_blocks), std::min(T, most_blocks)}, [&](int64_t entries, int64_t tokens) {
         return std::all_of(tensors.begin(), tensors.end(), [&](const OnDevice *x) {
             return (x->t.rank > 1 ? span(x->t, {entries, tokens}) : span(x->t, {tokens})) <= most_bytes;
         });
@@ -460,6 +482,11 @@ View groups_of(const OnDevice &r, int64_t group, int64_t b, int64_t t, int64_t h
                  {0, G, narrow(r.t, 2, group)},
                  {0, heads, narrow(r.t, 2, heads) * G},
                  {0, entries, narrow(r.t, 0, entries)}});
+}
+
+View row_for_all(const Memory &row, const Problem &p, int32_t tokens, int32_t heads, int32_t entries) {
+    return View(row, 0, halide_type(p.q.dtype),
+                {{0, (int32_t)p.V, 1}, {0, tokens, 0}, {0, (int32_t)p.group(), 0}, {0, heads, 0}, {0, entries, 0}});
 }
 
 View decays_of(const OnDevice &g, const Zeros *none, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
@@ -509,6 +536,11 @@ static void bring_near(Tensor &t, bool decays = false) {
     if (t.rank && !decays) t.stride[t.rank - 1] = 1;
 }
 
+Problem with_queries(Problem p) {
+    if (p.H == 0 && p.Hk > 0) p.q = p.k, p.H = p.Hk, p.out = p.weights = {};
+    return p;
+}
+
 Problem nearest(Problem p) {
     if (p.q.on_host()) return p;
     for (Tensor *t : {&p.q, &p.k, &p.v, &p.out, &p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum, &p.weights})
@@ -537,22 +569,21 @@ size_t GpuCall::rehearse(Workspace &workspace) const {
 
 size_t GpuCall::workspace(holdfast_context &c) const {
     size_t bytes = 0;
-    if (variant.target->backend == Backend::cuda)
-        c.for_each(1, [&](Workspace &workspace, int64_t) { bytes = rehearse(workspace); });
+    if (variant.target->backend == Backend::cuda) c.on_gpu([&](Workspace &workspace) { bytes = rehearse(workspace); });
     return bytes;
 }
 
 void GpuCall::run(holdfast_context &c) const {
     const Tensor &first = *tensors[0];
     Place place{variant.target->backend, nullptr, c.stream};
-    c.for_each(1, [&](Workspace &workspace, int64_t) {
+    c.on_gpu([&](Workspace &workspace) {
         workspace.error.clear();
         if (place.backend == Backend::cuda) {
             const size_t needed = rehearse(workspace);
-            const CUcontext context =
-                cuda::choose_context((CUcontext)c.device, (CUstream)c.stream, first.on_host() ? 0 : first.device.device_id);
+            const CUcontext context = cuda::choose_context((CUcontext)c.device, (CUstream)c.stream,
+                                                           first.on_host() ? cuda::any_device : first.device.device_id);
             const cuda::Current current(context);
-            place.context = context;
+            place.context = context, place.id = cuda::id_of(context), place.thread = cuda::thread_of((CUstream)c.stream);
             uint64_t memory = 0;
             if (lent) {
                 memory = checked_workspace(*lent, first, needed, size_function);
@@ -576,9 +607,11 @@ void GpuCall::run(holdfast_context &c) const {
         const Lent while_it_lasts(workspace, call);
         std::lock_guard<std::mutex> lock(call_mutex(place.backend));
         const Run run{variant, workspace, call};
+        workspace.device_memory.begin();
         issue(run);
         if (!first.on_host() && place.backend == Backend::metal)
             run.check("waiting for the device", halide_device_sync_global(&workspace, run.interface()));
+        workspace.device_memory.finish(&workspace);
     });
 }
 

@@ -58,6 +58,9 @@ const char *size_function_of(const char *call);
 Problem nearest(Problem p);
 BackwardProblem nearest(const BackwardProblem &p);
 
+/// Of no queries kernels would be launched without threads: keys take their place, and what comes out is not wanted.
+Problem with_queries(Problem p);
+
 /// Device memory as Halide knows it: the call's own, or a caller's buffer.
 class Memory {
 public:
@@ -173,6 +176,7 @@ struct Part {
 };
 
 constexpr int64_t most_bytes = std::numeric_limits<int32_t>::max();  // of a buffer of one call, for Halide
+constexpr int64_t most_blocks = 1 << 15;  // of threads along the second and third axis of a grid: CUDA and Vulkan take 2^16 - 1
 
 /// Bytes from the first to the last element of a part of a tensor with at most these extents, on the first axes.
 int64_t span(const Tensor &t, std::initializer_list<int64_t> most);
@@ -185,7 +189,8 @@ Part largest_part(Part all, const std::function<bool(int64_t batch, int64_t of_e
 Part largest_part(const Problem &p, const Operands &operands, int64_t tokens, int64_t bytes_of_a_head, int64_t sequences = 1);
 
 /// The same of a gradient.
-Part largest_part(const BackwardProblem &p, const BackwardOperands &operands, int64_t tokens, int64_t bytes_of_a_head);
+Part largest_part(const BackwardProblem &p, const BackwardOperands &operands, int64_t tokens, int64_t bytes_of_a_head,
+                  int64_t sequences = 1);
 
 /// Call run(b, t, entries, tokens) for tensors [B, T, ...], of which the first has these extents, as many at a time as one call of a
 /// kernel can address.
@@ -204,6 +209,9 @@ void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64
 View rows_of(const OnDevice &rows, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads, int32_t entries);
 View groups_of(const OnDevice &rows, int64_t group, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
                int32_t entries);
+
+/// Rows of queries or outputs of `p`, all of them one of V elements, for outputs that are not wanted.
+View row_for_all(const Memory &row, const Problem &p, int32_t tokens, int32_t heads, int32_t entries);
 
 /// Log decays (t, h, b) from token t of head h of batch entry b on, or `none`.
 View decays_of(const OnDevice &log_decay, const Zeros *none, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,

@@ -7,6 +7,9 @@
 
 #include <HalideRuntimeOpenCL.h>
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <type_traits>
 
 struct _cl_context;
@@ -97,6 +100,31 @@ Own &own() {
     return *made;
 }
 
+/// The pointer at `place`; null where no memory is, which a pipe says instead of crashing.
+void *word_at(void *place) {
+    int ends[2];
+    if (pipe(ends)) return *(void **)place;
+    void *word = nullptr;
+    const bool readable = write(ends[1], place, sizeof word) == (ssize_t)sizeof word;
+    if (readable && read(ends[0], &word, sizeof word) != (ssize_t)sizeof word) word = nullptr;
+    close(ends[0]), close(ends[1]);
+    return word;
+}
+
+/// Whether it can be asked what it is, which a stream of another API cannot. An object of an OpenCL driver begins with the address of
+/// the driver's functions (cl_khr_icd), as the driver's platform and devices do. Where our own queue does not, nothing is known.
+bool begins_like_an_object(void *queue) {
+    static const std::vector<void *> all = [] {
+        std::vector<void *> functions;
+        for (const Found &device : list())
+            for (void *object : {device.platform, device.device}) functions.push_back(*(void **)object);
+        void *const ours = *(void **)own().queue;
+        return std::count(functions.begin(), functions.end(), ours) ? functions : std::vector<void *>{};
+    }();
+    void *const first = word_at(queue);
+    return first && (all.empty() || std::count(all.begin(), all.end(), first));
+}
+
 }  // namespace
 
 Availability probe() {
@@ -158,6 +186,9 @@ Availability probe() {
 }
 
 void *context_of(void *queue) {
+    if (!begins_like_an_object(queue))
+        fail(HOLDFAST_INVALID_ARGUMENT, "the stream of holdfast_context_set_stream is no cl_command_queue: at ", queue,
+             " there is no object of an OpenCL driver");
     auto info = find<int (*)(void *, unsigned, size_t, void *, size_t *)>("clGetCommandQueueInfo");
     void *context = nullptr;
     if (int status = info(queue, queue_context, sizeof context, &context, nullptr))

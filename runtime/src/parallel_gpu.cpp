@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 namespace holdfast {
 namespace {
@@ -26,6 +27,8 @@ void issue(const Run &run, const Problem &p) {
     Memory memory_of_zeros(run, zeros_bytes);
     fill_chunk_table(run, memory_of_zeros, zeros_bytes, 0, 1, 0);  // of no chunks: zeros
     const Zeros zeros{memory_of_zeros};
+    std::optional<Memory> unwanted_row;  // of out
+    if (!p.out.rank) unwanted_row.emplace(run, V * bytes);
 
     // The largest buffers that the kernel has: decays of a block of rows after each before it, numbers of a row, the state.
     const int64_t C = run.variant.chunk, blocks = (T + C - 1) / C;
@@ -40,7 +43,8 @@ void issue(const Run &run, const Problem &p) {
             const int32_t tokens = (int32_t)T, group = (int32_t)G;
             auto rows = [&](const OnDevice &r) { return rows_of(r, b, 0, h, tokens, H, B); };
             auto groups = [&](const OnDevice &r) { return groups_of(r, G, b, 0, h, tokens, H, B); };
-            View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = groups(x.out);
+            View q = groups(x.q), k = rows(x.k), v = rows(x.v);
+            View out = unwanted_row ? row_for_all(*unwanted_row, p, tokens, H, B) : groups(x.out);
             View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, 0, h, tokens, H, B);
             // What is absent has no elements, but is in memory that is there: Halide's runtime allocates none for it.
             auto states = [&](const OnDevice &s, bool there, int32_t rows) {
@@ -107,8 +111,9 @@ GpuCall call_of(const Problem &p, const Variant &variant, const Variant *of_rest
             [&p, of_rest](const Run &run) {
                 Problem out = p;
                 if (p.degree > 1) out.final_state = out.final_sum = {};
-                for (int64_t s = 0; p.packed() && s < p.N; s++) issue(run, sequence_of(out, s));
-                if (!p.packed()) issue(run, out);
+                const bool any = out.out.rank || out.final_state.rank;
+                for (int64_t s = 0; any && p.packed() && s < p.N; s++) issue(run, sequence_of(out, s));
+                if (any && !p.packed()) issue(run, out);
                 if (!of_rest) return;
                 Problem rest = p;  // keys in the place of queries, which are more and do not matter
                 rest.form = HOLDFAST_FORM_CHUNKWISE, rest.q = p.k, rest.H = p.Hk, rest.out = rest.weights = {};
@@ -119,16 +124,17 @@ GpuCall call_of(const Problem &p, const Variant &variant, const Variant *of_rest
 
 }  // namespace
 
-void parallel_on_gpu(holdfast_context &c, const Problem &p, const Choice &choice) {
-    check(p, choice);
-    const Variant &variant = parallel_variant(p, choice);
-    announce(c, "forward", variant, choice.why, p, "parallel form");
+void parallel_on_gpu(holdfast_context &c, const Problem &given, const Choice &choice) {
+    check(given, choice);
+    const Variant &variant = parallel_variant(given, choice);
+    announce(c, "forward", variant, choice.why, given, "parallel form");
+    const Problem p = with_queries(given);
     if (p.B && p.Hk) call_of(p, variant, variant_of_rest(p, choice)).run(c);
 }
 
 size_t parallel_workspace_on_gpu(holdfast_context &c, const Problem &given, const Choice &choice) {
     check(given, choice);
-    const Problem p = nearest(given);
+    const Problem p = with_queries(nearest(given));
     const Variant &variant = parallel_variant(p, choice);
     return p.B && p.Hk ? call_of(p, variant, variant_of_rest(p, choice)).workspace(c) : 0;
 }

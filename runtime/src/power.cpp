@@ -1,11 +1,13 @@
 // The kernels power, of a chunk, and power_step, of a token: a sequence is a chain of calls for each head, with its state, D V
 // numbers, going from one call to the next. Nothing is kept between chunks, so workspace does not grow with T. Where there are fewer
-// heads than threads, some columns of the values are a piece of work of their own: phi is then formed for each, a small part.
+// heads than threads, some columns of the values are a piece of work of their own, for which phi is formed once more, a small part, or
+// some of the tokens.
 #include "power.h"
 
 #include "buffers.h"
 #include "expansion.h"
 #include "failure.h"
+#include "spans.h"
 
 #include <HalideRuntime.h>
 
@@ -25,9 +27,9 @@ bool fits(int64_t extent, int64_t stride) {
     return std::llabs(stride) <= std::numeric_limits<int32_t>::max() / 2 / std::max<int64_t>(extent, 1);
 }
 
-/// Part of a problem: a sequence, a head of keys, and some columns of its values.
+/// Part of a problem: a sequence, a head of keys, some columns of its values, and the tokens whose outputs are wanted.
 struct Part {
-    int64_t sequence, head, column, columns;
+    int64_t sequence, head, column, columns, from, to;
 };
 
 /// The state and sum of keys of a part, in the kernels' order: where the caller has them, if that order is his and a step is to
@@ -101,7 +103,7 @@ const float *log_decay_of(const Problem &p, const Part &part, int64_t t) {
                          : &none;
 }
 
-/// All tokens of a part, chunk by chunk.
+/// A part, chunk by chunk, with the state from the first token on.
 void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const Part &part, Workspace &workspace) {
     Carried carried(p, part, workspace);
     Rows q(p.q, p, part, true), k(p.k, p, part, false), v(p.v, p, part, false), out(p.out.rank ? p.out : p.v, p, part, true);
@@ -110,11 +112,11 @@ void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const P
     Buffer log_decay(nullptr, float32, {{0, 0, stride}, {0, 1, 0}, {0, 1, 0}});
     const auto state = [&](float *data) { return Buffer(data, float32, {{0, V, 1}, {0, D, V}, {0, 1, 0}, {0, 1, 0}}); };
     const auto sum = [&](float *data) { return Buffer(data, float32, {{0, D, 1}, {0, 1, 0}, {0, 1, 0}}); };
-    const int64_t T = p.length(part.sequence);
-    for (int64_t t = 0; t < T; t += chunk) {
-        const int64_t tokens = std::min(chunk, T - t);
+    for (int64_t t = 0; t < part.to; t += chunk) {
+        const int64_t tokens = std::min(chunk, part.to - t);
         for (Rows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
-        for (const Rows *rows : {&q, &k, &v}) rows->fetch(t + tokens, std::min(chunk, T - t - tokens));
+        for (Rows *rows : {&q, &out}) rows->axes[2].extent = t < part.from ? 0 : (int32_t)p.group();
+        for (const Rows *rows : {&q, &k, &v}) rows->fetch(t + tokens, std::min(chunk, part.to - t - tokens));
         log_decay.host = (uint8_t *)log_decay_of(p, part, t), log_decay.axes[0].extent = (int32_t)tokens;
         Buffer state_in = state(carried.states[0]), state_out = state(carried.states[1]);
         Buffer sum_in = sum(carried.sums[0]), sum_out = sum(carried.sums[1]);
@@ -123,7 +125,7 @@ void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const P
                        variant, workspace);
         carried.swap();
     }
-    carried.finish();
+    if (part.to == p.length(part.sequence)) carried.finish();
 }
 
 /// Tokens one after the other: of `heads` neighbouring heads of keys where their states are the caller's, else of one.
@@ -158,7 +160,7 @@ private:
     int64_t at_once;
 
     void run(Workspace &workspace, int64_t s, int64_t h, int64_t heads) const {
-        const Part part = {s, h, 0, p.V};
+        const Part part = {s, h, 0, p.V, 0, p.length(s)};
         const int32_t V = (int32_t)p.V, n = (int32_t)heads, G = (int32_t)p.group();
         std::optional<Carried> carried;
         float *state = nullptr, *sum = nullptr;
@@ -249,22 +251,29 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
         if (steps.pieces > 0) c.for_each(steps.pieces, std::cref(steps));
         return;
     }
-    // Halves of the values, as long as threads are idle and a variant is as good for them.
+    // Where threads are idle: halves of the values, as long as there is a variant for them, and spans of the tokens.
     int64_t parts = 1;
-    const int64_t heads = p.N * p.Hk;
+    const int64_t heads = p.N * p.Hk, threads_of_head = heads ? c.threads_for(std::numeric_limits<int64_t>::max()) / heads : 1;
     const bool in_place = p.final_sum.rank && p.initial_sum.rank && p.final_sum.data == p.initial_sum.data;
-    while (!in_place && heads > 0 && p.V % (2 * parts) == 0 && heads * parts < c.threads_for(heads * 2 * parts)) {
+    while (!in_place && variant->value_size && p.V % (2 * parts) == 0 && 2 * parts <= threads_of_head) {
         const Variant &half = power_variant("power", p, choice, p.V / (2 * parts));
-        if (half.target != variant->target || (variant->value_size && !half.value_size)) break;
+        if (half.target != variant->target || !half.value_size || half.chunk != variant->chunk) break;
         variant = &half, parts *= 2;
     }
     const int64_t chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant->chunk) : variant->chunk;
     check_kernel_strides(p, chunk);
-    announce(c, call, *variant, choice.why, p, "chunks of " + std::to_string(chunk), heads * parts);
+    const Spans spans(p, chunk, threads_of_head / parts);
+    const int64_t pieces = heads * parts * spans.count;
+    std::string how = "chunks of " + std::to_string(chunk);
+    if (spans.count > 1) how += ", tokens in " + std::to_string(spans.count) + " spans";
+    announce(c, call, *variant, choice.why, p, how, pieces);
     if (heads == 0) return;
-    c.for_each(heads * parts, [&](Workspace &workspace, int64_t n) {
-        const int64_t piece = n / parts, columns = p.V / parts;
-        run_chunks(p, *variant, chunk, {piece / p.Hk, piece % p.Hk, n % parts * columns, columns}, workspace);
+    c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
+        const int64_t head = n / parts / spans.count, span = n / parts % spans.count, columns = p.V / parts;
+        const int64_t s = head / p.Hk, T = p.length(s);
+        if (!spans.has_work(T, span)) return;
+        run_chunks(p, *variant, chunk,
+                   {s, head % p.Hk, n % parts * columns, columns, spans.begin(T, span), spans.begin(T, span + 1)}, workspace);
     });
 }
 

@@ -108,12 +108,9 @@ void issue_chunks(const Run &run, const Problem &p) {
             for (int64_t t = 0; t < (run.call.rehearsal ? 1 : T); t += chunk) {
                 const int32_t tokens = (int32_t)std::min(chunk, T - t);
                 auto rows = [&](const OnDevice &r) { return rows_of(r, b, t, h, tokens, H, B); };
-                auto groups = [&](const OnDevice &r) {
-                    if (r.t.rank) return groups_of(r, G, b, t, h, tokens, H, B);
-                    return View(*unwanted_row, 0, halide_type(p.q.dtype),
-                                {{0, (int32_t)V, 1}, {0, tokens, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
-                };
-                View q = groups(x.q), out = groups(x.out), k = rows(x.k), v = rows(x.v);
+                auto groups = [&](const OnDevice &r) { return groups_of(r, G, b, t, h, tokens, H, B); };
+                View q = groups(x.q), k = rows(x.k), v = rows(x.v);
+                View out = unwanted_row ? row_for_all(*unwanted_row, p, tokens, H, B) : groups(x.out);
                 View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, t, h, tokens, H, B);
                 // The first chunk reads what the caller gives where it lies.
                 const bool first = t == 0 && !carried.converted();
@@ -185,10 +182,12 @@ void issue_tokens(const Run &run, Problem p) {
     there.q = x.q.t, there.k = x.k.t, there.v = x.v.t, there.out = x.out.t, there.log_decay = g.t;
     there.final_state = converted ? Tensor{} : x.final.t, there.final_sum = converted ? Tensor{} : x.final_sum.t;
     if (part.of_each < p.Hk || !heads_in_a_row(there)) part.batch = 1;
+    if (part.batch * part.of_each > most_blocks) part.batch = std::max<int64_t>(most_blocks / part.of_each, 1);
     const int64_t most = part.batch * part.of_each;
     Memory sums(run, most * bytes_of_sums);
     Carried carried(run, p, x, D, part);
-    std::optional<Memory> no_decay;
+    std::optional<Memory> no_decay, unwanted_row;
+    if (!p.out.rank) unwanted_row.emplace(run, V * (int64_t)sizeof(float));
     if (!g.t.rank) {
         no_decay.emplace(run, Arena::alignment);
         fill_chunk_table(run, *no_decay, Arena::alignment, 0, 1, 0);
@@ -211,7 +210,10 @@ void issue_tokens(const Run &run, Problem p) {
                     return View(*r.memory, r.at(b, t, h * G), halide_type(r.t.dtype),
                                 {{0, (int32_t)r.t.shape[3], 1}, {0, (int32_t)G, head}, {0, H, H > 1 ? head * (int32_t)G : 0}});
                 };
-                View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = groups(x.out);
+                auto row_for_all = [&] {
+                    return View(*unwanted_row, 0, halide_type(p.q.dtype), {{0, (int32_t)V, 1}, {0, (int32_t)G, 0}, {0, H, 0}});
+                };
+                View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = unwanted_row ? row_for_all() : groups(x.out);
                 View log_decay(g.t.rank ? *g.memory : *no_decay,
                                g.t.rank == 3 ? g.at(b, of_each_token ? t : 0, h)
                                : g.t.rank    ? g.at(h)
@@ -258,15 +260,16 @@ void issue_power(const Run &run, const Problem &p) {
     for (int64_t s = 0; s < p.N; s++) issue(sequence_of(p, s));
 }
 
-void power_on_gpu(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
+void power_on_gpu(holdfast_context &c, const char *call, const Problem &given, const Choice &choice) {
+    const Problem p = with_queries(given);
     const Variant &variant = variant_of(p, choice);
-    announce(c, call, variant, choice.why, p,
+    announce(c, call, variant, choice.why, given,
              by_token(p) ? "token by token" : "chunks of " + std::to_string(chunk_of(p, variant)));
     if (p.B && p.Hk) call_of(p, variant, size_function_of(call)).run(c);
 }
 
 size_t power_workspace_on_gpu(holdfast_context &c, const Problem &given, const Choice &choice) {
-    const Problem p = nearest(given);
+    const Problem p = with_queries(nearest(given));
     return p.B && p.Hk ? call_of(p, variant_of(p, choice)).workspace(c) : 0;
 }
 

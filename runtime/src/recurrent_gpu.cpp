@@ -24,7 +24,8 @@ void issue(const Run &run, const Problem &p) {
     Memory sums(run, part.batch * part.of_each * sum_bytes);
     std::optional<OnDevice> own;
     if (!p.final_state.rank) own.emplace(run, floats_of("state", {part.batch, part.of_each, p.K, p.V}), false);
-    std::optional<Memory> no_decay;
+    std::optional<Memory> no_decay, unwanted_row;
+    if (!p.out.rank) unwanted_row.emplace(run, sum_bytes);
     if (!g.t.rank) {
         no_decay.emplace(run, Arena::alignment);
         fill_chunk_table(run, *no_decay, Arena::alignment, 0, 1, 0);  // of no chunks: zeros
@@ -54,7 +55,10 @@ void issue(const Run &run, const Problem &p) {
                                  {0, H, narrow(r.t, 2, H) * G},
                                  {0, B, narrow(r.t, 0, B)}});
                 };
-                View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = groups(x.out);
+                auto row_for_all = [&] {
+                    return View(*unwanted_row, 0, halide_type(p.q.dtype), {{0, V, 1}, {0, G, 0}, {0, H, 0}, {0, B, 0}});
+                };
+                View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = unwanted_row ? row_for_all() : groups(x.out);
                 const bool of_token = g.t.rank == 3;
                 View log_decay(g.t.rank ? *g.memory : *no_decay,
                                of_token   ? g.at(b, t, h)
@@ -87,12 +91,13 @@ GpuCall call_of(const Problem &p, const Variant &variant, const char *size_funct
 }  // namespace
 
 size_t recurrent_workspace_on_gpu(holdfast_context &c, const Problem &given, const Variant &variant) {
-    const Problem p = nearest(given);
+    const Problem p = with_queries(nearest(given));
     return p.B && p.Hk ? call_of(p, variant).workspace(c) : 0;
 }
 
-void recurrent_on_gpu(holdfast_context &c, const char *call, const Problem &p, const Variant &variant, const char *why) {
-    announce(c, call, variant, why, p, "token by token");
+void recurrent_on_gpu(holdfast_context &c, const char *call, const Problem &given, const Variant &variant, const char *why) {
+    announce(c, call, variant, why, given, "token by token");
+    const Problem p = with_queries(given);
     if (p.B && p.Hk) call_of(p, variant, size_function_of(call)).run(c);
 }
 

@@ -36,7 +36,7 @@ std::string text(const T &...t) {
     return s.str();
 }
 
-// Names of the loops over one fragment; Fragments (tensor_core.h) gives them, MatchProducts looks for them.
+// Names of the loops over one fragment; Fragments (fragments.h) gives them, MatchProducts looks for them.
 inline constexpr const char *tag_k = "mma_k", *tag_row = "mma_row", *tag_col = "mma_col";
 inline bool tagged(const std::string &loop, const char *tag) { return loop.find(std::string(".") + tag) != std::string::npos; }
 

@@ -29,14 +29,17 @@ void apply(ChunkwiseBackwardFuncs &r, const ChunkwiseSizes &, const Target &targ
         copy.compute_root().reorder_storage(copy.args()[1], copy.args()[0]);
     };
 
+    const bool rounds = r.dq_from_state.defined();
     transposed(r.f.k, r.f.scores), transposed(r.f.v, r.dweights);
-    transposed(r.f.state, r.dq), transposed(r.dcontribution, r.dkeys_decayed);
+    transposed(rounds ? r.state_read[0] : r.f.state, rounds ? r.dq_from_state : r.dq);
+    transposed(rounds ? r.dstate_read[0] : r.dcontribution, r.dkeys_decayed);
     // Rows are copied once, so that products neither clamp the row nor widen 16 bits in each of their terms.
     for (Func rows : {r.f.q, r.f.k, r.f.v, r.dout_staged, r.f.keys_decayed, r.dinter, r.f.mask, r.f.weights, r.dscores,
                       r.f.key_decay, r.f.row_decay})
         stage(rows);
     for (Func p : {r.f.scores, r.dweights, r.f.contribution, r.dstate_from_inter, r.dkeys_decayed, r.dq, r.dk, r.dv})
         product(p);
+    if (rounds) product(r.dq_from_state), product(r.dv_from_state);
     for (Func decay : {r.f.decay_steps, r.f.decay_rest, r.row_product, r.key_product, r.state_product, r.added_product,
                        r.end_product, r.dlog_decay, r.f.chunk_decay})
         decay.compute_root();

@@ -28,7 +28,7 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &, const Target &target) {
     for (Func once : {p.phi_q, p.phi_k, p.unit}) once.compute_root();
     for (Func features : {p.phi_q, p.phi_k}) features.vectorize(f, vec, tail);
     p.largest.compute_at(p.unit, g);
-    for (Func row : {p.q, p.k}) row.compute_root();
+    for (Func row : {p.queries, p.k}) row.compute_root();
 }
 
 bool matches(const Target &t, const PowerStepSizes &) { return !t.has_gpu_feature(); }

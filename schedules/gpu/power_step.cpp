@@ -10,7 +10,7 @@ using namespace holdfast;
 constexpr int columns = 32;  // of a block: as wide as a GPU runs threads, and small, for many blocks
 
 void apply(PowerStepFuncs &p, const PowerStepSizes &, const Target &) {
-    Var h("h"), g("g"), f("f"), e("e"), u("u"), eo("eo"), et("et"), fo("fo"), ft("ft");
+    Var h("h"), g("g"), d("d"), f("f"), e("e"), u("u"), eo("eo"), et("et"), fo("fo"), ft("ft");
     const TailStrategy guard = TailStrategy::GuardWithIf;
 
     // The table: a thread per feature. A factor is known when its last bit is, so that each is a kernel.
@@ -20,6 +20,7 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &, const Target &) {
 
     p.unit.compute_root().gpu_single_thread();
     p.largest.compute_at(p.unit, g).store_in(MemoryType::Register);
+    p.queries.compute_root().split(d, fo, ft, 64, guard).gpu_blocks(fo, g, h).gpu_threads(ft);
     p.phi_q.compute_root().split(f, fo, ft, 64, guard).gpu_blocks(fo, g, h).gpu_threads(ft);
     p.phi_k.compute_root().split(f, fo, ft, 64, guard).gpu_blocks(fo, h).gpu_threads(ft);
 

@@ -16,24 +16,10 @@
 #include "../schedule.h"
 #include "chunkwise.h"
 #include "pairs.h"
-#include "transpose.h"
 
 namespace {
 using namespace Halide;
 using namespace holdfast;
-
-Func as_bf16(const Func &stored) {
-    Func bits(stored.name() + "_bf16");
-    bits(stored.args()) = reinterpret(BFloat(16), stored(stored.args()));
-    return bits;
-}
-
-// Two rows become one of pairs, in registers, `width` elements of each at a time.
-void interleave(Func pairs, const LoopLevel &at, int width) {
-    const std::vector<Var> args = pairs.args();
-    pairs.compute_at(at).bound_extent(args[0], 2).reorder(args[0], args[1]);
-    pairs.vectorize(args[1], width).unroll(args[1]).unroll(args[0]);
-}
 
 // A product accumulates in registers, for the tile that its consumer works on.
 struct Dot : x86::ChunkwiseLoops {
@@ -49,55 +35,14 @@ struct Dot : x86::ChunkwiseLoops {
                 p.update(n).split(pair, outer, inner, pairs).unroll(inner);
         }
     }
-    // Halide 21 makes a cast to bf16 six operations on integers; this is its name for the instruction, which takes two vectors.
-    // Denormals become zeros, as they are to vdpbf16ps.
-    static Expr rounded(const Expr &x) {
-        return Internal::Call::make(UInt(16), "vcvtne2ps2bf16", {x}, Internal::Call::PureExtern);
-    }
-    static void round_in_hardware(Func part) {
-        struct Round : Internal::IRMutator {
-            using IRMutator::visit;
-            Expr visit(const Internal::Cast *op) override {
-                return op->type.is_bfloat() ? reinterpret(BFloat(16), rounded(op->value)) : IRMutator::visit(op);
-            }
-        } round;
-        part.function().mutate(&round);
-    }
-    // Scores read keys along j, pairs of features as columns: a pair is a word of 32 bits on the way.
-    void transpose_keys() {
-        std::vector<Var> args = f.k_stored.args();
-        auto half = [&](int n) {
-            std::vector<Expr> at(args.begin(), args.end());
-            at[0] = 2 * d + n;
-            return cast<uint32_t>(f.k_stored(at));
-        };
-        Func words("k_words"), pairs("k_pairs");
-        const Expr word = half(0) | half(1) << 16;
-        args[0] = d, words(args) = word;
-        x86::Transposed columns(words, vec);
-        args = columns.lines().args();
-        const Var n = args[0], block = args[1], two("two");
-        const Expr column = columns.lines()(std::vector<Expr>(args.begin(), args.end()));
-        args.insert(args.begin(), two);
-        pairs(args) = reinterpret(BFloat(16), cast<uint16_t>(column >> (16 * two)));
-        x86::replace_calls(f.scores, f.k, [&](std::vector<Expr> at) {
-            const Expr pair = at[0] / 2, two = at[0] % 2, place = columns.in_line(pair, at[1]);
-            at[0] = pair / vec, at[1] = at[1] / vec;
-            at.insert(at.begin(), {two, place});
-            return cast<float>(pairs(at));
-        });
-        columns.compute_at({pairs, block}, {pairs, block});
-        pairs.compute_at(f.result, in).bound_extent(two, 2).bound_extent(n, vec * vec).reorder(two, n);
-        pairs.vectorize(n, vec).unroll(n).unroll(two);
-    }
     void apply() {
-        using x86::in_pairs, x86::pairs_of, x86::replace_calls;
+        using x86::as_bf16, x86::in_pairs, x86::interleave, x86::pairs_of, x86::replace_calls, x86::round_in_hardware;
         const LoopLevel of_result(f.result, in), of_state(f.state, chunk);
         for (const std::vector<Func> &parts : {f.weights_read, f.state_read, f.keys_read})
             for (const Func &part : parts) round_in_hardware(part);
-        replace_calls(f.result, f.out_stored, [&](auto at) { return rounded(f.out(at)); });
+        replace_calls(f.result, f.out_stored, [&](auto at) { return x86::rounded(f.out(at)); });
         Func contribution = x86::sum_of_parts(f.contribution, f.keys_read, f.state);
-        x86::end_at_pairs(f.intra, f.over_key);
+        x86::cut_at_pairs(f.intra, f.over_key.x);
 
         // What products read of the inputs, bf16 as they are stored; and of others, rounded.
         Func queries = as_bf16(f.q_stored), v = pairs_of(as_bf16(f.v_stored), 1), state = pairs_of(f.state_read[0], 1);
@@ -123,7 +68,9 @@ struct Dot : x86::ChunkwiseLoops {
         queries.rename(queries.args()[1], Var(x86::rows_ahead));
         for (Func pairs : {added, keys[0], keys[1]}) pairs.rename(pairs.args()[2], Var(x86::rows_ahead));
         keys[0].compute_with(keys[1], Var(x86::rows_ahead));  // the second part reads the first
-        transpose_keys();
+        x86::PairColumns columns(f.k_stored, vec);            // scores read keys along j
+        replace_calls(f.scores, f.k, [&](auto at) { return cast<float>(columns(at)); });
+        columns.compute_at(of_result);
     }
 };
 
@@ -157,7 +104,7 @@ struct Amx : x86::ChunkwiseLoops {
         f.split(column, doo, di, 4).reorder(di, row, doo).vectorize(di).unroll(row);
     }
     void apply() {
-        using x86::in_pairs, x86::pairs_of, x86::replace_calls;
+        using x86::as_bf16, x86::in_pairs, x86::interleave, x86::pairs_of, x86::replace_calls;
         const int C = sizes.chunk, wide = std::min(sizes.value, 4 * vec);
         const LoopLevel outputs(f.result, g), of_chunk(f.result, in), contributions(f.state, chunk);
         Func contribution = x86::sum_of_parts(f.contribution, f.keys_read, f.state), weights = f.weights_read[0];

@@ -2,6 +2,7 @@
 // side by side in memory. These functions change what products read and how they are cut up, not what they compute.
 #pragma once
 #include "Halide.h"
+#include "transpose.h"
 
 #include <functional>
 #include <string>
@@ -82,20 +83,99 @@ inline Halide::Func sum_of_parts(const Halide::Func &f, const std::vector<Halide
     return sum;
 }
 
-/// Cuts the sum of `f` off at pairs: where its domain `over` ends at r < end, an even number, both terms of a pair are in, or
-/// neither.
-inline void end_at_pairs(Halide::Func f, const Halide::RDom &over) {
+/// Cuts sums of `f` off at pairs: where the domain of `over` ends at r < end, or begins at r >= first, an even number, both terms
+/// of a pair are in, or neither.
+inline void cut_at_pairs(Halide::Func f, const Halide::RVar &over) {
     using namespace Halide;
     struct WholePairs : Internal::IRMutator {
         const std::string name;
         explicit WholePairs(const std::string &name) : name(name) {}
         using IRMutator::visit;
-        Expr visit(const Internal::LT *op) override {
-            const auto *r = op->a.as<Internal::Variable>();
-            return r && r->name == name ? op->a / 2 * 2 < op->b : IRMutator::visit(op);
+        bool is_term(const Expr &e) const {
+            const auto *r = e.as<Internal::Variable>();
+            return r && r->name == name;
         }
-    } whole_pairs(over.x.name());
+        Expr visit(const Internal::LT *op) override { return is_term(op->a) ? op->a / 2 * 2 < op->b : IRMutator::visit(op); }
+        Expr visit(const Internal::GE *op) override { return is_term(op->a) ? op->a / 2 * 2 >= op->b : IRMutator::visit(op); }
+    } whole_pairs(over.name());
     f.function().mutate(&whole_pairs);
 }
+
+/// The numbers that lie in a Func of 16 bits.
+inline Halide::Func as_bf16(const Halide::Func &stored) {
+    using namespace Halide;
+    Func bits(stored.name() + "_bf16");
+    bits(stored.args()) = reinterpret(BFloat(16), stored(stored.args()));
+    return bits;
+}
+
+/// Halide 21 makes a cast to bf16 six operations on integers; this is its name for the instruction, which takes two vectors.
+/// Denormals become zeros, as they are to vdpbf16ps.
+inline Halide::Expr rounded(const Halide::Expr &x) {
+    return Halide::Internal::Call::make(Halide::UInt(16), "vcvtne2ps2bf16", {x}, Halide::Internal::Call::PureExtern);
+}
+inline void round_in_hardware(Halide::Func part) {
+    using namespace Halide;
+    struct Round : Internal::IRMutator {
+        using IRMutator::visit;
+        Expr visit(const Internal::Cast *op) override {
+            return op->type.is_bfloat() ? reinterpret(BFloat(16), rounded(op->value)) : IRMutator::visit(op);
+        }
+    } round;
+    part.function().mutate(&round);
+}
+
+/// Two rows become one of pairs, in registers, `width` elements of each at a time.
+inline void interleave(Halide::Func pairs, const Halide::LoopLevel &at, int width) {
+    const std::vector<Halide::Var> args = pairs.args();
+    pairs.compute_at(at).bound_extent(args[0], 2).reorder(args[0], args[1]);
+    pairs.vectorize(args[1], width).unroll(args[1]).unroll(args[0]);
+}
+
+/// The Func `rows` of (x, y, ...), of 16 bits, for a product that sums along x and reads it along y: pairs of elements as columns,
+/// in blocks of `vec` pairs and `vec` rows. A pair is a word of 32 bits on the way.
+class PairColumns {
+    const int vec;
+    Transposed words;
+    Halide::Func pairs;  // (two, position in the line, block along x, block along y, ...)
+
+    static Halide::Func words_of(const Halide::Func &rows) {
+        using namespace Halide;
+        Func words(rows.name() + "_words");
+        const std::vector<Var> args = rows.args();
+        auto half = [&](int n) {
+            std::vector<Expr> at(args.begin(), args.end());
+            at[0] = 2 * args[0] + n;
+            return cast<uint32_t>(reinterpret(UInt(16), rows(at)));
+        };
+        words(args) = half(0) | half(1) << 16;
+        return words;
+    }
+
+public:
+    PairColumns(const Halide::Func &rows, int vec)
+        : vec(vec), words(words_of(rows), vec), pairs(rows.name() + "_pair_columns") {
+        using namespace Halide;
+        std::vector<Var> args = words.lines().args();
+        const Expr column = words.lines()(std::vector<Expr>(args.begin(), args.end()));
+        args.insert(args.begin(), Var("two"));
+        pairs(args) = reinterpret(BFloat(16), cast<uint16_t>(column >> (16 * args[0])));
+    }
+    /// The element that is rows at `args`.
+    Halide::Expr operator()(std::vector<Halide::Expr> args) const {
+        using namespace Halide;
+        const Expr pair = args[0] / 2, two = args[0] % 2, place = words.in_line(pair, args[1]);
+        args[0] = pair / vec, args[1] = args[1] / vec;
+        args.insert(args.begin(), {two, place});
+        return pairs(args);
+    }
+    void compute_at(const Halide::LoopLevel &at) {
+        using namespace Halide;
+        const Var two = pairs.args()[0], n = pairs.args()[1], block = pairs.args()[2];
+        words.compute_at({pairs, block}, {pairs, block});
+        pairs.compute_at(at).bound_extent(two, 2).bound_extent(n, vec * vec).reorder(two, n);
+        pairs.vectorize(n, vec).unroll(n).unroll(two);
+    }
+};
 
 }  // namespace holdfast::x86

@@ -48,7 +48,7 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &sizes, const Target &target)
     for (Func once : {p.phi_q, p.phi_k, p.unit}) once.compute_root();
     for (Func features : {p.phi_q, p.phi_k}) features.vectorize(f, vec, TailStrategy::GuardWithIf);
     p.largest.compute_at(p.unit, g).update().atomic().vectorize(p.over_element, vec);
-    for (Func row : {p.q, p.k}) row.compute_root().vectorize(row.args()[0], vec);
+    for (Func row : {p.queries, p.k}) row.compute_root().vectorize(row.args()[0], vec);
 }
 
 bool matches(const Target &t, const PowerStepSizes &s) {

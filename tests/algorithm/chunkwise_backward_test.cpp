@@ -19,10 +19,12 @@ struct Instance {
     Size size;  // what the kernel is called with
     Dtype dtype;
 };
+bool rounded(const ChunkwiseSizes &sizes) { return sizes.operands != holdfast::Dtype::f32; }
 std::string name(const Instance &i) {
     auto extent = [](int n) { return n ? std::to_string(n) : std::string("any"); };
     return i.schedule + "_" + i.target.name + "_C" + extent(i.sizes.chunk) + "_K" + extent(i.sizes.key) + "_V" +
-           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile) + "_" + i.dtype.name;
+           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile) + "_" + i.dtype.name +
+           (rounded(i.sizes) ? "_rounded" : "");
 }
 void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
@@ -30,11 +32,15 @@ std::vector<Instance> instances() {
     std::vector<Instance> list = {
         {"none", targets().back(), {4, 4, 4, 2}, {4, 4}, f32},  // chunk, K, V, causal tile; sums of the same extent
         {"none", targets().back(), {4, 0, 0, 2}, {5, 3}, bf16},
+        {"generic", targets().back(), {8, 16, 24, 8, holdfast::Dtype::bf16}, {16, 24}, bf16},
+        {"generic", targets().back(), {8, 0, 0, 2, holdfast::Dtype::f16}, {5, 3}, f16},
     };
     // It takes seconds to compile one: small ones, where all is an edge, by the generic schedule, and a large one by
     // a tuned schedule for its best target only.
     const std::vector<std::pair<ChunkwiseSizes, Size>> plain = {{{4, 3, 5, 2}, {3, 5}}, {{7, 0, 0, 7}, {9, 17}}},
-                                                       tuned = {{{32, 32, 32, 8}, {32, 32}}, {{64, 32, 64, 16}, {32, 64}}};
+                                                       tuned = {{{32, 32, 32, 8}, {32, 32}},
+                                                                {{32, 64, 32, 8, holdfast::Dtype::bf16}, {64, 32}},
+                                                                {{64, 32, 64, 16}, {32, 64}}};
     const std::string kernel = "chunkwise_backward";
     for (const auto &schedule : Schedules::all())
         for (const NamedTarget &named : targets())
@@ -42,6 +48,7 @@ std::vector<Instance> instances() {
                 for (const Dtype &dtype : all_dtypes) {
                     if (!compiled_for(kernel, schedule.rank, named, dtype) || !schedule.matches(named.target, sizes)) continue;
                     if (!(dtype == f32) && sizes.chunk != (schedule.rank == 0 ? 7 : 32)) continue;
+                    if (rounded(sizes) && !(dtype == bf16)) continue;
                     if (sizes.chunk == 64 && !best_here(kernel, named)) continue;
                     list.push_back({schedule.name, named, sizes, size, dtype});
                 }
@@ -62,13 +69,16 @@ TEST_P(ChunkwiseBackward, MatchesReference) {
                                                                 {"key_size", std::to_string(sizes.key)},
                                                                 {"value_size", std::to_string(sizes.value)},
                                                                 {"causal_tile", std::to_string(sizes.causal_tile)},
+                                                                {"round_operands", rounded(sizes) ? "true" : "false"},
                                                                 {"forced_schedule", instance.schedule}});
         for (const KernelCase &c : kernel_cases(sizes.chunk)) {
             if (c.states_alone) continue;
-            BackwardCall(c, sizes.chunk, instance.size, instance.dtype).expect_reference(kernel);
+            auto expect = [&](const Wants &wants) {
+                BackwardCall(c, sizes.chunk, instance.size, instance.dtype, wants, rounded(sizes)).expect_reference(kernel);
+            };
+            expect({});
             if (c.name == "groups")
-                for (const Wants &wants : some_wants())
-                    BackwardCall(c, sizes.chunk, instance.size, instance.dtype, wants).expect_reference(kernel);
+                for (const Wants &wants : some_wants()) expect(wants);
         }
     } catch (const Halide::Error &e) {
         FAIL() << e.what();

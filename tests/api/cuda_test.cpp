@@ -10,6 +10,7 @@
 #include <functional>
 #include <set>
 #include <sstream>
+#include <thread>
 
 namespace {
 using namespace test;
@@ -27,6 +28,7 @@ public:
     }
     void clear() const { find<void()>("stub_clear")(); }
     void *context(int device) const { return find<void *(int)>("stub_context")(device); }
+    void replace(void *context) const { find<void(void *)>("stub_replace")(context); }
     void *stream(void *context) const { return find<void *(void *)>("stub_stream")(context); }
     void make_current(void *context) const { find<int(void *)>("cuCtxPushCurrent_v2")(context); }
     void no_longer_current() const {
@@ -110,6 +112,12 @@ struct StepCall {
     }
     holdfast_status run(holdfast_context *context) { return holdfast_step(context, &args); }
 };
+
+std::string text(const void *pointer) {
+    std::ostringstream stream;
+    stream << pointer;
+    return stream.str();
+}
 
 const std::set<std::string> harmless = {"cuDeviceGet",     "cuDeviceGetAttribute", "cuCtxGetCurrent",
                                         "cuCtxGetDevice",  "cuCtxGetId",           "cuCtxPushCurrent",
@@ -278,6 +286,37 @@ TEST(Cuda, SequencesThatAreTooLongForOneCallOfTheKernelTakeSeveral) {
         }
 }
 
+TEST(Cuda, StridedTensorsOfTheHostAreCopiedOneAfterTheOther) {
+    // Memory of the caller's allocator, which may be pinned: the driver then reads it later, until the stream is waited for.
+    static std::set<std::string> allocated;
+    allocated.clear();
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK) << context.error();
+    ASSERT_EQ(holdfast_context_set_allocator(
+                  context,
+                  [](void *, size_t bytes, size_t alignment) {
+                      void *memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+                      allocated.insert(text(memory));
+                      return memory;
+                  },
+                  [](void *, void *memory, size_t) { std::free(memory); }, nullptr),
+              HOLDFAST_OK);
+    Problem p{B, T, H, K, V, Gates::weak, Layout::padded};
+    driver.clear();
+    ASSERT_EQ(p.forward().run(context), HOLDFAST_OK) << context.error();
+    int packed = 0;
+    bool read = true;
+    for (const std::string &line : driver.record()) {
+        if (line.find("cuStreamSynchronize") == 0) read = true;
+        if (line.find("cuMemcpyHtoDAsync") != 0) continue;
+        EXPECT_TRUE(read) << "the memory of the copy before is written again";
+        if (allocated.count(line.substr(line.find("from ") + 5))) packed++, read = false;
+    }
+    EXPECT_TRUE(read);
+    EXPECT_GE(packed, 3);
+}
+
 TEST(Cuda, ValueMajorStatesOfTheParallelFormAreRefused) {
     Context context;
     Call call;
@@ -287,6 +326,63 @@ TEST(Cuda, ValueMajorStatesOfTheParallelFormAreRefused) {
     EXPECT_EQ(context.error(),
               "form is HOLDFAST_FORM_PARALLEL and state_layout HOLDFAST_STATE_VALUE_MAJOR; expected key-major on "
               "CUDA device 0");
+}
+
+TEST(Cuda, WithoutQueriesThereAreStates) {
+    Driver driver;
+    Context context;
+    for (holdfast_form form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_PARALLEL, HOLDFAST_FORM_RECURRENT})
+        for (bool packed : {false, true}) {
+            SCOPED_TRACE(testing::Message() << "form " << form << ", packed " << packed);
+            Call call;
+            call.args.form = form;
+            for (DLTensor *x : {&call.q, &call.out}) x->shape[2] = 0, x->data = nullptr;
+            int64_t starts[] = {0, 20, T}, extent = 3;
+            const DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &extent, nullptr, 0};
+            if (packed) {
+                for (DLTensor *x : {&call.q, &call.k, &call.v, &call.out, &call.log_decay}) x->shape[0] = 1;
+                call.args.cu_seqlens = &cu_seqlens;
+            }
+            call.give_workspace(context);
+            driver.clear();
+            EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+            EXPECT_GE(of(driver.record(), "cuLaunchKernel").size(), 1u);
+        }
+    StepCall step;
+    for (DLTensor *x : {&step.q, &step.out}) x->shape[1] = 0, x->data = nullptr;
+    step.give_workspace(context);
+    driver.clear();
+    EXPECT_EQ(step.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_GE(of(driver.record(), "cuLaunchKernel").size(), 1u);
+}
+
+TEST(Cuda, NoGridIsLargerThanTheDriverTakes) {
+    Context context;
+    constexpr int64_t many = 70'000;
+    for (holdfast_form form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_PARALLEL, HOLDFAST_FORM_RECURRENT})
+        for (int axis : {0, 2}) {  // batch entries, heads
+            SCOPED_TRACE(testing::Message() << "form " << form << ", axis " << axis);
+            Call call;
+            call.args.form = form;
+            for (DLTensor *x :
+                 {&call.q, &call.k, &call.v, &call.out, &call.log_decay, &call.initial_state, &call.final_state}) {
+                const bool state = x == &call.initial_state || x == &call.final_state;
+                if (!state) x->shape[1] = 1;
+                x->shape[0] = axis == 0 ? many : 1, x->shape[state ? 1 : 2] = axis == 2 ? many : 1;
+                x->strides = nullptr;
+            }
+            call.give_workspace(context);
+            EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+            // Without tokens the states go from one place to another.
+            for (DLTensor *x : {&call.q, &call.k, &call.v, &call.out, &call.log_decay}) x->shape[1] = 0;
+            call.args.workspace = nullptr;
+            EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        }
+    StepCall step;
+    for (DLTensor *x : {&step.q, &step.k, &step.v, &step.log_decay, &step.state, &step.out})
+        x->shape[0] = many, x->shape[1] = 1, x->strides = nullptr;
+    step.give_workspace(context);
+    EXPECT_EQ(step.run(context), HOLDFAST_OK) << context.error();
 }
 
 TEST(Cuda, LaunchesDoNotDependOnTheSizes) {
@@ -334,12 +430,6 @@ TEST(Cuda, MemoryDoesNotGoFromOneStreamToAnother) {
     ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
     EXPECT_EQ(of(driver.record(), "cuMemFree").size(), 1u);
     EXPECT_EQ(of(driver.record(), "cuMemAlloc").size(), 1u);
-}
-
-std::string text(const void *pointer) {
-    std::ostringstream stream;
-    stream << pointer;
-    return stream.str();
 }
 
 void expect_launches(const Driver &driver, void *context, void *stream) {
@@ -413,6 +503,129 @@ TEST(Cuda, WorksInTheContextAndStreamThatItIsGiven) {
             << context.error();
         EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), 0u);
     }
+}
+
+TEST(Cuda, TensorsOfTheHostGoToADeviceThatWillDo) {
+    Driver driver;
+    void *second = driver.context(1);
+    for (const bool stream : {false, true}) {
+        SCOPED_TRACE(stream ? "of the stream" : "set");
+        Context context;
+        ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK) << context.error();
+        ASSERT_EQ(stream ? holdfast_context_set_stream(context, driver.stream(second))
+                         : holdfast_context_set_device(context, second),
+                  HOLDFAST_OK);
+        Call call(0, kDLCPU);
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        for (const std::string &line : of(driver.record(), "cuLaunchKernel"))
+            EXPECT_NE(line.find("context " + text(second) + " "), std::string::npos) << line;
+    }
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK) << context.error();
+    Call call(0, kDLCPU);
+    driver.make_current(second);
+    driver.clear();
+    EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    for (const std::string &line : of(driver.record(), "cuLaunchKernel"))
+        EXPECT_NE(line.find("context " + text(second) + " "), std::string::npos) << line;
+    driver.no_longer_current();
+    // Of old devices none is taken, also where one of them is current.
+    setenv("HOLDFAST_STUB_DEVICES", "75,80,75", 1);
+    driver.clear();
+    EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    driver.make_current(driver.context(2));
+    EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    driver.no_longer_current();
+    ASSERT_EQ(holdfast_context_set_device(context, driver.context(2)), HOLDFAST_OK);
+    EXPECT_EQ(call.run(context), HOLDFAST_TARGET_UNAVAILABLE);
+    EXPECT_EQ(context.error(), "CUDA device 2 is of sm_75; expected at least sm_80");
+    unsetenv("HOLDFAST_STUB_DEVICES");
+}
+
+TEST(Cuda, ContextsThatTakeThePlaceOfOthersHaveMemoryOfTheirOwn) {
+    Driver driver;
+    void *own = driver.context(0);
+    Context context;
+    ASSERT_EQ(holdfast_context_set_device(context, own), HOLDFAST_OK);
+    Call call;
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    driver.replace(own);
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuMemAlloc").size(), 1u);
+    EXPECT_EQ(of(driver.record(), "cuMemFree").size(), 0u) << "it went with its context";
+    EXPECT_GE(of(driver.record(), "cuModuleLoadDataEx").size(), 1u);
+
+    // Likewise the primary one, which the library keeps.
+    Context primary;
+    Call on_second(1);
+    driver.clear();
+    ASSERT_EQ(on_second.run(primary), HOLDFAST_OK) << primary.error();
+    const std::string line = of(driver.record(), "cuLaunchKernel").at(0);
+    void *kept = nullptr;
+    std::istringstream(line.substr(line.find("context ") + 8)) >> kept;
+    driver.replace(kept);
+    driver.clear();
+    ASSERT_EQ(on_second.run(primary), HOLDFAST_OK) << primary.error();
+    EXPECT_EQ(of(driver.record(), "cuDevicePrimaryCtxRetain").size(), 1u);
+    EXPECT_EQ(of(driver.record(), "cuMemAlloc").size(), 1u);
+}
+
+TEST(Cuda, StreamsOfEachThreadShareNoMemory) {
+    Driver driver;
+    Context context;
+    void *const per_thread = (void *)2;  // CU_STREAM_PER_THREAD
+    ASSERT_EQ(holdfast_context_set_stream(context, per_thread), HOLDFAST_OK);
+    Call call;
+    for (const bool other : {false, true, true}) {
+        driver.clear();
+        auto run = [&] { EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error(); };
+        if (other)
+            std::thread(run).join();
+        else
+            run();
+        EXPECT_EQ(of(driver.record(), "cuMemAlloc").size(), 1u) << "the memory of another thread's stream";
+    }
+}
+
+TEST(Cuda, CallsOnTheCpuLeaveDeviceMemoryWhereItIs) {
+    Driver driver;
+    Context context("", 2);
+    ASSERT_EQ(holdfast_context_set_thread_pool(
+                  context,
+                  [](void *, int tasks, void (*task)(void *, int), void *closure) {
+                      std::vector<std::thread> threads;
+                      for (int n = 0; n < tasks; n++) threads.emplace_back(task, closure, n);
+                      for (std::thread &thread : threads) thread.join();
+                      return 0;
+                  },
+                  nullptr),
+              HOLDFAST_OK);
+    Call call;
+    Problem host{1, 4096, 8, 32, 32};  // long enough for both threads
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    for (int n = 0; n < 10; n++) {
+        driver.clear();
+        ASSERT_EQ(host.forward().run(context), HOLDFAST_OK) << context.error();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        EXPECT_EQ(of(driver.record(), "cuMemAlloc").size(), 0u);
+    }
+}
+
+TEST(Cuda, TensorsOfTheHostThatAreTooLargeToCopyAreNamed) {
+    Context context;
+    ASSERT_EQ(holdfast_context_set_backend(context, "cuda"), HOLDFAST_OK) << context.error();
+    Call call(0, kDLCPU);
+    int64_t strides[] = {0, 0, 0, 1};  // all in one place, to be copied one after the other
+    call.k.shape[1] = call.v.shape[1] = call.q.shape[1] = (int64_t)1 << 24;
+    call.q.strides = call.k.strides = call.v.strides = strides;
+    call.args.log_decay = nullptr;
+    Reserved out((size_t)B * ((size_t)1 << 24) * H * V * sizeof(float));
+    ASSERT_TRUE(out);
+    call.out.data = out.floats(), call.out.shape[1] = (int64_t)1 << 24, call.out.strides = nullptr;
+    EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
+    EXPECT_EQ(context.error(), "q needs a buffer of 6442450944 bytes on cuda; expected at most 2147483647, or tensors there");
 }
 
 TEST(Cuda, KernelsAreLoadedOnceInEachContext) {
@@ -1115,6 +1328,106 @@ TEST(Cuda, GradientsOfRotationsAndNormsAreLaunchesAndNothingElse) {
     EXPECT_GE(of_norm(), 1);  // zeros
 }
 
+/// Calls of holdfast_backward with everything wanted and all tensors on a device, decays per head.
+struct GradientCall {
+    Backward p;
+    std::deque<Tensor> views;
+    std::vector<DLTensor> t;  // q, k, v, out, dout, states, gradients of rows, gradients of states, decays
+    holdfast_backward_args args = {};
+    int64_t bytes = 0;
+    DLTensor memory = {};
+
+    GradientCall(int degree, holdfast_form form, int64_t entries = B, int64_t heads = H, int64_t group = 2)
+        : p{entries, 130, heads, group, 5, 7, degree, degree > 1, Gates::per_head} {
+        const bool states = form == HOLDFAST_FORM_CHUNKWISE;
+        Array *all[] = {
+            &p.q,           &p.k,  &p.v,  &p.out, &p.dout,           &p.initial_state, &p.initial_keys, &p.dfinal_state,
+            &p.dfinal_keys, &p.dq, &p.dk, &p.dv,  &p.dinitial_state, &p.dinitial_keys};
+        uint64_t address = 0;
+        auto put = [&](const Tensor &view) {
+            views.push_back(view), t.push_back(views.back().dl());
+            t.back().device = {kDLCUDA, 0}, t.back().data = (void *)(address += (uint64_t)1 << 40);
+        };
+        for (Array *x : all) put(*x);
+        put(Tensor(p.log_decay.data(), {heads}, {1})), put(p.dlog_decay);
+        args.struct_size = sizeof args, args.degree = degree, args.form = form;
+        args.q = &t[0], args.k = &t[1], args.v = &t[2], args.dout = &t[4], args.dq = &t[9], args.dk = &t[10], args.dv = &t[11];
+        args.log_decay = &t[14], args.dlog_decay = &t[15];
+        if (p.normalize) args.out = &t[3];
+        if (states) args.initial_state = &t[5], args.dfinal_state = &t[7], args.dinitial_state = &t[12];
+        if (states && p.normalize)
+            args.initial_sum_of_keys = &t[6], args.dfinal_sum_of_keys = &t[8], args.dinitial_sum_of_keys = &t[13];
+    }
+    GradientCall(const GradientCall &) = delete;
+    /// Another extent of an axis of rows, or of states.
+    void resize(int axis, int64_t extent) {
+        for (int n : {0, 1, 2, 3, 4, 9, 10, 11}) t[n].shape[axis] = extent, t[n].strides = nullptr;
+    }
+    void resize_states(int axis, int64_t extent) {
+        for (int n : {5, 6, 7, 8, 12, 13})
+            if (axis < t[n].ndim) t[n].shape[axis] = extent, t[n].strides = nullptr;
+    }
+    void give_workspace(holdfast_context *context) {
+        size_t needed = 0;
+        ASSERT_EQ(holdfast_backward_workspace_size(context, &args, &needed), HOLDFAST_OK) << holdfast_last_error(context);
+        bytes = (int64_t)needed;
+        memory = {(void *)((uint64_t)1 << 50), {kDLCUDA, 0}, 1, {kDLUInt, 8, 1}, &bytes, nullptr, 0};
+        args.workspace = &memory;
+    }
+};
+
+TEST(Cuda, NoGridOfGradientsIsLargerThanTheDriverTakes) {
+    Context context;
+    constexpr int64_t many = 70'000;
+    for (const auto &[degree, form] :
+         {std::pair{1, HOLDFAST_FORM_CHUNKWISE}, {2, HOLDFAST_FORM_CHUNKWISE}, {2, HOLDFAST_FORM_PARALLEL}}) {
+        SCOPED_TRACE(testing::Message() << "degree " << degree << ", form " << form);
+        for (const bool heads : {false, true})
+            for (const int64_t tokens : {1, 0}) {
+                GradientCall call(degree, form, 1, 1, 1);
+                call.resize(heads ? 2 : 0, many), call.resize(1, tokens), call.resize_states(heads ? 1 : 0, many);
+                if (heads) call.t[14].shape[0] = call.t[15].shape[0] = many, call.t[14].strides = call.t[15].strides = nullptr;
+                call.give_workspace(context);
+                EXPECT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
+            }
+    }
+}
+
+TEST(Cuda, GradientsOfSequencesThatAreTooLongForOneCallOfTheKernelTakeSeveral) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_stream(context, driver.stream(driver.context(0))), HOLDFAST_OK);
+    const int64_t million = 1 << 20;
+    for (const bool packed : {false, true})
+        for (const bool apart : {false, true}) {  // states of all chunks beyond 2^31 bytes; or rows
+            SCOPED_TRACE(testing::Message() << "packed " << packed << ", apart " << apart);
+            const int64_t T = apart ? million : million / 8;
+            GradientCall call(1, HOLDFAST_FORM_CHUNKWISE, 1, 1, 2);
+            call.resize(1, T);
+            if (!apart) {
+                for (int n : {0, 1, 9, 10}) call.t[n].shape[3] = 256;
+                for (int n : {2, 3, 4, 11}) call.t[n].shape[3] = 512;
+                call.resize_states(2, 256), call.resize_states(3, 512);
+            }
+            int64_t strides[] = {0, 1 << 12, 0, 1}, starts[] = {0, T - 5, T - 5, T}, extent = 4;
+            if (apart) call.t[2].strides = strides;
+            const DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &extent, nullptr, 0};
+            if (packed) call.args.cu_seqlens = &cu_seqlens, call.resize_states(0, 3);
+            call.give_workspace(context);
+            EXPECT_LT(call.bytes, (int64_t)9 << 30);
+            ASSERT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
+            driver.clear();
+            ASSERT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
+            EXPECT_EQ(others(driver.record()), std::set<std::string>());
+            const size_t several = of(driver.record(), "cuLaunchKernel").size();
+            call.args.dq = nullptr, call.args.dlog_decay = nullptr;  // without them no states are made first
+            ASSERT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
+            driver.clear();
+            ASSERT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
+            EXPECT_LT(of(driver.record(), "cuLaunchKernel").size(), several);
+        }
+}
+
 TEST(Cuda, GradientsAreLaunchesAlone) {
     Driver driver;
     Context context;
@@ -1123,28 +1436,9 @@ TEST(Cuda, GradientsAreLaunchesAlone) {
                                                {2, HOLDFAST_FORM_CHUNKWISE, "power_backward_f32_c64"},
                                                {2, HOLDFAST_FORM_PARALLEL, "parallel_backward_f32_c32"}}) {
         SCOPED_TRACE(kernel);
-        const bool states = form == HOLDFAST_FORM_CHUNKWISE;
-        Backward p{B, 130, H, 2, 5, 7, degree, degree > 1, Gates::per_head};
-        Array *all[] = {
-            &p.q,           &p.k,  &p.v,  &p.out, &p.dout,           &p.initial_state, &p.initial_keys, &p.dfinal_state,
-            &p.dfinal_keys, &p.dq, &p.dk, &p.dv,  &p.dinitial_state, &p.dinitial_keys};
-        std::deque<Tensor> views;
-        std::vector<DLTensor> t;
-        uint64_t address = 0;
-        auto put = [&](const Tensor &view) {
-            views.push_back(view), t.push_back(views.back().dl());
-            t.back().device = {kDLCUDA, 0}, t.back().data = (void *)(address += (uint64_t)1 << 40);
-        };
-        for (Array *x : all) put(*x);
-        put(Tensor(p.log_decay.data(), {H}, {1})), put(p.dlog_decay);
-        holdfast_backward_args args = {};
-        args.struct_size = sizeof args, args.degree = degree, args.form = form;
-        args.q = &t[0], args.k = &t[1], args.v = &t[2], args.dout = &t[4], args.dq = &t[9], args.dk = &t[10], args.dv = &t[11];
-        args.log_decay = &t[14], args.dlog_decay = &t[15];
-        if (p.normalize) args.out = &t[3];
-        if (states) args.initial_state = &t[5], args.dfinal_state = &t[7], args.dinitial_state = &t[12];
-        if (states && p.normalize)
-            args.initial_sum_of_keys = &t[6], args.dfinal_sum_of_keys = &t[8], args.dinitial_sum_of_keys = &t[13];
+        GradientCall call(degree, form);
+        auto &t = call.t;
+        holdfast_backward_args &args = call.args;
         std::vector<size_t> launches;
         for (int64_t tokens : {130, 130, 40}) {
             for (int n : {0, 1, 2, 3, 4, 9, 10, 11}) t[n].shape[1] = tokens;

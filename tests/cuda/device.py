@@ -131,13 +131,43 @@ class Device:
         """Calls a kernel of the table, with no context of the library: arrays are copied to the device and, when it has
         run, back; raises what went wrong there."""
         buffers = [Buffer.of(a) if isinstance(a, np.ndarray) else a for a in args]
-        passed = [ctypes.byref(b) if isinstance(b, Buffer) else b for b in buffers]
-        status = getattr(self.library, function)(None, *passed)
-        if self.fault:
-            raise self.fault
+        status = self.run(function, buffers)
         for b in buffers:
             if isinstance(b, Buffer):
                 status = status or self.library.halide_copy_to_host(None, ctypes.byref(b))
                 self.library.halide_device_free(None, ctypes.byref(b))
+        self.check(function, status)
+
+    def call_there(self, function, *args):
+        """The same with arrays of any strides, whose memory is copied as it is: as the library calls kernels with
+        tensors that are on the device."""
+        self.library.halide_cuda_device_interface.restype = ctypes.c_void_p
+        buffers, places = [], []
+        for a in args:
+            if not isinstance(a, np.ndarray):
+                buffers.append(a)
+                continue
+            reach = [(n - 1) * step for n, step in zip(a.shape, a.strides, strict=True)]
+            low, high = sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach) + a.itemsize
+            host, there, size = ctypes.c_void_p(a.ctypes.data + low), ctypes.c_uint64(), ctypes.c_size_t(high - low)
+            assert self.library.cuMemAlloc_v2(ctypes.byref(there), size) == 0
+            self.library.cuMemcpyHtoD_v2(there, host, size)
+            buffers.append(Buffer.of(a))
+            buffers[-1].host, buffers[-1].flags, buffers[-1].device = None, 0, there.value - low
+            buffers[-1].device_interface = self.library.halide_cuda_device_interface()
+            places.append((host, there, size))
+        status = self.run(function, buffers)
+        for place in places:
+            self.library.cuMemcpyDtoH_v2(*place)
+        self.check(function, status)
+
+    def run(self, function, arguments):
+        passed = [ctypes.byref(a) if isinstance(a, Buffer) else a for a in arguments]
+        status = getattr(self.library, function)(None, *passed)
+        if self.fault:
+            raise self.fault
+        return status
+
+    def check(self, function, status):
         if status or self.errors:
             raise RuntimeError(f"{function}: {status}: {self.errors}")

@@ -37,12 +37,13 @@ def _rows():
         yield Row(*(cast(value) for cast, value in zip(casts, values, strict=True)))
 
 
-CHUNKWISE = [row for row in _rows() if row.target == "cuda" and row.kernel == "chunkwise"]
-RECURRENT = [row for row in _rows() if row.target == "cuda" and row.kernel == "recurrent"]
-CHUNKWISE_BACKWARD = [row for row in _rows() if row.target == "cuda" and row.kernel == "chunkwise_backward"]
-PARALLEL_BACKWARD = [row for row in _rows() if row.target == "cuda" and row.kernel == "parallel_backward"]
-POWER_BACKWARD = [row for row in _rows() if row.target == "cuda" and row.kernel == "power_backward"]
-PARALLEL = [row for row in _rows() if row.target == "cuda" and row.kernel == "parallel"]
+ALL = [row for row in _rows() if row.target == "cuda"]
+CHUNKWISE = [row for row in ALL if row.kernel == "chunkwise"]
+RECURRENT = [row for row in ALL if row.kernel == "recurrent"]
+CHUNKWISE_BACKWARD = [row for row in ALL if row.kernel == "chunkwise_backward"]
+PARALLEL_BACKWARD = [row for row in ALL if row.kernel == "parallel_backward"]
+POWER_BACKWARD = [row for row in ALL if row.kernel == "power_backward"]
+PARALLEL = [row for row in ALL if row.kernel == "parallel"]
 TUNED = [row for row in CHUNKWISE if row.key_size]
 
 

@@ -88,6 +88,25 @@ def test_value_major_states(device, row):
     assert state <= STATE["f32"]
 
 
+def backwards(array):
+    """The same in the opposite order of memory, but for rows."""
+    turned = (*(slice(None, None, -1) for _ in array.shape[:-1]), slice(None))
+    return np.ascontiguousarray(array[turned])[turned]
+
+
+@pytest.mark.parametrize("row", [r for r in [smallest("f32"), smallest("f16"), *ANY] if r], ids=str)
+def test_negative_strides(device, row):
+    call = Call(row, [66], heads=2, batch=2, size=None if row.key_size else (5, 19))
+    for name in ("q", "k", "v", "out", "state_in", "state_out"):
+        setattr(call, name, backwards(getattr(call, name)))
+    arguments = call.arguments()
+    assert all(np.shares_memory(a, b) for a, b in zip(arguments[-2:], (call.out, call.state_out), strict=True))
+    device.call_there(row.name, *arguments)
+    out, state = call.errors()
+    assert out <= OUT[row.dtype]
+    assert state <= STATE[row.dtype if row.round_operands else "f32"]
+
+
 def features(x, order):
     """Of keys, by their definition in holdfast.h, row by row."""
     K = x.shape[-1]
@@ -107,6 +126,23 @@ def test_convert_state(device, order):
     number = ctypes.c_int(["same", "tiled", "tight"].index(order))
     device.call("convert_state_cuda", np.ascontiguousarray(states[given], np.float32), number, made)
     np.testing.assert_allclose(made, states[wanted], rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["tiled", "tight"])
+def test_convert_gradient_of_state(device, order):
+    """By the transpose of the way back: <converted gradient, state> is <gradient, state converted back>."""
+    random = np.random.default_rng(2)
+    sizes = {"tight": 32 * 33 // 2, "tiled": 128 * 2 * 3}
+    given, wanted = ("tight", "tiled") if order == "tiled" else ("tiled", "tight")
+    gradient, state = (random.standard_normal((2, 2, sizes[x], 3)).astype(np.float32) for x in (given, wanted))
+    made, back = (np.full((2, 2, sizes[x], 3), 7, np.float32) for x in (wanted, given))
+    numbers = {"tiled": (3, 2), "tight": (4, 1)}  # FeatureOrder of generators/expansion.h
+    of_gradient, of_state = map(ctypes.c_int, numbers[order])
+    device.call("convert_state_cuda", gradient, of_gradient, made)
+    device.call("convert_state_cuda", state, of_state, back)
+    products = [(a.astype(np.float64) * b).sum((2, 3)) for a, b in ((made, state), (gradient, back))]
+    np.testing.assert_allclose(*products, rtol=1e-4, atol=1e-4)
+    assert (made != 7).all()
 
 
 def test_what_is_run_is_what_readme_says():

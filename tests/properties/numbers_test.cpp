@@ -138,6 +138,42 @@ TEST(LongSequence, AMillionTokensOneAfterTheOther) {
     EXPECT_EQ(workspace(1 << 20), workspace(1 << 10));
 }
 
+// The same at a size that is tuned. A token's row begins one element after that of the one before: a million take no memory but for
+// out. Of what lies 2^17 tokens back, e^-32 is left: what the reference needs for the last ones.
+TEST(LongSequence, AMillionTokensOfATunedSize) {
+    const int64_t T = 1 << 20, near = 1 << 17, checked = 1 << 10, size = 64;
+    Random random;
+    Array q({T + size}), k = q, v = q, log_decay({1}), out({1, T, 1, size}), state({1, 1, size, size});
+    for (Array *x : {&q, &k, &v}) x->fill(random);
+    log_decay.fill((float)std::log1p(-0x1p-12));
+    const Index stride = {0, 1, 0, 1};
+    reference::Inputs in{1, near, 1, size, size};
+    auto last = [&](const Array &x) { return reference::Strided{x.data() + T - near, {0, 1, 0, 1}}; };
+    static const float zero = 0;
+    in.q = last(q), in.k = last(k), in.v = last(v), in.log_decay = {log_decay.data(), {}}, in.initial_state = {&zero, {}};
+    in.scale = 1 / std::sqrt((double)size);
+    const reference::Result all = reference::retention(in);
+    const std::vector<double> want(all.out.end() - checked * size, all.out.end());
+    for (const std::string &target : targets(true))
+        for (const auto &[form, kernel] :
+             {std::make_pair(HOLDFAST_FORM_CHUNKWISE, "chunkwise"), {HOLDFAST_FORM_RECURRENT, "recurrent"}}) {
+            const auto variant = variant_for(target, {size, size}, f32, kernel);
+            if (backend_of(target) != "cpu" || !variant || variant->key_size == 0) continue;
+            SCOPED_TRACE(variant->name);
+            Context context(target);
+            std::fill_n(out.data() + (T - checked) * size, checked * size, std::numeric_limits<float>::quiet_NaN());
+            state.forget();
+            auto rows = [&](Array &x) { return Tensor(x.data(), {1, T, 1, size}, stride); };
+            Forward f{rows(q), rows(k), rows(v), log_decay, {}, out, state};
+            f.form = form;
+            run(f, context);
+            EXPECT_NE(context.messages.back().find(variant->name), std::string::npos) << context.messages.back();
+            const std::vector<float> got(out.data() + (T - checked) * size, out.data() + T * size);
+            EXPECT_LE(relative_rms(got, want), tolerance::relative_rms);
+            EXPECT_LE(relative_rms(state.values(), all.state), tolerance::relative_rms);
+        }
+}
+
 TEST(LongSequence, HalfAMillionTokensOfPower) {
     auto workspace = [](int64_t T) {
         return workspace_of([&](Context &context) {

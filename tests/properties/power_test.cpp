@@ -134,7 +134,7 @@ TEST(Power, StatesWithoutQueries) {
 
 TEST(Power, PackedSequencesAreCallsOfTheirOwn) {
     Context context;
-    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_PARALLEL}) {
+    for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT, HOLDFAST_FORM_PARALLEL}) {
         SCOPED_TRACE(form);
         PowerProblem p{1, 90, 2, 1, 32, 32};
         p.starts = {0, 0, 70, 71, 71, 90}, p.initial = false, p.form = form;
@@ -155,15 +155,62 @@ TEST(Power, PackedSequencesAreCallsOfTheirOwn) {
 }
 
 TEST(Power, SameBitsForAnyNumberOfThreads) {
-    std::optional<PowerProblem> one;
-    for (int threads : {1, 2, 5}) {
-        Context context("", threads);
-        PowerProblem p{1, 150, 1, 2, 64, 64};
-        p.initial = false;
-        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
-        if (!one) one = p;
-        EXPECT_TRUE(same_bits(p.out, one->out) && same_bits(p.state, one->state) && same_bits(p.keys, one->keys)) << threads;
-    }
+    // Fewer heads than threads, which share columns of values and tokens; and states in place.
+    for (const std::string &target : cpu_targets())
+        for (const Case &c : {Case{2, true, 64, 64}, {2, true, 32, 32}, {1, true, 64, 48}, {3, false, 16, 64}})
+            for (const std::vector<int32_t> &starts : {std::vector<int32_t>{}, {0, 0, 70, 71, 530}}) {
+                std::optional<PowerProblem> one;
+                for (int threads : {1, 2, 5, 8}) {
+                    Context context(target, threads);
+                    PowerProblem p{1, 530, 1, 2, c.K, c.V, c.degree, c.normalize};
+                    p.form = HOLDFAST_FORM_CHUNKWISE, p.starts = starts;
+                    p.state = Array(p.states_shape()).fill(p.random, 0, 1);
+                    p.keys = Array(Index{p.sequences(), 1, p.D}).fill(p.random, 1, 2);
+                    p.initial_state = p.state, p.initial_keys = p.keys;
+                    PowerProblem in_place = p;
+                    in_place.in_place = true;
+                    SCOPED_TRACE(testing::Message() << target << ", " << testing::PrintToString(c) << ", " << threads
+                                                    << " threads, " << p.sequences() << " sequences");
+                    ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+                    if (threads > 1 && c.degree > 1) {
+                        EXPECT_EQ(context.messages.back().find(", 1 threads"), std::string::npos) << context.messages.back();
+                    }
+                    ASSERT_EQ(in_place.run(context), HOLDFAST_OK) << context.error();
+                    if (!one) one = p;
+                    for (const PowerProblem *other : {&p, &in_place})
+                        EXPECT_TRUE(same_bits(other->out, one->out) && same_bits(other->state, one->state) &&
+                                    same_bits(other->keys, one->keys));
+                }
+            }
+}
+
+TEST(Power, QueriesOfAnySize) {
+    // Of three heads that share a state one is of the usual size, one faint, and one, where nothing is divided by its weights, 0.
+    for (const std::string &target : cpu_targets())
+        for (const Dtype &dtype : all_dtypes)
+            for (const Case &c : {Case{1, true, 64, 64},
+                                  {2, true, 64, 64},
+                                  {2, false, 64, 64},
+                                  {2, false, 5, 7},
+                                  {3, false, 16, 64},
+                                  {3, true, 16, 64},
+                                  {4, true, 6, 33},
+                                  {4, false, 6, 33}})
+                for (holdfast_form form : {HOLDFAST_FORM_RECURRENT, HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_PARALLEL}) {
+                    if (!variant_for(target, {c.K, c.V}, dtype, "power_step")) continue;  // COSTLY in cmake/kernels.cmake
+                    SCOPED_TRACE(testing::Message()
+                                 << target << ", " << dtype.name << ", " << testing::PrintToString(c) << ", form " << form);
+                    Context context(target);
+                    PowerProblem p{1, 9, 1, 3, c.K, c.V, c.degree, c.normalize};
+                    p.dtype = dtype, p.form = form, p.initial = false;
+                    const float faint = dtype == f16 ? 6e-7f : 1e-22f;
+                    each(p.q.shape, [&](const Index &i) {
+                        p.q(i) *= i[2] == 0 ? 1 : i[2] == 1 ? faint : c.normalize ? -1 : 0;
+                    });
+                    ASSERT_EQ(p.run(context, 0, 5), HOLDFAST_OK) << context.error();
+                    ASSERT_EQ(p.run(context, 5, 9), HOLDFAST_OK) << context.error();
+                    expect_right(p, p.want());
+                }
 }
 
 TEST(Power, NotANumberStaysInItsHead) {

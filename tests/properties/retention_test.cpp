@@ -486,23 +486,35 @@ TEST_P(Retention, NotANumberStaysInItsGroupAndSequence) {
                 std::isnan(p.out({0, 2 * C + 3, 3, 0})));
 }
 
-TEST_P(Retention, ColumnsOfValuesAreSharedAmongThreads) {
+TEST_P(Retention, ThreadsShareAHead) {
     if (!on_cpu()) GTEST_SKIP() << "threads are the CPU's";
-    // Fewer sequences and heads than threads: the same bits as from one.
-    Problem one{1, V == 64 ? 1029 : 3 * C + 5, 2, K, V, Gates::resets, Layout::padded, true, dtype, 2}, many = one;
-    ASSERT_EQ(holdfast_context_set_threads(*context, 1), HOLDFAST_OK);
-    run(one.forward());
-    one.expect_reference(C, chunks(one.T));
-    ASSERT_EQ(holdfast_context_set_threads(*context, 4), HOLDFAST_OK);
-    run(many.forward());
-    EXPECT_TRUE(same_bits(one.out, many.out));
-    EXPECT_TRUE(same_bits(one.final_state, many.final_state));
-    EXPECT_TRUE(many.out.gaps_intact() && many.final_state.gaps_intact());
-    const auto narrower = variant_for(GetParam().target, {K, 32}, dtype);
-    if (V == 64 && narrower && narrower->chunk == C) {  // long enough, and there is a variant for it
-        EXPECT_NE(context->messages.back().find("32 columns of values at a time, 2 threads"), std::string::npos)
-            << context->messages.back();
-    }
+    // Fewer sequences and heads than threads: the same bits as from one. Long enough to be shared, but for the smallest sizes.
+    const int64_t T = K * V < 256 ? 3 * C + 5 : (1 << 22) / (K * V) + C + 5;
+    for (const Index &starts : {Index{}, Index{0, 0, T / 4, T / 4 + 1, T}})
+        for (int64_t group : {1, 2}) {
+            Problem one{1, T, group, K, V, Gates::resets, Layout::padded, true, dtype, group, starts};
+            ASSERT_EQ(holdfast_context_set_threads(*context, 1), HOLDFAST_OK);
+            run(one.forward());
+            one.expect_reference(C, chunks(T));
+            for (int threads : {2, 3, 4, 9}) {
+                SCOPED_TRACE(testing::Message() << threads << " threads, groups of " << group << ", starts " << text(starts));
+                ASSERT_EQ(holdfast_context_set_threads(*context, threads), HOLDFAST_OK);
+                Problem many{1, T, group, K, V, Gates::resets, Layout::padded, true, dtype, group, starts}, in_place = many;
+                run(many.forward());
+                if (K * V >= 256 && threads >= 2 * many.N) {
+                    const std::string &message = context->messages.back();
+                    EXPECT_TRUE(message.find(" spans") != std::string::npos || message.find(" columns") != std::string::npos)
+                        << message;
+                }
+                Forward f = in_place.forward();
+                f.final_state = f.initial_state;
+                run(f);
+                EXPECT_TRUE(same_bits(one.out, many.out) && same_bits(one.out, in_place.out));
+                EXPECT_TRUE(same_bits(one.final_state, many.final_state));
+                EXPECT_TRUE(same_bits(one.final_state, in_place.initial_state));
+                EXPECT_TRUE(many.out.gaps_intact() && many.final_state.gaps_intact());
+            }
+        }
 }
 
 TEST_P(Retention, SameBitsInEveryRunForAnyNumberOfThreads) {

@@ -255,7 +255,7 @@ def test_theta():
             holdfast.theta(size)
     with pytest.raises(ValueError, match="convention is 'foo'; expected 'retnet' or 'rope'"):
         holdfast.theta(8, "foo")
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="key_size is of type float; expected an int"):
         holdfast.theta(8.0)
 
 
@@ -281,7 +281,7 @@ def ones(*shape):
         (NotImplementedError, "x is on device type 10", {"x": Exporter(ones(*SHAPE), device=ROCM)}),
         (NotImplementedError, "x is on a GPU and of type Exporter", {"x": Exporter(ones(*SHAPE), device=CUDA)}),
         (TypeError, "theta is of type NoneType; expected an array", {"theta": None}),
-        (TypeError, "", {"offset": 1.5}),
+        (TypeError, "offset is of type float; expected an int", {"offset": 1.5}),
     ],
 )  # fmt: skip
 def test_errors_of_rotate(error, text, changes):

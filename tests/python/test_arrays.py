@@ -69,6 +69,33 @@ def test_kinds_of_arrays(problem, kind):
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_arrays_with_expanded_states(problem, kind):
+    """Their rows are more than the arrays have: D follows from K, and not all of them have a shape in Python."""
+    p = problem(B, T, H, 16, V)
+    expected = holdfast.power_retention(p.q, p.k, p.v, p.log_decay, return_state=True)
+    q, k, v, log_decay = map(KINDS[kind], (p.q, p.k, p.v, p.log_decay))
+    results = holdfast.power_retention(q, k, v, log_decay, return_state=True)
+    for actual, wanted in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+
+    out, *states = expected
+    names = ("q", "initial_state", "initial_sum_of_keys")
+    initial = dict(zip(names[1:], states, strict=True))
+    dx = holdfast.retention_backward(p.out, p.q, p.k, p.v, out=out, degree=2, **initial, wanted=names)
+    initial = {name: KINDS[kind](x) for name, x in initial.items()}
+    given = KINDS[kind](p.out), q, k, v
+    dy = holdfast.retention_backward(*given, out=KINDS[kind](out), degree=2, **initial, wanted=names)
+    for name in names:
+        np.testing.assert_array_equal(getattr(dy, name), getattr(dx, name))
+
+    tiled = holdfast.convert_state(states[0], 16, "tiled")
+    np.testing.assert_array_equal(holdfast.convert_state(KINDS[kind](states[0]), 16, "tiled"), tiled)
+    back = holdfast.convert_state(tiled, 16, "tight")
+    np.testing.assert_array_equal(holdfast.convert_state(KINDS[kind](tiled), 16, "tight"), back)
+    assert holdfast.convert_state(KINDS[kind](states[1]), 16, "tiled").shape == tiled.shape[:3]
+
+
 @pytest.mark.parametrize("kind", ["numpy", "memoryview", "array", "ctypes", "dlpack", "dlpack old"])
 def test_out_is_written_in_place_and_returned(problem, kind):
     p = problem(*SHAPE)

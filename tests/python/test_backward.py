@@ -357,6 +357,8 @@ def test_refusals(gradients_of):
     refused(ValueError, "dfinal_state [N, Hk, D, V] has N = 1", dfinal_state=call["dfinal_state"][:1])
     refused(ValueError, "out is NULL; expected a tensor [B, T, H, V]", normalize=True, initial_state=None)
     refused(ValueError, "wanted has 'x'; expected names of 'q', 'k'", wanted=["q", "x"])
+    refused(TypeError, "wanted is of type int; expected names of fields of Gradients, or None", wanted=3)
+    refused(TypeError, "gradients is of type int; expected Gradients, or None", gradients=3)
     refused(ValueError, "dlog_decay is given and log_decay is NULL", log_decay=None, wanted=["log_decay"])
     refused(ValueError, "dinitial_sum_of_keys is given, and degree 1", wanted=["initial_sum_of_keys"])
     refused(ValueError, "degree is 5; expected 1, 2, 3 or 4", degree=5)

@@ -1,7 +1,11 @@
 """`holdfast bench`: what it measures is right, what is missing is said, what is written can be read."""
 
 import argparse
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,3 +147,43 @@ def test_torch_state_is_carried(segment):
     expected = (peers.reference if degree == 1 else peers.power_reference)(whole, [(1, 1)])[0]
     result = np.concatenate([first.result(), second.result()], axis=1)[1, :, 1]
     assert peers.relative_rms(result[-len(expected) :], expected) < 2e-6
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """bench/gpu.py, its tensors on the CPU and every call of a millisecond."""
+    pytest.importorskip("torch")
+    path = Path(__file__).parents[2] / "bench" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("bench_gpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "milliseconds", lambda run: (run(), 1.0)[1])
+    return module
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_gpu_is_compared_on_right_results_alone(on_gpu, backward, monkeypatch):
+    result = on_gpu.compare((2, 300, 3, 16, 8), "f32", backward, 2)
+    ours, *peers = result["times"]
+    assert ours["name"] == "Holdfast" and ours["error"] < 1e-5 and ours["ms"] == ours["median_ms"] == 1
+    assert all(("ms" in row) != ("why_not" in row) for row in result["times"])
+    assert len(peers) == 4 and all(
+        "ms" in row or "No module named" in row["why_not"]
+        for row in peers
+        if row["name"] != "PyTorch causal FlashAttention"
+    )
+    off = on_gpu.holdfast.torch.retention
+    monkeypatch.setattr(on_gpu.holdfast.torch, "retention", lambda q, k, v, g: 1.01 * off(q, k, v, g))
+    ours, *_ = on_gpu.compare((2, 300, 3, 16, 8), "f32", backward, 2)["times"]
+    assert "ms" not in ours and ours["why_not"].startswith("wrong: relative error 1.00e-02; expected at most 0.001")
+
+
+def test_a_gpu_that_is_not_there_is_said():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    path = Path(__file__).parents[2] / "bench" / "gpu.py"
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"no CUDA device: PyTorch {torch.__version__} finds none (Holdfast: "), done.stderr

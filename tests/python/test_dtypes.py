@@ -117,6 +117,20 @@ def test_out_is_written_in_place(rounded, dtype, kind):
 
 
 @pytest.mark.parametrize("dtype, kind", KINDS)
+def test_expanded_states(rounded, dtype, kind):
+    p = rounded(dtype, kind)
+    numbers = (numbers_of(dtype, kind, x) for x in (p.q, p.k, p.v))
+    expected = holdfast.power_retention(*numbers, p.log_decay, return_state=True)
+    out, *states = holdfast.power_retention(p.q, p.k, p.v, p.log_decay, return_state=True)
+    assert type(out) is returned_kind(dtype, kind)
+    for actual, wanted in zip(states, expected[1:], strict=True):
+        assert_close(np.asarray(actual), wanted)
+    options = {"out": out, "degree": 2, "dfinal_state": states[0], "wanted": ("initial_state",)}
+    dstate = holdfast.retention_backward(p.v, p.q, p.k, p.v, p.log_decay, **options).initial_state
+    assert dstate.shape == expected[1].shape
+
+
+@pytest.mark.parametrize("dtype, kind", KINDS)
 def test_steps(rounded, dtype, kind):
     p, state = rounded(dtype, kind), rounded(dtype, kind).initial_state
     for t in range(T):

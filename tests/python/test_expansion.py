@@ -22,6 +22,18 @@ def test_no_such_expansion(key_size: int, degree: int, expansion: str) -> None:
         holdfast.state_size(key_size, degree, expansion)  # type: ignore[arg-type]
 
 
+def test_sizes_that_are_no_numbers() -> None:
+    assert holdfast.state_size(4, 2.0) == 10  # type: ignore[arg-type]  # as retention takes it
+    with pytest.raises(TypeError, match="^key_size is of type float; expected an int$"):
+        holdfast.state_size(4.0, 2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="^key_size is of type float; expected an int$"):
+        holdfast.convert_state(np.zeros((1, 1, 136, 3), np.float32), 16.0, "tiled")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^degree is 1.5; expected 1, 2, 3 or 4$"):
+        holdfast.state_size(4, 1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"^key_size is {2**70}, degree 2"):
+        holdfast.state_size(2**70, 2)
+
+
 def test_conversion_keeps_the_product() -> None:
     rng = np.random.default_rng(0)
     x, K = rng.standard_normal(48), 48
@@ -43,3 +55,7 @@ def test_conversion_refuses() -> None:
         holdfast.convert_state(np.zeros((1, 1, 7, 3), np.float32), 64, "tiled")
     with pytest.raises(ValueError, match="dimensions"):
         holdfast.convert_state(np.zeros((7, 3), np.float32), 64, "tiled")
+    with pytest.raises(TypeError, match="state is of type float; expected an array"):
+        holdfast.convert_state(1.5, 64, "tiled")
+    with pytest.raises(NotImplementedError, match="has dtype bfloat16; expected float32"):
+        holdfast.convert_state(holdfast.BFloat16Array(np.zeros((1, 1, 2080, 3), np.uint16)), 64, "tiled")

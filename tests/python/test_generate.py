@@ -155,6 +155,10 @@ def test_state_of_another_file(tmp_path):
     path.write_bytes(b"text")
     with pytest.raises(ValueError, match="is not a holdfast state"):
         State.load(path)
+    RetentionLM(Config(**SIZES)).new_state(1).save(path)
+    for device in ("foo", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match=f"device is '{device}'; expected one that PyTorch has here"):
+            State.load(path, device)
 
 
 def test_stream_and_stop():
@@ -254,6 +258,17 @@ def test_config():
         (lambda: Config(attention=("power", "power")), "attention has 2 names; expected one, or layers, 4"),
         (lambda: Config(layers=0), "layers is 0; expected at least 1"),
         (lambda: Config(ffn="relu"), "ffn is 'relu'"),
+        # Those of layers that it does not have, too.
+        (lambda: Config(decay="foo"), "decay is 'foo'; expected one of 'retnet', 'linspace', 'none'"),
+        (
+            lambda: Config(attention="power", head_norm="foo"),
+            "head_norm is 'foo'; expected one of 'rms', 'layer', None",
+        ),
+        (lambda: Config(conv_width=-3), "conv_width is -3; expected at least 0"),
+        (lambda: Config(degree=1), "degree is 1; expected one of 2, 3, 4"),
+        (lambda: Config(ffn_size=0), "ffn_size is 0; expected at least 1, or None"),
+        (lambda: Config(chunk_size=0), "chunk_size is 0; expected at least 1, or None"),
+        (lambda: Config(dropout=math.nan), "dropout is nan; expected at least 0, less than 1"),
     ],
 )
 def test_bad_configs(make, message):
@@ -273,6 +288,10 @@ def test_bad_calls():
         (lambda: model.generate([[1]], 3, temperature=math.nan), "temperature is nan"),
         (lambda: model.generate([[1]], 3, top_k=0), "top_k is 0"),
         (lambda: model.generate([[1]], 3, top_p=0.0), "top_p is 0.0"),
+        # At once, not where the first token is asked for.
+        (lambda: model.stream([[1]], 3, top_k=0), "top_k is 0"),
+        (lambda: model.stream([[1], []], 3), "prompt 1 has shape"),
+        (lambda: model.stream([[1]], 3, state=model.new_state(2)), "state is of 2 sequences; expected 1"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

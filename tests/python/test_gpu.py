@@ -197,6 +197,36 @@ except ValueError as error:
     assert "v is on the CPU and q on CUDA device 0; expected all tensors on one device" in str(error), error
 else:
     raise AssertionError
+
+asked = []
+def allocate(bytes, device, stream):
+    asked.append((bytes, device, stream))
+    memory = np.zeros(bytes + 256, np.uint8)
+    memory = memory[-memory.ctypes.data % 256:][:bytes]
+    return Array(memory, device=CUDA, dtype=(1, 8))
+calls = (
+    lambda: holdfast.retention(q, q, q, decays),
+    lambda: holdfast.retention_step(token, token, token, None, on_gpu(1, 2, 8, 8)),
+    lambda: holdfast.retention_backward(q, q, q, q, decays))
+from holdfast import _holdfast
+for given in (allocate, lambda *_: None, None):
+    asked.clear()
+    _holdfast.set_cuda_allocator(given)
+    for call in calls:
+        call()
+        stub.stub_clear()
+        call()
+        record = stub.stub_record().decode()
+        assert "cuLaunchKernel" in record and "Alloc" not in record and "Free" not in record, record
+    if given is allocate:
+        assert len(asked) == 6 and all(a[0] > 0 and a[1:] == (0, 1) for a in asked), asked
+_holdfast.set_cuda_allocator(lambda *_: np.zeros(256, np.uint8))
+try:
+    calls[0]()
+except ValueError as error:
+    assert "workspace is on the CPU; expected CUDA device 0, as q" in str(error), error
+else:
+    raise AssertionError
 print("done", holdfast.info()["backends"]["cuda"]["devices"])
 """
 

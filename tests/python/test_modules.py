@@ -195,6 +195,18 @@ def test_states(layer):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_state_keeps_no_memory_but_its_own(layer):
+    """Nor does it when a long text has come before: what it holds is what it says it is."""
+    held = []
+    for tokens in (T, 50 * T):
+        state = layer.new_state(1)
+        layer(torch.ones(1, tokens, DIM), state)
+        held.append(sum(x.untyped_storage().nbytes() for x in state.values()))
+        assert held[-1] == sum(x.nbytes for x in state.values())
+    assert held[0] == held[1] or isinstance(layer, hn.SoftmaxAttention)
+
+
 def test_one_step_does_not_touch_copies(layer):
     x, state = inputs(), layer.new_state(2)
     layer(x[:, :5], state)
@@ -244,7 +256,7 @@ def test_gradient_through_states(layer):
 def test_half(layer, dtype):
     """Of a layer that is converted; its constants and states stay in float32, and its copy in float32 is near."""
     converted = copy.deepcopy(layer).to(dtype)
-    assert {b.dtype for name, b in converted.named_buffers() if name != "decay_offset"} <= {torch.float32}
+    assert {b.dtype for b in converted.buffers()} <= {torch.float32}
     x = inputs().to(dtype)
     y = converted(x)
     assert y.dtype == dtype
@@ -274,7 +286,8 @@ def test_compile(layer):
 
 
 def test_checkpoint_and_meta(layer):
-    """Constants are not in checkpoints, and made where a layer of the meta device gets its memory."""
+    """Constants are not in checkpoints, but for the offset of gates, and made where a layer of the meta device gets its
+    memory."""
     names = set(layer.state_dict())
     assert not names & {"theta", "log_decay"}
     make = next(make for name, make in LAYERS.items() if set(make().state_dict()) == names)
@@ -282,7 +295,10 @@ def test_checkpoint_and_meta(layer):
         empty = make()
     assert {p.device.type for p in empty.parameters()} == {"meta"}
     empty.to_empty(device="cpu")
-    assert all(b.device.type == "cpu" for b in empty.buffers())
+    made = dict(empty.named_buffers())
+    assert all(b.device.type == "cpu" for b in made.values())
+    fresh = dict(make().named_buffers())
+    assert made.keys() == fresh.keys() and all(torch.equal(made[name], fresh[name]) for name in fresh)
 
 
 # ---- Single layers ---------------------------------------------------------------------------------------------------
@@ -377,7 +393,9 @@ def test_causal_self_attention_in_nanogpt():
         (lambda: hn.MultiScaleRetention(32, 4, norm=None, norm_weight=True), "norm_weight is True and norm None"),
         (lambda: hn.MultiScaleRetention(32, 4, decay="xpos"), "decay is 'xpos'"),
         (lambda: hn.GatedRetention(32, 4, rotation="xpos"), "rotation is 'xpos'"),
-        (lambda: hn.PowerRetention(32, 4, degree=5), "degree 5"),
+        (lambda: hn.PowerRetention(32, 4, degree=5), "degree is 5; expected 2, 3 or 4"),
+        (lambda: hn.PowerRetention(32, 4, degree=1), "degree is 1; expected 2, 3 or 4"),
+        (lambda: hn.GatedRetention(32, 4, conv_width=-3), "conv_width is -3; expected at least 0"),
         (lambda: hn.CausalConvolution(32, 0), "width is 0; expected at least 1"),
         (lambda: hn.CausalSelfAttention(GPT, "softmax"), "attention is 'softmax'"),
     ],

@@ -284,5 +284,5 @@ def test_decay_refuses():
         holdfast.decay(-1)
     with pytest.raises(ValueError, match="convention is 'foo'; expected 'retnet' or 'linspace'"):
         holdfast.decay(4, "foo")
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="num_heads is of type float; expected an int"):
         holdfast.decay(4.5)

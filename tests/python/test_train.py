@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -222,6 +223,61 @@ def test_resume(data, tmp_path, capsys, dtype):
         assert message in capsys.readouterr().err
 
 
+def test_resume_elsewhere(data, tmp_path):
+    """In another folder, or from the file: a run of its own, whose log begins with what came before."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert holdfast("train", *SMALL, "--steps", "6", "--stop-at", "4", "--data", data, "--output", one) == 0
+    other.mkdir()
+    (other / "log.jsonl").write_text('{"step": 1, "loss": 0}\n')  # of another run
+    assert holdfast("train", "--resume", one / "checkpoint.pt", "--output", other) == 0
+    assert [entry["step"] for entry in entries(one, "loss")] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in entries(other, "loss")] == [1, 2, 3, 4, 5, 6]
+    assert entries(other, "loss")[:4] == entries(one, "loss") and len(entries(other, "run")) == 1
+    assert (other / "loss.png").exists()
+    (one / "log.jsonl").unlink()
+    alone = tmp_path / "alone"
+    assert holdfast("train", "--resume", one, "--output", alone) == 0
+    assert [entry["step"] for entry in entries(alone, "loss")] == [5, 6] and len(entries(alone, "run")) == 1
+    assert holdfast("plot", alone, other, "--output", tmp_path / "both.png") == 0
+
+
+def test_resume_after_a_kill(data, tmp_path, capsys):
+    """The last line of the log was not written to its end."""
+    assert holdfast("train", *SMALL, "--steps", "6", "--stop-at", "4", "--data", data, "--output", tmp_path) == 0
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "los')
+    assert holdfast("plot", tmp_path, "--output", tmp_path / "x.png") == 0
+    assert holdfast("train", "--resume", tmp_path) == 0
+    assert [entry["step"] for entry in entries(tmp_path, "loss")] == [1, 2, 3, 4, 5, 6]
+    log = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text("{\n" + log)  # no such run writes that
+    capsys.readouterr()
+    assert holdfast("train", "--resume", tmp_path) == 1
+    assert "log.jsonl is not a log of holdfast train" in capsys.readouterr().err
+
+
+def test_stop_before_the_checkpoint(data, tmp_path):
+    options = [*SMALL, "--steps", "8", "--data", data, "--output", tmp_path]
+    assert holdfast("train", *options, "--stop-at", "5") == 0
+    assert holdfast("train", "--resume", tmp_path, "--stop-at", "3") == 0
+    assert train.read_checkpoint(tmp_path)["step"] == 5
+
+
+def test_bytes_whatever_the_preset(data, tmp_path, capsys):
+    """The larger presets have the vocabulary of a tokenizer."""
+    for preset in ("125m", "retnet-1.3b"):
+        options = ["--dim", "32", "--layers", "1", "--heads", "2", "--steps", "1", "--output", tmp_path]
+        assert holdfast("train", *SMALL, "--preset", preset, *options, "--data", data) == 0
+        assert train.load_model(tmp_path).config.vocab_size == 256
+        assert holdfast("generate", tmp_path, "--bytes", "20", "--temperature", "5") == 0
+    checkpoint = train.read_checkpoint(tmp_path)
+    model = RetentionLM("tiny", vocab_size=300)
+    checkpoint.update(config=dataclasses.asdict(model.config), model=model.state_dict())
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    assert holdfast("generate", tmp_path) == 1
+    assert "has a vocabulary of 300; expected bytes" in capsys.readouterr().err
+
+
 def test_accumulate(data, tmp_path):
     """A batch in parts has the losses and gradients of the batch at once, to rounding."""
     paths = []
@@ -276,6 +332,18 @@ def test_minutes(data, tmp_path):
     assert losses[-1]["learning_rate"] < losses[len(losses) // 2]["learning_rate"]  # it has come down by then
 
 
+def test_minutes_alone(data, tmp_path, monkeypatch):
+    """They are not bounded by the default of --steps; steps that are given bound them."""
+    monkeypatch.setattr(train, "STEPS", 5)
+    options = [*SMALL, "--minutes", "0.01", "--data", data, "--output", tmp_path]
+    assert holdfast("train", *options) == 0
+    assert entries(tmp_path, "loss")[-1]["step"] > 5 and entries(tmp_path, "loss")[-1]["seconds"] >= 0.6
+    assert holdfast("train", *options, "--minutes", "5", "--steps", "3") == 0
+    assert entries(tmp_path, "loss")[-1]["step"] == 3
+    assert holdfast("train", *SMALL, "--data", data, "--output", tmp_path) == 0
+    assert entries(tmp_path, "loss")[-1]["step"] == 5
+
+
 @pytest.mark.parametrize("options", [["--dtype", "bf16"], ["--kv-heads", "1", "--threads", "2", "--clip", "0"]])
 def test_options(data, tmp_path, options):
     assert holdfast("train", *SMALL, *options, "--steps", "3", "--data", data, "--output", tmp_path) == 0
@@ -300,10 +368,20 @@ def test_compile(data, tmp_path, monkeypatch):
     assert one == pytest.approx(other, rel=1e-5)
 
 
+def test_compile_by_inductor(data, tmp_path):
+    """As users have it, forward and back: what the kernels' operators say of themselves is enough for it."""
+    small = [*SMALL, "--layers", "1", "--attention", "power", "--conv-width", "0", "--steps", "2", "--data", data]
+    for name, options in (("one", ["--compile"]), ("other", [])):
+        assert holdfast("train", *small, *options, "--output", tmp_path / name) == 0
+    one, other = ([entry["loss"] for entry in entries(tmp_path / name, "loss")] for name in ("one", "other"))
+    assert one == pytest.approx(other, rel=1e-4)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("agents", [1, 2])
 def test_two_processes(data, tmp_path, agents):
     """Under torchrun, each with half of every batch: the losses of one process, to rounding. Two agents meet at an
-    address, as those of two machines do."""
+    address, as those of two machines do; a single one stops, and goes on."""
     options = [*SMALL, "--steps", "6", "--accumulate", "2", "--validate-every", "3", "--data", data]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2 // agents, "--nnodes", agents]
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -311,6 +389,10 @@ def test_two_processes(data, tmp_path, agents):
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}", "--local-addr", address]
     torchrun += ["--standalone"] if agents == 1 else meeting
     command = [*torchrun, "-m", "holdfast", "train", *options, "--output", tmp_path / "two"]
+    if agents == 1:
+        done = run(*command, "--stop-at", "4", OMP_NUM_THREADS="1")
+        assert done.returncode == 0 and train.read_checkpoint(tmp_path / "two")["step"] == 4, done.stderr
+        command = [*torchrun, "-m", "holdfast", "train", "--resume", tmp_path / "two"]
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(run, *command, OMP_NUM_THREADS="1") for _ in range(agents)]
     for call in calls:
@@ -388,7 +470,24 @@ def test_generate(data, tmp_path, capsys):
         (["--steps", "0"], "--steps is 0; expected at least 1"),
         (["--heads", "3"], "dim is 32; expected a multiple of heads, 3"),
         (["--attention", "retnet", "--disable-gating"], "--attention retnet has no gates"),
-        (["--attention", "power", "--degree", "7"], "degree 7"),
+        (["--attention", "power", "--degree", "7"], "degree is 7; expected one of 2, 3, 4"),
+        (["--attention", "power", "--degree", "1"], "degree is 1; expected one of 2, 3, 4"),
+        (["--ffn-size", "0"], "ffn_size is 0; expected at least 1"),
+        (["--value-size", "0"], "value_size is 0; expected at least 1"),
+        (["--chunk-size", "0"], "chunk_size is 0; expected at least 1"),
+        (["--conv-width", "-1"], "conv_width is -1; expected at least 0"),
+        (["--threads", "-1"], "--threads is -1; expected at least 1"),
+        (["--seed", "-1"], "--seed is -1; expected at least 0"),
+        (["--seed", str(2**63)], "; expected less than 2^63"),
+        (["--clip", "nan"], "--clip is nan; expected at least 0, and finite"),
+        (["--min-learning-rate", "nan"], "--min-learning-rate is nan; expected at least 0, and finite"),
+        (["--learning-rate", "inf"], "--learning-rate is inf; expected at least 0, and finite"),
+        (["--weight-decay", "-1"], "--weight-decay is -1.0; expected at least 0"),
+        (["--beta2", "1"], "--beta2 is 1.0; expected less than 1"),
+        (["--minutes", "-1"], "--minutes is -1.0; expected at least 0"),
+        (["--minutes", "0"], "--minutes is 0; expected more than 0"),
+        (["--stop-at", "-1"], "--stop-at is -1; expected at least 0"),
+        (["--device", "foo"], "device is 'foo'; expected one that PyTorch has here"),
         (["--attention", "gated,gated,gated"], "attention has 3 names"),
         (["--learning-rate", "1e30", "--steps", "20"], "; a smaller --learning-rate may help"),
         (["--learning-rate", "1e30", "--steps", "20", "--attention", "softmax"], "the loss is nan at step"),
@@ -400,6 +499,18 @@ def test_bad_options(data, tmp_path, capsys, options, message):
     assert holdfast("train", *SMALL, *given, "--output", tmp_path, *options) == 1
     error = capsys.readouterr().err
     assert error.startswith("holdfast train: ") and message in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(data, tmp_path, capsys):
+    """Neither command blames the checkpoint."""
+    assert holdfast("train", *SMALL, "--data", data, "--output", tmp_path, "--steps", "1") == 0
+    for command in (["train", *SMALL, "--data", data, "--output", tmp_path / "other"], ["generate", tmp_path]):
+        assert holdfast(*command, "--device", "cuda") == 1
+        error = capsys.readouterr().err
+        assert "expected one that PyTorch has here" in error and "not a holdfast checkpoint" not in error
+    assert holdfast("generate", tmp_path, "--device", "foo") == 1
+    assert "device is 'foo'; expected one that PyTorch has here" in capsys.readouterr().err
 
 
 def test_bad_attention(capsys):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -43,12 +45,30 @@ print(holdfast.__version__)
 """
 
 
+TRAINING = """
+import sys
+from pathlib import Path
+import holdfast
+from holdfast import cli
+
+assert Path(holdfast.__file__).is_relative_to(sys.prefix)
+options = "--preset tiny --context 32 --batch 1 --steps 2 --validation-bytes 100 --quiet --output run".split()
+assert cli.main(["train", *options, "--data", sys.argv[1]]) == 0
+assert cli.main(["generate", "run", "--bytes", "3"]) == 0
+assert Path("run/loss.png").exists()
+"""
+
+
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HOLDFAST_TARGET")}
     env = {**inherited, **environment}
     done = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def spaceless(requirement: str) -> str:
+    return requirement.replace(" ", "")
 
 
 def test_wheel(tmp_path):
@@ -71,6 +91,13 @@ def test_wheel(tmp_path):
     assert tag[2].endswith(platform.machine())
     metadata = zipfile.ZipFile(wheel).read(f"{name}-{version}.dist-info/WHEEL").decode().splitlines()
     assert {"Root-Is-Purelib: false", f"Tag: {'-'.join(tag)}"} <= set(metadata)
+
+    # Its extras bring what pyproject.toml says that they do.
+    project = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]
+    metadata = zipfile.ZipFile(wheel).read(f"{name}-{version}.dist-info/METADATA").decode()
+    required = {line.split(": ", 1)[1].replace('"', "'") for line in metadata.splitlines() if "Requires-Dist" in line}
+    extras = {f"{what}; extra == '{extra}'" for extra, x in project["optional-dependencies"].items() for what in x}
+    assert {spaceless(x) for x in required} == {spaceless(x) for x in extras | set(project["dependencies"])}
 
     names = zipfile.ZipFile(wheel).namelist()
     libraries = [name for name in names if ".so" in name]
@@ -98,3 +125,8 @@ def test_wheel(tmp_path):
     alone = {"cwd": tmp_path, "PATH": str(python.parent)}
     assert run(python, "-c", SCRIPT, **alone).strip() == version
     assert run(python.parent / "holdfast", "info", **alone).startswith("Holdfast ")
+
+    # And what its extra `train` is for, with the libraries that are installed here.
+    if all(importlib.util.find_spec(name) for name in ("torch", "tqdm", "matplotlib")):
+        alone["PYTHONPATH"] = str(Path(np.__file__).parents[1])
+        assert "bits per byte" in run(python, "-c", TRAINING, SOURCE / "README.md", **alone)

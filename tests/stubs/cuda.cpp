@@ -77,6 +77,11 @@ STUB const char *stub_record() { return state().record.c_str(); }
 STUB void stub_clear() { state().record.clear(), state().calls.clear(); }
 STUB void *stub_context(int device) { return new Context{device, ++state().contexts}; }
 STUB void *stub_stream(void *context) { return new void *(context); }
+/// The context is gone, with its memory and kernels, and another one is where it was.
+STUB void stub_replace(Context *context) {
+    context->id = ++state().contexts;
+    state().memory.clear();
+}
 
 STUB Result cuInit(unsigned) { return note("cuInit"); }
 STUB Result cuDeviceGetCount(int *count) {
@@ -168,7 +173,7 @@ STUB Result cuMemFree_v2(void *memory) {
     return success;
 }
 STUB Result cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *) {
-    if (Result result = note("cuMemcpyHtoDAsync", std::to_string(bytes))) return result;
+    if (Result result = note("cuMemcpyHtoDAsync", std::to_string(bytes) + " from " + text(from))) return result;
     std::memcpy(to, from, bytes);
     return success;
 }

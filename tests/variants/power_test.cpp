@@ -53,7 +53,8 @@ void expect_reference(const Variant<Kernel> &variant, int chunk, const Call &cal
     if (variant.degree) degrees = {variant.degree};
     if (variant.size.K) sizes = {variant.size};
     // Of a size that is tuned, where the reference takes long, those that the others are part of; and of 16 bits on a stand-in.
-    const std::string enough = "gates_weak gates_resets layout_padded ones huge no_queries in_place";
+    const std::string enough =
+        "gates_weak gates_resets layout_padded ones huge no_queries in_place faint_queries queries_of_zero";
     const bool all = variant.size.K == 0 && (backend == "cpu" || variant.dtype == f32);
     if (backend != "cpu" && !all) degrees = {2};
     for (int degree : degrees)

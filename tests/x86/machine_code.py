@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 PRODUCTS = 5  # scores, inter, intra, contribution of two parts
+OF_GRADIENTS = 8  # scores, dweights, dkeys_decayed, dk, and two each for dq and dv
 LOADS = re.compile(r"vmov[au]p[sd]|vmovdq[au](32|64)?|vbroadcastss|vpbroadcastd|tileloadd")
 LOOP = re.compile(r"add|sub|inc|dec|cmp|test|lea|mov|j[a-z]+")  # what counts and addresses
 ASKING = re.compile(r"prefetcht1|imul|movslq|s[ha][lr]|and|or|neg")  # rows ahead, and their addresses
@@ -34,8 +35,11 @@ def innermost_loops(code: list[tuple[int, str, str]]) -> list[list[tuple[int, st
     return [code[start : end + 1] for end, start in ends.items() if not any(start <= other < end for other in ends)]
 
 
-def check(code: list[tuple[int, str, str]], kind: str) -> tuple[list[str], list[Counter[str]]]:
-    """What is wrong, and how often each instruction stands in each product's loop."""
+def check(
+    code: list[tuple[int, str, str]], kind: str, products: int, tiles: int
+) -> tuple[list[str], list[Counter[str]]]:
+    """What is wrong, and how often each instruction stands in each product's loop. So many products, and of vectors so
+    many with a whole tile of sums."""
     product = {"dot": "vdpbf16ps", "amx": "tdpbf16ps"}[kind]
     wrong = []
     total = Counter(name for _, name, _ in code)
@@ -44,8 +48,8 @@ def check(code: list[tuple[int, str, str]], kind: str) -> tuple[list[str], list[
     inside = sum(loop[product] for loop in loops)
     if total[product] != inside:
         wrong.append(f"{total[product] - inside} {product} are in no innermost loop")
-    if min(inside, len(loops) + (kind == "amx")) < PRODUCTS:  # both parts of a contribution are in one loop of tiles
-        wrong.append(f"{len(loops)} loops have {inside} {product}; expected some for each of {PRODUCTS} products")
+    if min(inside, len(loops) + (kind == "amx")) < products:  # both parts of a contribution are in one loop of tiles
+        wrong.append(f"{len(loops)} loops have {inside} {product}; expected some for each of {products} products")
     for loop in loops:
         text = f"a loop of {loop[product]} {product}"
         loads = sum(n for name, n in loop.items() if LOADS.fullmatch(name))
@@ -58,8 +62,8 @@ def check(code: list[tuple[int, str, str]], kind: str) -> tuple[list[str], list[
         for name in loop:
             if name != product and name not in others and not LOADS.fullmatch(name) and not LOOP.fullmatch(name):
                 wrong.append(f"{text} has {name}")
-    if kind == "dot" and sum(loop[product] >= 16 for loop in loops) < PRODUCTS - 1:
-        wrong.append("fewer than four products have 16 sums in registers")
+    if kind == "dot" and sum(loop[product] >= 16 for loop in loops) < tiles:
+        wrong.append(f"fewer than {tiles} products have 16 sums in registers")
     return wrong, loops
 
 
@@ -71,7 +75,8 @@ def main(objdump: str, archive: str, kind: str, *options: str) -> int:
     if not code:
         print(f"{objdump} found no instructions in {archive}")
         return 1
-    wrong, loops = check(code, kind)
+    gradients = "_backward_" in Path(archive).name
+    wrong, loops = check(code, kind, *((OF_GRADIENTS, OF_GRADIENTS) if gradients else (PRODUCTS, PRODUCTS - 1)))
     if options or wrong:
         for loop in loops:
             print(", ".join(f"{n} {name}" for name, n in loop.most_common()))

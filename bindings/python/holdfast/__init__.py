@@ -331,12 +331,20 @@ def retention_backward(
     Raises: see the module. A positive or NaN decay is a ValueError.
     """
     given = (q, k, v, log_decay, initial_state, initial_sum_of_keys)
-    into = tuple(gradients) if gradients is not None else (None,) * len(given)
+    into = (None,) * len(given)
+    if gradients is not None:
+        if not isinstance(gradients, Iterable):
+            raise TypeError(f"gradients is of type {type(gradients).__name__}; expected Gradients, or None")
+        into = tuple(gradients)
     if len(into) != len(given):
         raise ValueError(f"gradients has {len(into)} arrays; expected {len(given)}, those of Gradients")
     if wanted is None:
         bits = sum(1 << n for n, x in enumerate(given) if x is not None)
     else:
+        if not isinstance(wanted, Iterable):
+            raise TypeError(
+                f"wanted is of type {type(wanted).__name__}; expected names of fields of Gradients, or None"
+            )
         bits = 0
         for name in wanted:
             if name not in Gradients._fields:
@@ -426,10 +434,11 @@ def state_size(key_size: int, degree: int = 1, expansion: Literal["tight", "tile
     """D, the rows of a state and the size of a sum of keys, for keys of `key_size` elements: of the tight expansion
     (K + p - 1)! / (p! (K - 1)!), of the tiled one, which is of degree 2 and for multiples of 16, 128 (K/16) (K/16 + 1).
 
-    Raises: ValueError where there is no such expansion."""
+    Raises: TypeError for a key_size that is not an int; ValueError where there is no such expansion."""
     if expansion not in _EXPANSIONS:
         raise ValueError(f"expansion is {expansion!r}; expected 'tight' or 'tiled'")
-    if size := _holdfast.state_size(key_size, degree, _EXPANSIONS[expansion]) if degree > 0 else 0:
+    elements, power = _integer("key_size", key_size), _degree(degree)
+    if size := _holdfast.state_size(elements, power, _EXPANSIONS[expansion]) if 0 < elements < 2**31 else 0:
         return size
     raise ValueError(
         f"key_size is {key_size}, degree {degree} and expansion {expansion!r}; expected at least 1, 1 to 4, and "
@@ -446,7 +455,8 @@ def state_interval(key_size: int, value_size: int, dtype: Any = np.float32) -> i
     size = getattr(dtype, "itemsize", None)
     if (bytes_of_element := size if isinstance(size, int) else np.dtype(dtype).itemsize) not in (2, 4):
         raise ValueError(f"dtype is {dtype!r}; expected one of 32 or 16 bits")
-    if interval := _holdfast.state_interval(key_size, value_size, bytes_of_element == 4):
+    sizes = _integer("key_size", key_size), _integer("value_size", value_size)
+    if interval := _holdfast.state_interval(*sizes, bytes_of_element == 4) if 0 < max(sizes) < 2**31 else 0:
         return interval
     raise ValueError(f"key_size is {key_size} and value_size {value_size}; expected at least 1")
 
@@ -474,16 +484,9 @@ def convert_state(
         `out` is given.
 
     Raises: ValueError for a D that is none of key_size, and see the module."""
-    shape = tuple(getattr(state, "shape", ()))
-    if len(shape) not in (3, 4):
-        raise ValueError(f"state has {len(shape)} dimensions; expected 4, [N, Hk, D, V], or 3, [N, Hk, D]")
-    wanted = state_size(key_size, 2, expansion)
-    present = "tiled" if shape[2] == state_size(key_size, 2, "tiled") else "tight"
-    made = out is None
-    if made:
-        out = np.empty((*shape[:2], wanted, *shape[3:]), np.float32)
-    _holdfast.convert_state(key_size, state, _EXPANSIONS[present], out, _EXPANSIONS[expansion], len(shape))
-    return _like(state, out) if made else out
+    state_size(key_size, 2, expansion)  # where there is none, an error
+    result = _holdfast.convert_state(key_size, state, _EXPANSIONS[expansion], out)
+    return _like(state, result) if out is None else result
 
 
 def rotate(
@@ -662,7 +665,7 @@ def theta(key_size: int, convention: Literal["retnet", "rope"] = "retnet") -> np
     Raises: TypeError for a key_size that is not an int; ValueError for one that is not even or below 2, or an unknown
     convention.
     """
-    size = index(key_size)
+    size = _integer("key_size", key_size)
     if size < 2 or size % 2:
         raise ValueError(f"key_size is {size}; expected an even number, at least 2")
     if convention == "retnet":
@@ -682,7 +685,7 @@ def decay(num_heads: int, convention: Literal["retnet", "linspace"] = "retnet") 
 
     Raises: TypeError for a num_heads that is not an int; ValueError for a negative one, or an unknown convention.
     """
-    heads = index(num_heads)
+    heads = _integer("num_heads", num_heads)
     if heads < 0:
         raise ValueError(f"num_heads is {heads}; expected at least 0")
     if convention == "retnet":
@@ -792,6 +795,13 @@ def _option(name: str, value: Any, numbers: dict[Any, int]) -> int:
         raise ValueError(f"{name} is {value!r}; expected one of {expected}") from None
 
 
+def _integer(name: str, value: Any, otherwise: str = "") -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} is of type {type(value).__name__}; expected an int{otherwise}") from None
+
+
 def _degree(degree: Any) -> int:
     if degree not in (1, 2, 3, 4):
         raise ValueError(f"degree is {degree!r}; expected 1, 2, 3 or 4")
@@ -799,6 +809,7 @@ def _degree(degree: Any) -> int:
 
 
 def _key_size(q: Any) -> int:
+    """Of an array on a GPU. Of others only the module knows it: not all have a shape."""
     return int(q.shape[-1]) if getattr(q, "shape", ()) else 1
 
 
@@ -840,9 +851,9 @@ def _options(
 def _state_interval(value: Any) -> int:
     if value is None:
         return 0
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"state_interval is of type {type(value).__name__}; expected an int, or None")
-    if (interval := index(value)) < 1 or interval >= 1 << 63:
+    if isinstance(value, bool):
+        raise TypeError("state_interval is of type bool; expected an int, or None")
+    if (interval := _integer("state_interval", value, ", or None")) < 1 or interval >= 1 << 63:
         raise ValueError(f"state_interval is {interval}; expected at least 1, below 2^63, or None")
     return interval
 
@@ -893,7 +904,7 @@ def _library(name: str, x: Any, needed: bool) -> Any:
 
 
 def _offset(offset: int) -> int:
-    first = index(offset)
+    first = _integer("offset", offset)
     if not -(2**63) <= first < 2**63:
         raise ValueError(f"offset is {first}; expected an int of 64 bits")
     return first

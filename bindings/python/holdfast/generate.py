@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         if not prompt:
             raise ValueError("the prompt is empty; expected at least one byte")
         model = load_model(args.run, args.device)
+        if model.config.vocab_size > 256:
+            raise ValueError(f"{args.run} has a vocabulary of {model.config.vocab_size}; expected bytes, at most 256")
         stream(model, prompt, args)
     except (OSError, ValueError) as error:
         print(f"holdfast generate: {error}", file=sys.stderr)

@@ -69,8 +69,19 @@ class Config:
         for name in ("vocab_size", "dim", "layers", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.ffn not in ("gelu", "swiglu"):
-            raise ValueError(f"ffn is {self.ffn!r}; expected 'gelu' or 'swiglu'")
+        for name in ("kv_heads", "key_size", "value_size", "ffn_size", "chunk_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1, or None")
+        if self.conv_width < 0:
+            raise ValueError(f"conv_width is {self.conv_width}; expected at least 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; expected at least 0, less than 1")
+        for name, known in (
+            ("ffn", ("gelu", "swiglu")), ("degree", (2, 3, 4)),
+            ("decay", ("retnet", "linspace", "none")), ("head_norm", ("rms", "layer", None)),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}")
         if len(self.mixers) != self.layers:
             raise ValueError(f"attention has {len(self.mixers)} names; expected one, or layers, {self.layers}")
         for name in self.mixers:
@@ -144,14 +155,15 @@ class State:
     @classmethod
     def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> State:
         """What `save` has written. ValueError for another file, or one of a later version."""
-        return cls(load_versioned(path, _FORMAT, _VERSION, device)["layers"])
+        check_device(device)
+        return cls(load_versioned(path, _FORMAT, _VERSION)["layers"]).to(device)
 
 
-def load_versioned(path: str | PathLike[str], format: str, version: int, device: Any) -> dict[str, Any]:
-    """A dictionary that torch.save has written, with its format and version; nothing in it is run."""
+def load_versioned(path: str | PathLike[str], format: str, version: int) -> dict[str, Any]:
+    """A dictionary that torch.save has written, with its format and version, on the CPU; nothing in it is run."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
         raise
     except Exception:  # many kinds: any bytes may be read as instructions that make no sense
         saved = None
@@ -160,6 +172,15 @@ def load_versioned(path: str | PathLike[str], format: str, version: int, device:
     if saved["version"] > version:
         raise ValueError(f"{path} is of version {saved['version']}; this version of Holdfast reads up to {version}")
     return saved
+
+
+def check_device(device: torch.device | str) -> None:
+    """ValueError where PyTorch has no such device, in this build or on this machine."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {str(device)!r}; expected one that PyTorch has here ({reason})") from error
 
 
 class FeedForward(nn.Module):
@@ -292,7 +313,6 @@ class RetentionLM(nn.Module):
             cu_seqlens: tokens are [1, T], of sequences packed one after the other, as in `holdfast.retention`."""
         return self.head(self.hidden(tokens, state, form=form, cu_seqlens=cu_seqlens))
 
-    @torch.no_grad()
     def stream(
         self,
         prompts: Tensor | Sequence[Tensor | Sequence[int]],
@@ -323,11 +343,17 @@ class RetentionLM(nn.Module):
                 raise ValueError(f"prompt {n} has shape {list(row.shape)}; expected [T] with at least one token")
         if state is None:
             state = self.new_state(len(rows))
+        elif state.batch != len(rows):
+            raise ValueError(f"state is of {state.batch} sequences; expected {len(rows)}, as many as there are prompts")
+        return self._continue(rows, tokens, state, (temperature, top_k, top_p, generator))
+
+    @torch.no_grad()
+    def _continue(self, rows: list[Tensor], tokens: int, state: State, sampling: tuple) -> Iterator[Tensor]:
         if not rows or not tokens:
             return
         last = self._prefill(rows, state)
         for n in range(tokens):
-            token = sample(self.head(last).float(), temperature, top_k, top_p, generator)
+            token = sample(self.head(last).float(), *sampling)
             yield token
             if n + 1 < tokens:
                 last = self.hidden(token[:, None], state)[:, 0]

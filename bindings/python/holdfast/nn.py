@@ -127,7 +127,8 @@ class CausalConvolution(nn.Module):
             padded = F.pad(x, (0, 0, before, 0))
         else:
             padded = torch.cat([state["inputs"].to(x.dtype), x], 1)
-            state["inputs"] = padded[:, padded.shape[1] - before :].float()
+            # A copy: a view would keep all of the tokens.
+            state["inputs"] = padded[:, padded.shape[1] - before :].to(torch.float32, copy=True)
         if x.shape[1] == 1:
             return (padded * weight.flip(0)).sum(1, keepdim=True)
         y = padded[:, before:] * weight[0]
@@ -182,6 +183,8 @@ class _Layer(nn.Module):
         if rotation and self.key_size % 2:
             raise ValueError(f"key_size is {self.key_size}; expected an even number, to rotate pairs")
         self.rotation = rotation
+        if conv_width < 0:
+            raise ValueError(f"conv_width is {conv_width}; expected at least 0")
         self.conv = CausalConvolution(dim, conv_width) if conv_width > 1 else None
         self.q_proj = nn.Linear(dim, heads * self.key_size, bias=bias)
         self.k_proj = nn.Linear(dim, kv_heads * self.key_size, bias=bias)
@@ -381,17 +384,27 @@ class _Gated(_Retention):
     def __init__(self, *arguments: Any, gating: bool, offset: Callable[[int], Tensor], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.decay_proj = nn.Linear(self.dim, self.kv_heads) if gating else None
+        self.make_offset = offset
         if gating:
             self.register_buffer("decay_offset", offset(self.kv_heads))
             nn.init.normal_(self.decay_proj.weight, std=0.02)
             nn.init.zeros_(self.decay_proj.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Gated:
+        """The offset stays float32, and is made where a layer of the meta device gets its memory."""
+        offset = None if self.decay_proj is None else self.decay_offset
+        super()._apply(fn, recurse)
+        if offset is not None:
+            device = self.decay_proj.weight.device
+            self.decay_offset = (self.make_offset(self.kv_heads) if offset.is_meta else offset).to(device)
+        return self
 
     def _log_decay(self, h: Tensor) -> Tensor | None:
         if self.decay_proj is None:
             return None
         with torch.autocast(h.device.type, enabled=False):
             logits = F.linear(h.float(), self.decay_proj.weight.float(), self.decay_proj.bias.float())
-            return F.logsigmoid(logits + self.decay_offset.float())
+            return F.logsigmoid(logits + self.decay_offset)
 
 
 class GatedRetention(_Gated):
@@ -461,6 +474,8 @@ class PowerRetention(_Gated):
         conv_width: int = 0,
         chunk_size: int | None = None,
     ) -> None:
+        if degree not in (2, 3, 4):
+            raise ValueError(f"degree is {degree!r}; expected 2, 3 or 4")
         super().__init__(
             dim, heads, kv_heads=kv_heads, key_size=key_size, value_size=value_size, conv_width=conv_width,
             rotation=rotation, degree=degree, normalize=True, norm=norm, norm_weight=norm_weight, eps=eps,

@@ -138,37 +138,66 @@ def best_seconds(run: Callable[[], Any], calls: int = 5) -> float:
 
 
 def holdfast(x: Inputs, threads: int) -> Peer:
-    """Holdfast as a user calls it, with the memory of the output reused as the peers reuse theirs."""
+    """Holdfast as a user calls it, with the memory of the output reused as the peers reuse theirs. One token is a step,
+    whose state, in place, the step before has left; its result is that of a step from zeros."""
     set_num_threads(threads)
     out = aligned(x.v.shape)
 
     def run() -> None:
         retention(x.q, x.k, x.v, x.log_decay, degree=x.degree, out=out)
 
+    call, result = (run, lambda: out) if x.shape[1] > 1 else _one_token(x, out)
     lines: list[str] = []
     set_verbose(lines.append)
-    run()
+    call()
     set_verbose(None)
-    return Peer(OURS, run, lambda: out, how=lines[0].removeprefix("forward: "))
+    return Peer(OURS, call, result, how=lines[0].partition(": ")[2])
+
+
+def _one_token(x: Inputs, out: np.ndarray) -> tuple[Callable[[], None], Callable[[], np.ndarray]]:
+    """(a step, the result of one from zeros)."""
+    token, y = tuple(a[:, 0] for a in (x.q, x.k, x.v, x.log_decay)), out[:, 0]
+    states = _states(x)
+
+    def step() -> None:
+        retention_step(*token, *states, degree=x.degree, out=y)
+
+    def first_step() -> np.ndarray:
+        for state in states:
+            state[...] = 0
+        step()
+        return out
+
+    return step, first_step
+
+
+def _states(x: Inputs) -> list[np.ndarray]:
+    """A state, and of degree 2 a sum of keys, for a step: zeros."""
+    B, _, H, K, V = x.shape
+    D = state_size(K, x.degree)
+    states = [aligned((B, H, D, V)), aligned((B, H, D))][: 1 if x.degree == 1 else 2]
+    for state in states:
+        state[...] = 0
+    return states
 
 
 def holdfast_steps(x: Inputs, threads: int) -> Peer | Absent:
     """What a model does that generates: a call for each token, the state in place."""
-    B, T, H, K, V = x.shape
+    T = x.shape[1]
+    if T == 1:
+        return Absent(STEPS, f"is {OURS} at T = 1")
     if T > MOST_STEPS:
         return Absent(STEPS, f"left out above T = {MOST_STEPS}")
     set_num_threads(threads)
     out = aligned(x.v.shape)
     tokens = [tuple(a[:, t] for a in (x.q, x.k, x.v, x.log_decay, out)) for t in range(T)]
-    D = state_size(K, x.degree)
-    state, sum_of_keys = aligned((B, H, D, V)), aligned((B, H, D)) if x.degree > 1 else None
+    states = _states(x)
 
     def run() -> None:
-        state[...] = 0
-        if sum_of_keys is not None:
-            sum_of_keys[...] = 0
+        for state in states:
+            state[...] = 0
         for q, k, v, log_decay, y in tokens:
-            retention_step(q, k, v, log_decay, state, sum_of_keys, degree=x.degree, out=y)
+            retention_step(q, k, v, log_decay, *states, degree=x.degree, out=y)
 
     return Peer(STEPS, run, lambda: out, how=f"{T} calls of retention_step")
 

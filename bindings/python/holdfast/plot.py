@@ -35,14 +35,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def lines(file: Path) -> list[dict[str, Any]]:
+    """Of a log, but for a last one that has no end: a run that was killed may have been writing it."""
+    try:
+        text = file.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{file} is not a log of holdfast train: {error}") from error
+
+
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """(the run, its steps, its validations) of a log."""
     file = path / "log.jsonl" if path.is_dir() else path
-    try:
-        entries = [json.loads(line) for line in file.read_text().splitlines()]
-        [first] = [entry for entry in entries if "run" in entry]
-    except ValueError as error:
-        raise ValueError(f"{file} is not a log of holdfast train: {error}") from error
+    entries = lines(file)
+    if len(runs := [entry for entry in entries if "run" in entry]) != 1:
+        raise ValueError(f"{file} is not a log of holdfast train: it has {len(runs)} lines of a run; expected 1")
+    [first] = runs
     steps = [entry for entry in entries if "loss" in entry]
     return first, steps, [entry for entry in entries if "validation_loss" in entry]
 

@@ -13,8 +13,8 @@ Gradients are those of `holdfast.retention_backward` and `holdfast.head_norm_gat
 tensor of floating point, but theta; what needs no gradient costs none. Where that of q or of log_decay is needed, of
 degree 1 without normalization on the CPU, `retention` keeps a state every `holdfast.state_interval` tokens for it (not
 of packed sequences, nor in state_layout "vk"): at most an eighth of the memory that q, k, v, out and their gradients
-take. Gradients have no gradients of their own, except for
-`rotate`: to differentiate them raises NotImplementedError.
+take. `rotate`, which is linear, is differentiated any number of times and in forward mode too; to differentiate the
+gradients of the others, or them in forward mode, raises NotImplementedError.
 
 Errors name the argument, say what it was and what was expected, as those of `holdfast` do. PyTorch may be missing:
 `import holdfast` does not need it.
@@ -22,7 +22,6 @@ Errors name the argument, say what it was and what was expected, as those of `ho
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any, Literal
 
 try:
@@ -36,18 +35,31 @@ except ModuleNotFoundError as error:
 
 import numpy as np
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     # What torch.library.register_autograd makes refuses torch.func.grad (PyTorch's issue 170834; 2.13 has it), because
     # it is an autograd.Function, which works above the dispatcher. Below it, one transform at a time, this one does.
     from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
     from torch.autograd.function import _SingleLevelFunction
 except ImportError:  # private, and may go
     _SingleLevelFunction = None
 
 import holdfast
 
-from . import _EXPANSIONS, _FORMS, _NORMALIZE, _STATE_LAYOUTS, _cuda_stream, _degree, _expanded_size, _holdfast, _option
+from . import (
+    _EXPANSIONS,
+    _FORMS,
+    _NORMALIZE,
+    _STATE_LAYOUTS,
+    _cuda_stream,
+    _degree,
+    _expanded_size,
+    _holdfast,
+    _integer,
+    _option,
+)
 
 __all__ = [
     "convert_state",
@@ -102,7 +114,10 @@ def retention(
         cu_seqlens=cu_seqlens,
     )
     _check_flags(return_state=return_state, return_weights=return_weights)
-    normalized = _normalized(_degree(degree), normalize)
+    if _SingleLevelFunction is None and _forward_mode():
+        states = {"initial_state": initial_state, "initial_sum_of_keys": initial_sum_of_keys}
+        _check_no_tangents("retention", q=q, k=k, v=v, log_decay=log_decay, **states)
+    normalized = _normalized(degree := _degree(degree), normalize)
     for name, value, known in (
         ("form", form, _FORMS), ("state_layout", state_layout, _STATE_LAYOUTS), ("expansion", expansion, _EXPANSIONS)
     ):  # fmt: skip
@@ -118,6 +133,7 @@ def retention(
         and form in ("auto", "chunkwise")
         and cu_seqlens is None
         and state_layout == "kv"
+        and (torch.compiler.is_compiling() or q.ndim < 2 or q.shape[1] > 128)  # few tokens: there are none to keep
         and q.device.type == "cpu"
     )
     out, state, sum_of_keys, weights, _ = torch.ops.holdfast.retention(
@@ -196,12 +212,14 @@ def retention_step(
     """
     _check_tensors(q=q, k=k, v=v, state=state)
     _check_optional_tensors(log_decay=log_decay, sum_of_keys=sum_of_keys)
-    normalized = _normalized(degree if degree == 1 else _degree(degree), normalize)
+    normalized = _normalized(degree := 1 if degree == 1 else _degree(degree), normalize)
     if state_layout != "kv" or expansion != "tight":
         _option("state_layout", state_layout, _STATE_LAYOUTS)
         _option("expansion", expansion, _EXPANSIONS)
     if torch.is_grad_enabled():
         _check_no_grad(q=q, k=k, v=v, log_decay=log_decay, state=state, sum_of_keys=sum_of_keys)
+    if _forward_mode():
+        _check_no_tangents("retention_step", q=q, k=k, v=v, log_decay=log_decay, state=state, sum_of_keys=sum_of_keys)
     if (dtype := _autocast_dtype(q)) is not None:
         q, k, v, log_decay = q.to(dtype), k.to(dtype), v.to(dtype), _float32(log_decay)
     return torch.ops.holdfast.retention_step(
@@ -223,13 +241,15 @@ def rotate(
         out_0 = x_0 cos(angle) - x_1 sin(angle)
         out_1 = x_1 cos(angle) + x_0 sin(angle)
 
-    Returns: out [B, T, H, K], a new tensor, differentiable by x, any number of times.
+    Returns: out [B, T, H, K], a new tensor, differentiable by x, any number of times, in both modes.
     """
     _check_tensors(x=x, theta=theta)
     _check_optional_tensors(positions=positions)
     _check_flags(interleaved=interleaved)
+    if _SingleLevelFunction is None and _forward_mode():
+        _check_no_tangents("rotate", x=x, theta=theta)
     if not isinstance(offset, int | torch.SymInt):
-        offset = index(offset)
+        offset = _integer("offset", offset)
     if _autocast_dtype(x) is not None:
         theta = theta.float()
     return torch.ops.holdfast.rotate(x, theta, offset, interleaved, positions)
@@ -255,6 +275,8 @@ def head_norm_gate(
     """
     _check_tensors(x=x)
     _check_optional_tensors(gate=gate, weight=weight)
+    if _SingleLevelFunction is None and _forward_mode():
+        _check_no_tangents("head_norm_gate", x=x, gate=gate, weight=weight)
     if norm not in ("rms", "layer"):
         raise ValueError(f"norm is {norm!r}; expected 'rms' or 'layer'")
     if _autocast_dtype(x) is not None:
@@ -303,6 +325,8 @@ def convert_state(state: Tensor, key_size: int, expansion: Literal["tight", "til
     Returns: out [N, Hk, D', V] or [N, Hk, D'], D' = state_size(key_size, 2, expansion), a new tensor.
     """
     _check_tensors(state=state)
+    if _forward_mode():
+        _check_no_tangents("convert_state", state=state)
     return holdfast.convert_state(state, key_size, expansion)
 
 
@@ -338,6 +362,18 @@ def _check_no_grad(**arguments: Tensor | None) -> None:
             )
 
 
+def _forward_mode() -> bool:
+    """Whether tensors may have tangents."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def _check_no_tangents(function: str, **arguments: Tensor | None) -> None:
+    """Where no autograd.Function sees them: they would be dropped."""
+    for name, x in arguments.items():
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name} has a tangent, and {function} has no derivative in forward mode")
+
+
 def _normalized(degree: int, normalize: bool | None) -> bool:
     return (degree > 1, False, True)[_option("normalize", normalize, _NORMALIZE)]
 
@@ -353,7 +389,7 @@ def _number(name: str, value: Any) -> float | None:
 def _chunk_size(value: Any) -> int | None:
     if value is None:
         return None
-    if (size := index(value)) < 1:
+    if (size := _integer("chunk_size", value, ", or None")) < 1:
         raise ValueError(f"chunk_size is {size}; expected at least 1, or None")
     return size
 
@@ -384,8 +420,9 @@ def _define(schema: str, kernel: Any, fake: Any) -> None:
     torch.library.register_fake(f"holdfast::{name}", fake, lib=_LIBRARY)
 
 
-def _define_gradient(name: str, save: Any, differentiate: Any) -> None:
-    """Register save(ctx, inputs, output), which follows a call, and differentiate(ctx, *gradients of results)."""
+def _define_gradient(name: str, save: Any, differentiate: Any, push: Any = None) -> None:
+    """Register save(ctx, inputs, output), which follows a call, differentiate(ctx, *gradients of results), and, for
+    forward mode, push(ctx, *tangents of inputs)."""
     if _SingleLevelFunction is None:
         torch.library.register_autograd(f"holdfast::{name}", differentiate, setup_context=save, lib=_LIBRARY)
         return
@@ -395,21 +432,36 @@ def _define_gradient(name: str, save: Any, differentiate: Any) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
-    def forward(ctx: Any, keys: torch.DispatchKeySet, *inputs: Any) -> Any:
-        results = compute(keys, *inputs)
+    def forward(ctx: Any, call: tuple, *inputs: Any) -> Any:
+        keys, grad, tangents = call
+        # PyTorch has turned recording off, for this transform. Those around it lie below, and come by here as well.
+        with torch.set_grad_enabled(grad), _set_fwd_grad_enabled(tangents):
+            results = compute(keys, *inputs)
         save(ctx, inputs, results)
         return results
 
     def backward(ctx: Any, *gradients: Any) -> Any:
         return None, *differentiate(ctx, *gradients)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"holdfast_{name}", (_SingleLevelFunction,), methods)
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        if push is None:
+            raise NotImplementedError(
+                f"{name} is differentiated in forward mode, which is not implemented; expected reverse mode: "
+                "backward(), or grad, vjp and jacrev of torch.func"
+            )
+        return push(ctx, *tangents)
+
+    methods = {"forward": forward, "backward": backward, "jvp": jvp}
+    function = type(
+        f"holdfast_{name}", (_SingleLevelFunction,), {name: staticmethod(method) for name, method in methods.items()}
+    )
 
     def kernel(keys: torch.DispatchKeySet, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        grad = torch.is_grad_enabled()
+        tangents = _forward_mode() or torch._C._are_functorch_transforms_active()  # compiled, a level does not show
+        if tangents or (grad and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)):
             with enable_single_level_autograd_function():
-                return function.apply(keys, *inputs)
+                return function.apply((keys, grad, torch._C._is_fwd_grad_enabled()), *inputs)
         return compute(keys, *inputs)
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
@@ -434,6 +486,17 @@ def _stream(x: Tensor) -> int:
     return _cuda_stream(x) if x.is_cuda else 1
 
 
+def _workspace(bytes: int, device: int, stream: int) -> Tensor | None:
+    """Memory of a call on CUDA, PyTorch's: a graph that is being captured keeps it, streams get it in turn. None where
+    the call is not in PyTorch's current stream, which is the one that its allocator minds."""
+    if not torch.cuda.is_available() or (torch.cuda.current_stream(device).cuda_stream or 1) != stream:
+        return None
+    return torch.empty(bytes, dtype=torch.uint8, device=f"cuda:{device}")
+
+
+_holdfast.set_cuda_allocator(_workspace)
+
+
 def _retention_results(
     q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, scale, degree, normalize, form, chunk_size,
     return_state, return_weights, state_layout, expansion, keep_states,
@@ -444,6 +507,10 @@ def _retention_results(
             raise ValueError(f"{name} has {x.ndim} dimensions; expected 4, [B, T, {axes}]")
     B, T, H, K = q.shape
     Hk, V = v.shape[2:]
+    if cu_seqlens is not None and cu_seqlens.ndim != 1:
+        raise ValueError(f"cu_seqlens has {cu_seqlens.ndim} dimensions; expected 1, [N + 1]")
+    if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens [N + 1] has N + 1 = 0; expected at least 2")
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     D = _expanded_size(K, degree, expansion)
     state = (Hk, D, V) if state_layout == "kv" else (Hk, V, D)
@@ -612,6 +679,16 @@ _define(
 )
 
 
+def _step_batched(*_: Any) -> None:
+    raise NotImplementedError(
+        "retention_step is called under vmap, which is not implemented for it: it writes to the state; expected the "
+        "batch as that of its arguments"
+    )
+
+
+_LIBRARY.impl("retention_step", _step_batched, "FuncTorchBatched")
+
+
 def _like_x(x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -633,19 +710,31 @@ _define(
 def _save_rotate(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, theta, ctx.offset, ctx.interleaved, positions = inputs
     ctx.save_for_backward(theta, positions)
+    ctx.save_for_forward(theta, positions)
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate_rotate(ctx: Any, dout: Tensor):
     theta, positions = ctx.saved_tensors
     if _wanted(ctx, 2)[1]:
         raise NotImplementedError("theta requires grad, and rotate has no gradient of it; expected theta.detach()")
+    if dout is None:
+        return (None,) * 5
     # The transpose of a rotation turns back.
     [dout] = _rows(dout)
     dx = torch.ops.holdfast.rotate(dout, -theta, ctx.offset, ctx.interleaved, positions)
     return dx, None, None, None, None
 
 
-_define_gradient("rotate", _save_rotate, _differentiate_rotate)
+def _push_rotate(ctx: Any, dx: Tensor | None, dtheta: Tensor | None, *_: Any) -> Tensor:
+    theta, positions = ctx.saved_tensors
+    if dtheta is not None:
+        raise NotImplementedError("theta has a tangent, and rotate has no derivative by it; expected theta.detach()")
+    [dx] = _rows(dx)
+    return torch.ops.holdfast.rotate(dx, theta, ctx.offset, ctx.interleaved, positions)
+
+
+_define_gradient("rotate", _save_rotate, _differentiate_rotate, _push_rotate)
 
 
 def _head_norm_gate_kernel(x, gate, weight, norm, eps):

@@ -32,9 +32,10 @@ from torch import Tensor, distributed  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-from .lm import ATTENTIONS, PRESETS, Config, RetentionLM, load_versioned  # noqa: E402
+from .lm import ATTENTIONS, PRESETS, Config, RetentionLM, check_device, load_versioned  # noqa: E402
 
 FORMAT, VERSION = "holdfast checkpoint", 1
+STEPS = 1000  # where neither they nor minutes are given
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Of the model, by option.
 CONFIG = (
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=1000, help="default: %(default)s")
+    group.add_argument("--steps", type=int, help=f"default: {STEPS}; with --minutes, as many as there is time for")
     group.add_argument("--minutes", type=float, help="stop at this time, which the learning rate then follows too")
     group.add_argument("--context", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
     group.add_argument(
@@ -165,8 +166,12 @@ def _with_saved(
     defaults = vars(parser.parse_args(arguments))
     given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(defaults, _NOT_GIVEN)))
     named = {name: value for name, value in vars(given).items() if value is not _NOT_GIVEN}
-    output = given.resume if given.resume.is_dir() else given.resume.parent
-    return argparse.Namespace(**{**defaults, **checkpoint["options"], "output": output, **named})
+    return argparse.Namespace(**{**defaults, **checkpoint["options"], "output": _folder(given.resume), **named})
+
+
+def _folder(run: Path) -> Path:
+    """Of a run that is named by it, or by its checkpoint."""
+    return run if run.is_dir() else run.parent
 
 
 _NOT_GIVEN = object()
@@ -175,10 +180,19 @@ _NOT_GIVEN = object()
 def _check(args: argparse.Namespace) -> None:
     for name, least in (
         ("steps", 1), ("context", 1), ("batch", 1), ("accumulate", 1), ("save_every", 1), ("validate_every", 0),
-        ("validation_bytes", 1), ("log_every", 1), ("learning_rate", 0), ("clip", 0), ("warmup", 0),
+        ("validation_bytes", 1), ("log_every", 1), ("threads", 1), ("stop_at", 0), ("seed", 0), ("learning_rate", 0),
+        ("min_learning_rate", 0), ("clip", 0), ("warmup", 0), ("weight_decay", 0), ("beta2", 0), ("minutes", 0),
     ):  # fmt: skip
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least {least}")
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:  # no NaN either
+            finite = ", and finite" if isinstance(value, float) else ""
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least {least}{finite}")
+    if args.minutes == 0:
+        raise ValueError("--minutes is 0; expected more than 0")
+    if args.beta2 >= 1:
+        raise ValueError(f"--beta2 is {args.beta2}; expected less than 1")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed is {args.seed}; expected less than 2^63")
     mixers = [args.attention] if isinstance(args.attention, str) else args.attention
     if args.gating is False and mixers and not {"gated", "power"} & set(mixers):
         raise ValueError(f"--disable-gating is given, and --attention {','.join(mixers)} has no gates")
@@ -192,9 +206,9 @@ class World:
         self.distributed = "WORLD_SIZE" in os.environ and distributed.is_torchelastic_launched()
         if not self.distributed:
             self.size, self.rank = 1, 0
-        self.device = torch.device(args.device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if args.device == "cuda" else args.device
+        check_device(device)
+        self.device = torch.device(device)
         self.backend = args.backend or ("nccl" if self.device.type == "cuda" else "gloo")
         parts = self.size * args.accumulate
         if args.batch % parts:
@@ -241,7 +255,7 @@ class Run:
             )
         changes = {name: value for name in CONFIG if (value := getattr(args, name)) is not None}
         torch.manual_seed(args.seed)
-        self.model = RetentionLM(args.preset, **changes).to(world.device)
+        self.model = RetentionLM(args.preset, vocab_size=256, **changes).to(world.device)
         self.optimizer = make_optimizer(self.model, args)
         self.step, self.seconds = 0, 0.0
         if checkpoint is not None:
@@ -283,23 +297,26 @@ class Run:
 
     def _progress(self) -> float:
         """Of the run, 0 to 1; for all processes together."""
-        done = self.step / self.args.steps
-        if self.args.minutes is None:
+        minutes = self.args.minutes
+        done = self.step / (self.args.steps or (STEPS if minutes is None else math.inf))
+        if minutes is None:
             return done
         # Clocks differ, and all processes must take the same number of steps at the same learning rates.
         [elapsed] = self.world.total(self.seconds / self.world.size)
-        return max(done, min(1.0, elapsed / (60 * self.args.minutes)))
+        return max(done, min(1.0, elapsed / (60 * minutes)))
 
     def train(self) -> None:
         args, world = self.args, self.world
         if world.leads:
             args.output.mkdir(parents=True, exist_ok=True)
-        with Log(args.output / "log.jsonl", self.step, enabled=world.leads) as log, self._interruptible():
-            if not self.step:
+        before = args.output if args.resume is None else _folder(args.resume)  # which may be another
+        log = Log(args.output / "log.jsonl", before / "log.jsonl", self.step, enabled=world.leads)
+        with log, self._interruptible():
+            if not log.described:
                 log.write(self._description())
             with self._bar() as bar:
                 progress = self._progress()
-                while progress < 1 and not self.stopped and self.step != args.stop_at:
+                while progress < 1 and not self.stopped and (args.stop_at is None or self.step < args.stop_at):
                     self._one_step(progress, log, bar)
                     progress = self._progress()
                     bar.advance(progress)
@@ -339,7 +356,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.step % args.log_every == 0 or self.step == args.steps:
+        if self.step % args.log_every == 0 or self.step == (args.steps or STEPS):
             [value] = world.total(loss.item() / world.size)
             if not math.isfinite(value):
                 raise ValueError(f"the loss is {value} at step {self.step}; a smaller --learning-rate may help")
@@ -458,7 +475,8 @@ def _seed(*numbers: int) -> int:
 def learning_rate(args: argparse.Namespace, progress: float) -> float:
     """Up linearly over the warm-up, down by a cosine to its share at the end."""
     if progress < args.warmup:
-        return args.learning_rate * (progress + 1 / args.steps) / (args.warmup + 1 / args.steps)
+        step = 1 / (args.steps or STEPS)
+        return args.learning_rate * (progress + step) / (args.warmup + step)
     done = (progress - args.warmup) / max(1e-9, 1 - args.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return args.learning_rate * (args.min_learning_rate + (1 - args.min_learning_rate) * cosine)
@@ -474,35 +492,34 @@ def make_optimizer(model: RetentionLM, args: argparse.Namespace) -> torch.optim.
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, args.beta2), fused=True)
 
 
-def read_checkpoint(path: Path, device: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """What a run has saved, from its folder or the file. OSError, or ValueError for another file or a later one."""
-    file = path / "checkpoint.pt" if path.is_dir() else path
-    return load_versioned(file, FORMAT, VERSION, device)
+    return load_versioned(path / "checkpoint.pt" if path.is_dir() else path, FORMAT, VERSION)
 
 
 def load_model(path: Path | str, device: Any = "cpu") -> RetentionLM:
     """The model of a run, from its folder or checkpoint, to be used."""
-    checkpoint = read_checkpoint(Path(path), device)
+    check_device(device)
+    checkpoint = read_checkpoint(Path(path))
     model = RetentionLM(Config(**checkpoint["config"])).to(device)
     model.load_state_dict(checkpoint["model"])
     return model.eval()
 
 
 class Log:
-    """A file of JSON objects, a line each. A run that goes on drops what was written after its checkpoint."""
+    """A file of JSON objects, a line each. A run that goes on has those of `before` up to its checkpoint."""
 
-    def __init__(self, path: Path, step: int, enabled: bool) -> None:
-        self.path, self.step, self.file = path, step, None
-        self.enabled = enabled
+    def __init__(self, path: Path, before: Path, step: int, enabled: bool) -> None:
+        self.path, self.before, self.step, self.file = path, before, step, None
+        self.enabled, self.described = enabled, False
 
     def __enter__(self) -> Log:
         if self.enabled:
-            kept = []
-            if self.step and self.path.exists():
-                lines = self.path.read_text().splitlines(keepends=True)
-                kept = [line for line in lines if json.loads(line).get("step", 0) <= self.step]
+            kept = plot.lines(self.before) if self.step and self.before.exists() else []
+            kept = [entry for entry in kept if entry.get("step", 0) <= self.step]
+            self.described = any("run" in entry for entry in kept)
             self.file = self.path.open("w")
-            self.file.writelines(kept)
+            self.file.writelines(json.dumps(entry) + "\n" for entry in kept)
         return self
 
     def __exit__(self, *_: object) -> None:

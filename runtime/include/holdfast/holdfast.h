@@ -97,15 +97,17 @@ HOLDFAST_API holdfast_status holdfast_context_set_target(holdfast_context *conte
 HOLDFAST_API holdfast_status holdfast_context_set_backend(holdfast_context *context, const char *backend);
 
 /** CUDA: the CUcontext to work in. NULL (default): that of the stream, else the one that is current on the calling thread if
- *  it is of the tensors' device, else the device's primary context (PyTorch's). Other backends do not look at it.
+ *  it is of the tensors' device, else the device's primary context (PyTorch's). Tensors on the CPU go to the device of the context
+ *  that is found so, else to the first that will do. Other backends do not look at it.
  *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context. A CUcontext of another device fails the calls that would use it. */
 HOLDFAST_API holdfast_status holdfast_context_set_device(holdfast_context *context, void *device);
 
 /** Where work on a GPU is put: a CUstream (NULL: the default stream) or a cl_command_queue, in order, of the cl_context that
  *  the tensors are of (NULL: a queue of the library, for tensors on the CPU alone). Calls on tensors of a CUDA or OpenCL
  *  device return when their work is in the stream, before it is done. Metal and Vulkan do not look at it: there a call
- *  returns when its work is done.
- *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context. A stream that is none fails the calls that would use it. */
+ *  returns when its work is done. It must be a stream of the backend that the calls run on: OpenCL refuses what is no object of one of
+ *  its drivers; a CUstream is not looked at.
+ *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context. A cl_command_queue that is none fails the calls that would use it. */
 HOLDFAST_API holdfast_status holdfast_context_set_stream(holdfast_context *context, void *stream);
 
 /** At most this many threads work on a call, the calling one included. 0 (default): one per core that the process may use.
@@ -339,8 +341,9 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  be exactly initial_state (the same elements in the same places), and final_sum_of_keys initial_sum_of_keys: they are then
  *  advanced in place.
  *
- *  On a GPU: one launch sequence for the whole problem, as far as 2^31 bytes reach, else one for each part of it. log_decay is not
- *  looked at, so positive ones are computed with. Workspace grows with T: the states between all chunks. For a degree above 1 or
+ *  On a GPU: one launch sequence for the whole problem, as far as 2^31 bytes and 2^15 batch entries or heads of queries reach, else
+ *  one for each part of it. log_decay is not looked at, so positive ones are computed with. Workspace grows with T: the states
+ *  between all chunks. For a degree above 1 or
  *  normalization, one launch sequence for each chunk of all batch entries or of a packed sequence, and workspace for one of them. The
  *  recurrent form, which is taken when it is asked for, is two launches for each token of all batch entries or of a packed sequence
  *  (what holdfast_step says for a degree above 1 or normalization), and one to put the initial state where it will be advanced. States
@@ -356,7 +359,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  this build, an extent of 2^31 or more, D V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
  *  elements; on a GPU, that one chunk of one head, or its state, carries beyond 2^31 bytes); HOLDFAST_TARGET_UNAVAILABLE;
  *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
- *  Tensors as a whole may be larger than 2^31 bytes. Thread-safety: that of the context. */
+ *  Tensors as a whole may be larger than 2^31 bytes, but not those on the CPU that a GPU computes, each of which is copied to one
+ *  buffer. Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args);
 
 /** D, the size of an expanded key and the rows of a state: K = `key_size` elements, `degree` 0 (which is 1) to 4, a
@@ -496,9 +500,11 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  wanted: it costs nothing, and the others keep their bits. Where log_decay is -infinity dlog_decay is 0, to rounding.
  *
  *  Inputs of 16 bits are widened as they are read, sums are in fp32, and each gradient is rounded once; that of a decay per head is
- *  summed in fp64. A sequence cut in two, the gradients of the second part's initial state and sum of keys given to the first part as
- *  those of its final ones, has the gradients of the whole to rounding. The same call on the same machine and target gives the
- *  same bits, for any number of threads.
+ *  summed in fp64. Variants with round_operands also round, for products, weights within a chunk and their gradients, and states and
+ *  theirs, one factor of each term: dq, dk and dv are then within twice the rounding of their type, dlog_decay within one of the terms
+ *  that it is a sum of, and dinitial_state stays fp32. A sequence cut in two, the gradients of the second part's initial state and
+ *  sum of keys given to the first part as those of its final ones, has the gradients of the whole to rounding. The same call on the
+ *  same machine and target gives the same bits, for any number of threads.
  *
  *  What is computed, where: the gradient is the same in every form, so it is computed from all T x T weights, without any state, for
  *  HOLDFAST_FORM_PARALLEL and a degree above 1 or normalization where no state, sum of keys, or gradient of one is given or
@@ -520,13 +526,15 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  Aliasing: inputs may share memory with one another. Outputs overlap no other tensor, except that dinitial_state may be exactly
  *  dfinal_state (the same elements in the same places), and dinitial_sum_of_keys dfinal_sum_of_keys.
  *
- *  On a GPU, for degree 1 without normalization: a launch sequence for all batch entries, heads and chunks, as far as 2^31 bytes reach,
- *  else for as many heads as they do. The states between all chunks and their gradients are memory of the call, which so grows with T, and
- *  nothing is computed twice. Else a launch sequence for each chunk, forward and back, with states kept or computed again as above, of
- *  all heads at a time in the place of threads; packed sequences one after the other. From all weights: three times T x T floats a
- *  head, of as many heads at a time as 2^31 bytes hold of one of these; HOLDFAST_FORM_AUTO goes by chunks. A decay per head has its
- *  gradient summed by blocks of 256 tokens, in fp32. What holdfast_forward says of log_decay, of tensors there and of streams goes for
- *  this call too.
+ *  On a GPU, for degree 1 without normalization: a launch sequence for all batch entries, heads and chunks, as far as 2^31 bytes and
+ *  2^15 batch entries or heads of queries reach, else for as many as they do. The states between all chunks and their gradients are
+ *  memory of the call, which so grows with T, and nothing is computed twice. A head that is too large for that takes several such
+ *  sequences, of some of its tokens each, from the last to the first, and before them, for dq and dlog_decay, one like those of
+ *  holdfast_forward for each to make the state that it begins with. For a degree above 1 or normalization: a launch sequence for each
+ *  chunk, forward and back, with states kept or computed again as above, of all heads at a time in the place of threads; packed
+ *  sequences one after the other. From all weights: three times T x T floats a head, of as many heads at a time as 2^31 bytes hold of
+ *  one of these; HOLDFAST_FORM_AUTO goes by chunks. A decay per head has its gradient summed by blocks of 256 tokens, in fp32. What
+ *  holdfast_forward says of log_decay, of tensors there and of streams goes for this call too.
  *
  *  HOLDFAST_UNSUPPORTED so far: normalized out of no heads of queries, H = 0, where there are some of keys; on a GPU the parallel form
  *  where the T x T floats of a group of heads are more than 2^31 bytes, and dlog_decay per head where those of all tokens are.

@@ -1,0 +1,52 @@
+// Where threads outnumber heads: a head's tokens in spans, one after the other, that threads share. Each makes the state that its span
+// begins with anew, from all tokens before, in the same chunks and by the same kernel without queries: to the bit.
+#pragma once
+#include "problem.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace holdfast {
+
+/// Below that much work, T D V, the first thread does all before another is awake.
+inline bool worth_sharing(const Problem &p) { return (double)p.T * (double)p.D * (double)p.V >= 1 << 22; }
+
+class Spans {
+public:
+    int64_t count;  // of each sequence, some of which may have no tokens
+
+    /// For so many threads to each head.
+    Spans(const Problem &p, int64_t chunk, int64_t threads) : count(1), chunk(chunk) {
+        // Operations of a token: its part of the state, and for each head of queries as many to read it, and the chunk's own.
+        const double state = (double)p.D * (double)p.V, own = 0.5 * (double)chunk * (double)(p.K + p.V);
+        state_share = state / (state + (double)p.group() * (state + own));
+        // The last span writes the final state, where the others may yet read the initial one; states between are written once.
+        if (p.states.rank || same(p.initial_state, p.final_state) || same(p.initial_sum, p.final_sum) || !worth_sharing(p))
+            return;
+        // As long as one more saves a twentieth of the time. It never falls below the share of states.
+        constexpr double worth_it = 0.95;
+        for (const int64_t most = std::min(threads, p.longest() / chunk); count < most; count++)
+            if (first_share(count + 1) > worth_it * first_share(count)) break;
+    }
+
+    /// The first token of span n of a sequence of T, that of a chunk; T for n = count. All take the same time: each is shorter than the
+    /// one before by what the states up to it cost.
+    int64_t begin(int64_t T, int64_t n) const {
+        if (n == count) return T;
+        return (int64_t)((double)T * first_share(count) / first_share(n)) / chunk * chunk;
+    }
+    /// Whether span n has work: the one of no tokens at all is that of span 0.
+    bool has_work(int64_t T, int64_t n) const { return begin(T, n) < begin(T, n + 1) || (T == 0 && n == 0); }
+
+private:
+    int64_t chunk;
+    double state_share;
+
+    static bool same(const Tensor &a, const Tensor &b) { return a.rank && a.data == b.data; }
+
+    /// What the first of n spans has of the tokens, and all of them take of the time of one; infinite for none.
+    double first_share(int64_t n) const { return state_share / (1 - std::pow(1 - state_share, (double)n)); }
+};
+
+}  // namespace holdfast
