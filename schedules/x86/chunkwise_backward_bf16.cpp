@@ -1,18 +1,19 @@
 // x86 with products of bf16, whose operands are rounded (ChunkwiseSizes::operands): AVX-512 BF16, in registers; as in
 // chunkwise_bf16.cpp, which says for whom. Not parallel, and called for a few chunks at a time: chunkwise_backward.cpp.
 //
-// Contributions to states and to their gradients are of fp32, two of the five products with states; the other three, and the five
-// inside chunks, have 16 vdpbf16ps with 10 loads in their loops, scores with 17. By count that leaves 1.5 of the time of all products.
+// What is added to states and to their gradients is of fp32: two of the five products with states. The other three, and the five
+// inside chunks, are loops of 16 vdpbf16ps with 10 loads, scores with 17. By count all products take 0.65 of fp32's time.
 //
-// AMD EPYC (Zen 4), one core, in turn with fp32 products of the same rows of bf16; calls of 8 chunks at K = V = 64, of 4 at 128.
-// From cache (T 256 of one head): 0.50 us a token at 64, 1.28 times as fast; 1.56 us at 128, 1.30 times. With rows from L3 (T 1024 of 8
-// heads): 0.52 us, 1.28 times; 1.71 us, 1.29 times as fast, 1.38 times as the kernel for any size. Calls of 2 and 4 chunks: the same.
-// The whole call, T 4096 of 8 heads, states computed again by the forward's kernel: on one thread and on two 1.19 and 1.21 times as fast
-// at 64 (24.8 and 12.3 ms), at 128 1.29 and 1.30 times as the one for any size (74.4 and 37.3 ms).
+// AMD EPYC (Zen 4), one core, in turn with fp32 products of the same rows of bf16; calls of 8 chunks at K = V = 64, 4 at 128. From
+// cache (one head of a call): 0.50 us a token at 64, 1.28 times as fast; 1.56 us at 128, 1.30 times. With rows from L3 (T 512 of 8
+// heads): 0.52 us, 1.28 times; 1.71 us, 1.28 times, 1.38 times as fast as the kernel for any size. Calls of 2 and 4 chunks: the
+// same. The whole call, T 4096 of 8 heads, with the forward's kernel for states: 1.19 times as fast on one thread and 1.21 times
+// on two at 64 (24.8 and 12.3 ms), 1.29 and 1.30 times at 128, there beside the kernel for any size (74.4 and 37.3 ms).
 //
-// From cache at 64, 58% of the time in products, at the peak but for scores (three quarters of it): 25% those of fp32, 16% the
-// three with states, 17% inside chunks. Rounding and pairs 7%, pairs as columns 6%, gates 6%, rows in 3% and widened 3%, the mask's exp 2%,
-// memory for stages 2%. Chunks of 64 gain nothing by count: products inside them grow by what those of states' elements fall.
+// From cache at 64, 58% of the time in products, at the peak but for scores, at three quarters of it: 25% those of fp32, 20% the
+// three others with states, 13% inside chunks. Rounding and pairs 7%, pairs as columns 6%, gates 6%, rows in 3% and widened 3%,
+// the mask's exp 2%, memory for stages 2%. Chunks of 64 gain nothing by count: products inside them grow by more than what is
+// done for each element of a state falls.
 #include "../schedule.h"
 #include "chunkwise_backward.h"
 #include "pairs.h"
