@@ -787,11 +787,12 @@ py::object convert_state(int64_t key_size, py::handle state, int expansion, py::
     const int tiled = HOLDFAST_EXPANSION_TILED;
     const bool is_tiled = shape[2] == holdfast_state_size(key_size, 2, tiled);
     if (out.is_none())
-        out = from.ndim == 3 ? empty_array(float32, shape[0], shape[1], D) : empty_array(float32, shape[0], shape[1], D, shape[3]);
+        out = from.ndim == 3 ? empty_array(float32, shape[0], shape[1], D)
+                             : empty_array(float32, shape[0], shape[1], D, shape[3]);
     out_array.borrow("out", out, from.ndim, true);
     holdfast_context *c = context();
-    if (holdfast_status status = holdfast_convert_state(c, key_size, &from, is_tiled ? tiled : HOLDFAST_EXPANSION_TIGHT,
-                                                        out_array.get(), expansion))
+    if (holdfast_status status =
+            holdfast_convert_state(c, key_size, &from, is_tiled ? tiled : HOLDFAST_EXPANSION_TIGHT, out_array.get(), expansion))
         raise_status(status, holdfast_last_error(c));
     return out;
 }
