@@ -1,9 +1,13 @@
-// x86 with AVX-512 or AVX2: a strip of `columns` vectors of the state at a time, down all its rows, with the strip's values
-// and sums in registers. As many columns as there are registers for: rows are then read from end to end. Not parallel: the
-// runtime spreads batch entries and heads over threads.
+// x86 with AVX-512 or AVX2: rows of the state are read and written from end to end, as memory likes it best. Where there are
+// registers for the values and sums of a whole row, they stay there, down all rows; else they pass through L1 with each row. Not
+// parallel: the runtime spreads batch entries and heads over threads.
 //
 // One core of an Intel Xeon at 2.3 GHz, AVX-512, one token of 8 heads: K = V = 64 in 3.6 us, 73 GB/s read and written in L2, 0.6
-// us of it the call's checks; 128 in 14 us, 74 GB/s. From memory 75 to 89% of what copying moves (retention_bench, copy_share).
+// us of it the call's checks; 128 in 14 us, 74 GB/s. From memory 75 to 89% of what copying moves.
+// Zen 4, one core, states from memory, where updating an array moves 38 GB/s: AVX-512 39 at V = 64 and 128, 30 at 256, 34 to 37 at
+// 512; AVX2 39 to 41 at 64 and 128, 27 to 39 above. A strip of columns in registers at a time, down all rows, is 20 wherever it is
+// not the whole row, as are 4 or 8 rows at a time; from cache it is 8 to 12% faster with AVX-512, and 9% at V = 64 with AVX2, which
+// above takes up to 1.5 times as long.
 #include "../../generators/recurrent.h"
 #include "../schedule.h"
 
@@ -13,7 +17,7 @@ using namespace holdfast;
 
 constexpr int rows = 4;  // at a time: the first of them asks whether it is the first of all
 
-// Of a strip. Twice as many registers hold its sums and values; five more the decay and what passes through.
+// Of a part of a row. Twice as many registers hold its sums and values; five more the decay and what passes through.
 int columns(int value, const Target &t) {
     int n = t.has_feature(Target::AVX512_Skylake) ? 8 : 4;  // of 32 registers, of 16
     while (value % (n * t.natural_vector_size<float>())) n /= 2;
@@ -25,13 +29,13 @@ void apply(RecurrentFuncs &f, const RecurrentSizes &sizes, const Target &target)
     RVar ro("ro"), ri("ri");
     const int vec = target.natural_vector_size<float>(), wide = columns(sizes.value, target) * vec;
 
-    f.state_and_sum.update()
-        .split(e, eo, ei, wide)
-        .split(f.over_key_feature, ro, ri, rows)
-        .reorder(ei, ri, ro, eo, h, b)
-        .vectorize(ei, vec)
-        .unroll(ei)
-        .unroll(ri);
+    RVar row = f.over_key_feature;
+    Stage update = f.state_and_sum.update().split(e, eo, ei, wide);
+    if (wide < sizes.value)
+        update.reorder(ei, eo, row, h, b);
+    else
+        update.split(row, ro, ri, rows).reorder(ei, ri, ro, eo, h, b).unroll(ri);
+    update.vectorize(ei, vec).unroll(ei);
     f.v.compute_at(f.state_and_sum, eo).vectorize(f.v.args()[0], vec).unroll(f.v.args()[0]);
     f.decay.compute_at(f.state_and_sum, h);
     // Other queries read the state from cache.
