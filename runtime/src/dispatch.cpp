@@ -18,6 +18,7 @@
 #include "recurrent_gpu.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 namespace holdfast {
@@ -173,8 +174,10 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
 }
 
 int64_t holdfast_state_interval(int64_t key_size, int64_t value_size, DLDataType dtype) {
+    constexpr int64_t most = std::numeric_limits<int32_t>::max();  // of an extent
+    if (key_size < 1 || key_size > most || value_size < 1 || value_size > most || dtype.lanes != 1) return 0;
     for (const Dtype &known : {f32, f16, bf16}) {
-        if (key_size < 1 || value_size < 1 || dtype.lanes != 1 || !(known == Dtype{"", dtype})) continue;
+        if (!(known == Dtype{"", dtype})) continue;
         const double state = 4.0 * (double)key_size * (double)value_size;
         const double rows = 4 * ((double)key_size + (double)value_size) * (double)known.bytes() / 8;  // an eighth of a token's
         int64_t interval = 128;

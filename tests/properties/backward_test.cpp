@@ -1064,7 +1064,8 @@ TEST(StateInterval, IsAnEighthOfTheTensors) {
                                                                         {64, 64, {kDLFloat, 32, 4}, 0},
                                                                         {64, 64, {kDLInt, 32, 1}, 0}})
         EXPECT_EQ(holdfast_state_interval(K, V, dtype), want) << K << ", " << V;
-    EXPECT_GT(holdfast_state_interval(INT64_MAX, INT64_MAX, wide), 0);
+    EXPECT_EQ(holdfast_state_interval(INT64_MAX, INT64_MAX, wide), 0);
+    EXPECT_EQ(holdfast_state_interval(INT32_MAX, INT32_MAX, wide), (int64_t)1 << 31);
 }
 
 TEST(BackwardMemory, IsAShareOfTheTensors) {

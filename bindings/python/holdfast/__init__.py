@@ -458,7 +458,7 @@ def state_interval(key_size: int, value_size: int, dtype: Any = np.float32) -> i
     sizes = _integer("key_size", key_size), _integer("value_size", value_size)
     if interval := _holdfast.state_interval(*sizes, bytes_of_element == 4) if 0 < max(sizes) < 2**31 else 0:
         return interval
-    raise ValueError(f"key_size is {key_size} and value_size {value_size}; expected at least 1")
+    raise ValueError(f"key_size is {key_size} and value_size {value_size}; expected at least 1, below 2^31")
 
 
 def convert_state(
