@@ -1025,8 +1025,10 @@ TEST(BackwardMemory, IsGivenBackAndUsedAgain) {
             ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
             EXPECT_GT(count.blocks, 0);
             if (threads == 1) of_one_thread = count.made;
-            for (int n = 0; n < 5; n++) ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
-            EXPECT_LE(count.made, threads * of_one_thread) << "more is allocated by each call";
+            for (int n = 0; n < 10; n++) ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+            // Each thread's memory grows until it has met all pieces of the work, in whatever order it does.
+            const int64_t most = threads == 1 ? of_one_thread : (threads + 1) * of_one_thread;
+            EXPECT_LE(count.made, most) << "more is allocated by each call";
             EXPECT_EQ(count.made, count.blocks) << "something is given back between calls";
             context.destroy();
             EXPECT_EQ(count.blocks, 0);
