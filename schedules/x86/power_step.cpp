@@ -3,7 +3,7 @@
 //
 // One core of an Intel Xeon (Emerald Rapids), AVX-512, one token of 8 heads, K = V = 64, degree 2, normalized: 212 us, 40 GB/s read
 // and written in L3 (4.3 MB of states), where copying moves 29; a sixth of the time went when the table was compiled in. From memory,
-// 64 batch entries: 75 to 89% of what copying moves, by how busy the machine is (retention_bench, copy_share).
+// 64 batch entries: 75 to 89% of what copying moves, by how busy the machine is.
 #include "../../generators/power_step.h"
 #include "../schedule.h"
 
