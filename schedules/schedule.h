@@ -2,6 +2,7 @@
 // hardware that needs lowering passes of its own registers a `Lowering` as well.
 #pragma once
 #include "Halide.h"
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -38,8 +39,9 @@ struct Schedule {
 };
 
 /// Passes that Halide runs on every pipeline for some targets, whichever schedule it has. Halide keeps them with the Pipeline,
-/// not with its Funcs.
+/// not with its Funcs. A lowering of a lower rank comes before those of a higher one, in whichever order their files are linked.
 struct Lowering {
+    int rank;
     bool (*matches)(const Halide::Target &);
     void (*add_passes)(Halide::Pipeline, const Halide::Target &);
 
@@ -48,7 +50,8 @@ struct Lowering {
         return list;
     }
     static bool add(const Lowering &l) {
-        all().push_back(l);
+        std::vector<Lowering> &list = all();
+        list.insert(std::upper_bound(list.begin(), list.end(), l, [](auto &a, auto &b) { return a.rank < b.rank; }), l);
         return true;
     }
 };

@@ -148,19 +148,14 @@ void RegisterTile::share(Func f, const Var &col, const Var &row, const LoopLevel
 void RegisterTile::result(Stage s, const VarOrRVar &col, const VarOrRVar &row) const { split(s, col, row, {}, {}); }
 
 void stage(Func f, int warps, const Var &inner, int inner_extent, const Var &outer, int outer_extent, const LoopLevel &at) {
-    stage(f, warps, inner, inner_extent, outer, outer_extent, at, Ahead{at, inner, 1});
-}
-
-void stage(Func f, int warps, const Var &inner, int inner_extent, const Var &outer, int outer_extent, const LoopLevel &at,
-           const Ahead &ahead) {
     Var vectors("vectors"), rest("rest"), turn("turn"), thread("thread"), all("all"), warp("warp");
     const int vector = 16 / f.type().bytes();
-    const bool several = ahead.buffers > 1, inward = several && ahead.along.name() == inner.name();
-    f.compute_at(at).store_at(ahead.store).store_in(MemoryType::GPUShared);
-    // What is stored ahead is not bounded by one tile.
-    if (!inward) f.bound_extent(inner, inner_extent);
-    if (!several || inward) f.bound_extent(outer, outer_extent);
-    f.split(inner, vectors, inner, vector)
+    f.compute_at(at)
+        .store_in(MemoryType::GPUShared)
+        .bound_extent(inner, inner_extent)
+        .bound_extent(outer, outer_extent)
+        .align_storage(inner, inner_extent + vector)
+        .split(inner, vectors, inner, vector)
         .fuse(vectors, outer, all)
         .split(all, turn, rest, 32 * warps)
         .split(rest, warp, thread, 32)
@@ -168,19 +163,17 @@ void stage(Func f, int warps, const Var &inner, int inner_extent, const Var &out
         .vectorize(inner)
         .unroll(turn)
         .gpu_threads(thread, warp);
-    f.align_storage(inner, inner_extent * (inward ? ahead.buffers : 1) + vector);
-    if (several) f.fold_storage(ahead.along, ahead.buffers * (inward ? inner_extent : outer_extent));
 }
 
 void add_passes(Pipeline pipeline, const Target &target) {
-    Pass passes[] = {widen_bfloat16(), fold_modulo(),    shift_shared(), match_products(), pair_loads(),        privatize(),
-                     lower_bfloat16(), merge_barriers(), copy_async(),   check_products(), machine_code(target)};
+    Pass passes[] = {widen_bfloat16(), shift_shared(), match_products(), pair_loads(),        privatize(), lower_bfloat16(),
+                     merge_barriers(), copy_async(),   check_products(), machine_code(target)};
     for (Pass &pass : passes) pipeline.add_custom_lowering_pass(pass.release());
 }
 
 namespace {
 bool matches(const Target &target) { return target.has_feature(Target::CUDA); }
-const bool added = Lowering::add({matches, add_passes});
+const bool added = Lowering::add({100, matches, add_passes});
 }  // namespace
 
 }  // namespace holdfast::cuda

@@ -64,17 +64,9 @@ private:
 };
 
 /// inner x outer elements in shared memory, filled by `warps` warps, each thread 16 bytes at a time: by cp.async where it is a
-/// copy. Rows are padded by 16 bytes, with which ldmatrix meets no bank conflict. With `buffers` > 1 it is stored at `store`
-/// and copied ahead along `along`, inner or outer, one tile ahead for each buffer but one.
-struct Ahead {
-    Halide::LoopLevel store;
-    Halide::Var along;
-    int buffers;
-};
+/// copy. Rows are padded by 16 bytes, with which ldmatrix meets no bank conflict.
 void stage(Halide::Func f, int warps, const Halide::Var &inner, int inner_extent, const Halide::Var &outer, int outer_extent,
            const Halide::LoopLevel &at);
-void stage(Halide::Func f, int warps, const Halide::Var &inner, int inner_extent, const Halide::Var &outer, int outer_extent,
-           const Halide::LoopLevel &at, const Ahead &ahead);
 
 /// Adds the passes to a pipeline. They do nothing where there is nothing to do.
 void add_passes(Halide::Pipeline pipeline, const Halide::Target &target);

@@ -15,10 +15,9 @@ using namespace Halide;
 using namespace Halide::Internal;
 
 using Pass = std::unique_ptr<IRMutator>;
-Pass fold_modulo();                 // shared_memory.cpp: indices into folded storage become linear in a tile
 Pass shift_shared();                // shared_memory.cpp: keeps clear of the bytes that the driver reserves
 Pass merge_barriers();              // shared_memory.cpp: several copies to shared memory under way at once
-Pass copy_async();                  // shared_memory.cpp: cp.async, and several buffers in turn
+Pass copy_async();                  // shared_memory.cpp: copies become cp.async
 Pass widen_bfloat16();              // bfloat16.cpp: shifts of 16-bit integers that mean bfloat16 become casts
 Pass lower_bfloat16();              // bfloat16.cpp: casts that Halide's PTX back end cannot compile
 Pass match_products();              // products.cpp: tagged loops become mma.sync and ldmatrix

@@ -6,6 +6,8 @@
 // itself and exchanges the two arguments that hold the PTX. No class of Halide's is wrapped, no symbol taken over.
 #include "lowering.h"
 
+#include <unistd.h>  // mkdtemp, on a Mac
+
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>

@@ -1,38 +1,8 @@
-// Shared memory: where it begins, how it is addressed, and copies into it that run ahead.
+// Shared memory: where it begins, and copies into it.
 #include "lowering.h"
 
 namespace holdfast::cuda {
 namespace {
-
-// (32 z + e) % 96 with 0 <= e < 32 is 32 (z % 3) + e: indices into folded storage become linear in a tile.
-class FoldModulo : public KernelMutator {
-    using KernelMutator::visit;
-    Scope<Interval> scope;
-    Stmt visit_loop(const For *op) override {
-        auto e = as_const_int(op->extent);
-        if (!e || !is_const_zero(op->min)) return IRMutator::visit(op);
-        ScopedBinding<Interval> b(scope, op->name, Interval(0, (int)*e - 1));
-        return IRMutator::visit(op);
-    }
-    Expr visit(const Mod *op) override {
-        auto c = as_const_int(op->b);
-        if (!in_kernel || op->type != Int(32) || !c) return IRMutator::visit(op);
-        Linear l(simplify(inline_lets(op->a)));
-        for (int64_t g = *c; g > 1; g--) {  // the largest tile that works
-            if (*c % g) continue;
-            Expr big = 0, small = 0;
-            for (auto &x : l.terms) {
-                int64_t whole = x.second % g == 0 ? x.second : is_const_one(x.first) ? x.second - mod_imp(x.second, g) : 0;
-                if (whole) big += x.first * (int)(whole / g);
-                if (x.second - whole) small += x.first * (int)(x.second - whole);
-            }
-            Interval i = bounds_of_expr_in_scope(simplify(small), scope);
-            if (!i.is_bounded() || !can_prove(i.min >= 0) || !can_prove(i.max < (int)g)) continue;
-            return simplify((g == *c ? Expr(0) : (big % (int)(*c / g)) * (int)g) + small);
-        }
-        return IRMutator::visit(op);
-    }
-};
 
 // Halide addresses shared memory from absolute address zero, but a block's own begins behind what the driver keeps for itself:
 // 1 KB from sm_90 on. Everything moves up by so much; allocations of one lifetime share a name, whatever their types.
@@ -162,8 +132,7 @@ class MergeBarriers : public KernelMutator {
     };
 };
 
-// 16-byte copies from global to shared memory become cp.async. A serial loop of such copies and a consumer is software-
-// pipelined over as many buffers as the schedule folded the storage into (Func::fold_storage).
+// 16-byte copies from global to shared memory become cp.async, which the barrier after them waits for.
 class AsyncCopy : public KernelMutator {
     using KernelMutator::visit;
     std::set<std::string> devptrs;
@@ -221,110 +190,10 @@ class AsyncCopy : public KernelMutator {
         devptrs.clear();
         return s;
     }
-    struct Item {
-        std::string let;
-        Expr value;
-        Stmt stmt;
-    };
-    static void flatten(const Stmt &s, std::vector<Item> &out) {
-        if (const LetStmt *l = s.as<LetStmt>()) {
-            out.push_back({l->name, l->value, Stmt()});
-            flatten(l->body, out);
-        } else if (const Block *b = s.as<Block>()) {
-            flatten(b->first, out);
-            flatten(b->rest, out);
-        } else if (const ProducerConsumer *p = s.as<ProducerConsumer>())
-            flatten(p->body, out);
-        else
-            out.push_back({"", Expr(), s});
-    }
-    static Stmt nest(const std::vector<Item> &v, const std::function<bool(const Item &)> &keep) {
-        Stmt r;
-        for (size_t i = v.size(); i-- > 0;) {
-            if (!v[i].let.empty()) {
-                if (r.defined()) r = LetStmt::make(v[i].let, v[i].value, r);
-            } else if (keep(v[i]))
-                r = r.defined() ? Block::make(v[i].stmt, r) : v[i].stmt;
-        }
-        return r;
-    }
-    static bool is_copy(const Stmt &s) {
-        const Evaluate *e = s.as<Evaluate>();
-        const Call *c = e ? e->value.as<Call>() : nullptr;
-        return c && c->name == "holdfast_cp_async_16";
-    }
-    static bool is_async(const Stmt &s) {
-        const Evaluate *e = s.as<Evaluate>();
-        const Call *c = e ? e->value.as<Call>() : nullptr;
-        return c && starts_with(c->name, "holdfast_cp_async");
-    }
-    Stmt visit_loop(const For *op) override {
-        Stmt s = IRMutator::visit(op);
-        const For *f = s.as<For>();
-        if (!f || f->for_type != ForType::Serial || threads.empty()) return s;
-        std::vector<Item> items;
-        flatten(f->body, items);
-        int ncopy = 0;
-        size_t last = 0, lastb = 0;
-        for (size_t i = 0; i < items.size(); i++) {
-            if (items[i].stmt.defined() && is_copy(items[i].stmt)) {
-                ncopy++;
-                last = i;
-            }
-            if (items[i].stmt.defined() && is_barrier(items[i].stmt)) lastb = i;
-        }
-        if (!ncopy) return s;
-        // as many buffers as the schedule folded the storage into
-        struct Buffers : IRGraphVisitor {
-            std::string loop;
-            int n = 0;
-            using IRGraphVisitor::visit;
-            void visit(const Mod *op) override {
-                auto c = as_const_int(op->b);
-                const Variable *v = op->a.as<Variable>();
-                if (c && v && v->name == loop) {
-                    if (n && n != *c) fail(loop, "operands staged with different numbers of buffers");
-                    n = (int)*c;
-                }
-                IRGraphVisitor::visit(op);
-            }
-        } buffers;
-        buffers.loop = f->name;
-        f->body.accept(&buffers);
-        int stages = buffers.n;
-        if (stages < 2) return s;
-        // drop commit/wait/barrier up to the first barrier after the last copy, and the trailing barrier
-        size_t first_consume = last + 1;
-        while (first_consume < items.size() && !(items[first_consume].stmt.defined() && is_barrier(items[first_consume].stmt)))
-            first_consume++;
-        for (size_t i = 0; i <= last; i++)
-            if (items[i].stmt.defined() && !is_copy(items[i].stmt) && !is_barrier(items[i].stmt) && !is_async(items[i].stmt))
-                fail(f->name, text("cannot pipeline past ", items[i].stmt));
-        std::vector<Item> cons = items;
-        for (size_t i = 0; i <= first_consume && i < cons.size(); i++)
-            if (cons[i].stmt.defined()) cons[i].stmt = Stmt();
-        if (lastb + 1 == items.size()) cons[lastb].stmt = Stmt();
-        Stmt copies = nest(items, [](const Item &i) { return is_copy(i.stmt); });
-        Stmt consume = nest(cons, [](const Item &i) { return i.stmt.defined(); });
-        Expr z = Variable::make(Int(32), f->name);
-        Expr end = f->min + f->extent;
-        auto issue = [&](Expr zz) {
-            Stmt c = substitute(f->name, zz, copies);
-            return Block::make(IfThenElse::make(zz < end, c), ev(ext_call("holdfast_cp_async_commit")));
-        };
-        Stmt pro;
-        for (int i = stages - 2; i >= 0; i--) pro = pro.defined() ? Block::make(issue(f->min + i), pro) : issue(f->min + i);
-        Stmt bar = ev(Call::make(Int(32), Call::gpu_thread_barrier, {IntImm::make(Int(32), 2)}, Call::Intrinsic));
-        Stmt body = Block::make(
-            {ev(ext_call("holdfast_cp_async_wait_" + std::to_string(stages - 2))), bar, issue(z + (stages - 1)), consume});
-        Stmt loop = For::make(f->name, f->min, f->extent, f->for_type, f->partition_policy, f->device_api, body);
-        return Block::make(pro, loop);
-    }
 };
 
 }  // namespace
 
-Pass fold_modulo() { return std::make_unique<FoldModulo>(); }
 Pass shift_shared() { return std::make_unique<ShiftShared>(); }
 Pass merge_barriers() { return std::make_unique<MergeBarriers>(); }
 Pass copy_async() { return std::make_unique<AsyncCopy>(); }

@@ -43,9 +43,9 @@ class ProvenAssertions : public IRMutator {
     }
 };
 
-bool matches(const Target &t) { return t.has_gpu_feature(); }
+bool matches(const Target &t) { return t.has_gpu_feature() && !t.has_feature(Target::CUDA); }
 
 void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(new ProvenAssertions); }
 
-const bool added = holdfast::Lowering::add({matches, add_passes});
+const bool added = holdfast::Lowering::add({10, matches, add_passes});
 }  // namespace

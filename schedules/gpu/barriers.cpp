@@ -1,8 +1,8 @@
 // Barriers in kernels. Halide puts one between all stages that the threads of a block make together, and at the end of each serial
 // loop over such. Many order nothing: between two stages that know nothing of one another, or before another barrier. Here those
-// are taken out, in every kernel of a GPU, one after the other, as long as of all accesses to a place in memory that some barrier
-// kept apart, one of which writes, a barrier still does. So tests can ask of each that is left that it be needed
-// (tests/fakemetal/barriers.py).
+// are taken out, in every kernel of a GPU but CUDA's, which has passes of its own (schedules/cuda), one after the other, as long as
+// of all accesses to a place in memory that some barrier kept apart, one of which writes, a barrier still does. So tests can ask of
+// each that is left that it be needed (tests/fakemetal/barriers.py).
 //
 // Places are ranges of indices of a buffer: stages that are there at the same time share one allocation. Only buffers that the
 // kernel itself writes, and that are not a thread's own, count. What is not seen through, calls that do more than compute, is
@@ -259,9 +259,9 @@ class IdleBarriers : public IRMutator {
     }
 };
 
-bool matches(const Target &t) { return t.has_gpu_feature(); }
+bool matches(const Target &t) { return t.has_gpu_feature() && !t.has_feature(Target::CUDA); }
 
 void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(new IdleBarriers); }
 
-const bool added = holdfast::Lowering::add({matches, add_passes});
+const bool added = holdfast::Lowering::add({20, matches, add_passes});
 }  // namespace

@@ -52,5 +52,5 @@ bool matches(const Target &t) { return t.has_feature(Target::Vulkan); }
 
 void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(new ConditionsAsWords); }
 
-const bool added = holdfast::Lowering::add({matches, add_passes});
+const bool added = holdfast::Lowering::add({30, matches, add_passes});
 }  // namespace

@@ -111,7 +111,7 @@ bool matches(const Target &t) {
 
 void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(float16_as_integers().release()); }
 
-const bool added = Lowering::add({matches, add_passes});
+const bool added = Lowering::add({40, matches, add_passes});
 }  // namespace
 
 std::unique_ptr<IRMutator> float16_as_integers() { return std::make_unique<Float16AsIntegers>(); }

@@ -58,5 +58,5 @@ bool matches(const Target &t) {
 
 void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(new Offsets); }
 
-const bool added = holdfast::Lowering::add({matches, add_passes});
+const bool added = holdfast::Lowering::add({50, matches, add_passes});
 }  // namespace

@@ -211,5 +211,5 @@ bool matches(const Target &t) { return t.arch == Target::X86 && t.bits == 64 && 
 
 void add_passes(Pipeline pipeline, const Target &) { pipeline.add_custom_lowering_pass(new PrefetchRows); }
 
-const bool added = holdfast::Lowering::add({matches, add_passes});
+const bool added = holdfast::Lowering::add({10, matches, add_passes});
 }  // namespace
