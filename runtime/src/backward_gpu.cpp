@@ -53,8 +53,9 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
     // The largest buffers that the kernel has, of a chunk: its state, scores, rows.
     const int64_t of_chunk = std::max({p.K * p.V, chunk * chunk * G, chunk * std::max(p.K, p.V) * G}) * float_bytes;
     auto part_of = [&](int64_t tokens) {
-        const int64_t slots = packed ? packed->slots : (tokens + chunk - 1) / chunk + 1;
-        return largest_part(p, x, tokens, slots * of_chunk, packed ? p.N : 1);
+        const int64_t slots = packed ? packed->slots : (tokens + chunk - 1) / chunk + 1, sequences = packed ? p.N : 1;
+        if (!chunks_fit(run, p, chunk, slots - sequences, sequences)) return Part{0, 0};
+        return largest_part(p, x, tokens, slots * of_chunk, sequences);
     };
     int64_t at_once = p.T;
     Part part = part_of(at_once);
@@ -69,7 +70,7 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
     }
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, or its states of K V = ", p.K * p.V,
-             ", reach beyond 2^31 bytes; expected less");
+             ", reach beyond 2^31 bytes, or, on Vulkan, take more than 65535 blocks of threads; expected less");
 
     // What the call adds: the chunk table, and zeros for what is not given.
     const int64_t most_slots = packed ? packed->slots : (at_once + chunk - 1) / chunk + 1;

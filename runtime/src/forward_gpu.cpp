@@ -21,8 +21,9 @@ void issue(const Run &run, const Problem &p, int64_t chunk) {
     std::optional<ChunkTable> packed;
     if (p.packed()) packed.emplace(p.starts, chunk);
     auto part_of = [&](int64_t tokens) {
-        const int64_t slots = packed ? packed->slots : (tokens + chunk - 1) / chunk + 1;
-        return largest_part(p, x, tokens, slots * p.state_bytes(), packed ? p.N : 1);
+        const int64_t slots = packed ? packed->slots : (tokens + chunk - 1) / chunk + 1, sequences = packed ? p.N : 1;
+        if (!chunks_fit(run, p, chunk, slots - sequences, sequences)) return Part{0, 0};
+        return largest_part(p, x, tokens, slots * p.state_bytes(), sequences);
     };
     int64_t at_once = p.T;
     Part part = part_of(at_once);
@@ -33,7 +34,7 @@ void issue(const Run &run, const Problem &p, int64_t chunk) {
     }
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, or its states of K V = ", p.K * p.V,
-             ", reach beyond 2^31 bytes; expected less");
+             ", reach beyond 2^31 bytes, or, on Vulkan, take more than 65535 blocks of threads; expected less");
     const int64_t most_slots = packed ? packed->slots : (at_once + chunk - 1) / chunk + 1;
     constexpr int64_t alignment = Arena::alignment;
     auto aligned = [&](int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
