@@ -5,7 +5,10 @@
 #   HOLDFAST_CUDA_ARCHITECTURES: for which machine code is made, as in sm_80; the PTX behind it serves later ones.
 set(HOLDFAST_CUDA_ARCHITECTURES "80;90" CACHE STRING "CUDA architectures to make machine code for, e.g. 80;86;89;90")
 
-set(cuda_hints ${Python_SITELIB}/nvidia/cu13/bin /usr/local/cuda/bin)
+# The wheel's folder is one of those that Python looks in: pip builds with packages that are in none of its own.
+execute_process(COMMAND ${Python_EXECUTABLE} -c "import sys; print(';'.join(f'{path}/nvidia/cu13/bin' for path in sys.path if path))"
+  OUTPUT_VARIABLE cuda_hints OUTPUT_STRIP_TRAILING_WHITESPACE)
+list(APPEND cuda_hints /usr/local/cuda/bin)
 find_program(HOLDFAST_PTXAS ptxas HINTS ${cuda_hints})
 find_program(HOLDFAST_FATBINARY fatbinary HINTS ${cuda_hints})
 foreach(tool PTXAS FATBINARY)
