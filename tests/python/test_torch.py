@@ -19,6 +19,7 @@ from torch.autograd import forward_ad  # noqa: E402
 # Relative RMS against formulas in float64, of inputs that are rounded before. Gradients in fp32: the specification's
 # number. In 16 bits a result is rounded once, and a gradient has what comes of a rounded out besides.
 OUT = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}
+STATE = 4e-6  # of any type
 GRADIENT = {torch.float32: 1e-5, torch.float16: 8e-4, torch.bfloat16: 5e-3}
 
 INPUTS = ("q", "k", "v", "log_decay", "initial_state", "initial_sum_of_keys")
@@ -967,6 +968,27 @@ def test_cuda(degree):
         for x, wanted in zip(mine, exact, strict=True):
             assert x.is_cuda
             assert_close(x.cpu(), wanted, tolerance[torch.float32])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("K, V", [(64, 64), (128, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_tuned_on_cuda(K, V, dtype):
+    """Of 16 bits, on tensor cores."""
+    name = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]
+    of_any_size = (K, V, dtype) == (128, 256, torch.float32)  # none was tuned
+    expected = f"chunkwise_{name}_c32_k0_v0_cuda" if of_any_size else f"chunkwise_{name}_c64_k{K}_v{V}_cuda"
+    if expected not in [variant["name"] for variant in holdfast.info()["variants"]]:
+        pytest.skip(f"this build has no {expected}")
+    p, options = problem(B=1, T=200, K=K, V=V, state=True, dtype=dtype)
+    lines = []
+    holdfast.set_verbose(lines.append)
+    there = {key: x.cuda() for key, x in p.items()}
+    out, state = ht.retention(**there, **options, return_state=True)
+    assert f" {expected} " in lines[0], lines
+    exact, exact_state, _ = retention(**p)
+    assert_close(out.cpu(), exact, OUT[dtype])
+    assert_close(state.cpu(), exact_state, STATE)
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
