@@ -1,5 +1,6 @@
-"""The machine code of all kernels, for every architecture that is compiled: nothing spilt; of chunkwise's nothing
-called, tensor cores where they are meant, and as many blocks on a multiprocessor as is stated here."""
+"""The machine code of all kernels, for every architecture that is compiled: nothing spilt; of chunkwise's and recurrent's
+nothing called; of chunkwise's tensor cores where they are meant, and as many blocks on a multiprocessor as is stated
+here."""
 
 import functools
 import os
@@ -8,10 +9,10 @@ import machine_code
 import pytest
 from conftest import Call
 from occupancy import GPUS, blocks_per_multiprocessor
-from rows import ALL, BUILD, CHUNKWISE, TUNED
+from rows import ALL, BUILD, CHUNKWISE, RECURRENT, TUNED
 
 ARCHITECTURES = os.environ["HOLDFAST_ARCHITECTURES"].split()
-each_row = pytest.mark.parametrize("row", CHUNKWISE, ids=str)
+each_row = pytest.mark.parametrize("row", CHUNKWISE + RECURRENT, ids=str)
 each_tuned_row = pytest.mark.parametrize("row", TUNED, ids=str)
 
 
@@ -86,6 +87,7 @@ OUTPUTS_OF_THE_REST = 3
 CONTRIBUTIONS = {"f16": 7, "bf16": 7, "f32": 4}
 
 
+@pytest.mark.skipif("80" not in ARCHITECTURES, reason="HOLDFAST_CUDA_ARCHITECTURES has no 80, an A100's")
 @each_tuned_row
 def test_blocks_on_a_multiprocessor_of_an_a100(loaded, row):
     codes = all_codes(row)["80"]

@@ -7,11 +7,12 @@ import numpy as np
 import ptx
 import pytest
 from conftest import Call
-from rows import smallest
+from rows import TUNED, smallest
 from tolerances import OUT, STATE
 
 # On tensor cores, and without.
-ROWS = [row for row in map(smallest, ("f16", "f32")) if row]
+OF_SIZE = next((r for r in TUNED if r.dtype == "f32" and (r.key_size, r.value_size) == (64, 64)), None)
+ROWS = [row for row in (smallest("f16"), OF_SIZE or smallest("f32")) if row]
 breaks_kernels = pytest.mark.parametrize("row", ROWS, ids=str)
 
 
@@ -68,6 +69,12 @@ def by_kernel(device, row, pattern):
 
 BARRIER, WAIT = r"bar\.sync\s+0;", r"cp\.async\.wait_group\s+0;"
 ORDERS = [(BARRIER, "race"), (WAIT, "cp.async has not brought")]
+# Of fp32 with K = V = 64, by the beginnings of kernels: how many there are, and those that order nothing, or that
+# another follows before anything is read.
+OF_FP32 = {
+    BARRIER: {"_kernel_contribution": (3, []), "_kernel_out_s1": (11, [0, 1, 4, 5, 6, 9, 10])},
+    WAIT: {"_kernel_contribution": (1, []), "_kernel_out_s1": (5, [0, 2, 3])},
+}
 each_order = [(row, *order) for row in ROWS for order in ORDERS]
 
 
@@ -75,9 +82,16 @@ each_order = [(row, *order) for row in ROWS for order in ORDERS]
 def test_barriers_and_waits_for_copies_are_missed(device, row, pattern, says):
     kinds = by_kernel(device, row, pattern)
     if not row.round_operands:
-        # There are barriers that order nothing, and waits that another follows before anything is read.
         for kernel, found in kinds.items():
             assert any(found) and all(says in kind for kind in found if kind), (kernel, found)
+        if row is OF_SIZE:
+            unnoticed = {
+                start: (len(found), [n for n, kind in enumerate(found) if not kind])
+                for start in OF_FP32[pattern]
+                for kernel, found in kinds.items()
+                if kernel.startswith(start)
+            }
+            assert unnoticed == OF_FP32[pattern] and len(kinds) == len(unnoticed)
         return
     every = [kind for found in kinds.values() for kind in found]
     if pattern == BARRIER:
