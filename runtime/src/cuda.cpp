@@ -13,8 +13,11 @@
 #include <atomic>
 #include <cstring>
 #include <map>
+#include <mutex>
+#include <new>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 typedef struct CUmod_st *CUmodule;
@@ -56,7 +59,9 @@ constexpr int least_capability = 80;             // cuda_capability_80 in cmake/
     X(StreamGetCtx, cuStreamGetCtx, (CUstream, CUcontext *)) \
     X(GetErrorName, cuGetErrorName, (Result, const char **)) \
     X(GetErrorString, cuGetErrorString, (Result, const char **))
-#define HOLDFAST_CUDA_OPTIONAL(X) X(CtxGetId, cuCtxGetId, (CUcontext, unsigned long long *))  // CUDA 12
+#define HOLDFAST_CUDA_OPTIONAL(X) \
+    X(CtxGetId, cuCtxGetId, (CUcontext, unsigned long long *)) /* CUDA 12 */ \
+    X(StreamIsCapturing, cuStreamIsCapturing, (CUstream, int *))
 
 struct Api {
 #define X(name, symbol, arguments) Result(*name) arguments = nullptr;
@@ -106,7 +111,8 @@ void check(const char *what, Result result) {
 
 int capability(Device device) {
     int major = 0, minor = 0;
-    api().DeviceGetAttribute(&major, capability_major, device), api().DeviceGetAttribute(&minor, capability_minor, device);
+    for (auto [number, attribute] : {std::pair{&major, capability_major}, {&minor, capability_minor}})
+        check("cuDeviceGetAttribute", api().DeviceGetAttribute(number, attribute, device));
     return major * 10 + minor;
 }
 
@@ -154,9 +160,13 @@ Availability probe() {
         Device device;
         char name[256] = "";
         if (cuda.DeviceGet(&device, n) != success || cuda.DeviceGetName(name, sizeof name - 1, device) != success) continue;
-        const int sm = capability(device);
-        any |= sm >= least_capability;
-        found.devices.push_back(std::string(name) + " (sm_" + std::to_string(sm) + ")");
+        try {
+            const int sm = capability(device);
+            any |= sm >= least_capability;
+            found.devices.push_back(std::string(name) + " (sm_" + std::to_string(sm) + ")");
+        } catch (const Failure &) {
+            found.devices.push_back(std::string(name) + " (unknown)");
+        }
     }
     if (!any)
         found.missing = found.devices.empty() ? "CUDA has no device"
@@ -269,11 +279,21 @@ void deallocate(CUcontext context, unsigned long long id, uint64_t memory) noexc
     api().CtxPopCurrent(&popped);
 }
 
+/// A graph would hold on to the memory that is copied, which is the call's or its caller's, and not to what it holds now.
+static void check_no_graph(CUstream stream) {
+    int capturing = 0;  // CUstreamCaptureStatus
+    if (api().StreamIsCapturing && api().StreamIsCapturing(stream, &capturing) == success && capturing)
+        fail(HOLDFAST_UNSUPPORTED, "the stream is being captured in a graph, and the call copies memory of the CPU: tensors there, "
+                                   "or the table of cu_seqlens of degree 1; expected neither");
+}
+
 void copy_in(uint64_t to, const void *from, size_t bytes, CUstream stream) {
+    check_no_graph(stream);
     check("cuMemcpyHtoDAsync", api().MemcpyHtoDAsync(to, from, bytes, stream));
 }
 
 void copy_out(void *to, uint64_t from, size_t bytes, CUstream stream) {
+    check_no_graph(stream);
     check("cuMemcpyDtoHAsync", api().MemcpyDtoHAsync(to, from, bytes, stream));
 }
 
@@ -284,7 +304,7 @@ void wait(CUstream stream) { check("cuStreamSynchronize", api().StreamSynchroniz
 using namespace holdfast;
 using namespace holdfast::cuda;
 
-// What kernels call. Their context is current: forward_on_device sees to that.
+// What kernels call. Their context is current: GpuCall::run sees to that.
 extern "C" {
 
 void *halide_cuda_get_symbol(void *, const char *) { return nullptr; }  // Halide's own functions for CUDA are never used

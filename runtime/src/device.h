@@ -18,11 +18,11 @@
 
 namespace holdfast {
 
-/// Where a call runs. Native handles as holdfast_context_set_device and _set_stream take them.
+/// Where a call runs. Native handles as holdfast_context_set_device and _set_stream take them; Metal takes none.
 struct Place {
     Backend backend = Backend::cpu;
-    void *context = nullptr;        // CUcontext, cl_context, id<MTLDevice>; null: the library's own
-    void *stream = nullptr;         // CUstream, cl_command_queue, id<MTLCommandQueue>
+    void *context = nullptr;        // CUcontext, cl_context; null: the library's own
+    void *stream = nullptr;         // CUstream, cl_command_queue
     unsigned long long id = 0;      // CUDA: tells a context from a later one at the same address
     unsigned long long thread = 0;  // CUDA: whose stream it is, where one handle stands for a stream of each thread
     bool operator==(const Place &other) const {

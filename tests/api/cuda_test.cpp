@@ -28,6 +28,7 @@ public:
     }
     void clear() const { find<void()>("stub_clear")(); }
     void *context(int device) const { return find<void *(int)>("stub_context")(device); }
+    void capture(bool begins) const { find<void(int)>("stub_capture")(begins); }
     void replace(void *context) const { find<void(void *)>("stub_replace")(context); }
     void *stream(void *context) const { return find<void *(void *)>("stub_stream")(context); }
     void make_current(void *context) const { find<int(void *)>("cuCtxPushCurrent_v2")(context); }
@@ -121,7 +122,8 @@ std::string text(const void *pointer) {
 
 const std::set<std::string> harmless = {"cuDeviceGet",     "cuDeviceGetAttribute", "cuCtxGetCurrent",
                                         "cuCtxGetDevice",  "cuCtxGetId",           "cuCtxPushCurrent",
-                                        "cuCtxPopCurrent", "cuStreamGetCtx",       "cuLaunchKernel"};
+                                        "cuCtxPopCurrent", "cuStreamGetCtx",       "cuStreamIsCapturing",
+                                        "cuLaunchKernel"};
 
 std::set<std::string> others(const std::vector<std::string> &record) {
     std::set<std::string> names;
@@ -188,6 +190,35 @@ TEST(Cuda, PackedSequencesCopyTheirTable) {
     EXPECT_EQ(others(record), std::set<std::string>{"cuMemcpyHtoDAsync"});
     EXPECT_EQ(of(record, "cuMemcpyHtoDAsync").size(), 1u);
     EXPECT_EQ(of(record, "cuLaunchKernel").size(), launches - 1);  // no kernel makes the table
+}
+
+TEST(Cuda, GraphsDoNotCaptureCopiesOfTheHost) {
+    Driver driver;
+    Context context;
+    Call whole, packed, host(0, kDLCPU);
+    for (DLTensor *x : {&packed.q, &packed.k, &packed.v, &packed.out, &packed.log_decay}) x->shape[0] = 1;
+    int64_t starts[] = {0, 7, T}, extent = 3;
+    const DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &extent, nullptr, 0};
+    packed.args.cu_seqlens = &cu_seqlens;
+    for (Call *call : {&whole, &packed}) {
+        call->give_workspace(context);
+        ASSERT_EQ(call->run(context), HOLDFAST_OK) << context.error();
+    }
+    Context copies;
+    ASSERT_EQ(holdfast_context_set_backend(copies, "cuda"), HOLDFAST_OK);
+    driver.capture(true);
+    EXPECT_EQ(whole.run(context), HOLDFAST_OK) << context.error();
+    for (auto [call, where] : {std::pair{&packed, (holdfast_context *)context}, {&host, (holdfast_context *)copies}}) {
+        driver.clear();
+        EXPECT_EQ(call->run(where), HOLDFAST_UNSUPPORTED);
+        EXPECT_EQ(std::string(holdfast_last_error(where)),
+                  "the stream is being captured in a graph, and the call copies memory of the CPU: tensors there, or the table of "
+                  "cu_seqlens of degree 1; expected neither");
+        EXPECT_TRUE(of(driver.record(), "cuLaunchKernel").empty());
+    }
+    driver.capture(false);
+    EXPECT_EQ(packed.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(host.run(copies), HOLDFAST_OK) << copies.error();
 }
 
 TEST(Cuda, GroupsTakeNoMoreLaunches) {
@@ -856,10 +887,14 @@ TEST(Cuda, EachCallOfTheDriverMayFail) {
         int result;
         holdfast_status status;
         bool host;
+        bool by_stream = false;  // its context is not given, but of the stream's
     } cases[] = {
         {"cuDevicePrimaryCtxRetain", 999, HOLDFAST_DEVICE_ERROR, false},
         {"cuDeviceGet", 101, HOLDFAST_DEVICE_ERROR, false},
+        {"cuDeviceGetAttribute", 1, HOLDFAST_DEVICE_ERROR, false},
         {"cuCtxGetCurrent", 4, HOLDFAST_DEVICE_ERROR, false},
+        {"cuCtxGetDevice", 201, HOLDFAST_DEVICE_ERROR, false},
+        {"cuStreamGetCtx", 400, HOLDFAST_DEVICE_ERROR, false, true},
         {"cuCtxPushCurrent", 201, HOLDFAST_DEVICE_ERROR, false},
         {"cuModuleLoadDataEx", 209, HOLDFAST_DEVICE_ERROR, false},
         {"cuModuleLoadDataEx", 2, HOLDFAST_OUT_OF_MEMORY, false},
@@ -879,7 +914,9 @@ TEST(Cuda, EachCallOfTheDriverMayFail) {
                          std::to_string(nth));
             Context context;
             const bool retain = std::string(bad.function) == "cuDevicePrimaryCtxRetain";
-            if (!retain) {  // a context of its own: kernels are loaded again
+            if (bad.by_stream) {
+                ASSERT_EQ(holdfast_context_set_stream(context, driver.stream(driver.context(0))), HOLDFAST_OK);
+            } else if (!retain) {  // a context of its own: kernels are loaded again
                 ASSERT_EQ(holdfast_context_set_device(context, driver.context(0)), HOLDFAST_OK);
             } else if (nth > 1) {
                 break;  // once it has succeeded, it is not called again
@@ -911,6 +948,30 @@ TEST(Cuda, EachCallOfTheDriverMayFail) {
             EXPECT_EQ(call.run(context), HOLDFAST_OK) << "the context does not work after a failure: " << context.error();
         }
     }
+}
+
+TEST(Cuda, MoreSharedMemoryThanUsualMayBeRefused) {
+    Driver driver;
+    bool asked = false;
+    for (const Choosy &choosy : choosy_variants()) {
+        Context context;
+        ASSERT_EQ(holdfast_context_set_device(context, driver.context(0)), HOLDFAST_OK);
+        auto call = choosy.call();
+        driver.clear();
+        setenv("HOLDFAST_STUB_FAIL", "cuFuncSetAttribute:1", 1);
+        const holdfast_status status = call->run(context);
+        unsetenv("HOLDFAST_STUB_FAIL");
+        if (of(driver.record(), "cuFuncSetAttribute").empty()) {
+            EXPECT_EQ(status, HOLDFAST_OK) << context.error();
+            continue;
+        }
+        asked = true;
+        EXPECT_EQ(status, HOLDFAST_DEVICE_ERROR) << context.error();
+        EXPECT_NE(context.error().find("bytes of shared memory: CUDA_ERROR_STUB (1), as the test asked for"), std::string::npos)
+            << context.error();
+        EXPECT_EQ(call->run(context), HOLDFAST_OK) << "the context does not work after a failure: " << context.error();
+    }
+    if (!asked) GTEST_SKIP() << "HOLDFAST_SIZES left out all variants that need more than 48 KB";
 }
 
 TEST(Cuda, WhatIsTooLargeForOneCallOfTheKernelTakesSeveral) {

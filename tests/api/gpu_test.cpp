@@ -37,6 +37,57 @@ TEST(Backends, AreListed) {
     EXPECT_EQ(backend("cpu").available, 1);
 }
 
+TEST(MissingBackend, IsSaidAndTheRestWorks) {
+    const char *name = std::getenv("HOLDFAST_MISSING"), *expected = std::getenv("HOLDFAST_EXPECTED");
+    if (!name || !expected) GTEST_SKIP() << "run by CTest, once for each way";
+    const holdfast_backend b = backend(name);
+    EXPECT_EQ(b.compiled, 1);
+    EXPECT_EQ(b.available, 0);
+    EXPECT_EQ(b.device_count, 0);
+    // Where there is no loader either, it is that which is missing.
+    if (std::string(b.missing).find("cannot be loaded") == std::string::npos) {
+        EXPECT_STREQ(b.missing, expected);
+    }
+    Context context;
+    for (auto *set : {holdfast_context_set_backend, holdfast_context_set_target}) {
+        EXPECT_EQ(set(context, name), HOLDFAST_TARGET_UNAVAILABLE);
+        EXPECT_NE(context.error().find(b.missing), std::string::npos) << context.error();
+    }
+    Problem p{1, 7, 2, 5, 3};
+    EXPECT_EQ(p.forward().run(context), HOLDFAST_OK) << "tensors on the CPU are computed all the same: " << context.error();
+    expect_reference(p);
+}
+
+// stubs/vulkan.cpp stands before the Vulkan loader and keeps a record.
+TEST(VulkanGrids, AreNoLargerThanDriversPromise) {
+    void *library = dlopen("libvulkan.so.1", RTLD_NOW);
+    auto *largest = library ? (unsigned (*)())dlsym(library, "stub_largest_grid") : nullptr;
+    if (!largest) GTEST_SKIP() << "run by CTest, with the stub";
+    if (!runs("vulkan")) GTEST_SKIP() << backend("vulkan").missing;
+    auto expect_fits = [&](const char *what) {
+        const unsigned blocks = largest();  // since the last time
+        EXPECT_LT(blocks, 1u << 16) << what;
+        EXPECT_GT(blocks, 1u << 14) << what << ": too few for a test";
+    };
+    const int64_t T = 300;  // chunks, which have 256 pieces of a state each, for a block each
+    for (const bool packed : {false, true}) {
+        SCOPED_TRACE(testing::Message() << "packed " << packed);
+        Context context;
+        ASSERT_EQ(holdfast_context_set_backend(context, "vulkan"), HOLDFAST_OK) << context.error();
+        const Index starts = packed ? Index{0, 0, T} : Index{};
+        Problem p{1, T, 1, 256, 256, Gates::weak, Layout::compact, true, f32, 1, starts};
+        Forward f = p.forward();
+        f.chunk_size = 1;
+        largest();
+        EXPECT_EQ(f.run(context), HOLDFAST_OK) << context.error();
+        expect_fits("forward");
+        Backward gradient{1, T, 1, 1, 256, 256, 1, false, Gates::weak, f32, Layout::compact, true, true, starts};
+        gradient.chunk_size = 1;
+        EXPECT_EQ(gradient.run(context), HOLDFAST_OK) << context.error();
+        expect_fits("backward");
+    }
+}
+
 TEST(Backends, BadQuestions) {
     holdfast_backend b = {};
     b.struct_size = sizeof b;

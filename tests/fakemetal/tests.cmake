@@ -21,5 +21,5 @@ set_tests_properties(fakemetal.barriers PROPERTIES LABELS gpu TIMEOUT 1500 ENVIR
 add_test(NAME apple_objects.build COMMAND ${CMAKE_COMMAND} --build ${PROJECT_BINARY_DIR} --target holdfast_apple_objects)
 add_test(NAME apple_objects.same_msl COMMAND ${CMAKE_COMMAND} -DBUILT=${PROJECT_BINARY_DIR} -DAPPLE=${holdfast_apple_folder}
   "-DSYSTEMS=${holdfast_apple_systems}" -P ${CMAKE_CURRENT_LIST_DIR}/same_msl.cmake)
-set_tests_properties(apple_objects.build PROPERTIES FIXTURES_SETUP apple_objects TIMEOUT 600 RUN_SERIAL ON)
-set_tests_properties(apple_objects.same_msl PROPERTIES FIXTURES_REQUIRED apple_objects)
+set_tests_properties(apple_objects.build PROPERTIES FIXTURES_SETUP apple_objects TIMEOUT 600 RUN_SERIAL ON LABELS gpu)
+set_tests_properties(apple_objects.same_msl PROPERTIES FIXTURES_REQUIRED apple_objects LABELS gpu)

@@ -34,6 +34,7 @@ struct State {
     std::map<void *, size_t> memory;
     std::map<std::string, int> calls;
     unsigned long long contexts = 0;
+    int capturing = 0;  // CUstreamCaptureStatus of all streams
 };
 
 State &state() {
@@ -77,6 +78,7 @@ STUB const char *stub_record() { return state().record.c_str(); }
 STUB void stub_clear() { state().record.clear(), state().calls.clear(); }
 STUB void *stub_context(int device) { return new Context{device, ++state().contexts}; }
 STUB void *stub_stream(void *context) { return new void *(context); }
+STUB void stub_capture(int status) { state().capturing = status; }
 /// The context is gone, with its memory and kernels, and another one is where it was.
 STUB void stub_replace(Context *context) {
     context->id = ++state().contexts;
@@ -183,6 +185,10 @@ STUB Result cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void 
     return success;
 }
 STUB Result cuStreamSynchronize(void *stream) { return note("cuStreamSynchronize", text(stream)); }
+STUB Result cuStreamIsCapturing(void *, int *status) {
+    *status = state().capturing;
+    return note("cuStreamIsCapturing");
+}
 #ifndef HOLDFAST_STUB_OLD
 STUB Result cuStreamGetCtx(void *stream, void **context) {
     if (!stream) return invalid_handle;
