@@ -1,6 +1,7 @@
 // What holdfast_backward promises of its numbers, for every target of the CPU that runs here and for tuned and odd sizes: against
 // the closed forms in double, which finite differences of the forward's reference confirm.
 #include "../backward.h"
+#include "../required.h"
 
 #include <functional>
 #include <tuple>
@@ -168,7 +169,10 @@ protected:
     std::optional<Context> context;
 
     void SetUp() override {
-        if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
+        if (!GetParam().missing.empty()) {
+            EXPECT_FALSE(required(backend_of(GetParam().target))) << "HOLDFAST_REQUIRED_BACKENDS has its backend";
+            GTEST_SKIP() << "missing here: " << GetParam().missing;
+        }
         context.emplace(GetParam().target);
     }
     Backward problem(int64_t B, int64_t T, int64_t H, int64_t G = 1, Gates gates = Gates::weak,

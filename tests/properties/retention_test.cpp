@@ -1,5 +1,6 @@
 // What holdfast_forward promises of its numbers, for every target that runs here and for tuned and odd sizes.
 #include "../forward.h"
+#include "../required.h"
 
 namespace {
 using namespace test;
@@ -11,7 +12,10 @@ protected:
     std::optional<Context> context;
 
     void SetUp() override {
-        if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
+        if (!GetParam().missing.empty()) {
+            EXPECT_FALSE(required(backend_of(GetParam().target))) << "HOLDFAST_REQUIRED_BACKENDS has its backend";
+            GTEST_SKIP() << "missing here: " << GetParam().missing;
+        }
         context.emplace(GetParam().target);
     }
     Problem problem(int64_t B, int64_t T, int64_t H, Gates gates = Gates::weak) const {
