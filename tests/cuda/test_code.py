@@ -79,19 +79,21 @@ def test_products_are_on_tensor_cores(row):
             assert row.round_operands or code["FFMA"] > 16, part
 
 
-# Blocks on a multiprocessor of an A100, at least: outputs by type and (K, V), with what the rest have; contributions.
+# Blocks on a multiprocessor, at least: outputs by type and (K, V), with what the rest have; contributions.
 # fp32 of (64, 64) would have three, but for the registers that say which head of a group a block is of.
 OUTPUTS = {"f16": {(32, 32): 4, (256, 256): 1}, "f32": {(64, 64): 2, (128, 128): 2, (256, 256): 2}}
 OUTPUTS_OF_THE_REST = 3
 CONTRIBUTIONS = {"f16": 7, "bf16": 7, "f32": 4}
 
 
-@pytest.mark.skipif("80" not in ARCHITECTURES, reason="HOLDFAST_CUDA_ARCHITECTURES has no 80, an A100's")
+@pytest.mark.parametrize("gpu", GPUS)
 @each_tuned_row
-def test_blocks_on_a_multiprocessor_of_an_a100(loaded, row):
-    codes = all_codes(row)["80"]
+def test_blocks_on_a_multiprocessor(loaded, row, gpu):
+    if GPUS[gpu].architecture not in ARCHITECTURES:
+        pytest.skip(f"HOLDFAST_CUDA_ARCHITECTURES has no {GPUS[gpu].architecture}")
+    codes = all_codes(row)[GPUS[gpu].architecture]
     blocks = {
-        launched.kernel.name: blocks_per_multiprocessor(GPUS["A100"], launched, codes[launched.kernel.name])
+        launched.kernel.name: blocks_per_multiprocessor(GPUS[gpu], launched, codes[launched.kernel.name])
         for launched in launches(loaded, row)
     }
     stated = OUTPUTS["f32" if row.dtype == "f32" else "f16"]

@@ -986,7 +986,7 @@ def test_tuned_on_cuda(K, V, dtype):
     there = {key: x.cuda() for key, x in p.items()}
     out, state = ht.retention(**there, **options, return_state=True)
     assert f" {expected} " in lines[0], lines
-    exact, exact_state, _ = retention(**p)
+    exact, exact_state, _ = retention(**{key: x.double() for key, x in p.items()})
     assert_close(out.cpu(), exact, OUT[dtype])
     assert_close(state.cpu(), exact_state, STATE)
 

@@ -42,3 +42,14 @@ STUB Function vkGetInstanceProcAddr(void *instance, const char *name) {
     find_of_device = (Find)function;
     return (Function)device_function;
 }
+
+// What Halide's runtime looks up in the library itself.
+#define FORWARD(name, parameters, arguments) \
+    STUB int name parameters { \
+        auto *function = (int(*) parameters)vkGetInstanceProcAddr(nullptr, #name); \
+        return function ? function arguments : -3; /* VK_ERROR_INITIALIZATION_FAILED */ \
+    }
+FORWARD(vkCreateInstance, (const void *info, const void *allocator, void **instance), (info, allocator, instance))
+FORWARD(vkEnumerateInstanceExtensionProperties, (const char *layer, uint32_t *count, void *properties), (layer, count, properties))
+FORWARD(vkEnumerateInstanceLayerProperties, (uint32_t * count, void *properties), (count, properties))
+FORWARD(vkEnumerateInstanceVersion, (uint32_t * version), (version))
