@@ -185,7 +185,7 @@ TEST(TensorCores, LanesAreTheFragments) {  // columns by 8 lanes and rows by 4: 
 TEST(TensorCores, SizesAreWholeTiles) {
     Attention a(true, 60);
     a.schedule(square, square);
-    expect_refused(a, "scores", "sizes that are not multiples of the tile leave a guard here");
+    expect_refused(a, "sum", "over 12; a fragment needs 0 over 16 (sizes that are not multiples of the tile");
     EXPECT_THROW(Fragments(64, 60, 64, 16), Error);
 }
 
