@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 #include <functional>
+#include <map>
 #include <set>
 #include <sstream>
 #include <thread>
@@ -618,6 +619,37 @@ TEST(Cuda, StreamsOfEachThreadShareNoMemory) {
             run();
         EXPECT_EQ(of(driver.record(), "cuMemAlloc").size(), 1u) << "the memory of another thread's stream";
     }
+}
+
+TEST(CudaThreads, HaveContextsAndStreamsOfTheirOwn) {
+    Driver driver;
+    constexpr int count = 4, turns = 50;
+    void *contexts[count], *streams[count];
+    for (int n = 0; n < count; n++) contexts[n] = driver.context(n % 3), streams[n] = driver.stream(contexts[n]);
+    driver.clear();
+    std::vector<std::thread> threads;
+    for (int n = 0; n < count; n++)
+        threads.emplace_back([&, n] {
+            Context context;
+            ASSERT_EQ(holdfast_context_set_stream(context, streams[n]), HOLDFAST_OK);
+            Call call(n % 3);
+            for (int turn = 0; turn < turns; turn++) EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        });
+    for (std::thread &thread : threads) thread.join();
+    std::map<std::string, int> lines;
+    for (const std::string &line : driver.record()) lines[line]++;
+    std::set<int> launches, modules;
+    size_t all = 0;
+    for (int n = 0; n < count; n++) {
+        launches.insert(lines["cuLaunchKernel context " + text(contexts[n]) + " stream " + text(streams[n])]);
+        modules.insert(lines["cuModuleLoadDataEx " + text(contexts[n])]);
+        all += *launches.begin();
+    }
+    EXPECT_EQ(launches.size(), 1u);
+    EXPECT_GE(*launches.begin(), 4 * turns);
+    EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), all) << "launches in other contexts or streams";
+    EXPECT_EQ(modules.size(), 1u) << "kernels are loaded once in each context";
+    EXPECT_EQ(of(driver.record(), "cuCtxPushCurrent").size(), of(driver.record(), "cuCtxPopCurrent").size());
 }
 
 TEST(Cuda, CallsOnTheCpuLeaveDeviceMemoryWhereItIs) {

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -28,7 +29,6 @@ struct Context {
 
 struct State {
     std::string record;
-    std::vector<Context *> stack;  // of the one thread that tests use
     std::map<int, Context *> primary;
     std::map<const void *, int> shared;  // function -> dynamic shared memory allowed
     std::map<void *, size_t> memory;
@@ -37,16 +37,28 @@ struct State {
     int capturing = 0;  // CUstreamCaptureStatus of all streams
 };
 
-State &state() {
+/// Calls of several threads come one after the other.
+class Locked {
+    std::unique_lock<std::recursive_mutex> lock;
+    State &state;
+
+public:
+    Locked(std::recursive_mutex &mutex, State &state) : lock(mutex), state(state) {}
+    State *operator->() const { return &state; }
+};
+Locked state() {
+    static std::recursive_mutex mutex;
     static State s;
-    return s;
+    return {mutex, s};
 }
+
+thread_local std::vector<Context *> stack;
 
 /// Write a line; the result that the call shall have.
 Result note(const char *function, const std::string &arguments = "") {
-    State &s = state();
-    s.record += std::string(function) + (arguments.empty() ? "" : " " + arguments) + "\n";
-    const int n = ++s.calls[function];
+    const Locked s = state();
+    s->record += std::string(function) + (arguments.empty() ? "" : " " + arguments) + "\n";
+    const int n = ++s->calls[function];
     const char *fail = std::getenv("HOLDFAST_STUB_FAIL");
     if (!fail) return success;
     const std::string text = fail;
@@ -69,20 +81,20 @@ std::vector<int> devices() {
     return sms;
 }
 
-Context *current() { return state().stack.empty() ? nullptr : state().stack.back(); }
+Context *current() { return stack.empty() ? nullptr : stack.back(); }
 
 }  // namespace
 
 // What tests look at.
-STUB const char *stub_record() { return state().record.c_str(); }
-STUB void stub_clear() { state().record.clear(), state().calls.clear(); }
-STUB void *stub_context(int device) { return new Context{device, ++state().contexts}; }
+STUB const char *stub_record() { return state()->record.c_str(); }
+STUB void stub_clear() { state()->record.clear(), state()->calls.clear(); }
+STUB void *stub_context(int device) { return new Context{device, ++state()->contexts}; }
 STUB void *stub_stream(void *context) { return new void *(context); }
-STUB void stub_capture(int status) { state().capturing = status; }
+STUB void stub_capture(int status) { state()->capturing = status; }
 /// The context is gone, with its memory and kernels, and another one is where it was.
 STUB void stub_replace(Context *context) {
-    context->id = ++state().contexts;
-    state().memory.clear();
+    context->id = ++state()->contexts;
+    state()->memory.clear();
 }
 
 STUB Result cuInit(unsigned) { return note("cuInit"); }
@@ -106,7 +118,8 @@ STUB Result cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 STUB Result cuDevicePrimaryCtxRetain(Context **context, int device) {
     if (Result result = note("cuDevicePrimaryCtxRetain", std::to_string(device))) return result;
-    Context *&primary = state().primary[device];
+    const Locked s = state();
+    Context *&primary = s->primary[device];
     if (!primary) primary = (Context *)stub_context(device);
     *context = primary;
     return success;
@@ -126,13 +139,13 @@ STUB Result cuCtxGetId(Context *context, unsigned long long *id) {
 }
 STUB Result cuCtxPushCurrent_v2(Context *context) {
     if (Result result = note("cuCtxPushCurrent", text(context))) return result;
-    state().stack.push_back(context);
+    stack.push_back(context);
     return success;
 }
 STUB Result cuCtxPopCurrent_v2(Context **context) {
-    if (state().stack.empty()) return invalid_context;
+    if (stack.empty()) return invalid_context;
     *context = current();
-    state().stack.pop_back();
+    stack.pop_back();
     return note("cuCtxPopCurrent");
 }
 STUB Result cuModuleLoadDataEx(void **module, const void *image, unsigned, int *, void **) {
@@ -149,14 +162,15 @@ STUB Result cuModuleGetFunction(void **function, void *module, const char *name)
 }
 STUB Result cuFuncSetAttribute(void *function, int attribute, int value) {
     if (Result result = note("cuFuncSetAttribute", std::to_string(attribute) + " " + std::to_string(value))) return result;
-    state().shared[function] = value;
+    state()->shared[function] = value;
     return success;
 }
 STUB Result cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                            unsigned shared, void *stream, void **arguments, void **) {
     if (Result result = note("cuLaunchKernel", "context " + text(current()) + " stream " + text(stream))) return result;
-    const auto allowed = state().shared.find(function);
-    const unsigned most = allowed == state().shared.end() ? 48 << 10 : (unsigned)allowed->second;
+    const Locked s = state();
+    const auto allowed = s->shared.find(function);
+    const unsigned most = allowed == s->shared.end() ? 48 << 10 : (unsigned)allowed->second;
     if (!current() || !function || !arguments || !gx || !gy || !gz || !bx || !by || !bz || bx * by * bz > 1024 || gy > 65535 ||
         gz > 65535 || shared > most)
         return invalid_value;
@@ -165,12 +179,12 @@ STUB Result cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz
 STUB Result cuMemAlloc_v2(void **memory, size_t bytes) {
     if (Result result = note("cuMemAlloc", std::to_string(bytes))) return result;
     *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-    state().memory[*memory] = bytes;
+    state()->memory[*memory] = bytes;
     return *memory ? success : out_of_memory;
 }
 STUB Result cuMemFree_v2(void *memory) {
     if (Result result = note("cuMemFree")) return result;
-    if (!state().memory.erase(memory)) return invalid_value;
+    if (!state()->memory.erase(memory)) return invalid_value;
     std::free(memory);
     return success;
 }
@@ -186,7 +200,7 @@ STUB Result cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void 
 }
 STUB Result cuStreamSynchronize(void *stream) { return note("cuStreamSynchronize", text(stream)); }
 STUB Result cuStreamIsCapturing(void *, int *status) {
-    *status = state().capturing;
+    *status = state()->capturing;
     return note("cuStreamIsCapturing");
 }
 #ifndef HOLDFAST_STUB_OLD
