@@ -352,7 +352,7 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  workspace for the tight ones.
  *  On CUDA, given a workspace and after the first call in a CUcontext
  *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph;
- *  except that one with cu_seqlens, of degree 1 without normalization, copies a table of chunks to the device, and may not. Calls on Metal, OpenCL and Vulkan are
+ *  except that one with cu_seqlens, of degree 1 without normalization, copies a table of chunks to the device, and is refused there. Calls on Metal, OpenCL and Vulkan are
  *  made one after the other in a process, whatever their contexts; those on CUDA run side by side. A process that has used a GPU and forks must not use it in the child.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
