@@ -49,8 +49,8 @@ TEST_P(Numbers, DecaysThatFp32CannotHoldDoNotDrift) {
         SCOPED_TRACE(token_by_token ? "token by token" : "one call");
         if (token_by_token && backend_of(GetParam().target) != "cpu") continue;  // as above
         Context context(GetParam().target);
-        // Known to drift, by 4e-6 in fp16 and 4e-5 in bf16: token by token without fused multiply-add. Products of numbers of few digits
-        // have none where those of a large state end, so that what its decay leaves out is rounded away at every token.
+        // Known to drift, by 4e-6 in fp16 and 4e-5 in bf16: token by token without fused multiply-add. Products of numbers of few
+        // digits have none where those of a large state end, so that what its decay leaves out is rounded away at every token.
         const bool known = token_by_token && GetParam().target == "generic";
         Problem p = retnet(known ? f32 : GetParam().dtype);
         each({p.H}, [&](const Index &h) { p.log_decay({0, 0, h[0]}) = -1e-4f * (float)(1 + std::sqrt(h[0])); });
@@ -71,8 +71,8 @@ TEST_P(Numbers, DecaysThatFp32CannotHoldDoNotDrift) {
 }
 
 TEST_P(Numbers, ManyOnesAreCountedExactly) {
-    // Of each token q.k = 64 and v = 1: out is the number of tokens, the state too, and no sum is rounded. But where operands are, out
-    // is within what the header says of it: twice the rounding of its type, once of the state and once of itself.
+    // Of each token q.k = 64 and v = 1: out is the number of tokens, the state too, and no sum is rounded. But where operands are,
+    // out is within what the header says of it: twice the rounding of its type, once of the state and once of itself.
     const int64_t T = 65536;
     const Dtype dtype = GetParam().dtype;
     for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT}) {
