@@ -10,12 +10,14 @@
 // above takes up to 1.5 times as long.
 #include "../../generators/recurrent.h"
 #include "../schedule.h"
+#include "prefetch.h"
 
 namespace {
 using namespace Halide;
 using namespace holdfast;
 
-constexpr int rows = 4;  // at a time: the first of them asks whether it is the first of all
+constexpr int tokens_of_block = 8;  // as the runtime calls it
+constexpr int rows = 4;             // at a time: the first of them asks whether it is the first of all
 
 // Of a part of a row. Twice as many registers hold its sums and values; five more the decay and what passes through.
 int columns(int value, const Target &t) {
@@ -24,20 +26,36 @@ int columns(int value, const Target &t) {
     return n;
 }
 
+// Tokens of a block, one register each for its sum, its values and, with AVX-512, its decay; one vector of columns at a time.
 void apply(RecurrentFuncs &f, const RecurrentSizes &sizes, const Target &target) {
-    Var b("b"), h("h"), e("e"), eo("eo"), ei("ei");
-    RVar ro("ro"), ri("ri");
-    const int vec = target.natural_vector_size<float>(), wide = columns(sizes.value, target) * vec;
-
+    Var b("b"), h("h"), n("n"), i("i"), io("io"), ii("ii"), e("e"), eo("eo"), ei("ei");
+    RVar ro("ro"), ri("ri"), ask(x86::ask_ahead), term("term");
     RVar row = f.over_key_feature;
-    Stage update = f.state_and_sum.update().split(e, eo, ei, wide);
+    const int vec = target.natural_vector_size<float>(), wide = columns(sizes.value, target) * vec;
+    const Expr block = f.tokens == tokens_of_block;
+
+    Stage update = f.state_and_sum.update();
+    Stage blocks = update.specialize(block);
+    blocks.split(e, eo, ei, vec)
+        .split(row, ask, term, sizes.key % 8 ? 4 : 8)
+        .split(i, io, ii, target.has_feature(Target::AVX512_Skylake) ? 8 : 4);
+    blocks.reorder(ei, ii, term, ask, io, eo, n, h, b).vectorize(ei).unroll(ii).unroll(term).unroll(io);
+    update.split(e, eo, ei, wide);
     if (wide < sizes.value)
-        update.reorder(ei, eo, row, h, b);
+        update.reorder(ei, eo, row, i, n, h, b);
     else
-        update.split(row, ro, ri, rows).reorder(ei, ri, ro, eo, h, b).unroll(ri);
+        update.split(row, ro, ri, rows).reorder(ei, ri, ro, eo, i, n, h, b).unroll(ri);
     update.vectorize(ei, vec).unroll(ei);
-    f.v.compute_at(f.state_and_sum, eo).vectorize(f.v.args()[0], vec).unroll(f.v.args()[0]);
-    f.decay.compute_at(f.state_and_sum, h);
+    Func values = f.v.in(f.state_and_sum);
+    values.compute_at(f.state_and_sum, eo).vectorize(values.args()[0], vec).unroll(values.args()[0]);
+    values.specialize(block).unroll(values.args()[1]);
+    f.decay.compute_at(f.state_and_sum, h).specialize(block).vectorize(f.decay.args()[0], tokens_of_block);
+    f.left_out.compute_at(f.state_and_sum, h);
+    Func queries = f.q.in(f.state_and_sum);
+    for (Func rows : {queries, f.k, f.v}) {
+        rows.compute_at(f.state_and_sum, n).vectorize(rows.args()[0], vec, TailStrategy::GuardWithIf);
+        rows.rename(rows.args()[1], Var(x86::rows_ahead));
+    }
     // Other queries read the state from cache.
     f.result.split(e, eo, ei, wide).vectorize(ei, vec).unroll(ei);
     f.others.compute_at(f.result, eo).vectorize(e, vec).unroll(e);
