@@ -23,6 +23,9 @@ constexpr int64_t worth_a_thread = 512 * 1024;
 // Heads of queries that share a state go over it one after the other: states that stay in the first caches meanwhile.
 constexpr int64_t states_in_cache = 256 * 1024;
 
+// Heads whose blocks of tokens take turns: states that stay in L2 meanwhile.
+constexpr int64_t turns_in_cache = 512 * 1024;
+
 // Tokens that a kernel takes at a time, where it is given so many: schedules/x86/recurrent.cpp.
 constexpr int64_t block = 8;
 
@@ -92,8 +95,13 @@ public:
         // Queries that share a state read what a token leaves of it.
         tokens_at_once = p.group() > 1 ? 1 : std::max(sums_in_cache / 4 / p.V / block * block, block);
         if (p.T < block || !tokens_fit()) tokens_at_once = 1;
-        heads_at_once = p.T == 1 && in_place && heads_fit() ? p.Hk : 1;
-        if (p.group() > 1) heads_at_once = std::min(heads_at_once, 1 + states_in_cache / p.state_bytes());
+        if (p.T == 1) {
+            heads_at_once = heads_of_call = in_place && heads_fit() ? p.Hk : 1;
+            if (p.group() > 1) heads_at_once = heads_of_call = std::min(heads_at_once, 1 + states_in_cache / p.state_bytes());
+        } else {  // rows of neighbouring heads share pages and lines that are on their way
+            heads_at_once = tokens_at_once > 1 ? std::max<int64_t>(turns_in_cache / p.state_bytes(), 1) : 1;
+            heads_of_call = 1;
+        }
     }
 
     /// Piece n.
@@ -108,16 +116,16 @@ public:
 private:
     const Problem &p;
     const Variant &variant;
-    int64_t tokens_at_once, heads_at_once;
+    int64_t tokens_at_once, heads_at_once, heads_of_call;
     bool in_place;  // states are advanced where the final ones will be
 
     void run(Workspace &workspace, int64_t s, int64_t h, int64_t heads) const {
         const Tensor &initial = p.initial_state, &final = p.final_state;
-        const Scratch sums(workspace, heads_at_once * tokens_at_once * p.V);
+        const Scratch sums(workspace, heads_of_call * tokens_at_once * p.V);
         std::optional<Scratch> scratch;
-        if (!in_place) scratch.emplace(workspace, p.D * p.V);
+        if (!in_place) scratch.emplace(workspace, heads * p.D * p.V);
         const States states =
-            in_place ? States{final.at(s, h), final.stride[1], final.stride[2]} : States{scratch->floats(), 0, p.V};
+            in_place ? States{final.at(s, h), final.stride[1], final.stride[2]} : States{scratch->floats(), p.D * p.V, p.V};
         for (int64_t n = 0; n < heads; n++) {
             float *first = states.first + n * states.head_stride;
             const State state(first, p.D, p.V, states.row_stride);
@@ -131,9 +139,15 @@ private:
             tokens = std::min(tokens_at_once, T - t);
             const int64_t in_block = tokens >= block ? block : 1;
             tokens -= tokens % in_block;
-            run_kernel(p, variant, workspace, {s, t, tokens, h, heads}, in_block, states, sums.floats());
+            for (int64_t n = 0; n < heads; n += heads_of_call) {
+                const States of_call = {states.first + n * states.head_stride, states.head_stride, states.row_stride};
+                run_kernel(p, variant, workspace, {s, t, tokens, h + n, std::min(heads_of_call, heads - n)}, in_block, of_call,
+                           sums.floats());
+            }
         }
-        if (!in_place && final.rank) copy_state(State(states.first, p.D, p.V, p.V), State(final, s, h));
+        if (in_place || !final.rank) return;
+        for (int64_t n = 0; n < heads; n++)
+            copy_state(State(states.first + n * states.head_stride, p.D, p.V, p.V), State(final, s, h + n));
     }
 
     /// Whether all tokens of a call are.
