@@ -29,8 +29,8 @@ constexpr int64_t turns_in_cache = 512 * 1024;
 // Tokens that a kernel takes at a time, where it is given so many: schedules/x86/recurrent.cpp.
 constexpr int64_t block = 8;
 
-// Bytes that sums of the tokens of a call may take, of L1 or little more; it has some microseconds of work then.
-constexpr int64_t sums_in_cache = 32 * 1024;
+// Tokens of a call: bytes that their sums may take, of L1 or little more. It has ten microseconds of work then.
+constexpr int64_t sums_in_cache = 32 * 1024, most_tokens = 256;
 
 /// Where the states of neighbouring heads lie.
 struct States {
@@ -93,7 +93,7 @@ public:
         pieces = (int64_t)std::min<double>(all, 1 + (double)all * p.state_bytes() * tokens / worth_a_thread);
         in_place = p.final_state.rank && (p.V == 1 || p.final_state.stride[3] == 1);
         // Queries that share a state read what a token leaves of it.
-        tokens_at_once = p.group() > 1 ? 1 : std::max(sums_in_cache / 4 / p.V / block * block, block);
+        tokens_at_once = p.group() > 1 ? 1 : std::clamp(sums_in_cache / 4 / p.V / block * block, block, most_tokens);
         if (p.T < block || !tokens_fit()) tokens_at_once = 1;
         if (p.T == 1) {
             heads_at_once = heads_of_call = in_place && heads_fit() ? p.Hk : 1;

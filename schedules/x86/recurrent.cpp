@@ -1,13 +1,20 @@
-// x86 with AVX-512 or AVX2: rows of the state are read and written from end to end, as memory likes it best. Where there are
-// registers for the values and sums of a whole row, they stay there, down all rows; else they pass through L1 with each row. Not
-// parallel: the runtime spreads batch entries and heads over threads.
+// x86 with AVX-512 or AVX2. Not parallel: the runtime spreads batch entries and heads over threads.
 //
+// A token at a time: rows of the state are read and written from end to end, as memory likes it best. Where there are
+// registers for the values and sums of a whole row, they stay there, down all rows; else they pass through L1 with each row.
 // One core of an Intel Xeon at 2.3 GHz, AVX-512, one token of 8 heads: K = V = 64 in 3.6 us, 73 GB/s read and written in L2, 0.6
 // us of it the call's checks; 128 in 14 us, 74 GB/s. From memory 75 to 89% of what copying moves.
 // Zen 4, one core, states from memory, where updating an array moves 38 GB/s: AVX-512 39 at V = 64 and 128, 30 at 256, 34 to 37 at
 // 512; AVX2 39 to 41 at 64 and 128, 27 to 39 above. A strip of columns in registers at a time, down all rows, is 20 wherever it is
 // not the whole row, as are 4 or 8 rows at a time; from cache it is 8 to 12% faster with AVX-512, and 9% at V = 64 with AVX2, which
 // above takes up to 1.5 times as long.
+//
+// Blocks of tokens: a vector of columns of the state at a time, down all rows. The vector is in a register while tokens multiply it,
+// add to it and add it to their sums, three operations for two multiply-adds of a step; values and sums are in registers, keys
+// and queries in L1. Zen 4, one core, AVX-512, a token and head in cache: K = V = 32 in 74 ns, 64 in 254, 128 in 970, 256 in
+// 4000; a chunkwise kernel takes 97, 240, 810 and 3300 where chunks are full. The same loop alone, in intrinsics, takes 53,
+// 211 and 840: the rest is rows copied, decays, the first row's masks and sums written. Tried without gain: `out` asked for ahead;
+// 4 tokens and two vectors, as fast. AVX2 has registers for 4 tokens: 8 take 5 to 15% longer.
 #include "../../generators/recurrent.h"
 #include "../schedule.h"
 #include "prefetch.h"
@@ -26,19 +33,17 @@ int columns(int value, const Target &t) {
     return n;
 }
 
-// Tokens of a block, one register each for its sum, its values and, with AVX-512, its decay; one vector of columns at a time.
 void apply(RecurrentFuncs &f, const RecurrentSizes &sizes, const Target &target) {
     Var b("b"), h("h"), n("n"), i("i"), io("io"), ii("ii"), e("e"), eo("eo"), ei("ei");
     RVar ro("ro"), ri("ri"), ask(x86::ask_ahead), term("term");
     RVar row = f.over_key_feature;
     const int vec = target.natural_vector_size<float>(), wide = columns(sizes.value, target) * vec;
+    const int at_once = target.has_feature(Target::AVX512_Skylake) ? 8 : 4;  // tokens: a register for the sum, one for the value
     const Expr block = f.tokens == tokens_of_block;
 
     Stage update = f.state_and_sum.update();
     Stage blocks = update.specialize(block);
-    blocks.split(e, eo, ei, vec)
-        .split(row, ask, term, sizes.key % 8 ? 4 : 8)
-        .split(i, io, ii, target.has_feature(Target::AVX512_Skylake) ? 8 : 4);
+    blocks.split(e, eo, ei, vec).split(row, ask, term, sizes.key % 8 ? 4 : 8).split(i, io, ii, at_once);
     blocks.reorder(ei, ii, term, ask, io, eo, n, h, b).vectorize(ei).unroll(ii).unroll(term).unroll(io);
     update.split(e, eo, ei, wide);
     if (wide < sizes.value)
