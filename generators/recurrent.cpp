@@ -7,11 +7,11 @@ using namespace Halide;
 
 namespace holdfast {
 
-RecurrentFuncs recurrent(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Expr &key_extent,
-                         const Expr &tokens, const Expr &scale) {
+RecurrentFuncs recurrent(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Expr &key_extent, int tokens,
+                         const Expr &scale) {
     Var b("b"), h("h"), g("g"), n("n"), i("i"), d("d"), e("e");
     RecurrentFuncs f;
-    f.q = q, f.k = k, f.v = v, f.log_decay = log_decay, f.tokens = tokens;
+    f.q = q, f.k = k, f.v = v, f.log_decay = log_decay;
 
     f.decay = Func("decay");
     const Tuple decay = two_part_exp(max(log_decay(i, n, h, b), least_log_decay));

@@ -18,6 +18,7 @@ namespace holdfast {
 
 struct RecurrentSizes {
     int key, value;  // D, E; 0: any, known at run time only
+    int tokens;      // in a block
 };
 
 /// b batch, h head of keys, g head of queries in the group that shares it, n block of tokens, i token in the block, d key feature, e
@@ -35,14 +36,13 @@ struct RecurrentFuncs {
     Halide::Func out;     // (e,i,n,g,h,b): o, of query 0 the last sum
     Halide::RDom over_key_feature;  // state_and_sum: d in [0, D), in that order
     Halide::RDom over_state;        // others: d in [0, D), nothing for query 0
-    Halide::Expr tokens;            // in a block
 
     // set by the generator: what leaves the kernel, in the caller's type
     Halide::Func result;  // (e,i,n,g,h,b)
 };
 
-/// `key_extent` is D, also where the sizes leave it open; `tokens` are in a block.
+/// `key_extent` is D, also where the sizes leave it open.
 RecurrentFuncs recurrent(const Halide::Func &q, const Halide::Func &k, const Halide::Func &v, const Halide::Func &log_decay,
-                         const Halide::Expr &key_extent, const Halide::Expr &tokens, const Halide::Expr &scale);
+                         const Halide::Expr &key_extent, int tokens, const Halide::Expr &scale);
 
 }  // namespace holdfast

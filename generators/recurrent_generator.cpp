@@ -3,6 +3,8 @@
 #include "dtypes.h"
 #include "recurrent.h"
 
+#include <algorithm>
+
 namespace {
 using namespace Halide;
 using namespace holdfast;
@@ -11,6 +13,7 @@ class RecurrentGenerator : public Generator<RecurrentGenerator> {
 public:
     GeneratorParam<Dtype> dtype{"dtype", Dtype::f32, dtype_names()};             // of q, k, v and out
     GeneratorParam<int> key_size{"key_size", 64}, value_size{"value_size", 64};  // 0: any
+    GeneratorParam<int> chunk{"chunk", 0};                                       // tokens of a block; 0: one, a step
     GeneratorParam<bool> any_state_strides{"any_state_strides", false};          // as in chunkwise_generator.cpp
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};          // schedule.h
 
@@ -34,7 +37,8 @@ public:
         Var b("b"), h("h"), g("g"), n("n"), i("i"), d("d"), e("e");
         const Expr D = key_size ? Expr(key_size.value()) : q.dim(0).extent();
         const Expr E = value_size ? Expr(value_size.value()) : v.dim(0).extent();
-        const Expr I = out.dim(1).extent(), N = out.dim(2).extent();
+        const int I = tokens();
+        const Expr N = out.dim(2).extent();
         Func queries("queries"), keys("keys"), values("values"), decays("log_decays");
         queries(d, i, n, g, h, b) = widen(dtype, q(d, i, n, g, h, b));
         keys(d, i, n, h, b) = widen(dtype, k(d, i, n, h, b));
@@ -61,11 +65,14 @@ public:
     }
     void schedule() {
         if (!using_autoscheduler())
-            apply_schedule(f, RecurrentSizes{key_size, value_size}, get_pipeline(), get_target(), forced_schedule.value());
+            apply_schedule(f, RecurrentSizes{key_size, value_size, tokens()}, get_pipeline(), get_target(),
+                           forced_schedule.value());
     }
 
 private:
     RecurrentFuncs f;
+
+    int tokens() const { return std::max(chunk.value(), 1); }
 };
 }  // namespace
 

@@ -22,21 +22,25 @@ struct StepCase {
     int64_t blocks = 1, tokens = 1;  // of a call, and of a block; the last call has fewer blocks
 };
 
-inline std::vector<StepCase> step_cases() {
+/// For kernels that take blocks of so many tokens.
+inline std::vector<StepCase> step_cases(int64_t tokens) {
     std::vector<StepCase> cases;
-    for (Gates gates : all_gates) cases.push_back({std::string("gates_") + name(gates), 2, 40, 3, Layout::padded, gates});
-    for (Layout layout : layouts) cases.push_back({std::string("layout_") + name(layout), 3, 2, 2, layout, Gates::strong});
-    cases.push_back({"groups", 2, 5, 2, Layout::padded, Gates::strong, 3});
-    cases.push_back({"one_group", 1, 2, 1, Layout::swapped, Gates::per_head, 8});
-    cases.push_back({"one", 1, 1, 1, Layout::compact, Gates::weak});
-    for (Gates gates : all_gates)  // as the runtime calls it; and blocks that no schedule knows
-        cases.push_back({std::string("blocks_") + name(gates), 2, 40, 2, Layout::padded, gates, 1, 3, 8});
-    for (Layout layout : layouts)
-        cases.push_back({std::string("block_") + name(layout), 2, 8, 3, layout, Gates::strong, 1, 1, 8});
-    cases.push_back({"tokens", 1, 11, 2, Layout::padded, Gates::strong, 1, 4, 1});
-    cases.push_back({"odd_blocks", 2, 15, 1, Layout::padded, Gates::strong, 1, 2, 3});
-    cases.push_back({"no_heads", 2, 1, 0, Layout::compact, Gates::weak});
-    cases.push_back({"no_batch", 0, 1, 2, Layout::compact, Gates::weak});
+    if (tokens == 1) {
+        for (Gates gates : all_gates) cases.push_back({std::string("gates_") + name(gates), 2, 40, 3, Layout::padded, gates});
+        for (Layout layout : layouts) cases.push_back({std::string("layout_") + name(layout), 3, 2, 2, layout, Gates::strong});
+        cases.push_back({"groups", 2, 5, 2, Layout::padded, Gates::strong, 3});
+        cases.push_back({"one_group", 1, 2, 1, Layout::swapped, Gates::per_head, 8});
+        cases.push_back({"several", 1, 11, 2, Layout::padded, Gates::strong, 1, 4});
+    } else {
+        for (Gates gates : all_gates)
+            cases.push_back({std::string("gates_") + name(gates), 2, 5 * tokens, 2, Layout::padded, gates, 1, 3});
+        for (Layout layout : layouts)
+            cases.push_back({std::string("layout_") + name(layout), 2, tokens, 3, layout, Gates::strong});
+    }
+    cases.push_back({"one", 1, tokens, 1, Layout::compact, Gates::weak});
+    cases.push_back({"no_heads", 2, tokens, 0, Layout::compact, Gates::weak});
+    cases.push_back({"no_batch", 0, tokens, 2, Layout::compact, Gates::weak});
+    for (StepCase &c : cases) c.tokens = tokens;
     return cases;
 }
 

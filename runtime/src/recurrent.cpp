@@ -26,9 +26,6 @@ constexpr int64_t states_in_cache = 256 * 1024;
 // Heads whose blocks of tokens take turns: states that stay in L2 meanwhile.
 constexpr int64_t turns_in_cache = 512 * 1024;
 
-// Tokens that a kernel takes at a time, where it is given so many: schedules/x86/recurrent.cpp.
-constexpr int64_t block = 8;
-
 // Tokens of a call: bytes that their sums may take, of L1 or little more. It has ten microseconds of work then.
 constexpr int64_t sums_in_cache = 32 * 1024, most_tokens = 256;
 
@@ -87,14 +84,16 @@ class Work {
 public:
     int64_t pieces;
 
-    Work(const Problem &p, const Variant &variant) : p(p), variant(variant) {
+    /// Step: for one token at a time. Blocks: for some of them, or the same again where there is none.
+    Work(const Problem &p, const Variant &step, const Variant &blocks) : p(p), step(step), blocks(blocks) {
         const int64_t all = p.N * p.Hk;
         const double tokens = p.packed() ? (double)p.T / p.N : (double)std::max<int64_t>(p.T, 1);  // of a sequence
         pieces = (int64_t)std::min<double>(all, 1 + (double)all * p.state_bytes() * tokens / worth_a_thread);
         in_place = p.final_state.rank && (p.V == 1 || p.final_state.stride[3] == 1);
         // Queries that share a state read what a token leaves of it.
-        tokens_at_once = p.group() > 1 ? 1 : std::clamp(sums_in_cache / 4 / p.V / block * block, block, most_tokens);
-        if (p.T < block || !tokens_fit()) tokens_at_once = 1;
+        tokens_at_once = p.group() > 1 ? 1 : std::clamp<int64_t>(sums_in_cache / 4 / p.V, 1, most_tokens);
+        if (!tokens_fit()) tokens_at_once = 1;
+        if (blocks.chunk > 1) tokens_at_once = std::max<int64_t>(tokens_at_once / blocks.chunk * blocks.chunk, 1);
         if (p.T == 1) {
             heads_at_once = heads_of_call = in_place && heads_fit() ? p.Hk : 1;
             if (p.group() > 1) heads_at_once = heads_of_call = std::min(heads_at_once, 1 + states_in_cache / p.state_bytes());
@@ -115,7 +114,7 @@ public:
 
 private:
     const Problem &p;
-    const Variant &variant;
+    const Variant &step, &blocks;
     int64_t tokens_at_once, heads_at_once, heads_of_call;
     bool in_place;  // states are advanced where the final ones will be
 
@@ -137,12 +136,13 @@ private:
         const int64_t T = p.length(s);
         for (int64_t t = 0, tokens; t < T; t += tokens) {
             tokens = std::min(tokens_at_once, T - t);
-            const int64_t in_block = tokens >= block ? block : 1;
+            const bool whole = blocks.chunk > 1 && tokens >= blocks.chunk;
+            const int64_t in_block = whole ? blocks.chunk : 1;
             tokens -= tokens % in_block;
             for (int64_t n = 0; n < heads; n += heads_of_call) {
                 const States of_call = {states.first + n * states.head_stride, states.head_stride, states.row_stride};
-                run_kernel(p, variant, workspace, {s, t, tokens, h + n, std::min(heads_of_call, heads - n)}, in_block, of_call,
-                           sums.floats());
+                run_kernel(p, whole ? blocks : step, workspace, {s, t, tokens, h + n, std::min(heads_of_call, heads - n)},
+                           in_block, of_call, sums.floats());
             }
         }
         if (in_place || !final.rank) return;
@@ -172,10 +172,13 @@ private:
 }  // namespace
 
 void run_recurrent(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
-    const Variant &variant = select_variant("recurrent", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
+    auto select = [&](int64_t tokens) -> const Variant & {
+        return select_variant("recurrent", p.q.dtype.name, p.K, p.V, tokens, choice.backend, choice.forced);
+    };
+    const Variant &step = select(0), &blocks = p.T > 1 ? select(most_tokens) : step;
     check_kernel_strides(p, 1);
-    const Work work(p, variant);
-    announce(c, call, variant, choice.why, p, "token by token", work.pieces);
+    const Work work(p, step, blocks);
+    announce(c, call, step, choice.why, p, "token by token", work.pieces);
     if (work.pieces > 0) c.for_each(work.pieces, std::cref(work));
 }
 

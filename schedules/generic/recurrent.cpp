@@ -13,8 +13,8 @@ void apply(RecurrentFuncs &f, const RecurrentSizes &, const Target &target) {
     const TailStrategy tail = TailStrategy::GuardWithIf;  // neither beyond the row nor anything twice: the state is in place
 
     f.state_and_sum.update().split(e, eo, ei, vec, tail).reorder(ei, i, f.over_key_feature, eo, n, h, b).vectorize(ei);
-    f.decay.compute_at(f.state_and_sum, h);
-    f.left_out.compute_at(f.state_and_sum, h);
+    f.decay.compute_at(f.state_and_sum, n);
+    f.left_out.compute_at(f.state_and_sum, n);
     Func first = f.q.in(f.state_and_sum), others = f.q.in(f.others);
     for (Func row : {first, f.k}) row.compute_at(f.state_and_sum, n).vectorize(row.args()[0], vec, tail);
     f.v.compute_at(f.state_and_sum, eo).vectorize(f.v.args()[0], vec, tail);

@@ -23,8 +23,7 @@ namespace {
 using namespace Halide;
 using namespace holdfast;
 
-constexpr int tokens_of_block = 8;  // as the runtime calls it
-constexpr int rows = 4;             // at a time: the first of them asks whether it is the first of all
+constexpr int rows = 4;  // of a step, at a time: the first of them asks whether it is the first of all
 
 // Of a part of a row. Twice as many registers hold its sums and values; five more the decay and what passes through.
 int columns(int value, const Target &t) {
@@ -33,43 +32,64 @@ int columns(int value, const Target &t) {
     return n;
 }
 
-void apply(RecurrentFuncs &f, const RecurrentSizes &sizes, const Target &target) {
-    Var b("b"), h("h"), n("n"), i("i"), io("io"), ii("ii"), e("e"), eo("eo"), ei("ei");
-    RVar ro("ro"), ri("ri"), ask(x86::ask_ahead), term("term");
-    RVar row = f.over_key_feature;
-    const int vec = target.natural_vector_size<float>(), wide = columns(sizes.value, target) * vec;
-    const int at_once = target.has_feature(Target::AVX512_Skylake) ? 8 : 4;  // tokens: a register for the sum, one for the value
-    const Expr block = f.tokens == tokens_of_block;
+/// Tokens at once: a register for the sum of each, one for its value.
+int tokens_at_once(const Target &t) { return t.has_feature(Target::AVX512_Skylake) ? 8 : 4; }
 
-    Stage update = f.state_and_sum.update();
-    Stage blocks = update.specialize(block);
-    blocks.split(e, eo, ei, vec).split(row, ask, term, sizes.key % 8 ? 4 : 8).split(i, io, ii, at_once);
-    blocks.reorder(ei, ii, term, ask, io, eo, n, h, b).vectorize(ei).unroll(ii).unroll(term).unroll(io);
-    update.split(e, eo, ei, wide);
-    if (wide < sizes.value)
-        update.reorder(ei, eo, row, i, n, h, b);
-    else
-        update.split(row, ro, ri, rows).reorder(ei, ri, ro, eo, i, n, h, b).unroll(ri);
-    update.vectorize(ei, vec).unroll(ei);
-    Func values = f.v.in(f.state_and_sum);
-    values.compute_at(f.state_and_sum, eo).vectorize(values.args()[0], vec).unroll(values.args()[0]);
-    values.specialize(block).unroll(values.args()[1]);
-    f.decay.compute_at(f.state_and_sum, h).specialize(block).vectorize(f.decay.args()[0], tokens_of_block);
-    f.left_out.compute_at(f.state_and_sum, h);
-    Func queries = f.q.in(f.state_and_sum);
-    for (Func rows : {queries, f.k, f.v}) {
-        rows.compute_at(f.state_and_sum, n).vectorize(rows.args()[0], vec, TailStrategy::GuardWithIf);
-        rows.rename(rows.args()[1], Var(x86::rows_ahead));
+struct Recurrent {
+    RecurrentFuncs &f;
+    const RecurrentSizes &sizes;
+    const Target &target;
+    const int vec = target.natural_vector_size<float>();
+    Var b{"b"}, h{"h"}, g{"g"}, n{"n"}, i{"i"}, e{"e"}, eo{"eo"}, ei{"ei"};
+    RVar row = f.over_key_feature;
+
+    void step(int wide) {
+        RVar ro("ro"), ri("ri");
+        Stage update = f.state_and_sum.update().split(e, eo, ei, wide);
+        if (wide < sizes.value)
+            update.reorder(ei, eo, row, i, n, h, b);
+        else
+            update.split(row, ro, ri, rows).reorder(ei, ri, ro, eo, i, n, h, b).unroll(ri);
+        update.vectorize(ei, vec).unroll(ei);
+        f.v.compute_at(f.state_and_sum, eo).vectorize(f.v.args()[0], vec).unroll(f.v.args()[0]);
     }
-    // Other queries read the state from cache.
-    f.result.split(e, eo, ei, wide).vectorize(ei, vec).unroll(ei);
-    f.others.compute_at(f.result, eo).vectorize(e, vec).unroll(e);
-    f.others.update().reorder(e, f.over_state).vectorize(e, vec).unroll(e);
-}
+    void blocks() {
+        Var io("io"), ii("ii");
+        RVar ask(x86::ask_ahead), term("term");
+        f.state_and_sum.update()
+            .split(e, eo, ei, vec)
+            .split(row, ask, term, sizes.key % 8 ? 4 : 8)
+            .split(i, io, ii, tokens_at_once(target))
+            .reorder(ei, ii, term, ask, io, eo, n, h, b)
+            .vectorize(ei)
+            .unroll(ii)
+            .unroll(term)
+            .unroll(io);
+        Func values = f.v.in(f.state_and_sum), queries = f.q.in(f.state_and_sum);
+        values.compute_at(f.state_and_sum, eo).vectorize(values.args()[0], vec).unroll(values.args()[1]);
+        for (Func rows : {queries, f.k, f.v}) {
+            rows.compute_at(f.state_and_sum, n).vectorize(rows.args()[0], vec, TailStrategy::GuardWithIf);
+            rows.rename(rows.args()[1], Var(x86::rows_ahead));
+        }
+        f.decay.vectorize(f.decay.args()[0], sizes.tokens);
+    }
+    void apply() {
+        const int wide = columns(sizes.value, target) * vec;
+        f.decay.compute_at(f.state_and_sum, n);
+        f.left_out.compute_at(f.state_and_sum, n);
+        sizes.tokens == 1 ? step(wide) : blocks();
+        // Other queries read the state from cache.
+        f.result.split(e, eo, ei, wide).vectorize(ei, vec).unroll(ei);
+        f.others.compute_at(f.result, eo).vectorize(e, vec).unroll(e);
+        f.others.update().reorder(e, f.over_state).vectorize(e, vec).unroll(e);
+    }
+};
+
+void apply(RecurrentFuncs &f, const RecurrentSizes &sizes, const Target &target) { Recurrent{f, sizes, target}.apply(); }
 
 bool matches(const Target &t, const RecurrentSizes &s) {
     return t.arch == Target::X86 && !t.has_gpu_feature() && t.has_feature(Target::AVX2) && s.key > 0 && s.key % rows == 0 &&
-           s.value > 0 && s.value % t.natural_vector_size<float>() == 0;
+           s.value > 0 && s.value % t.natural_vector_size<float>() == 0 && (s.tokens == 1 || s.tokens % tokens_at_once(t) == 0);
 }
 
 const bool added = Schedule<RecurrentFuncs, RecurrentSizes>::add({"x86", 10, matches, apply});
