@@ -71,6 +71,12 @@ struct HeadRows : Buffer {
         host = first + t * stride * type.bytes();
         axes[1].extent = (int32_t)tokens;
     }
+    /// What the kernel looks at next are those from token t of `next` on: it asks for them meanwhile. Its axis of heads, of which there
+    /// is one, leads there.
+    void followed_by(const HeadRows &next, int64_t t) {
+        const int64_t distance = ((next.first + t * next.stride * type.bytes()) - host) / type.bytes();
+        axes[dimensions - 2].stride = std::abs(distance) < INT32_MAX ? (int32_t)distance : 0;
+    }
     /// All rows in one place, for what is not wanted.
     void all_at(void *row) {
         first = (uint8_t *)row, stride = 0;

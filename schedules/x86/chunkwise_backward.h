@@ -88,9 +88,9 @@ struct ChunkwiseBackwardLoops {
         if (along_keys) {
             transposed(r.f.state_in, {r.f.state});
             r.f.state.reorder_storage(d, e);
-            scan(r.f.state, r.f.contribution, d, e, asking({"dq"}));
+            scan(r.f.state, r.f.contribution, d, e, asking({"q"}));
         } else {
-            scan(r.f.state, r.f.contribution, e, d, asking({"dq"}));
+            scan(r.f.state, r.f.contribution, e, d, asking({"q"}));
         }
         scan(r.dstate, r.dstate_from_inter, e, d, asking({"dk"}));
         r.dstate_in.vectorize(r.dstate_in.args()[0], vec, Halide::TailStrategy::GuardWithIf);
@@ -100,9 +100,9 @@ struct ChunkwiseBackwardLoops {
         elementwise(r.f.mask);
         tile(r.dweights, tiles(r.dscores, score_columns, score_rows), score_columns, score_rows);
         product(r.dkeys_decayed, asking({"dv"}));
-        const Halide::LoopLevel of_dq = product(r.dq, asking({"dout"}, true));
+        const Halide::LoopLevel of_dq = product(r.dq, asking({"dq"}));
         if (r.dq_from_state.defined()) tile(r.dq_from_state, of_dq, wide, rows);
-        product(r.dk, asking({"q"}, true));
+        product(r.dk, asking({"dout"}, true));
         for (auto [result, over] : {std::make_pair(r.result_dq, r.over_dq), {r.result_dk, r.over_dk}}) {
             Halide::Var x = result.args()[0];
             result.update(0).reorder(x, over.x, over.y).vectorize(x, lanes, Halide::TailStrategy::GuardWithIf);
