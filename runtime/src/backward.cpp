@@ -91,6 +91,7 @@ public:
         const ChunkTable table({0, tokens(n)}, plan.chunk);
         Buffer chunks(table.columns.data(), int32, {{0, ChunkTable::fields, 1}, {0, table.slots, ChunkTable::fields}});
         State from = state(plan.states ? n : 0);
+        from.followed_by(behind.state(plan.states ? m : 0));
         const auto run = std::get<ChunkwiseBackwardKernel *>(plan.variant.run);
         check_returned(run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &from, &rows.dout, &gradient, &chunks,
                            table.count, p.scale, rows.want_dq, rows.want_dk, rows.want_dv, rows.want_dlog_decay, &rows.dq,

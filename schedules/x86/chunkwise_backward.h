@@ -102,7 +102,7 @@ struct ChunkwiseBackwardLoops {
         product(r.dkeys_decayed, asking({"dv"}));
         const Halide::LoopLevel of_dq = product(r.dq, asking({"dq"}));
         if (r.dq_from_state.defined()) tile(r.dq_from_state, of_dq, wide, rows);
-        product(r.dk, asking({"dout"}, true));
+        product(r.dk, asking({"dout", "state_in"}, true));
         for (auto [result, over] : {std::make_pair(r.result_dq, r.over_dq), {r.result_dk, r.over_dk}}) {
             Halide::Var x = result.args()[0];
             result.update(0).reorder(x, over.x, over.y).vectorize(x, lanes, Halide::TailStrategy::GuardWithIf);
