@@ -2,8 +2,10 @@
 // bf16 (chunkwise_backward_bf16.cpp), both in registers.
 #pragma once
 #include "../../generators/chunkwise_backward.h"
+#include "pairs.h"
 #include "prefetch.h"
 #include "tile.h"
+#include "transpose.h"
 
 #include <string>
 #include <utility>
@@ -66,20 +68,12 @@ struct ChunkwiseBackwardLoops {
     }
     Halide::Func elementwise(Halide::Func f) const { return f.compute_root().vectorize(f.args()[0], vec); }
 
-    /// For products that read it along its second axis: blocks of 4 x 16, whose elements are shuffled in registers.
-    Halide::Func transposed(Halide::Func source, const std::vector<Halide::Func> &users) const {
-        Halide::Func copy = source.in(users);
-        Halide::Var x = copy.args()[0], y = copy.args()[1];
-        copy.compute_root()
-            .reorder_storage(y, x)
-            .align_bounds(x, 4)
-            .align_bounds(y, vec)
-            .split(x, xo, xi, 4)
-            .split(y, yo, yi, vec)
-            .reorder(xi, yi, xo, yo)
-            .vectorize(xi)
-            .unroll(yi);
-        return copy;
+    /// For products that read it along its second axis: turned over in registers.
+    void transposed(const Halide::Func &source, const std::vector<Halide::Func> &users) const {
+        Transposed columns(source, vec);
+        for (const Halide::Func &user : users)
+            replace_calls(user, source, [&](auto at) { return columns(at); });
+        columns.compute_at(Halide::LoopLevel::root(), {columns.lines(), columns.lines().args()[1]});
     }
 
     /// Scan and scan back, whose products are of fp32; the states so that they lie along d, or along e as their gradients do.
