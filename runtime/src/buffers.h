@@ -80,9 +80,7 @@ struct HeadRows : Buffer {
     }
     /// What the kernel looks at next are those from token t of `next` on: it asks for them meanwhile. Its axis of heads, of which there
     /// is one, leads there.
-    void followed_by(const HeadRows &next, int64_t t) {
-        lead_to(next.first + t * next.stride * type.bytes());
-    }
+    void followed_by(const HeadRows &next, int64_t t) { lead_to(next.first + t * next.stride * type.bytes()); }
     /// All rows in one place, for what is not wanted.
     void all_at(void *row) {
         first = (uint8_t *)row, stride = 0;

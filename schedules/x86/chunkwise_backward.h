@@ -71,8 +71,7 @@ struct ChunkwiseBackwardLoops {
     /// For products that read it along its second axis: turned over in registers.
     void transposed(const Halide::Func &source, const std::vector<Halide::Func> &users) const {
         Transposed columns(source, vec);
-        for (const Halide::Func &user : users)
-            replace_calls(user, source, [&](auto at) { return columns(at); });
+        for (const Halide::Func &user : users) replace_calls(user, source, [&](auto at) { return columns(at); });
         columns.compute_at(Halide::LoopLevel::root(), {columns.lines(), columns.lines().args()[1]});
     }
 
