@@ -68,13 +68,15 @@ TEST_P(StepTest, IsAForwardCallOfOneToken) {
 }
 
 TEST_P(StepTest, IsWhatForwardDoesWithFewTokens) {
-    for (int64_t T : {(int64_t)0, (int64_t)1, (int64_t)2, C / 4}) {
+    for (int64_t T : {(int64_t)0, (int64_t)1, C / 4 - 1, C / 4}) {
         for (bool initial : {false, true}) {
             SCOPED_TRACE("T " + std::to_string(T) + (initial ? ", initial state" : ""));
             Problem steps = problem(2, T, 3), call = problem(2, T, 3);
             steps.initial = call.initial = initial;
             run_steps(steps, *context);
             run(call.forward());
+            call.expect_reference(1, T);
+            if (T >= C / 4) continue;  // blocks of tokens round decays together
             EXPECT_TRUE(same_bits(steps.out, call.out));
             EXPECT_TRUE(same_bits(steps.final_state, call.final_state));
         }
