@@ -69,6 +69,15 @@ holdfast_kernel(recurrent DTYPES bf16
     SIZES 64x64 128x128
     TARGETS amx avx512_bf16)
 
+# The same for blocks of tokens, each in one pass over the state: behind those of one, which a step is for.
+holdfast_kernel(recurrent DTYPES f32 f16 bf16 CHUNKS 8
+    SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256 256x512
+    TARGETS avx512 avx2)
+
+holdfast_kernel(recurrent DTYPES bf16 CHUNKS 8
+    SIZES 64x64 128x128
+    TARGETS amx avx512_bf16)
+
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
     SIZES any
     TARGETS avx512 avx2 generic)

@@ -7,29 +7,35 @@ using namespace Halide;
 
 namespace holdfast {
 
-RecurrentFuncs recurrent(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Expr &key_extent,
+RecurrentFuncs recurrent(const Func &q, const Func &k, const Func &v, const Func &log_decay, const Expr &key_extent, int tokens,
                          const Expr &scale) {
-    Var b("b"), h("h"), g("g"), d("d"), e("e");
+    Var b("b"), h("h"), g("g"), n("n"), i("i"), d("d"), e("e");
     RecurrentFuncs f;
     f.q = q, f.k = k, f.v = v, f.log_decay = log_decay;
 
     f.decay = Func("decay");
-    f.decay(h, b) = two_part_exp(max(log_decay(h, b), least_log_decay));
+    const Tuple decay = two_part_exp(max(log_decay(i, n, h, b), least_log_decay));
+    f.decay(i, n, h, b) = Tuple(decay[0], decay[1] / max(decay[0], 0.5f));  // below that it has left out nothing
+    RDom over_token(0, tokens, "over_token");
+    f.left_out = Func("left_out");
+    f.left_out(n, h, b) += f.decay(over_token, n, h, b)[1];
 
     f.over_key_feature = RDom(0, key_extent, "over_key_feature");
     RVar row = f.over_key_feature;
     f.state_and_sum = Func("state_and_sum");
-    f.state_and_sum(e, d, h, b) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
-    Expr before = f.state_and_sum(e, row, h, b)[0];
-    Expr sum = select(likely(row > 0), f.state_and_sum(e, max(row - 1, 0), h, b)[1], 0.0f);
-    Expr after = decayed(f.decay(h, b), before, k(row, h, b) * v(e, h, b));
-    f.state_and_sum(e, row, h, b) = Tuple(after, sum + scale * q(row, 0, h, b) * after);
+    f.state_and_sum(e, i, d, n, h, b) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
+    Expr before = f.state_and_sum(e, i, row, n, h, b)[0], rounded = f.decay(i, n, h, b)[0];
+    Expr sum = select(likely(row > 0), f.state_and_sum(e, i, max(row - 1, 0), n, h, b)[1], 0.0f);
+    Expr added = k(row, i, n, h, b) * v(e, i, n, h, b);
+    Expr after = select(i == 0, decayed({rounded, rounded * f.left_out(n, h, b)}, before, added), rounded * before + added);
+    f.state_and_sum(e, i, row, n, h, b) = Tuple(after, sum + q(row, i, n, 0, h, b) * after);
     f.out = Func("out_of_state");
     f.over_state = RDom(0, key_extent, "over_state");
     f.over_state.where(g > 0);
     f.others = Func("others");
-    f.others(e, g, h, b) += scale * q(f.over_state, g, h, b) * f.state_and_sum(e, f.over_state, h, b)[0];
-    f.out(e, g, h, b) = select(g > 0, f.others(e, g, h, b), f.state_and_sum(e, key_extent - 1, h, b)[1]);
+    f.others(e, i, n, g, h, b) += q(f.over_state, i, n, g, h, b) * f.state_and_sum(e, i, f.over_state, n, h, b)[0];
+    f.out(e, i, n, g, h, b) =
+        scale * select(g > 0, f.others(e, i, n, g, h, b), f.state_and_sum(e, i, key_extent - 1, n, h, b)[1]);
     return f;
 }
 

@@ -197,8 +197,9 @@ struct Problem {
         return count;
     }
     int64_t length(int64_t s) const { return starts.empty() ? T : starts[s + 1] - starts[s]; }
-    void expect_states(const Array &states, int64_t interval, int64_t chunk, int64_t decays) const {
-        const double share = tolerance::of_spread(K, chunk, decays);
+    void expect_states(const Array &states, int64_t interval, int64_t chunk, int64_t decays,
+                       bool rounded_operands = false) const {
+        const tolerance::OfCall allowed = tolerance::of_call(K, chunk, decays, dtype, rounded_operands);
         Array key_major = states;
         if (value_major) std::swap(key_major.shape[2], key_major.shape[3]), std::swap(key_major.stride[2], key_major.stride[3]);
         int64_t n = 0;
@@ -212,7 +213,7 @@ struct Problem {
                 auto part = [&](const std::vector<double> &x) {
                     return std::vector<double>(x.begin() + from, x.begin() + from + size);
                 };
-                expect_close("states", slice(key_major, 0, n, 1), part(want), part(spread), share);
+                expect_close("states", slice(key_major, 0, n, 1), part(want), part(spread), allowed.state, f32, allowed.absolute);
                 if (t >= length(s)) {
                     n++;
                     break;
@@ -222,17 +223,20 @@ struct Problem {
         EXPECT_TRUE(states.gaps_intact()) << "memory between the states was written";
     }
 
-    /// out and final_state are what the reference says, up to the errors of multiplying the state `decays` times.
-    void expect_reference(int64_t chunk, int64_t decays) const {
-        const double share = tolerance::of_spread(K, chunk, decays);
+    /// out and final_state are what the reference says, up to the errors of multiplying the state `decays` times; and of operands,
+    /// by a variant that rounds them.
+    void expect_reference(int64_t chunk, int64_t decays, bool rounded_operands = false) const {
+        const tolerance::OfCall allowed = tolerance::of_call(K, chunk, decays, dtype, rounded_operands);
         Array state = final_state;  // key-major
         if (value_major) std::swap(state.shape[2], state.shape[3]), std::swap(state.stride[2], state.stride[3]);
         for (int64_t s = 0; s < (starts.empty() ? 1 : N); s++) {
             SCOPED_TRACE("sequence " + std::to_string(s));
             const reference::Inputs in = inputs(s);
             const reference::Result want = reference::retention(in), spread = reference::spread(in);
-            expect_close("out", slice(out, 1, starts.empty() ? 0 : starts[s], in.T), want.out, spread.out, share, dtype);
-            expect_close("final_state", slice(state, 0, s, starts.empty() ? B : 1), want.state, spread.state, share);
+            expect_close("out", slice(out, 1, starts.empty() ? 0 : starts[s], in.T), want.out, spread.out, allowed.out, dtype,
+                         allowed.absolute);
+            expect_close("final_state", slice(state, 0, s, starts.empty() ? B : 1), want.state, spread.state, allowed.state, f32,
+                         allowed.absolute);
         }
         EXPECT_TRUE(out.gaps_intact() && final_state.gaps_intact()) << "memory between the elements was written";
     }
@@ -296,28 +300,32 @@ inline std::optional<holdfast_variant> variant_for(const std::string &target, Si
     return any;
 }
 
-/// A target, and a size and type that it has a variant for.
+/// A target, and a size and type that it has a variant of a kernel for.
 struct Instance {
     std::string target;
     Size size;
     Dtype dtype;
     int64_t chunk;
-    std::string missing;  // CPU features that this machine lacks, or why the backend cannot run
+    bool rounds_operands;  // holdfast_variant::round_operands
+    std::string missing;   // CPU features that this machine lacks, or why the backend cannot run
 };
+/// Filters find a target by the two underscores behind it, which no target's name has: that of one may begin with another's, and go
+/// on with a type's.
 inline std::string name(const Instance &i) {
-    return i.target + "_" + i.dtype.name + "_K" + std::to_string(i.size.K) + "_V" + std::to_string(i.size.V);
+    return i.target + "__" + i.dtype.name + "_K" + std::to_string(i.size.K) + "_V" + std::to_string(i.size.V);
 }
 inline void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 
 /// Of these sizes in fp32, and on the CPU of those in the types of 16 bits. (GPUs' rows of 16 bits are tested by variants/ and
-/// api/gpu_test.cpp: with a process for each test x
-inline std::vector<Instance> instances(const std::vector<Size> &sizes, const std::vector<Size> &sizes_of_16_bits = {}) {
+/// api/gpu_test.cpp: stand-ins are slow.)
+inline std::vector<Instance> instances(const std::vector<Size> &sizes, const std::vector<Size> &sizes_of_16_bits = {},
+                                       const std::string &kernel = "chunkwise") {
     std::vector<Instance> list;
     for (const std::string &target : targets())
         for (const Dtype &dtype : all_dtypes)
             for (Size size : dtype == f32 ? sizes : backend_of(target) == "cpu" ? sizes_of_16_bits : std::vector<Size>())
-                if (auto v = variant_for(target, size, dtype); v && !v->round_operands)
-                    list.push_back({target, size, dtype, v->chunk, v->missing});
+                if (auto v = variant_for(target, size, dtype, kernel))
+                    list.push_back({target, size, dtype, v->chunk, v->round_operands != 0, v->missing});
     return list;
 }
 

@@ -73,19 +73,15 @@ public:
     void expect_reference(const Kernel &kernel) {
         SCOPED_TRACE(c.name);
         run(kernel);
-        double share = tolerance::of_spread(K, chunk, table.count), share_of_state = share, absolute = 0;
-        if (operands.rounded) {
-            absolute = tolerance::between_operands(dtype, 2 * K + chunk + table.count);
-            share_of_state += tolerance::of_rounded_operands(dtype, 2);
-            share += share_of_state + tolerance::of_rounded_operands(dtype, 1);
-        }
+        const tolerance::OfCall allowed = tolerance::of_call(K, chunk, table.count, dtype, operands.rounded);
         for (int64_t s = 0; s < N; s++) {
             SCOPED_TRACE("sequence " + std::to_string(s));
             const reference::Inputs in = inputs(s);
             const reference::Result want = reference::retention(in), spread = reference::spread(in);
             if (!c.states_alone)
-                expect_close("out", slice(out, 1, starts[s], c.lengths[s]), want.out, spread.out, share, dtype, absolute);
-            expect_close("state", slice(state_out, 1, s, 1), want.state, spread.state, share_of_state, f32, absolute);
+                expect_close("out", slice(out, 1, starts[s], c.lengths[s]), want.out, spread.out, allowed.out, dtype,
+                             allowed.absolute);
+            expect_close("state", slice(state_out, 1, s, 1), want.state, spread.state, allowed.state, f32, allowed.absolute);
         }
     }
 

@@ -1,5 +1,5 @@
-// Calls of a recurrent kernel by its own C signature, a token at a time, against the reference: for kernels compiled ahead of
-// time or just in time.
+// Calls of a recurrent kernel by its own C signature, a token or blocks of them at a time, against the reference: for kernels
+// compiled ahead of time or just in time.
 #pragma once
 #include "check.h"
 #include "reference/retention.h"
@@ -18,18 +18,29 @@ struct StepCase {
     int64_t B, T, H;  // H heads of keys and values
     Layout layout;
     Gates gates;
-    int64_t group = 1;  // heads of queries for each
+    int64_t group = 1;               // heads of queries for each
+    int64_t blocks = 1, tokens = 1;  // of a call, and of a block; the last call has fewer blocks
 };
 
-inline std::vector<StepCase> step_cases() {
+/// For kernels that take blocks of so many tokens.
+inline std::vector<StepCase> step_cases(int64_t tokens) {
     std::vector<StepCase> cases;
-    for (Gates gates : all_gates) cases.push_back({std::string("gates_") + name(gates), 2, 40, 3, Layout::padded, gates});
-    for (Layout layout : layouts) cases.push_back({std::string("layout_") + name(layout), 3, 2, 2, layout, Gates::strong});
-    cases.push_back({"groups", 2, 5, 2, Layout::padded, Gates::strong, 3});
-    cases.push_back({"one_group", 1, 2, 1, Layout::swapped, Gates::per_head, 8});
-    cases.push_back({"one", 1, 1, 1, Layout::compact, Gates::weak});
-    cases.push_back({"no_heads", 2, 1, 0, Layout::compact, Gates::weak});
-    cases.push_back({"no_batch", 0, 1, 2, Layout::compact, Gates::weak});
+    if (tokens == 1) {
+        for (Gates gates : all_gates) cases.push_back({std::string("gates_") + name(gates), 2, 40, 3, Layout::padded, gates});
+        for (Layout layout : layouts) cases.push_back({std::string("layout_") + name(layout), 3, 2, 2, layout, Gates::strong});
+        cases.push_back({"groups", 2, 5, 2, Layout::padded, Gates::strong, 3});
+        cases.push_back({"one_group", 1, 2, 1, Layout::swapped, Gates::per_head, 8});
+        cases.push_back({"several", 1, 11, 2, Layout::padded, Gates::strong, 1, 4});
+    } else {
+        for (Gates gates : all_gates)
+            cases.push_back({std::string("gates_") + name(gates), 2, 5 * tokens, 2, Layout::padded, gates, 1, 3});
+        for (Layout layout : layouts)
+            cases.push_back({std::string("layout_") + name(layout), 2, tokens, 3, layout, Gates::strong});
+    }
+    cases.push_back({"one", 1, tokens, 1, Layout::compact, Gates::weak});
+    cases.push_back({"no_heads", 2, tokens, 0, Layout::compact, Gates::weak});
+    cases.push_back({"no_batch", 0, tokens, 2, Layout::compact, Gates::weak});
+    for (StepCase &c : cases) c.tokens = tokens;
     return cases;
 }
 
@@ -38,12 +49,12 @@ public:
     StepCall(const StepCase &c, Size size, const Dtype &dtype = f32)
         : c(c), dtype(dtype), K(size.K), V(size.V), q(array({c.B, c.T, c.H * c.group, K})), k(array({c.B, c.T, c.H, K})),
           v(array({c.B, c.T, c.H, V})), log_decay(log_decays(c.gates, c.B, c.T, c.H, c.layout, random)),
-          state(array({c.B, c.H, K, V})), sum(array({c.B, 1, c.H, V}).forget()),
+          state(array({c.B, c.H, K, V})), sum(array({c.B, c.H, c.blocks, c.tokens * V}).forget()),
           out(array({c.B, c.T, c.H * c.group, V}).forget()) {
         for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
     }
 
-    /// kernel(q, k, v, log_decay, scale, state, sum, out) returns 0 for every token, and together they do what the reference does.
+    /// kernel(q, k, v, log_decay, scale, state, sum, out) returns 0 for every call, and together they do what the reference does.
     template<class Kernel>
     void expect_reference(const Kernel &kernel) {
         SCOPED_TRACE(c.name);
@@ -56,14 +67,20 @@ public:
 
         const Array inputs[] = {q, k, v, log_decay};
         Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out);
-        for (int64_t t = 0; t < c.T; t++) {
-            Buffer bq = in_groups(row(sq, q, t), 1, c.group), bk = row(sk, k, t), bv = row(sv, v, t);
-            Buffer bo = in_groups(row(so, out, t), 1, c.group);
-            Buffer bg = view(log_decay.data() + t * log_decay.stride[1], f32, log_decay, {2, 0});
-            Buffer bs = view(state.data(), f32, state, {3, 2, 1, 0}), bm = view(sum.data(), f32, sum, {3, 2, 0});
-            bm.embed(1, 0);  // each row of the state adds to the same sum
-            const halide_dimension_t every_row = {0, (int32_t)K, 0};
-            bm.raw_buffer()->dim[1] = every_row;
+        for (int64_t t = 0, N; t < c.T; t += N * c.tokens) {
+            N = std::min(c.blocks, (c.T - t) / c.tokens);
+            Buffer bq = in_blocks(in_groups(rows(sq, q, t, N), 2, c.group), N), bk = in_blocks(rows(sk, k, t, N), N);
+            Buffer bv = in_blocks(rows(sv, v, t, N), N), bo = in_blocks(in_groups(rows(so, out, t, N), 2, c.group), N);
+            Buffer bg =
+                in_blocks(view(log_decay.data() + t * log_decay.stride[1], f32, tokens_of(log_decay, N), {1, 2, 0}), N, 0);
+            // Every token of every block goes on with the same state, and each row of it adds to the same sum.
+            Buffer bs = view(state.data(), f32, state, {3, 2, 1, 0});
+            bs.embed(1, 0), bs.embed(3, 0);
+            bs.raw_buffer()->dim[1] = {0, (int32_t)c.tokens, 0}, bs.raw_buffer()->dim[3] = {0, (int32_t)N, 0};
+            Buffer bm = view(sum.data(), f32, sum, {3, 2, 1, 0});
+            bm.embed(1, 0), bm.embed(2, 0);
+            bm.raw_buffer()->dim[0].extent = (int32_t)V, bm.raw_buffer()->dim[1] = {0, (int32_t)c.tokens, (int32_t)V};
+            bm.raw_buffer()->dim[2] = {0, (int32_t)K, 0}, bm.raw_buffer()->dim[3].extent = (int32_t)N;
             // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is. Sums are
             // only memory to it.
             for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bo}) buffer->set_host_dirty();
@@ -93,10 +110,25 @@ private:
 
     Array array(const Index &shape) { return Array(shape, c.layout).fill(random); }
 
-    /// Halide's view of token t of an array.
-    Buffer row(Stored &stored, const Array &a, int64_t t) const {
+    /// The array with the extent of N blocks of tokens.
+    Array tokens_of(const Array &a, int64_t N) const {
+        Array some = a;
+        some.shape[1] = N * c.tokens;
+        return some;
+    }
+
+    /// Halide's view of N blocks from token t on: (d, t, h, b).
+    Buffer rows(Stored &stored, const Array &a, int64_t t, int64_t N) const {
         const int64_t bytes = dtype == f32 ? sizeof(float) : sizeof(uint16_t);
-        return view((char *)stored.data() + t * a.stride[1] * bytes, dtype, a, {3, 2, 0});
+        return view((char *)stored.data() + t * a.stride[1] * bytes, dtype, tokens_of(a, N), {3, 1, 2, 0});
+    }
+
+    /// Its tokens, axis `t`, in N blocks.
+    Buffer in_blocks(Buffer x, int64_t N, int t = 1) const {
+        x.embed(t + 1, 0);
+        halide_dimension_t *dim = x.raw_buffer()->dim;
+        dim[t].extent = (int32_t)c.tokens, dim[t + 1] = {0, (int32_t)N, dim[t].stride * (int32_t)c.tokens};
+        return x;
     }
 
     static reference::Strided strided(const Array &a) {

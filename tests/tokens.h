@@ -13,7 +13,7 @@ struct TokensInstance {
     Dtype dtype;
     std::string missing;  // as in Instance
 };
-inline std::string name(const TokensInstance &i) { return i.target + "_" + i.dtype.name; }
+inline std::string name(const TokensInstance &i) { return i.target + "__" + i.dtype.name; }
 inline void PrintTo(const TokensInstance &i, std::ostream *stream) { *stream << name(i); }
 
 /// All of the CPU's that have the kernel.

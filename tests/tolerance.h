@@ -59,6 +59,18 @@ inline double between_operands(const test::Dtype &dtype, int64_t terms) {
     return 5 / std::sqrt(12.0) * std::exp2(dtype.least - dtype.digits + 1) * std::sqrt((double)terms);
 }
 
+/// What a call of degree 1 holds: the shares of out and of states, and what is beside any share. Where operands are rounded,
+/// states have keys of two parts; out is a sum over states and one more over weights, of one part each.
+struct OfCall {
+    double out, state, absolute;
+};
+inline OfCall of_call(int64_t K, int64_t chunk, int64_t decays, const test::Dtype &dtype, bool rounded_operands) {
+    const double share = of_spread(K, chunk, decays);
+    if (!rounded_operands) return {share, share, 0};
+    const double of_state = share + of_rounded_operands(dtype, 2);
+    return {share + of_state + of_rounded_operands(dtype, 1), of_state, between_operands(dtype, 2 * K + chunk + decays)};
+}
+
 /// Largest error of an element that is rotated, as a share of the length of its pair. cos and sin are within 2.8 roundings
 /// (generators/rotate.h), which moves the pair by no more in any direction; two products and their sum are rounded, by 1.2
 /// roundings of its length together.

@@ -82,13 +82,16 @@ public:
         rows.with_queries(true);
     }
 
-    /// The gradients of the rows of segment n, and that of the state at its start, which takes the place of `next`.
-    void retreat(Workspace &workspace, int64_t n, State &next) {
+    /// The gradients of the rows of segment n, and that of the state at its start, which takes the place of `next`. Then it is the turn
+    /// of segment m of head `behind`.
+    void retreat(Workspace &workspace, int64_t n, State &next, const Head &behind, int64_t m) {
         if (n >= segments) return;
         look_at(n);
+        rows.followed_by(behind.rows, m * plan.segment);
         const ChunkTable table({0, tokens(n)}, plan.chunk);
         Buffer chunks(table.columns.data(), int32, {{0, ChunkTable::fields, 1}, {0, table.slots, ChunkTable::fields}});
         State from = state(plan.states ? n : 0);
+        from.followed_by(behind.state(plan.states ? m : 0));
         const auto run = std::get<ChunkwiseBackwardKernel *>(plan.variant.run);
         check_returned(run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &from, &rows.dout, &gradient, &chunks,
                            table.count, p.scale, rows.want_dq, rows.want_dk, rows.want_dv, rows.want_dlog_decay, &rows.dq,
@@ -134,7 +137,10 @@ void run_heads(const BackwardProblem &p, const Plan &plan, Workspace &workspace,
     for (int64_t n = 0; n < segments; n++)
         for (Head &head : heads) head.advance(workspace, n);
     for (int64_t n = segments; n-- > 0;)
-        for (Head &head : heads) head.retreat(workspace, n, next);
+        for (size_t h = 0; h < heads.size(); h++) {
+            const bool last = h + 1 == heads.size();
+            heads[h].retreat(workspace, n, next, heads[last ? 0 : h + 1], last ? std::max<int64_t>(n - 1, 0) : n);
+        }
     for (const Head &head : heads) head.finish(sums);
 }
 

@@ -51,6 +51,10 @@ public:
         dlog_decay.host = (uint8_t *)(dg.rank == 3 ? dg.at(b, at, h) : decays.floats());
         for (Buffer *x : {&log_decay, &dlog_decay}) x->axes[0].extent = (int32_t)tokens;
     }
+    /// What is looked at next are tokens of `next` from t on.
+    void followed_by(const BackwardHead &next, int64_t t) {
+        q.followed_by(next.q, t), k.followed_by(next.k, t), v.followed_by(next.v, t), dout.followed_by(next.dout, t);
+    }
     /// What is looked at has been computed.
     void done() {
         if (!per_head()) return;

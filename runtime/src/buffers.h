@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <string>
@@ -36,6 +38,11 @@ struct Buffer : halide_buffer_t {
         host = (uint8_t *)data, type = element, dimensions = (int32_t)list.size(), dim = axes;
     }
     Buffer(const Buffer &) = delete;
+    /// The axis of heads, of which there is one, leads to `next`.
+    void lead_to(const uint8_t *next) {
+        const int64_t distance = ((intptr_t)next - (intptr_t)host) / type.bytes();
+        axes[dimensions - 2].stride = std::abs(distance) < INT32_MAX ? (int32_t)distance : 0;
+    }
 };
 
 /// Let rows of (d, t[, g], ..), `tokens` of them from `host` on, come from memory to L2 while others are worked on: a kernel
@@ -71,6 +78,9 @@ struct HeadRows : Buffer {
         host = first + t * stride * type.bytes();
         axes[1].extent = (int32_t)tokens;
     }
+    /// What the kernel looks at next are those from token t of `next` on: it asks for them meanwhile. Its axis of heads, of which there
+    /// is one, leads there.
+    void followed_by(const HeadRows &next, int64_t t) { lead_to(next.first + t * next.stride * type.bytes()); }
     /// All rows in one place, for what is not wanted.
     void all_at(void *row) {
         first = (uint8_t *)row, stride = 0;
@@ -91,6 +101,7 @@ struct State : Buffer {
         : State(states.at(s, h), states.shape[2], states.shape[3], states.stride[2]) {
         axes[0].stride = (int32_t)states.stride[3];
     }
+    void followed_by(const State &next) { lead_to(next.host); }
 };
 
 inline void copy_state(const State &from, const State &to) {

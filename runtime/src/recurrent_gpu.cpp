@@ -35,6 +35,7 @@ void issue(const Run &run, const Problem &p) {
         for (int64_t h = 0; h < p.Hk; h += part.of_each) {
             const int32_t B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
             const int32_t K = (int32_t)p.K, V = (int32_t)p.V, G = (int32_t)p.group();
+            const halide_dimension_t one = {0, 1, 0};  // block of one token
             const OnDevice &state = own ? *own : x.final;
             const int64_t entry = own ? 0 : b, head = own ? 0 : h;  // of the first state
             if (!p.initial_state.rank)
@@ -45,33 +46,41 @@ void issue(const Run &run, const Problem &p) {
             // A rehearsal is for memory, and the first token needs as much as any.
             for (int64_t t = 0; t < (run.call.rehearsal ? 1 : p.T); t++) {
                 auto rows = [&](const OnDevice &r) {
-                    return View(*r.memory, r.at(b, t, h), halide_type(r.t.dtype),
-                                {{0, (int32_t)r.t.shape[3], 1}, {0, H, narrow(r.t, 2, H)}, {0, B, narrow(r.t, 0, B)}});
+                    return View(
+                        *r.memory, r.at(b, t, h), halide_type(r.t.dtype),
+                        {{0, (int32_t)r.t.shape[3], 1}, one, one, {0, H, narrow(r.t, 2, H)}, {0, B, narrow(r.t, 0, B)}});
                 };
                 auto groups = [&](const OnDevice &r) {
                     return View(*r.memory, r.at(b, t, h * G), halide_type(r.t.dtype),
                                 {{0, (int32_t)r.t.shape[3], 1},
+                                 one,
+                                 one,
                                  {0, G, narrow(r.t, 2, G)},
                                  {0, H, narrow(r.t, 2, H) * G},
                                  {0, B, narrow(r.t, 0, B)}});
                 };
                 auto row_for_all = [&] {
-                    return View(*unwanted_row, 0, halide_type(p.q.dtype), {{0, V, 1}, {0, G, 0}, {0, H, 0}, {0, B, 0}});
+                    return View(*unwanted_row, 0, halide_type(p.q.dtype),
+                                {{0, V, 1}, one, one, {0, G, 0}, {0, H, 0}, {0, B, 0}});
                 };
                 View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = unwanted_row ? row_for_all() : groups(x.out);
                 const bool of_token = g.t.rank == 3;
-                View log_decay(g.t.rank ? *g.memory : *no_decay,
-                               of_token   ? g.at(b, t, h)
-                               : g.t.rank ? g.at(h)
-                                          : 0,
-                               float32,
-                               {{0, H, g.t.rank ? narrow(g.t, g.t.rank - 1, H) : 0}, {0, B, of_token ? narrow(g.t, 0, B) : 0}});
+                View log_decay(
+                    g.t.rank ? *g.memory : *no_decay,
+                    of_token   ? g.at(b, t, h)
+                    : g.t.rank ? g.at(h)
+                               : 0,
+                    float32,
+                    {one, one, {0, H, g.t.rank ? narrow(g.t, g.t.rank - 1, H) : 0}, {0, B, of_token ? narrow(g.t, 0, B) : 0}});
                 View states(*state.memory, state.at(entry, head), float32,
                             {{0, V, narrow(state.t, 3, V)},
+                             one,
                              {0, K, narrow(state.t, 2, K)},
+                             one,
                              {0, H, narrow(state.t, 1, H)},
                              {0, B, narrow(state.t, 0, B)}});
-                View sum(sums, 0, float32, {{0, V, 1}, {0, K, 0}, {0, H, V}, {0, B, H * V}});  // generators/recurrent.h
+                View sum(sums, 0, float32,
+                         {{0, V, 1}, {0, 1, V}, {0, K, 0}, one, {0, H, V}, {0, B, H * V}});  // generators/recurrent.h
                 run.check(run.variant.name, std::get<RecurrentKernel *>(run.variant.run)(&run.workspace, &q, &k, &v, &log_decay,
                                                                                          p.scale, &states, &sum, &out));
             }

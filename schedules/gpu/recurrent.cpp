@@ -10,12 +10,12 @@ using namespace holdfast;
 constexpr int columns = 32;  // of a block: as wide as a GPU runs threads, and small, for many blocks
 
 void apply(RecurrentFuncs &f, const RecurrentSizes &, const Target &) {
-    Var b("b"), h("h"), g("g"), e("e"), eo("eo"), et("et"), heads("heads");
+    Var b("b"), h("h"), g("g"), n("n"), i("i"), e("e"), eo("eo"), et("et"), heads("heads");
 
     f.state_and_sum.gpu_single_thread();  // undefined at first, so that nothing is run; but Halide would want it in host memory
     f.state_and_sum.update()
         .split(e, eo, et, columns, TailStrategy::GuardWithIf)
-        .reorder(f.over_key_feature, et, eo, h, b)
+        .reorder(i, f.over_key_feature, n, et, eo, h, b)
         .gpu_blocks(eo, h, b)
         .gpu_threads(et);
     f.decay.compute_at(f.state_and_sum, et).store_in(MemoryType::Register);

@@ -14,12 +14,21 @@
 // 64 where the forward takes 4.4, 39 at 128 where it takes 15.4, 2.8 and 2.5 times. By count, a product with states as the unit, the
 // forward is 2.5 and 2.2, the gradient with such states 6.1 and 5.4: 2.4 times at the forward's share of the peak.
 //
-// Products take 57% of the time at 64, near the peak. The rest: adding to states and their gradients 9%, rows in 8% and results out 5%,
-// transposing 6%, products of gates 4%, the mask's exp 2%, memory for stages 2%. Tried: copies for each product by the chunk, the
-// next chunk's rows asked for ahead, as chunkwise.cpp does: 5% slower from cache, no faster from L3. Nothing asked for behind rows:
-// 8% slower at 64; into L1 instead of L2: the same. Chunks of 64: 9% slower at 64, 4% at 128. Calls of 1, 2, 3, 4 chunks, which
-// recompute fewer states: 20, 10, 6, 4% slower at 64; of 6 to 16 there, and of 3 to 8 at 128: the same. Rows of states a line further
-// apart, and a strip of columns of theirs for all rows of a chunk, to read them from L1: the same at 128, 1 to 3% slower at 64.
+// In turn with that, two threads, states kept: 4 to 5% less at 64, 2 to 3% at 128. Asked for are the rows of whichever head the runtime
+// takes next and its state; rows of q during the scan, not a call ahead, when those of seven tensors, 2 KiB apart, meet in a quarter
+// of L2's sets or fewer: 3.4 and 2.4%. Blocks of 16 x 16 turned over in registers instead of 4 x 16: 1.5% at both, also from cache.
+//
+// At 64 from cache, products take 69% of the time, at the peak: those with states 52%, inside chunks 18%. Transposing 6%, rows in 5%,
+// results out 2%, products of gates 5%, adding to states and their gradients 3%, the mask's exp 2%, memory for stages 2%. From memory
+// it is 1.1 times the time, in rows, results, and the loops that ask. At 128 products are three quarters: of the 37 ms that two
+// threads take for T 4096 of 8 heads 26 are products at the peak.
+//
+// Tried: copies for each product by the chunk, the next chunk's rows asked for ahead, as chunkwise.cpp does: 5% slower from cache, no
+// faster from L3. Nothing asked for behind rows: 8% slower at 64; into L1 instead of L2: the same; a line every 8 terms of a product
+// instead of 16 before each tile: 3% slower at 64, 5% at 128, and where the product reads a state by the chunk table sums leave
+// registers. Chunks of 64: 9% slower at 64, 4% at 128. Calls of 1, 2, 3, 4 chunks, which recompute fewer states: 20, 10, 6, 4% slower at
+// 64; of 6 to 16 there, and of 3 to 8 at 128: the same. Rows of states a line further apart, and a strip of columns of theirs for all
+// rows of a chunk, to read them from L1: the same at 128, 1 to 3% slower at 64.
 #include "../schedule.h"
 #include "chunkwise_backward.h"
 

@@ -2,8 +2,10 @@
 // bf16 (chunkwise_backward_bf16.cpp), both in registers.
 #pragma once
 #include "../../generators/chunkwise_backward.h"
+#include "pairs.h"
 #include "prefetch.h"
 #include "tile.h"
+#include "transpose.h"
 
 #include <string>
 #include <utility>
@@ -66,20 +68,11 @@ struct ChunkwiseBackwardLoops {
     }
     Halide::Func elementwise(Halide::Func f) const { return f.compute_root().vectorize(f.args()[0], vec); }
 
-    /// For products that read it along its second axis: blocks of 4 x 16, whose elements are shuffled in registers.
-    Halide::Func transposed(Halide::Func source, const std::vector<Halide::Func> &users) const {
-        Halide::Func copy = source.in(users);
-        Halide::Var x = copy.args()[0], y = copy.args()[1];
-        copy.compute_root()
-            .reorder_storage(y, x)
-            .align_bounds(x, 4)
-            .align_bounds(y, vec)
-            .split(x, xo, xi, 4)
-            .split(y, yo, yi, vec)
-            .reorder(xi, yi, xo, yo)
-            .vectorize(xi)
-            .unroll(yi);
-        return copy;
+    /// For products that read it along its second axis: turned over in registers.
+    void transposed(const Halide::Func &source, const std::vector<Halide::Func> &users) const {
+        Transposed columns(source, vec);
+        for (const Halide::Func &user : users) replace_calls(user, source, [&](auto at) { return columns(at); });
+        columns.compute_at(Halide::LoopLevel::root(), {columns.lines(), columns.lines().args()[1]});
     }
 
     /// Scan and scan back, whose products are of fp32; the states so that they lie along d, or along e as their gradients do.
@@ -88,9 +81,9 @@ struct ChunkwiseBackwardLoops {
         if (along_keys) {
             transposed(r.f.state_in, {r.f.state});
             r.f.state.reorder_storage(d, e);
-            scan(r.f.state, r.f.contribution, d, e, asking({"dq"}));
+            scan(r.f.state, r.f.contribution, d, e, asking({"q"}));
         } else {
-            scan(r.f.state, r.f.contribution, e, d, asking({"dq"}));
+            scan(r.f.state, r.f.contribution, e, d, asking({"q"}));
         }
         scan(r.dstate, r.dstate_from_inter, e, d, asking({"dk"}));
         r.dstate_in.vectorize(r.dstate_in.args()[0], vec, Halide::TailStrategy::GuardWithIf);
@@ -100,9 +93,9 @@ struct ChunkwiseBackwardLoops {
         elementwise(r.f.mask);
         tile(r.dweights, tiles(r.dscores, score_columns, score_rows), score_columns, score_rows);
         product(r.dkeys_decayed, asking({"dv"}));
-        const Halide::LoopLevel of_dq = product(r.dq, asking({"dout"}, true));
+        const Halide::LoopLevel of_dq = product(r.dq, asking({"dq"}));
         if (r.dq_from_state.defined()) tile(r.dq_from_state, of_dq, wide, rows);
-        product(r.dk, asking({"q"}, true));
+        product(r.dk, asking({"dout", "state_in"}, true));
         for (auto [result, over] : {std::make_pair(r.result_dq, r.over_dq), {r.result_dk, r.over_dk}}) {
             Halide::Var x = result.args()[0];
             result.update(0).reorder(x, over.x, over.y).vectorize(x, lanes, Halide::TailStrategy::GuardWithIf);

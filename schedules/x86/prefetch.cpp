@@ -102,7 +102,9 @@ class PrefetchRows : public IRMutator {
     std::vector<Rows> found;  // by the loops around, so far
     std::map<std::string, Parameter> tensors;
 
-    static Expr stride(const Parameter &tensor) { return Variable::make(Int(32), tensor.name() + ".stride.1"); }
+    static Expr stride(const Parameter &tensor, int axis = 1) {
+        return Variable::make(Int(32), tensor.name() + ".stride." + std::to_string(axis));
+    }
 
     void find(const For *op) {
         FindRows rows;
@@ -162,7 +164,7 @@ class PrefetchRows : public IRMutator {
             if (!in_row) continue;
             const int64_t in_line = line_bytes / tensor.type().bytes(), lines_in_row = (*in_row + in_line - 1) / in_line;
             const Expr row = (Variable::make(Int(32), chunks->name) - chunks->min) * chunk;
-            const int behind = starts_with(name, x86::ask_behind) ? (int)*in_row : 0;
+            const Expr behind = starts_with(name, x86::ask_behind) ? stride(tensor, tensor.dimensions() - 2) : 0;
             ask(tensor, row * stride(tensor) + behind, chunk * lines_in_row, lines_in_row, depth, statements);
         }
     }

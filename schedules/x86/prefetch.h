@@ -13,8 +13,8 @@ inline constexpr const char *rows_ahead = "rows_ahead";
 inline constexpr const char *ask_ahead = "ask_ahead";
 
 // The name of a loop, in one over chunks of `chunk` rows, whose iterations ask for an equal part of each chunk's rows of `tensors`:
-// those that a later stage of the same call reads or writes. Or, `behind`, for what lies behind those rows: where heads lie side by
-// side that is the rows of the next head, which the next call reads.
+// those that a later stage of the same call reads or writes. Or, `behind`, for the rows of the next head, which the next call reads:
+// one stride of the axis of heads further on.
 inline constexpr const char *ask_this = "ask_this-", *ask_behind = "ask_behind-";
 inline std::string ask_for(const std::vector<std::string> &tensors, int chunk, bool behind = false) {
     std::string name = (behind ? ask_behind : ask_this) + std::to_string(chunk);

@@ -31,7 +31,6 @@ void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
 std::vector<Instance> instances() {
     std::vector<Instance> list = {
         {"none", targets().back(), {4, 4, 4, 2}, {4, 4}, f32},  // chunk, K, V, causal tile; sums of the same extent
-        {"none", targets().back(), {4, 0, 0, 2}, {5, 3}, bf16},
         {"generic", targets().back(), {8, 5, 3, 2, holdfast::Dtype::bf16}, {5, 3}, bf16},
         {"generic", targets().back(), {8, 0, 0, 2, holdfast::Dtype::f16}, {5, 3}, f16},
     };

@@ -115,7 +115,7 @@ TEST(ChunkwiseSchedules, GenericTakesTheRest) {
 }
 
 std::string best_recurrent(const Target &target, int key, int value) {
-    return holdfast::Schedule<holdfast::RecurrentFuncs, holdfast::RecurrentSizes>::best({key, value}, target).name;
+    return holdfast::Schedule<holdfast::RecurrentFuncs, holdfast::RecurrentSizes>::best({key, value, 1}, target).name;
 }
 
 TEST(RecurrentSchedules, X86TakesWholeVectors) {

@@ -16,8 +16,8 @@ each_tuned_row = pytest.mark.parametrize("row", TUNED, ids=str)
 
 
 @functools.cache
-def all_codes(row):
-    (binary,) = machine_code.fat_binaries(row.library)
+def all_codes(library):
+    (binary,) = machine_code.fat_binaries(library)
     return machine_code.codes(binary)
 
 
@@ -43,9 +43,7 @@ BESIDE_THE_TABLE = ["chunk_table", "convert_state", "sum_decays"]
 
 @pytest.mark.parametrize("library", [*(row.name for row in ALL), *(f"{name}_cuda" for name in BESIDE_THE_TABLE)])
 def test_nothing_is_spilt(library):
-    binaries = list(machine_code.fat_binaries(BUILD / f"lib{library}.a"))
-    assert len(binaries) == 1
-    codes = machine_code.codes(binaries[0])
+    codes = all_codes(BUILD / f"lib{library}.a")
     assert sorted(codes) == sorted(ARCHITECTURES)
     kernel = next((row.kernel for row in ALL if row.name == library), library)
     for kernels in codes.values():
@@ -59,7 +57,7 @@ def test_nothing_is_spilt(library):
 @each_row
 def test_nothing_is_called(row):
     """Divisions, which the others have, are calls where a number is subnormal."""
-    for kernels in all_codes(row).values():
+    for kernels in all_codes(row.library).values():
         for name, code in kernels.items():
             assert code.instructions["CALL"] == 0, name
 
@@ -70,7 +68,7 @@ def test_products_are_on_tensor_cores(row):
     E = min(V, 64) columns; contributions, whose keys are in two parts, 2 E/8 C/16."""
     C, K, E = row.chunk, row.key_size, min(row.value_size, 64)
     out, contribution = C // 8 * K // 16 + E // 8 * C // 16 + E // 8 * K // 16, 2 * (E // 8) * (C // 16)
-    for kernels in all_codes(row).values():
+    for kernels in all_codes(row.library).values():
         for part, products in (("_out_s1", out), ("contribution", contribution)):
             code = code_of(kernels, part).instructions
             assert code["HMMA"] == (products if row.round_operands else 0), part
@@ -91,7 +89,7 @@ CONTRIBUTIONS = {"f16": 7, "bf16": 7, "f32": 4}
 def test_blocks_on_a_multiprocessor(loaded, row, gpu):
     if GPUS[gpu].architecture not in ARCHITECTURES:
         pytest.skip(f"HOLDFAST_CUDA_ARCHITECTURES has no {GPUS[gpu].architecture}")
-    codes = all_codes(row)[GPUS[gpu].architecture]
+    codes = all_codes(row.library)[GPUS[gpu].architecture]
     blocks = {
         launched.kernel.name: blocks_per_multiprocessor(GPUS[gpu], launched, codes[launched.kernel.name])
         for launched in launches(loaded, row)

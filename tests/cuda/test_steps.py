@@ -23,12 +23,20 @@ class Steps(Call):
         state = np.ascontiguousarray(self.state_out[:, :, 0])
         if t % 2:  # value-major
             state = np.ascontiguousarray(state.swapaxes(2, 3)).swapaxes(2, 3)
+        of_token = np.lib.stride_tricks.as_strided(
+            state, (batch, heads, 1, K, 1, V), (*state.strides[:2], 0, state.strides[2], 0, state.strides[3])
+        )
         sums = np.zeros((batch, heads, 1, V), np.float32)
-        every_row = np.lib.stride_tricks.as_strided(sums, (batch, heads, K, V), (*sums.strides[:2], 0, 4))
+        every_row = np.lib.stride_tricks.as_strided(
+            sums, (batch, heads, 1, K, 1, V), (*sums.strides[:2], 4 * V, 0, 4 * V, 4)
+        )
         q, k, v, decay = (np.ascontiguousarray(x[:, t]) for x in (self.q, self.k, self.v, self.log_decay))
         out = np.zeros((batch, heads, self.group, V), self.out.dtype)
-        q = q.reshape(batch, heads, self.group, K)
-        device.call(self.row.name, q, k, v, decay, ctypes.c_float(self.scale), state, every_row, out)
+        one = (-3, -2)  # a block of one token
+        q = np.expand_dims(q.reshape(batch, heads, self.group, K), one)
+        k, v, decay = np.expand_dims(k, one), np.expand_dims(v, one), np.expand_dims(decay, (-2, -1))
+        written = np.expand_dims(out, one)
+        device.call(self.row.name, q, k, v, decay, ctypes.c_float(self.scale), of_token, every_row, written)
         self.state_out[:, :, 0], self.out[:, t] = state, out.reshape(self.out[:, t].shape)
 
 

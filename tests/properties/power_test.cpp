@@ -58,7 +58,7 @@ INSTANTIATE_TEST_SUITE_P(, PowerForms,
                                                           Case{3, false, 16, 64}, Case{4, true, 6, 33})),
                          [](const auto &info) {
                              const Case &c = std::get<1>(info.param);
-                             return std::get<0>(info.param) + "_degree" + std::to_string(c.degree) +
+                             return std::get<0>(info.param) + "__degree" + std::to_string(c.degree) +
                                     (c.normalize ? "_normalized_K" : "_K") + std::to_string(c.K);
                          });
 

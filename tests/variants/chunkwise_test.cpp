@@ -76,7 +76,7 @@ TEST_P(Chunkwise, MatchesReference) {
 INSTANTIATE_TEST_SUITE_P(, Chunkwise, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
 
 // Variants whose operands are rounded, over the decays for which the project holds numbers (tolerance.h): of 4096 tokens,
-// for variants that the library can choose here, in properties/numbers_test.cpp.
+// for those of 64x64 that the library can choose here, in properties/numbers_test.cpp.
 class Rounded : public testing::TestWithParam<Variant> {};
 void PrintTo(const Variant &v, std::ostream *stream) { *stream << v.name; }
 

@@ -13,12 +13,13 @@ struct Variant {
     const char *name;
     Dtype dtype;
     Size size;  // 0: any
+    int tokens;
     const char *backend;
     int (*run)(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v, halide_buffer_t *log_decay,
                float scale, halide_buffer_t *state, halide_buffer_t *sum, halide_buffer_t *out);
 };
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, ...) \
-    {#name, dtype, {key_size, value_size}, backend_of(#target), name},
+    {#name, dtype, {key_size, value_size}, chunk ? chunk : 1, backend_of(#target), name},
 const std::vector<Variant> variants = {
 #include <variants/recurrent.inc>
 };
@@ -51,7 +52,7 @@ TEST_P(Recurrent, MatchesReference) {
     const std::string missing = reason_to_skip(instance.variant), backend = instance.variant.backend;
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
-    for (const StepCase &c : step_cases()) {
+    for (const StepCase &c : step_cases(instance.variant.tokens)) {
         if (const std::string reason = not_on(backend, c.layout, c.B * c.H == 0); !reason.empty()) {
             std::cout << "case " << c.name << " is not run: " << reason << "\n";
             continue;

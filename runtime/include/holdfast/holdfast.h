@@ -321,7 +321,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *
  *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU, unless chunk_size is set: for a degree above 1 or normalization parallel where no
  *  state is given or wanted and no sequence is longer than 3 D (V + 1) / (K + V) (at K = V = 64 and degree 2 3168 tokens); and recurrent
- *  where none is longer than a quarter of a chunk (an eighth for a degree above 1 or normalization).
+ *  where none is longer than a quarter of a chunk (an eighth for a degree above 1 or normalization), or, where a kernel was compiled
+ *  for K and V and H = Hk, than three quarters of one, or where then K V is at most 1024 and T K V below 2^22.
  *
  *  Power retention (Kumar et al. 2025, arXiv:2507.04239) is degree 2 to 4 and normalization, whose out does not depend on scale. An odd
  *  degree keeps the sign of q.k, and the sum of weights may vanish: out is then infinite or not a number, as a division by it is; so it
