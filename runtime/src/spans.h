@@ -57,14 +57,15 @@ void with_initial_apart(holdfast_context &c, const Problem &p, bool shared, cons
     if (!shared || !(state || sum)) return run(p);
     c.for_each(1, [&](Workspace &workspace, int64_t) {
         const int64_t heads = p.N * p.Hk, size = p.D * p.V;
-        const Scratch states(workspace, state ? heads * size : 0), sums(workspace, sum ? heads * p.D : 0);
+        const int64_t of_states = state ? heads * size : 0, of_sums = sum ? heads * p.D : 0;
+        const Scratch memory(workspace, of_states + of_sums);
         Problem apart = p;
-        auto move = [&](Tensor &t, const Scratch &to, std::initializer_list<int64_t> strides) {
-            t.data = (decltype(t.data))to.floats();
+        auto move = [](Tensor &t, float *to, std::initializer_list<int64_t> strides) {
+            t.data = (char *)to;
             std::copy(strides.begin(), strides.end(), t.stride);
         };
-        if (state) move(apart.initial_state, states, {p.Hk * size, size, p.V, 1});
-        if (sum) move(apart.initial_sum, sums, {p.Hk * p.D, p.D, 1});
+        if (state) move(apart.initial_state, memory.floats(), {p.Hk * size, size, p.V, 1});
+        if (sum) move(apart.initial_sum, memory.floats() + of_states, {p.Hk * p.D, p.D, 1});
         for (int64_t n = 0; n < heads; n++) {
             const int64_t s = n / p.Hk, h = n % p.Hk;
             if (state) copy_state(State(p.initial_state, s, h), State(apart.initial_state, s, h));

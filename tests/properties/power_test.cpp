@@ -192,25 +192,20 @@ TEST(Power, ParallelFormOfLongSequences) {
     chunks.initial = false, chunks.form = HOLDFAST_FORM_CHUNKWISE;
     PowerProblem one = chunks;
     one.form = HOLDFAST_FORM_PARALLEL;
-    PowerProblem two = one;
-    ASSERT_EQ(chunks.run(nullptr), HOLDFAST_OK) << holdfast_last_error(nullptr);
-    for (auto [p, threads] : {std::make_pair(&one, 1), {&two, 2}}) {
-        Context context("", threads);
-        ASSERT_EQ(p->run(context), HOLDFAST_OK) << context.error();
-    }
-    EXPECT_TRUE(same_bits(one.out, two.out));
+    Context context("", 1);  // more would have fewer rows each
+    ASSERT_EQ(chunks.run(context), HOLDFAST_OK) << context.error();
+    ASSERT_EQ(one.run(context), HOLDFAST_OK) << context.error();
     EXPECT_LE(relative_rms(one.out.values(), chunks.out.values()), tolerance::relative_rms_between_forms);
 }
 
 // States of up to 2^28 numbers.
 TEST(Power, LargeStates) {
     Context context;
-    PowerProblem p{1, 5, 1, 1, 64, 48, 4};
+    PowerProblem p{1, 5, 1, 1, 32, 650, 4};
     ASSERT_GT(p.D * p.V, 1 << 25);
     p.initial = false, p.form = HOLDFAST_FORM_CHUNKWISE, p.in_place = true;
     const reference::PowerResult want = p.want(false);
-    ASSERT_EQ(p.run(context, 0, 2), HOLDFAST_OK) << context.error();
-    ASSERT_EQ(p.run(context, 2, 4), HOLDFAST_OK) << context.error();
+    ASSERT_EQ(p.run(context, 0, 4), HOLDFAST_OK) << context.error();
     ASSERT_EQ(p.step(context, 4), HOLDFAST_OK) << context.error();
     expect_close("out", p.out, want.out, want.out_spread, p.share());
 }
