@@ -138,7 +138,7 @@ struct ParallelFuncs {
     Halide::Func result;       // (e,t,g,h,b), update 0 over (over_result.x = i, over_result.y = c)
     Halide::Func state_out;    // (e,d,s,h,b)
     Halide::Func keys_out;     // (d,s,h,b)
-    Halide::Func weights_out;  // (j,t,s,g,h,b): 0; update 0 over (over_weights.x = j, .y = i, .z = n, .w = c)
+    Halide::Func weights_out;  // (j,s,t,g,h,b): 0; update 0 over (over_weights.x = j, .y = i, .z = n, .w = c)
     Halide::RDom over_result, over_weights;
 };
 

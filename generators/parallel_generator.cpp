@@ -30,7 +30,8 @@ public:
     // (e, d, s, h, b): s of extent 1, or 0: not wanted. On GPUs it may be state_in, and keys_out keys_in.
     Output<Buffer<float, 5>> state_out{"state_out"};
     Output<Buffer<float, 4>> keys_out{"keys_out"};  // (d, s, h, b), likewise
-    // (j, t, s, g, h, b), s likewise. It has at least as many columns as there are keys.
+    // (j, s, t, g, h, b), s likewise. It has at least as many columns as there are keys. s comes before t: Halide checks
+    // products of the extents so far, and T x T is soon more than it takes.
     Output<Buffer<void, 6>> weights{"weights"};
 
     void configure() {
@@ -73,12 +74,12 @@ public:
         state_out(e, d, s, h, b) = f.state(e, d, h, b);
         keys_out(d, s, h, b) = f.keys(d, h, b);
 
-        weights(j, t, s, g, h, b) = cast(stored_type(dtype), 0);
+        weights(j, s, t, g, h, b) = cast(stored_type(dtype), 0);
         f.over_weights = RDom(0, C, 0, C, 0, blocks, first_block, row_blocks, "over_weights");
         RVar jw = f.over_weights.x, iw = f.over_weights.y, nw = f.over_weights.z, cw = f.over_weights.w;
         f.over_weights.where(nw <= cw), f.over_weights.where(nw * C + jw <= cw * C + iw);
         f.over_weights.where((cw - first_block) * C + iw < rows);
-        weights(token(jw, nw), row(iw, cw), s, g, h, b) = narrow(dtype, f.weights_shown(iw, jw, nw, cw, g, h, b));
+        weights(token(jw, nw), s, row(iw, cw), g, h, b) = narrow(dtype, f.weights_shown(iw, jw, nw, cw, g, h, b));
         f.result = out, f.state_out = state_out, f.keys_out = keys_out, f.weights_out = weights;
 
         // Layout. The same for every target.
@@ -92,7 +93,7 @@ public:
         bounds(state_in, {E, features, N, H, B}), bounds(keys_in, {features, N, H, B});
         bounds(state_out, {E, D, state_out.dim(2).extent(), H, B});
         bounds(keys_out, {D, keys_out.dim(1).extent(), H, B});
-        bounds(weights, {weights.dim(0).extent(), rows, weights.dim(2).extent(), R, H, B});
+        bounds(weights, {weights.dim(0).extent(), weights.dim(1).extent(), rows, R, H, B});
     }
     void schedule() {
         if (!using_autoscheduler()) apply_schedule(f, sizes(), get_pipeline(), get_target(), forced_schedule.value());

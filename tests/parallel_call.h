@@ -79,7 +79,7 @@ public:
                bo = queries(view(so.data(), dtype, out, {3, 1, 2, 0}), 2);
         Buffer bS = view(state_out.data(), f32, state_out, {4, 3, 1, 2, 0}),
                bZ = view(keys_out.data(), f32, keys_out, {3, 1, 2, 0});
-        Buffer bw = queries(view(sw.data(), dtype, weights, {4, 3, 2, 1, 0}), 3);
+        Buffer bw = queries(view(sw.data(), dtype, weights, {4, 2, 3, 1, 0}), 3);
         const Array inputs[] = {q, k, v, log_decay, state_in, keys_in};
         // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
         for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bz, &bo, &bS, &bZ, &bw}) buffer->set_host_dirty();

@@ -32,9 +32,6 @@ public:
         if (!want_dq) dq.all_at(row.floats());
         if (!want_dk) dk.all_at(row.floats());
         if (!want_dv) dv.all_at(row.floats());
-        if (p.log_decay.rank == 3) log_decay.axes[0].stride = (int32_t)p.log_decay.stride[1];
-        if (p.dlog_decay.rank == 3) dlog_decay.axes[0].stride = (int32_t)p.dlog_decay.stride[1];
-        if (per_head()) dlog_decay.axes[0].stride = 1;
     }
 
     /// With heads of queries, or without: for states alone.
@@ -49,7 +46,8 @@ public:
         const int64_t b = p.entry(s), at = p.start(s) + t;
         log_decay.host = (uint8_t *)(g.rank == 3 ? g.at(b, at, h) : g.rank == 1 ? g.at(h) : &no_decay);
         dlog_decay.host = (uint8_t *)(dg.rank == 3 ? dg.at(b, at, h) : decays.floats());
-        for (Buffer *x : {&log_decay, &dlog_decay}) x->axes[0].extent = (int32_t)tokens;
+        log_decay.axes[0] = axis(tokens, g.rank == 3 ? g.stride[1] : 0);
+        dlog_decay.axes[0] = axis(tokens, dg.rank == 3 ? dg.stride[1] : per_head());
     }
     /// What is looked at next are tokens of `next` from t on.
     void followed_by(const BackwardHead &next, int64_t t) {

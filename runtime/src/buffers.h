@@ -30,6 +30,11 @@ inline Backend home_of(const Tensor &t) {
     return backend;
 }
 
+/// An axis of a kernel's buffer. That of a single element may have any stride, and need not fit.
+inline halide_dimension_t axis(int64_t extent, int64_t stride) {
+    return {0, (int32_t)extent, extent > 1 ? (int32_t)stride : 0};
+}
+
 /// A halide_buffer_t with its dimensions, innermost first, all starting at 0.
 struct Buffer : halide_buffer_t {
     halide_dimension_t axes[6];  // as many as any kernel has
@@ -61,13 +66,13 @@ inline void fetch(const Buffer &rows, const uint8_t *host, int64_t tokens) {
 struct HeadRows : Buffer {
     HeadRows(const Tensor &x, int64_t b, int64_t t, int64_t h)
         : Buffer(nullptr, halide_type(x.dtype),
-                 {{0, (int32_t)x.shape[3], 1}, {0, 0, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}}),
+                 {{0, (int32_t)x.shape[3], 1}, {0, 0, 0}, {0, 1, 0}, {0, 1, 0}}),
           first(x.at<uint8_t>(b, t, h)), stride(x.stride[1]) {}
     HeadRows(const Tensor &x, int64_t b, int64_t t, int64_t h, int64_t group)
         : Buffer(nullptr, halide_type(x.dtype),
                  {{0, (int32_t)x.shape[3], 1},
-                  {0, 0, (int32_t)x.stride[1]},
-                  {0, (int32_t)group, group > 1 ? (int32_t)x.stride[2] : 0},
+                  {0, 0, 0},
+                  axis(group, x.stride[2]),
                   {0, 1, 0},
                   {0, 1, 0}}),
           first(x.at<uint8_t>(b, t, h * group)), stride(x.stride[1]) {
@@ -76,7 +81,7 @@ struct HeadRows : Buffer {
     }
     void look_at(int64_t t, int64_t tokens) {
         host = first + t * stride * type.bytes();
-        axes[1].extent = (int32_t)tokens;
+        axes[1] = axis(tokens, stride);
     }
     /// What the kernel looks at next are those from token t of `next` on: it asks for them meanwhile. Its axis of heads, of which there
     /// is one, leads there.
@@ -95,11 +100,11 @@ private:
 /// One state: (e, d, 1, 1, 1).
 struct State : Buffer {
     State(const float *data, int64_t D, int64_t V, int64_t stride)
-        : Buffer(data, float32, {{0, (int32_t)V, 1}, {0, (int32_t)D, (int32_t)stride}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}) {}
+        : Buffer(data, float32, {{0, (int32_t)V, 1}, axis(D, stride), {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}) {}
     /// Of sequence s and head h. Value-major ones are for copy_state() alone: kernels want rows without gaps.
     State(const Tensor &states, int64_t s, int64_t h)
         : State(states.at(s, h), states.shape[2], states.shape[3], states.stride[2]) {
-        axes[0].stride = (int32_t)states.stride[3];
+        if (states.shape[3] > 1) axes[0].stride = (int32_t)states.stride[3];
     }
     void followed_by(const State &next) { lead_to(next.host); }
 };

@@ -110,6 +110,14 @@ void *Workspace::allocate(size_t bytes) {
     for (Block &block : blocks)
         if (!block.used && block.bytes >= bytes && (!best || block.bytes < best->bytes)) best = &block;
     if (!best) {
+        // The largest that is too small makes room, or those of each size that there ever was would stay. Blocks are never more
+        // than were in use at one time, and only grow: calls that are alike soon ask for nothing.
+        for (Block &block : blocks)
+            if (!block.used && (!best || block.bytes > best->bytes)) best = &block;
+        if (best) {
+            allocator.deallocate(allocator.user, best->memory, best->bytes);
+            blocks.erase(blocks.begin() + (best - blocks.data()));
+        }
         blocks.reserve(blocks.size() + 1);  // so that nothing throws once there is memory to lose
         void *memory = allocator.allocate(allocator.user, bytes, alignment);
         if (!memory) return nullptr;

@@ -79,6 +79,14 @@ holdfast_form choose_form(const Problem &p, const Choice &choice) {
     return few ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
+/// The same, of a form that has states where they are of a size for it.
+holdfast_form choose_possible_form(const Problem &p, const Choice &choice) {
+    const holdfast_form form = choose_form(p, choice);
+    if (form != HOLDFAST_FORM_PARALLEL || p.initial_state.rank || p.final_state.rank || p.final_sum.rank)
+        check_state_size(p, choice.backend == Backend::cpu ? max_power_state : max_state);
+    return form;
+}
+
 /// Token by token, for the public function `call`.
 void recurrent(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
     if (choice.backend == Backend::cpu) return run_recurrent(c, call, p, choice);
@@ -94,7 +102,7 @@ void check_states(const Problem &p, const Choice &choice) {
 
 void forward(holdfast_context &c, Problem p, const Choice &choice) {
     check_states(p, choice);
-    p.form = choose_form(p, choice);
+    p.form = choose_possible_form(p, choice);
     if (p.form == HOLDFAST_FORM_PARALLEL)
         return choice.backend == Backend::cpu ? run_parallel(c, p, choice) : parallel_on_gpu(c, p, choice);
     if (is_power(p))
@@ -133,6 +141,7 @@ void backward(holdfast_context &c, const BackwardProblem &p, const Choice &choic
     const bool cpu = choice.backend == Backend::cpu;
     if (backward_from_weights(p, choice))
         return cpu ? run_parallel_backward(c, p, choice) : parallel_backward_on_gpu(c, p, choice);
+    check_state_size(p, max_state);
     if (is_power(p)) return cpu ? run_power_backward(c, p, choice) : power_backward_on_gpu(c, p, choice);
     cpu ? run_backward(c, p, choice) : backward_on_gpu(c, p, choice);
 }
@@ -141,6 +150,7 @@ size_t backward_workspace(holdfast_context &c, const BackwardProblem &p, const C
     check_heads(p), check_states(p, choice);
     if (!p.wants_any() || choice.backend == Backend::cpu) return 0;
     if (backward_from_weights(p, choice)) return parallel_backward_workspace_on_gpu(c, p, choice);
+    check_state_size(p, max_state);
     return is_power(p) ? power_backward_workspace_on_gpu(c, p, choice) : backward_workspace_on_gpu(c, p, choice);
 }
 
@@ -165,7 +175,8 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
         const Choice choice = choose_backend(c, p.home());
         check_states(p, choice);
         *bytes = 0;
-        if (p.form == HOLDFAST_FORM_PARALLEL) {
+        const holdfast_form form = choose_possible_form(p, choice);
+        if (form == HOLDFAST_FORM_PARALLEL) {
             if (choice.backend != Backend::cpu) *bytes = parallel_workspace_on_gpu(c, p, choice);
             return;
         }
@@ -174,7 +185,7 @@ holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfas
             *bytes = power_workspace_on_gpu(c, p, choice);
             return;
         }
-        if (choose_form(p, choice) == HOLDFAST_FORM_RECURRENT) {
+        if (form == HOLDFAST_FORM_RECURRENT) {
             *bytes = recurrent_workspace_on_gpu(c, p, step_variant(p, choice));
             return;
         }
@@ -204,6 +215,7 @@ holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_arg
         const Problem p = checked_problem(args);
         const Choice choice = choose_backend(c, p.home());
         if (choice.backend == Backend::cpu && p.H == 0 && p.Hk > 0) return forward(c, p, choice);  // the state alone
+        check_state_size(p, choice.backend == Backend::cpu ? max_power_state : max_state);
         if (!is_power(p)) return recurrent(c, "step", p, choice);
         choice.backend == Backend::cpu ? run_power(c, "step", p, choice) : power_on_gpu(c, "step", p, choice);
     });
@@ -216,6 +228,7 @@ holdfast_status holdfast_step_workspace_size(holdfast_context *context, const ho
         const Choice choice = choose_backend(c, p.home());
         *bytes = 0;
         if (choice.backend == Backend::cpu) return;
+        check_state_size(p, max_state);
         *bytes = is_power(p) ? power_workspace_on_gpu(c, p, choice) : recurrent_workspace_on_gpu(c, p, step_variant(p, choice));
     });
 }

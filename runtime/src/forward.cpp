@@ -87,7 +87,7 @@ public:
         : p(p), s(s), h(h), first_state(p.states.rank ? p.first_state(s) : 0), q(p.q, p.entry(s), p.start(s), h, p.group()),
           k(p.k, p.entry(s), p.start(s), h), v(p.v, p.entry(s), p.start(s), h),
           out(p.out, p.entry(s), p.start(s), h, p.group()),
-          log_decay(nullptr, float32, {{0, 0, (int32_t)decay_stride()}, {0, 1, 0}, {0, 1, 0}}), scratch(workspace, p.D * p.V),
+          log_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}), scratch(workspace, p.D * p.V),
           state(scratch.floats(), p.D, p.V, p.V) {
         if (p.initial_state.rank)
             copy_state(State(p.initial_state, s, h), state);
@@ -107,7 +107,7 @@ public:
         Buffer chunks(table.columns.data(), int32, {{0, ChunkTable::fields, 1}, {0, table.slots, ChunkTable::fields}});
         for (HeadRows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
         for (HeadRows *rows : {&q, &out}) rows->axes[2].extent = outputs ? (int32_t)p.group() : 0;
-        log_decay.host = (uint8_t *)decay, log_decay.axes[0].extent = (int32_t)tokens;
+        log_decay.host = (uint8_t *)decay, log_decay.axes[0] = axis(tokens, g.rank == 3 ? g.stride[1] : 0);
         const Variant &variant = plan.variant;
         auto run = [&](State &before, State &after) {
             const auto kernel = std::get<ChunkwiseKernel *>(variant.run);
@@ -139,7 +139,6 @@ private:
 
     /// That of `states` after t tokens, or the next one.
     State after(int64_t t) const { return State(p.states, first_state + p.intervals(t), h); }
-    int64_t decay_stride() const { return p.log_decay.rank == 3 ? p.log_decay.stride[1] : 0; }
 };
 
 /// Span n of some heads of one sequence, all of them a segment at a time: rows of neighbouring heads lie side by side in memory, and
@@ -170,21 +169,23 @@ void run_chunkwise(holdfast_context &c, const Problem &whole, const Variant &var
     for (int64_t n = worth_sharing(whole) ? threads_of_head : 0; n > 1 && strips == 1; n--)
         if (whole.V % (n * least_columns) == 0)
             if (const Variant *narrow = narrower(variant, whole.V / n)) strips = n, run = narrow;
-    std::vector<Problem> strip;
-    for (int64_t n = 0; n < strips; n++) strip.push_back(columns_of(whole, n * whole.V / strips, whole.V / strips));
-
-    const Plan plan(strip[0], *run, c, threads_of_head / strips);
+    const int64_t columns = whole.V / strips;
+    const Plan plan(columns_of(whole, 0, columns), *run, c, threads_of_head / strips);
     check_kernel_strides(whole, plan.segment);
     const int64_t spans = plan.spans.count, pieces = heads == 0 ? 0 : whole.N * plan.groups.count * strips * spans;
     std::string how = "chunks of " + std::to_string(plan.chunk);
     if (whole.states.rank) how += ", states every " + std::to_string(whole.state_interval) + " tokens";
-    if (strips > 1) how += ", " + std::to_string(whole.V / strips) + " columns of values at a time";
+    if (strips > 1) how += ", " + std::to_string(columns) + " columns of values at a time";
     if (spans > 1) how += ", tokens in " + std::to_string(spans) + " spans";
     announce(c, "forward", *run, why, whole, how, pieces);
     if (pieces == 0) return;
-    c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
-        const int64_t group = n / strips / spans;
-        run_heads(strip[n % strips], plan, workspace, group / plan.groups.count, group % plan.groups.count, n / strips % spans);
+    with_initial_apart(c, whole, spans > 1, [&](const Problem &p) {
+        std::vector<Problem> strip;
+        for (int64_t n = 0; n < strips; n++) strip.push_back(columns_of(p, n * columns, columns));
+        c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
+            const int64_t group = n / strips / spans, span = n / strips % spans;
+            run_heads(strip[n % strips], plan, workspace, group / plan.groups.count, group % plan.groups.count, span);
+        });
     });
 }
 

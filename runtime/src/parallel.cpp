@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -33,7 +34,8 @@ public:
         while (heads * parts % threads != 0 && heads * parts < 4 * threads && p.T / (parts + 1) >= least_rows) parts++;
         // What a kernel's 32 bits reach of the weights.
         if (p.weights.rank) {
-            const int64_t rows = most / std::max<int64_t>({p.weights.stride[2], -p.weights.stride[2], p.T, 1});
+            const int64_t stride = p.T > 1 ? std::llabs(p.weights.stride[2]) : 0;
+            const int64_t rows = most / std::max<int64_t>({stride, p.T, 1});
             if (rows < variant.chunk)
                 fail(HOLDFAST_UNSUPPORTED, "weights has stride ", p.weights.stride[2], " on axis 2; expected at most ",
                      most / variant.chunk, " either way");
@@ -53,10 +55,10 @@ public:
             float nothing = 0;
             Buffer weights(
                 &nothing, halide_type(p.q.dtype),
-                {{0, (int32_t)T, 1}, {0, (int32_t)(to - from), 0}, {0, 0, 0}, {0, (int32_t)at_once, 0}, {0, 1, 0}, {0, 1, 0}});
+                {{0, (int32_t)T, 1}, {0, 0, 0}, {0, (int32_t)(to - from), 0}, {0, (int32_t)at_once, 0}, {0, 1, 0}, {0, 1, 0}});
             if (p.weights.rank) {
                 weights.host = weights_row(s, head, from);
-                weights.axes[1].stride = (int32_t)p.weights.stride[2], weights.axes[2].extent = 1;
+                weights.axes[1].extent = 1, weights.axes[2] = axis(to - from, p.weights.stride[2]);
                 for (int64_t row = from; row < to; row++) clear_other_sequences(s, head, row);
             }
             call(workspace, s, h, {initial, head, at_once, from, to, weights}, nullptr, nullptr);
@@ -73,7 +75,7 @@ public:
         } else {
             float nothing = 0;
             Buffer weights(&nothing, halide_type(p.q.dtype),
-                           {{0, (int32_t)p.length(s), 1}, {0, 1, 0}, {0, 0, 0}, {0, 0, 0}, {0, 1, 0}, {0, 1, 0}});
+                           {{0, (int32_t)p.length(s), 1}, {0, 0, 0}, {0, 1, 0}, {0, 0, 0}, {0, 1, 0}, {0, 1, 0}});
             call(workspace, s, h, {initial, h * p.group(), 0, 0, 1, weights}, state.floats(), sum.floats());
         }
         const Tensor &z = p.final_sum;
@@ -144,14 +146,14 @@ private:
         auto queries = [&](const Tensor &x) {
             return Buffer(x.at<uint8_t>(b, t + r.from, r.head), halide_type(x.dtype),
                           {{0, (int32_t)x.shape[3], 1},
-                           {0, (int32_t)(r.to - r.from), (int32_t)x.stride[1]},
-                           {0, (int32_t)r.heads, r.heads > 1 ? (int32_t)x.stride[2] : 0},
+                           axis(r.to - r.from, x.stride[1]),
+                           axis(r.heads, x.stride[2]),
                            {0, 1, 0},
                            {0, 1, 0}});
         };
         auto keys = [&](const Tensor &x) {
             return Buffer(x.at<uint8_t>(b, t, h), halide_type(x.dtype),
-                          {{0, (int32_t)x.shape[3], 1}, {0, (int32_t)tokens, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}});
+                          {{0, (int32_t)x.shape[3], 1}, axis(tokens, x.stride[1]), {0, 1, 0}, {0, 1, 0}});
         };
         auto states = [&](const float *data, int64_t features, bool given) {
             return Buffer(given ? data : &nothing, float32,
@@ -164,7 +166,7 @@ private:
         Buffer log_decay(g.rank == 3   ? g.at(b, t, h)
                          : g.rank == 1 ? g.at(h)
                                        : &no_decay,
-                         float32, {{0, (int32_t)tokens, g.rank == 3 ? (int32_t)g.stride[1] : 0}, {0, 1, 0}, {0, 1, 0}});
+                         float32, {axis(tokens, g.rank == 3 ? g.stride[1] : 0), {0, 1, 0}, {0, 1, 0}});
         Buffer q = queries(p.q), out = queries(p.out), k = keys(p.k), v = keys(p.v);
         const Initial &initial = r.initial;
         Buffer state_in = states(initial.state.floats(), initial.features, initial.given),

@@ -66,12 +66,12 @@ void issue(const Run &run, const Problem &p) {
                 const halide_type_t type = halide_type(p.q.dtype);
                 if (!w.t.rank)
                     return View(zeros.memory, 0, type,
-                                {{0, tokens, 1}, {0, tokens, 0}, {0, 0, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
+                                {{0, tokens, 1}, {0, 0, 0}, {0, tokens, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
                 const int32_t head = narrow(w.t, 1, H * G);
                 return View(*w.memory, w.at(b, h * G), type,
                             {{0, tokens, 1},
-                             {0, tokens, narrow(w.t, 2, T)},
                              {0, 1, 0},
+                             {0, tokens, narrow(w.t, 2, T)},
                              {0, group, head},
                              {0, H, H > 1 ? head * group : 0},
                              {0, B, narrow(w.t, 0, B)}});

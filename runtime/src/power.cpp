@@ -73,26 +73,28 @@ private:
 struct Rows : Buffer {
     Rows(const Tensor &x, const Problem &p, const Part &part, bool of_queries)
         : Buffer(nullptr, halide_type(x.dtype),
-                 {{0, (int32_t)x.shape[3], 1}, {0, 0, (int32_t)x.stride[1]}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}) {
+                 {{0, (int32_t)x.shape[3], 1}, {0, 0, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}),
+          stride(x.stride[1]) {
         dimensions = of_queries ? 5 : 4;
         const bool of_values = &x == &p.v || &x == &p.out;
-        if (of_queries) axes[2] = {0, (int32_t)p.group(), p.group() > 1 ? (int32_t)x.stride[2] : 0};
+        if (of_queries) axes[2] = axis(p.group(), x.stride[2]);
         if (of_values) axes[0].extent = (int32_t)part.columns;
         first = x.at<uint8_t>(p.entry(part.sequence), p.start(part.sequence), of_queries ? part.head * p.group() : part.head);
         if (first && of_values) first += part.column * type.bytes();
         static float nothing = 0;  // of no queries, as in buffers.h
-        if (!first) first = (uint8_t *)&nothing, axes[1].stride = 0;
+        if (!first) first = (uint8_t *)&nothing, stride = 0;
     }
     void look_at(int64_t t, int64_t tokens) {
-        host = first + t * axes[1].stride * (int64_t)type.bytes();
-        axes[1].extent = (int32_t)tokens;
+        host = first + t * stride * type.bytes();
+        axes[1] = axis(tokens, stride);
     }
     void fetch(int64_t t, int64_t tokens) const {
-        holdfast::fetch(*this, first + t * axes[1].stride * (int64_t)type.bytes(), tokens);
+        holdfast::fetch(*this, first + t * stride * type.bytes(), tokens);
     }
 
 private:
     uint8_t *first;
+    int64_t stride;
 };
 
 const float *log_decay_of(const Problem &p, const Part &part, int64_t t) {
@@ -107,9 +109,9 @@ const float *log_decay_of(const Problem &p, const Part &part, int64_t t) {
 void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const Part &part, Workspace &workspace) {
     Carried carried(p, part, workspace);
     Rows q(p.q, p, part, true), k(p.k, p, part, false), v(p.v, p, part, false), out(p.out.rank ? p.out : p.v, p, part, true);
-    const int32_t stride = p.log_decay.rank == 3 ? (int32_t)p.log_decay.stride[1] : 0, V = (int32_t)part.columns;
-    const int32_t D = (int32_t)carried.tight;
-    Buffer log_decay(nullptr, float32, {{0, 0, stride}, {0, 1, 0}, {0, 1, 0}});
+    const int64_t stride = p.log_decay.rank == 3 ? p.log_decay.stride[1] : 0;
+    const int32_t V = (int32_t)part.columns, D = (int32_t)carried.tight;
+    Buffer log_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}});
     const auto state = [&](float *data) { return Buffer(data, float32, {{0, V, 1}, {0, D, V}, {0, 1, 0}, {0, 1, 0}}); };
     const auto sum = [&](float *data) { return Buffer(data, float32, {{0, D, 1}, {0, 1, 0}, {0, 1, 0}}); };
     for (int64_t t = 0; t < part.to; t += chunk) {
@@ -117,7 +119,7 @@ void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const P
         for (Rows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
         for (Rows *rows : {&q, &out}) rows->axes[2].extent = t < part.from ? 0 : (int32_t)p.group();
         for (const Rows *rows : {&q, &k, &v}) rows->fetch(t + tokens, std::min(chunk, part.to - t - tokens));
-        log_decay.host = (uint8_t *)log_decay_of(p, part, t), log_decay.axes[0].extent = (int32_t)tokens;
+        log_decay.host = (uint8_t *)log_decay_of(p, part, t), log_decay.axes[0] = axis(tokens, stride);
         Buffer state_in = state(carried.states[0]), state_out = state(carried.states[1]);
         Buffer sum_in = sum(carried.sums[0]), sum_out = sum(carried.sums[1]);
         check_returned(std::get<PowerKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, p.degree,
@@ -238,7 +240,7 @@ int64_t feature_block(int64_t D) {
 
 void run_power(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
     for (const Tensor *t : {&p.q, &p.out})
-        if (p.group() && !fits(p.group(), t->stride[2]))
+        if (p.group() > 1 && !fits(p.group(), t->stride[2]))
             fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[2],
                  " on axis 2, between heads that share keys; expected ", std::numeric_limits<int32_t>::max() / 2 / p.group(),
                  " at most");
@@ -254,8 +256,7 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     // Where threads are idle: halves of the values, as long as there is a variant for them, and spans of the tokens.
     int64_t parts = 1;
     const int64_t heads = p.N * p.Hk, threads_of_head = heads ? c.threads_for(std::numeric_limits<int64_t>::max()) / heads : 1;
-    const bool in_place = p.final_sum.rank && p.initial_sum.rank && p.final_sum.data == p.initial_sum.data;
-    while (!in_place && variant->value_size && p.V % (2 * parts) == 0 && 2 * parts <= threads_of_head) {
+    while (variant->value_size && p.V % (2 * parts) == 0 && 2 * parts <= threads_of_head) {
         const Variant &half = power_variant("power", p, choice, p.V / (2 * parts));
         if (half.target != variant->target || !half.value_size || half.chunk != variant->chunk) break;
         variant = &half, parts *= 2;
@@ -268,12 +269,14 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     if (spans.count > 1) how += ", tokens in " + std::to_string(spans.count) + " spans";
     announce(c, call, *variant, choice.why, p, how, pieces);
     if (heads == 0) return;
-    c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
-        const int64_t head = n / parts / spans.count, span = n / parts % spans.count, columns = p.V / parts;
-        const int64_t s = head / p.Hk, T = p.length(s);
-        if (!spans.has_work(T, span)) return;
-        run_chunks(p, *variant, chunk,
-                   {s, head % p.Hk, n % parts * columns, columns, spans.begin(T, span), spans.begin(T, span + 1)}, workspace);
+    with_initial_apart(c, p, parts * spans.count > 1, [&](const Problem &apart) {
+        c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
+            const int64_t head = n / parts / spans.count, span = n / parts % spans.count, columns = p.V / parts;
+            const int64_t s = head / p.Hk, T = p.length(s);
+            if (!spans.has_work(T, span)) return;
+            const Part part = {s, head % p.Hk, n % parts * columns, columns, spans.begin(T, span), spans.begin(T, span + 1)};
+            run_chunks(apart, *variant, chunk, part, workspace);
+        });
     });
 }
 

@@ -16,8 +16,6 @@
 namespace holdfast {
 namespace {
 
-constexpr int64_t max_state = 1 << 25;  // D V: the kernel's own buffer of a few states is addressed by 32 bits, in bytes
-
 /// Refuses positive and NaN decays, by name; [H], [B, H] or [B, T, H].
 void check_log_decay(const Tensor &g) {
     if (g.empty()) return;
@@ -78,6 +76,11 @@ std::vector<int64_t> checked_starts(const DLTensor *tensor, const TensorSpec &q,
         fail(HOLDFAST_INVALID_ARGUMENT, "cu_seqlens[", t.shape[0] - 1, "] is ", starts.back(), "; expected ", T,
              ", the T of q: the last sequence ends there");
     return starts;
+}
+
+/// Whether a call that neither gives nor takes a state may be computed from all T x T weights.
+bool may_have_no_state(const Problem &p, int64_t chunk_size) {
+    return p.degree > 1 && (p.form == HOLDFAST_FORM_PARALLEL || (p.form == HOLDFAST_FORM_AUTO && chunk_size == 0));
 }
 
 /// Whose arguments they are.
@@ -173,11 +176,10 @@ Problem checked(const holdfast_forward_args &args, Call call) {
     if (p.expansion == HOLDFAST_EXPANSION_TILED && (p.degree != 2 || p.K % 16))
         fail(HOLDFAST_INVALID_ARGUMENT, "expansion is HOLDFAST_EXPANSION_TILED, degree ", p.degree, " and K of q ", p.K,
              "; expected degree 2 and K a multiple of 16");
-    p.D = expanded_size(p.K, p.degree, p.expansion, max_state);
-    if (p.D > max_state || p.D * p.V > max_state)
-        fail(HOLDFAST_UNSUPPORTED, "q has K = ", p.K, " and v has V = ", p.V, p.degree > 1 ? ", degree " : "",
-             p.degree > 1 ? std::to_string(p.degree) : "", "; expected ",
-             p.degree > 1 ? "D V, D the size of an expanded key," : "K V", " of at most ", max_state);
+    p.D = expanded_size(p.K, p.degree, p.expansion, (int64_t)1 << 53);  // exact until there
+    const bool any_states =
+        step || args.initial_state || args.final_state || args.initial_sum_of_keys || args.final_sum_of_keys;
+    if (!may_have_no_state(p, args.chunk_size) || any_states) check_state_size(p, backward ? max_state : max_power_state);
     for (int axis = 0; axis <= last; axis++)
         if (axis != head) check_extent(k, p.k, axis, p.q.shape[axis], "that of q");
     if (p.Hk == 0 ? p.H != 0 : p.H % p.Hk != 0)
@@ -331,6 +333,19 @@ BackwardProblem checked_problem(const holdfast_backward_args *args) {
                  {&p.dq, &p.dk, &p.dv, &p.dlog_decay, &p.dinitial_state, &p.dinitial_sum},
                  {{&p.dinitial_state, &p.dfinal_state}, {&p.dinitial_sum, &p.dfinal_sum}});
     return p;
+}
+
+void check_state_size(const Problem &p, int64_t most_of_power) {
+    const int64_t most = p.degree > 1 ? most_of_power : max_state;
+    // A feature's factors are found by degree! times its index (generators/expansion.cpp).
+    const int64_t most_features = std::numeric_limits<int32_t>::max() / (p.degree == 4 ? 24 : p.degree == 3 ? 6 : p.degree);
+    if (p.D > most / p.V)
+        fail(HOLDFAST_UNSUPPORTED, "q has K = ", p.K, " and v has V = ", p.V, p.degree > 1 ? ", degree " : "",
+             p.degree > 1 ? std::to_string(p.degree) : "", "; expected ",
+             p.degree > 1 ? "D V, D the size of an expanded key," : "K V", " of at most ", most);
+    if (p.D > most_features)
+        fail(HOLDFAST_UNSUPPORTED, "q has K = ", p.K, ", degree ", p.degree, "; expected an expanded key of at most ",
+             most_features, " features");
 }
 
 Backend Problem::home() const { return home_of(q); }

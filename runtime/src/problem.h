@@ -87,6 +87,14 @@ Problem checked_problem(const holdfast_forward_args *args);
 Problem checked_problem(const holdfast_step_args *args);
 BackwardProblem checked_problem(const holdfast_backward_args *args);
 
+// D V, at most: kernels' own buffers of a few states are addressed by 32 bits, in bytes. Those of power retention on the CPU
+// have none.
+constexpr int64_t max_state = 1 << 25, max_power_state = 1 << 28;
+
+/// Check the size of a state, of a degree above 1 against `most_of_power`. Throws UNSUPPORTED. Calls that may need none pass
+/// checked_problem() with any: whoever then computes one calls this.
+void check_state_size(const Problem &p, int64_t most_of_power);
+
 /// Check that strides fit kernels' 32 bits: along time for `tokens` in one call of a kernel, along heads that share keys, and
 /// along D of a state.
 void check_kernel_strides(const Problem &p, int64_t tokens);

@@ -3,6 +3,7 @@
 // to 1.75 times as fast as one where both have a core (Zen 4, one head, T = 8192); together they do up to 1.3 times the work, which
 // is what a call takes longer where the other core is busy.
 #pragma once
+#include "buffers.h"
 #include "problem.h"
 
 #include <algorithm>
@@ -23,9 +24,7 @@ public:
         // Operations of a token: its part of the state, and for each head of queries as many to read it, and the chunk's own.
         const double state = (double)p.D * (double)p.V, own = 0.5 * (double)chunk * (double)(p.K + p.V);
         state_share = state / (state + (double)p.group() * (state + own));
-        // The last span writes the final state, where the others may yet read the initial one; states between are written once.
-        if (p.states.rank || same(p.initial_state, p.final_state) || same(p.initial_sum, p.final_sum) || !worth_sharing(p))
-            return;
+        if (p.states.rank || !worth_sharing(p)) return;  // states between are written once
         // As long as one more saves a twentieth of the time. It never falls below the share of states.
         constexpr double worth_it = 0.95;
         for (const int64_t most = std::min(threads, p.longest() / chunk); count < most; count++)
@@ -45,10 +44,35 @@ private:
     int64_t chunk;
     double state_share;
 
-    static bool same(const Tensor &a, const Tensor &b) { return a.rank && a.data == b.data; }
-
     /// What the first of n spans has of the tokens, and all of them take of the time of one; infinite for none.
     double first_share(int64_t n) const { return state_share / (1 - std::pow(1 - state_share, (double)n)); }
 };
+
+/// Call run(p). Where pieces of work share a head, with copies of an initial state and sum that are where the final ones go: one
+/// piece writes those while others may yet have to read.
+template<class Run>
+void with_initial_apart(holdfast_context &c, const Problem &p, bool shared, const Run &run) {
+    auto in_place = [](const Tensor &initial, const Tensor &final) { return initial.rank && initial.data == final.data; };
+    const bool state = in_place(p.initial_state, p.final_state), sum = in_place(p.initial_sum, p.final_sum);
+    if (!shared || !(state || sum)) return run(p);
+    c.for_each(1, [&](Workspace &workspace, int64_t) {
+        const int64_t heads = p.N * p.Hk, size = p.D * p.V;
+        const int64_t of_states = state ? heads * size : 0, of_sums = sum ? heads * p.D : 0;
+        const Scratch memory(workspace, of_states + of_sums);
+        Problem apart = p;
+        auto move = [](Tensor &t, float *to, std::initializer_list<int64_t> strides) {
+            t.data = (char *)to;
+            std::copy(strides.begin(), strides.end(), t.stride);
+        };
+        if (state) move(apart.initial_state, memory.floats(), {p.Hk * size, size, p.V, 1});
+        if (sum) move(apart.initial_sum, memory.floats() + of_states, {p.Hk * p.D, p.D, 1});
+        for (int64_t n = 0; n < heads; n++) {
+            const int64_t s = n / p.Hk, h = n % p.Hk;
+            if (state) copy_state(State(p.initial_state, s, h), State(apart.initial_state, s, h));
+            if (sum) std::copy_n(p.initial_sum.at(s, h), p.D, apart.initial_sum.at(s, h));
+        }
+        run(apart);
+    });
+}
 
 }  // namespace holdfast

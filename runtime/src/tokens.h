@@ -78,11 +78,6 @@ private:
     }
 };
 
-/// An axis of a kernel's buffer.
-inline halide_dimension_t axis(int64_t extent, int64_t stride) {
-    return {0, (int32_t)extent, extent > 1 ? (int32_t)stride : 0};
-}
-
 /// The variant for rows of that type.
 inline const Variant &variant_for(const char *kernel, const Tensor &rows, const Choice &choice) {
     return select_variant(kernel, rows.dtype.name, 0, 0, 0, choice.backend, choice.forced);

@@ -205,10 +205,20 @@ std::vector<Case> cases() {
             c.place(c.q, 0), c.place(c.k, 0);
         });
     add("state_too_large_when_expanded", unsupported,
-        "q has K = 128 and v has V = 6, degree 4; expected D V, D the size of an expanded key, of at most 33554432",
+        "q has K = 256 and v has V = 6, degree 4; expected D V, D the size of an expanded key, of at most 268435456",
         [](Call &c) {
-            c.q.shape[0] = c.k.shape[0] = c.v.shape[0] = c.out.shape[0] = 0, c.q.shape[3] = c.k.shape[3] = 128;
+            c.q.shape[0] = c.k.shape[0] = c.v.shape[0] = c.out.shape[0] = 0, c.q.shape[3] = c.k.shape[3] = 256;
             c.args.degree = 4;
+        });
+    add("state_too_large_of_chunks", unsupported, "q has K = 256 and v has V = 6, degree 4; expected D V", [](Call &c) {
+        c.args.initial_state = nullptr, c.args.final_state = nullptr;
+        c.q.shape[0] = c.k.shape[0] = c.v.shape[0] = c.out.shape[0] = 0, c.q.shape[3] = c.k.shape[3] = 256;
+        c.args.degree = 4, c.args.form = HOLDFAST_FORM_CHUNKWISE;
+    });
+    add("features_beyond_32_bits", unsupported,
+        "q has K = 256, degree 4; expected an expanded key of at most 89478485 features", [](Call &c) {
+            c.q.shape[0] = c.k.shape[0] = c.v.shape[0] = c.out.shape[0] = 0, c.q.shape[3] = c.k.shape[3] = 256;
+            c.v.shape[3] = c.out.shape[3] = 1, c.args.degree = 4;
         });
     add("degree_beyond_all_sizes", unsupported, "q has K = 2147483647 and v has V = 6, degree 4; expected D V", [](Call &c) {
         c.q.shape[0] = c.v.shape[0] = 0, c.q.shape[3] = std::numeric_limits<int32_t>::max(), c.args.degree = 4;

@@ -28,7 +28,7 @@ class Parallel(Call):
         self.keys_in = random.uniform(0.5, 1, (batch, heads, 1, D)).astype(np.float32)
         self.state_out = np.zeros((batch, heads, 1, K, V), np.float32)
         self.keys_out = np.zeros((batch, heads, 1, K), np.float32)
-        self.weights = np.zeros((batch, heads, 2, 1, 35, 35), self.out.dtype)
+        self.weights = np.zeros((batch, heads, 2, 35, 1, 35), self.out.dtype)
 
     def run(self, device):
         q, k, v, decay, state_in, *_, out, state_out = self.arguments()

@@ -175,13 +175,75 @@ TEST(Power, SameBitsForAnyNumberOfThreads) {
                     if (threads > 1 && c.degree > 1) {
                         EXPECT_EQ(context.messages.back().find(", 1 threads"), std::string::npos) << context.messages.back();
                     }
+                    const std::string shared = context.messages.back();
                     ASSERT_EQ(in_place.run(context), HOLDFAST_OK) << context.error();
+                    EXPECT_EQ(context.messages.back(), shared) << "in place";
                     if (!one) one = p;
                     for (const PowerProblem *other : {&p, &in_place})
                         EXPECT_TRUE(same_bits(other->out, one->out) && same_bits(other->state, one->state) &&
                                     same_bits(other->keys, one->keys));
                 }
             }
+}
+
+// T x T is more than 32 bits count.
+TEST(Power, ParallelFormOfLongSequences) {
+    PowerProblem chunks{1, 46400, 1, 1, 1, 1, 3};
+    chunks.initial = false, chunks.form = HOLDFAST_FORM_CHUNKWISE;
+    PowerProblem one = chunks;
+    one.form = HOLDFAST_FORM_PARALLEL;
+    Context context("", 1);  // more would have fewer rows each
+    ASSERT_EQ(chunks.run(context), HOLDFAST_OK) << context.error();
+    ASSERT_EQ(one.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_LE(relative_rms(one.out.values(), chunks.out.values()), tolerance::relative_rms_between_forms);
+}
+
+// States of up to 2^28 numbers.
+TEST(Power, LargeStates) {
+    Context context;
+    PowerProblem p{1, 5, 1, 1, 32, 650, 4};
+    ASSERT_GT(p.D * p.V, 1 << 25);
+    p.initial = false, p.form = HOLDFAST_FORM_CHUNKWISE, p.in_place = true;
+    const reference::PowerResult want = p.want(false);
+    ASSERT_EQ(p.run(context, 0, 4), HOLDFAST_OK) << context.error();
+    ASSERT_EQ(p.step(context, 4), HOLDFAST_OK) << context.error();
+    expect_close("out", p.out, want.out, want.out_spread, p.share());
+}
+
+// Of any size where there are none.
+TEST(Power, NoStates) {
+    Context context;
+    Problem p{1, 5, 1, 256, 8};
+    ASSERT_GT(holdfast_state_size(256, 4, HOLDFAST_EXPANSION_TIGHT) * p.V, 1 << 28);
+    Tensor rows[] = {p.q, p.k, p.v, p.out, p.log_decay};
+    DLTensor q = rows[0].dl(), k = rows[1].dl(), v = rows[2].dl(), out = rows[3].dl(), log_decay = rows[4].dl();
+    holdfast_forward_args args = forward_args(&q, &k, &v, &log_decay, nullptr, &out, nullptr);
+    args.degree = 4;
+    for (holdfast_form form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_PARALLEL}) {
+        args.form = form;
+        ASSERT_EQ(holdfast_forward(context, &args), HOLDFAST_OK) << context.error();
+        EXPECT_NE(context.messages.back().find("parallel form"), std::string::npos) << context.messages.back();
+    }
+    args.chunk_size = 4, args.form = HOLDFAST_FORM_AUTO;
+    EXPECT_EQ(holdfast_forward(context, &args), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(context.error().find("of at most 268435456"), std::string::npos) << context.error();
+}
+
+// What a single token, and heads without a group, have for strides does not matter.
+TEST(Power, StridesOfSingleElements) {
+    Context context;
+    for (int degree : {1, 2})
+        for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_PARALLEL, HOLDFAST_FORM_RECURRENT}) {
+            SCOPED_TRACE(testing::Message() << "degree " << degree << ", form " << form);
+            PowerProblem near{2, 1, 1, 1, 5, 7, degree, degree > 1};
+            near.form = form;
+            PowerProblem far = near;
+            for (Array *x : {&far.q, &far.k, &far.v, &far.out, &far.log_decay}) x->stride[1] = (int64_t)1 << 31;
+            for (Array *x : {&far.q, &far.k, &far.v, &far.out}) x->stride[2] = (int64_t)1 << 30;
+            ASSERT_EQ(near.run(context), HOLDFAST_OK) << context.error();
+            ASSERT_EQ(far.run(context), HOLDFAST_OK) << context.error();
+            EXPECT_TRUE(same_bits(near.out, far.out) && same_bits(near.state, far.state));
+        }
 }
 
 TEST(Power, QueriesOfAnySize) {

@@ -526,7 +526,9 @@ TEST_P(Retention, ThreadsShareAHead) {
                 }
                 Forward f = in_place.forward();
                 f.final_state = f.initial_state;
+                const std::string shared = context->messages.back();
                 run(f);
+                EXPECT_EQ(context->messages.back(), shared) << "in place";
                 EXPECT_TRUE(same_bits(one.out, many.out) && same_bits(one.out, in_place.out));
                 EXPECT_TRUE(same_bits(one.final_state, many.final_state));
                 EXPECT_TRUE(same_bits(one.final_state, in_place.initial_state));
