@@ -213,7 +213,8 @@ struct Problem {
                 auto part = [&](const std::vector<double> &x) {
                     return std::vector<double>(x.begin() + from, x.begin() + from + size);
                 };
-                expect_close("states", slice(key_major, 0, n, 1), part(want), part(spread), allowed.state, f32, allowed.absolute);
+                expect_close("states", slice(key_major, 0, n, 1), part(want), part(spread), allowed.state, f32,
+                             allowed.absolute);
                 if (t >= length(s)) {
                     n++;
                     break;
@@ -235,8 +236,8 @@ struct Problem {
             const reference::Result want = reference::retention(in), spread = reference::spread(in);
             expect_close("out", slice(out, 1, starts.empty() ? 0 : starts[s], in.T), want.out, spread.out, allowed.out, dtype,
                          allowed.absolute);
-            expect_close("final_state", slice(state, 0, s, starts.empty() ? B : 1), want.state, spread.state, allowed.state, f32,
-                         allowed.absolute);
+            expect_close("final_state", slice(state, 0, s, starts.empty() ? B : 1), want.state, spread.state, allowed.state,
+                         f32, allowed.absolute);
         }
         EXPECT_TRUE(out.gaps_intact() && final_state.gaps_intact()) << "memory between the elements was written";
     }

@@ -65,16 +65,11 @@ inline void fetch(const Buffer &rows, const uint8_t *host, int64_t tokens) {
 /// looked at.
 struct HeadRows : Buffer {
     HeadRows(const Tensor &x, int64_t b, int64_t t, int64_t h)
-        : Buffer(nullptr, halide_type(x.dtype),
-                 {{0, (int32_t)x.shape[3], 1}, {0, 0, 0}, {0, 1, 0}, {0, 1, 0}}),
+        : Buffer(nullptr, halide_type(x.dtype), {{0, (int32_t)x.shape[3], 1}, {0, 0, 0}, {0, 1, 0}, {0, 1, 0}}),
           first(x.at<uint8_t>(b, t, h)), stride(x.stride[1]) {}
     HeadRows(const Tensor &x, int64_t b, int64_t t, int64_t h, int64_t group)
         : Buffer(nullptr, halide_type(x.dtype),
-                 {{0, (int32_t)x.shape[3], 1},
-                  {0, 0, 0},
-                  axis(group, x.stride[2]),
-                  {0, 1, 0},
-                  {0, 1, 0}}),
+                 {{0, (int32_t)x.shape[3], 1}, {0, 0, 0}, axis(group, x.stride[2]), {0, 1, 0}, {0, 1, 0}}),
           first(x.at<uint8_t>(b, t, h * group)), stride(x.stride[1]) {
         static float nothing = 0;  // of no queries: without an address a kernel would take its call for a question of sizes
         if (!first) all_at(&nothing);

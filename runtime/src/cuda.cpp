@@ -283,8 +283,9 @@ void deallocate(CUcontext context, unsigned long long id, uint64_t memory) noexc
 static void check_no_graph(CUstream stream) {
     int capturing = 0;  // CUstreamCaptureStatus
     if (api().StreamIsCapturing && api().StreamIsCapturing(stream, &capturing) == success && capturing)
-        fail(HOLDFAST_UNSUPPORTED, "the stream is being captured in a graph, and the call copies memory of the CPU: tensors there, "
-                                   "or the table of cu_seqlens of degree 1; expected neither");
+        fail(HOLDFAST_UNSUPPORTED,
+             "the stream is being captured in a graph, and the call copies memory of the CPU: tensors there, "
+             "or the table of cu_seqlens of degree 1; expected neither");
 }
 
 void copy_in(uint64_t to, const void *from, size_t bytes, CUstream stream) {

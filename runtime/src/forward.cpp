@@ -86,9 +86,8 @@ public:
     Head(const Problem &p, Workspace &workspace, int64_t s, int64_t h)
         : p(p), s(s), h(h), first_state(p.states.rank ? p.first_state(s) : 0), q(p.q, p.entry(s), p.start(s), h, p.group()),
           k(p.k, p.entry(s), p.start(s), h), v(p.v, p.entry(s), p.start(s), h),
-          out(p.out, p.entry(s), p.start(s), h, p.group()),
-          log_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}), scratch(workspace, p.D * p.V),
-          state(scratch.floats(), p.D, p.V, p.V) {
+          out(p.out, p.entry(s), p.start(s), h, p.group()), log_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}),
+          scratch(workspace, p.D * p.V), state(scratch.floats(), p.D, p.V, p.V) {
         if (p.initial_state.rank)
             copy_state(State(p.initial_state, s, h), state);
         else

@@ -409,7 +409,8 @@ bool chunks_fit(const Run &run, const Problem &p, int64_t chunk, int64_t chunks,
     if (run.call.place.backend != Backend::vulkan) return true;
     // The smallest pieces that schedules/gpu/chunkwise.cpp and chunkwise_backward.cpp have: 32 x 8 of a state, 32 x 8 of rows.
     auto pieces = [](int64_t columns, int64_t rows) { return ((columns + 31) / 32) * ((rows + 7) / 8); };
-    const int64_t of_states = pieces(p.V, p.K) * std::max(chunks, sequences), of_rows = pieces(std::max(p.K, p.V), chunk) * chunks;
+    const int64_t of_states = pieces(p.V, p.K) * std::max(chunks, sequences),
+                  of_rows = pieces(std::max(p.K, p.V), chunk) * chunks;
     return std::max(of_states, of_rows) < 1 << 16;
 }
 

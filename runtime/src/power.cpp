@@ -72,8 +72,7 @@ private:
 /// Rows of q, k, v or out: (d or e, t[, g], 1[, 1]).
 struct Rows : Buffer {
     Rows(const Tensor &x, const Problem &p, const Part &part, bool of_queries)
-        : Buffer(nullptr, halide_type(x.dtype),
-                 {{0, (int32_t)x.shape[3], 1}, {0, 0, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}),
+        : Buffer(nullptr, halide_type(x.dtype), {{0, (int32_t)x.shape[3], 1}, {0, 0, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}),
           stride(x.stride[1]) {
         dimensions = of_queries ? 5 : 4;
         const bool of_values = &x == &p.v || &x == &p.out;
@@ -88,9 +87,7 @@ struct Rows : Buffer {
         host = first + t * stride * type.bytes();
         axes[1] = axis(tokens, stride);
     }
-    void fetch(int64_t t, int64_t tokens) const {
-        holdfast::fetch(*this, first + t * stride * type.bytes(), tokens);
-    }
+    void fetch(int64_t t, int64_t tokens) const { holdfast::fetch(*this, first + t * stride * type.bytes(), tokens); }
 
 private:
     uint8_t *first;

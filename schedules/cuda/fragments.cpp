@@ -166,8 +166,8 @@ void stage(Func f, int warps, const Var &inner, int inner_extent, const Var &out
 }
 
 void add_passes(Pipeline pipeline, const Target &target) {
-    Pass passes[] = {widen_bfloat16(), shift_shared(), match_products(), pair_loads(),        privatize(), lower_bfloat16(),
-                     merge_barriers(), copy_async(),   check_products(), machine_code(target)};
+    Pass passes[] = {widen_bfloat16(), shift_shared(),   match_products(), pair_loads(),     privatize(),
+                     lower_bfloat16(), merge_barriers(), copy_async(),     check_products(), machine_code(target)};
     for (Pass &pass : passes) pipeline.add_custom_lowering_pass(pass.release());
 }
 

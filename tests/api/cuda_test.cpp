@@ -121,10 +121,9 @@ std::string text(const void *pointer) {
     return stream.str();
 }
 
-const std::set<std::string> harmless = {"cuDeviceGet",     "cuDeviceGetAttribute", "cuCtxGetCurrent",
-                                        "cuCtxGetDevice",  "cuCtxGetId",           "cuCtxPushCurrent",
-                                        "cuCtxPopCurrent", "cuStreamGetCtx",       "cuStreamIsCapturing",
-                                        "cuLaunchKernel"};
+const std::set<std::string> harmless = {"cuDeviceGet",         "cuDeviceGetAttribute", "cuCtxGetCurrent", "cuCtxGetDevice",
+                                        "cuCtxGetId",          "cuCtxPushCurrent",     "cuCtxPopCurrent", "cuStreamGetCtx",
+                                        "cuStreamIsCapturing", "cuLaunchKernel"};
 
 std::set<std::string> others(const std::vector<std::string> &record) {
     std::set<std::string> names;
@@ -212,9 +211,10 @@ TEST(Cuda, GraphsDoNotCaptureCopiesOfTheHost) {
     for (auto [call, where] : {std::pair{&packed, (holdfast_context *)context}, {&host, (holdfast_context *)copies}}) {
         driver.clear();
         EXPECT_EQ(call->run(where), HOLDFAST_UNSUPPORTED);
-        EXPECT_EQ(std::string(holdfast_last_error(where)),
-                  "the stream is being captured in a graph, and the call copies memory of the CPU: tensors there, or the table of "
-                  "cu_seqlens of degree 1; expected neither");
+        EXPECT_EQ(
+            std::string(holdfast_last_error(where)),
+            "the stream is being captured in a graph, and the call copies memory of the CPU: tensors there, or the table of "
+            "cu_seqlens of degree 1; expected neither");
         EXPECT_TRUE(of(driver.record(), "cuLaunchKernel").empty());
     }
     driver.capture(false);

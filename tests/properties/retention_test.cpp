@@ -28,9 +28,9 @@ protected:
     /// Whether the last call was by a variant that rounds operands: that of few tokens does not.
     bool rounded_operands() const {
         const std::vector<std::string> &messages = context->messages;
-        return GetParam().rounds_operands &&
-               std::any_of(messages.begin(), messages.end(),
-                           [](const std::string &m) { return m.find("forward: chunkwise_") != std::string::npos; });
+        return GetParam().rounds_operands && std::any_of(messages.begin(), messages.end(), [](const std::string &m) {
+                   return m.find("forward: chunkwise_") != std::string::npos;
+               });
     }
     void expect_reference(const Problem &p, int64_t chunk, int64_t decays) const {
         p.expect_reference(chunk, decays, rounded_operands());

@@ -275,9 +275,8 @@ TEST_P(StepTest, ForcedTargetRuns) {
     EXPECT_NE(message.find("forced by the context"), std::string::npos) << message;
 }
 
-INSTANTIATE_TEST_SUITE_P(, StepTest,
-                         testing::ValuesIn(on_cpu(instances({{64, 64}, {1, 1}, {3, 5}, {33, 17}}, {{64, 64}, {33, 17}},
-                                                            "recurrent"))),
-                         [](const auto &info) { return name(info.param); });
+INSTANTIATE_TEST_SUITE_P(
+    , StepTest, testing::ValuesIn(on_cpu(instances({{64, 64}, {1, 1}, {3, 5}, {33, 17}}, {{64, 64}, {33, 17}}, "recurrent"))),
+    [](const auto &info) { return name(info.param); });
 
 }  // namespace

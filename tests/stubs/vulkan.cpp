@@ -50,6 +50,7 @@ STUB Function vkGetInstanceProcAddr(void *instance, const char *name) {
         return function ? function arguments : -3; /* VK_ERROR_INITIALIZATION_FAILED */ \
     }
 FORWARD(vkCreateInstance, (const void *info, const void *allocator, void **instance), (info, allocator, instance))
-FORWARD(vkEnumerateInstanceExtensionProperties, (const char *layer, uint32_t *count, void *properties), (layer, count, properties))
-FORWARD(vkEnumerateInstanceLayerProperties, (uint32_t * count, void *properties), (count, properties))
-FORWARD(vkEnumerateInstanceVersion, (uint32_t * version), (version))
+FORWARD(vkEnumerateInstanceExtensionProperties, (const char *layer, uint32_t *count, void *properties),
+        (layer, count, properties))
+FORWARD(vkEnumerateInstanceLayerProperties, (uint32_t *count, void *properties), (count, properties))
+FORWARD(vkEnumerateInstanceVersion, (uint32_t *version), (version))
