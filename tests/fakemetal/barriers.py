@@ -12,7 +12,8 @@ import sys
 
 CASE = "layout_padded"
 ORDERS = ("forward", "reverse", "shuffle")
-WITH_BARRIERS = r"(chunkwise|parallel|power)_(p\d+_)?f32_"  # gradients have no stages in threadgroup memory, steps none at all
+# Gradients have no stages in threadgroup memory, steps none at all.
+WITH_BARRIERS = r"(chunkwise|parallel|power)_(p\d+_)?f32_"
 
 
 def run(test, variant, **settings):
