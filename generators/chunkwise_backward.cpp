@@ -1,5 +1,6 @@
 // The stages of chunkwise_backward.h.
 #include "chunkwise_backward.h"
+#include "adjoint.h"
 #include "decay.h"
 #include "operands.h"
 
@@ -151,26 +152,18 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
         propagate_adjoints(loss, one, {{0, chunks.count - 1}, {0, extents.heads - 1}, {0, extents.batch - 1}});
 
     // The adjoint of a sum that the stages before it read is that of its update.
-    r.dout_staged = grad(r.f.out), r.dintra = grad(r.f.intra, 0);
-    r.dinter = grad(r.f.inter, 0), r.dstate_from_inter = grad(before);
-    r.dweights = grad(r.f.weights), r.dscores = grad(r.f.scores, 0);
-    r.dcontribution = grad(r.f.contribution, 0), r.dkeys_decayed = grad(r.f.keys_decayed);
-    r.dq = grad(q), r.dk = grad(k), r.dv = grad(v);
     Unguard unguard(value_extent, extents.value);
-    for (const auto &[name, adjoint] : {std::make_pair("out", r.dout_staged),
-                                        {"inter", r.dinter},
-                                        {"intra", r.dintra},
-                                        {"state", r.dstate_from_inter},
-                                        {"weights", r.dweights},
-                                        {"scores", r.dscores},
-                                        {"contribution", r.dcontribution},
-                                        {"keys_decayed", r.dkeys_decayed},
-                                        {"q", r.dq},
-                                        {"k", r.dk},
-                                        {"v", r.dv}}) {
-        _halide_user_assert(adjoint.defined()) << "autodiff has no adjoint of " << name << "\n";
-        adjoint.function().mutate(&unguard);
-    }
+    auto adjoint = [&](const char *name, const Func &of, int update = -1) {
+        Func derived = adjoint_of(grad, name, of, update);
+        derived.function().mutate(&unguard);
+        return derived;
+    };
+    r.dout_staged = adjoint("out", r.f.out), r.dintra = adjoint("intra", r.f.intra, 0);
+    r.dinter = adjoint("inter", r.f.inter, 0), r.dstate_from_inter = adjoint("state", before);
+    r.dweights = adjoint("weights", r.f.weights), r.dscores = adjoint("scores", r.f.scores, 0);
+    r.dcontribution = adjoint("contribution", r.f.contribution, 0);
+    r.dkeys_decayed = adjoint("keys_decayed", r.f.keys_decayed);
+    r.dq = adjoint("q", q), r.dk = adjoint("k", k), r.dv = adjoint("v", v);
     if (sizes.operands != Dtype::f32) {
         r.dq = take_out(r.dq, r.dinter, r.dout_staged, r.f.row_decay, r.dq_from_state);
         r.dv = take_out(r.dv, r.f.keys_decayed, k, r.f.key_decay, r.dv_from_state);

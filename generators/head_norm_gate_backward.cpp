@@ -1,6 +1,8 @@
 // The stages of head_norm_gate_backward.h.
 #include "head_norm_gate_backward.h"
 
+#include "adjoint.h"
+
 #include <map>
 #include <string>
 #include <vector>
@@ -51,8 +53,7 @@ public:
 
     /// The adjoint of a stage, or of one of its updates.
     Func operator()(const std::string &name, const Func &stage, int update = -1) {
-        const Func adjoint = derived(stage, update);
-        _halide_user_assert(adjoint.defined()) << name << ": autodiff derives nothing for " << stage.name() << "\n";
+        const Func adjoint = adjoint_of(derived, stage.name(), stage, update);
         Func func(name);
         named[adjoint.name()] = func;
         func(adjoint.args()) = read(adjoint.value());

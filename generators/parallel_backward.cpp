@@ -1,6 +1,8 @@
 // The stages of parallel_backward.h.
 #include "parallel_backward.h"
 
+#include "adjoint.h"
+
 #include <map>
 
 using namespace Halide;
@@ -132,13 +134,7 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
         inside.push_back({block, last});
     }
     const Derivative grad = propagate_adjoints(loss, one, all);
-    // Where autodiff finds none it may as well say zero.
-    auto adjoint = [&](const Func &of, int update, const char *what) {
-        Func derived = grad(of, update);
-        _halide_user_assert(derived.defined() && (derived.has_update_definition() || !Internal::is_const_zero(derived.value())))
-            << "autodiff found no adjoint of " << what << "\n";
-        return derived;
-    };
+    auto adjoint = [&](const Func &of, int update, const char *name) { return adjoint_of(grad, name, of, update); };
     x.dweights = adjoint(x.pair.weights, -1, "the weights of a pair");
     x.dscores = adjoint(x.pair.scores, 0, "the scores of a pair");
     x.dqueries = adjoint(queries, -1, "the queries of a pair");

@@ -1,5 +1,6 @@
 // Gradient of the parallel form: declares the ABI, calls parallel_backward(), and scatters rows back to the caller's layout.
 #include "../schedules/schedule.h"
+#include "decay.h"
 #include "dtypes.h"
 #include "parallel_backward.h"
 
@@ -77,7 +78,8 @@ public:
         row = rows(f.over_result_dlog_decay, want_dlog_decay);
         i_out = f.over_result_dlog_decay.x, c_out = f.over_result_dlog_decay.y;
         dlog_decay(t, h, b) = undef<float>();
-        dlog_decay(row, h, b) = f.dlog_decay(i_out, c_out, h, b);
+        // What keeps nothing has gradient 0, not the rounding of a sum.
+        dlog_decay(row, h, b) = select(bg(i_out, c_out, h, b) > least_log_decay, f.dlog_decay(i_out, c_out, h, b), 0.0f);
         f.result_dq = dq, f.result_dk = dk, f.result_dv = dv, f.result_dlog_decay = dlog_decay;
 
         // Layout. The same for every target.

@@ -1,6 +1,7 @@
 // The stages of power_backward.h.
 #include "power_backward.h"
 
+#include "adjoint.h"
 #include "decay.h"
 
 #include <map>
@@ -139,26 +140,22 @@ PowerBackwardFuncs power_backward(const Func &q, const Func &k, const Func &v, c
                                {0, extents.group - 1}, {0, extents.heads - 1},    {0, extents.batch - 1}};
     const Derivative derivative = propagate_adjoints(all, one, everywhere);
     auto derived = [&](const char *name, const Func &of) {
-        const Func adjoint = derivative(of, of.num_update_definitions() - 1);
-        const bool there =
-            adjoint.defined() && (adjoint.num_update_definitions() > 0 || !Internal::is_const_zero(adjoint.value()));
-        _halide_user_assert(there) << "autodiff has no " << name << "\n";
-        return adjoint;
+        return adjoint_of(derivative, name, of, of.num_update_definitions() - 1);
     };
-    w.dweights = derived("dweights", p.weights), w.dscores = derived("dscores", p.scores);
-    w.dqueries = derived("dqueries", of_queries), w.dkeys = derived("dkeys", of_keys), w.dvalues = derived("dvalues", of_v);
-    w.dphi_q = derived("dphi_q", of_phi_q), w.dphi_k = derived("dphi_k", of_phi_k);
-    w.from_queries = derived("from_queries", of_state), w.keys_from_queries = derived("keys_from_queries", of_keys_sum);
+    w.dweights = derived("weights", p.weights), w.dscores = derived("scores", p.scores);
+    w.dqueries = derived("queries", of_queries), w.dkeys = derived("keys", of_keys), w.dvalues = derived("values", of_v);
+    w.dphi_q = derived("phi_q", of_phi_q), w.dphi_k = derived("phi_k", of_phi_k);
+    w.from_queries = derived("state_in", of_state), w.keys_from_queries = derived("keys_in", of_keys_sum);
     const std::vector<Func> gradients = {w.dweights, w.dscores,      w.dqueries,         w.dkeys, w.dvalues, w.dphi_q,
                                          w.dphi_k,   w.from_queries, w.keys_from_queries};
     WithoutGuards without_guards;
     for (const Func &gradient : gradients) gradient.function().mutate(&without_guards);
-    holes.fill(gradients, {{w.dnum, derived("dnum", p.num_inter)},
-                           {w.dnum, derived("dnum", p.num_intra)},
-                           {w.dden, derived("dden", p.den_inter)},
-                           {w.dden, derived("dden", p.den_intra)},
-                           {dstate_out, derived("dstate_out", p.contribution)},
-                           {dkeys_out, derived("dkeys_out", p.keys_contribution)}});
+    holes.fill(gradients, {{w.dnum, derived("num_inter", p.num_inter)},
+                           {w.dnum, derived("num_intra", p.num_intra)},
+                           {w.dden, derived("den_inter", p.den_inter)},
+                           {w.dden, derived("den_intra", p.den_intra)},
+                           {dstate_out, derived("contribution", p.contribution)},
+                           {dkeys_out, derived("keys_contribution", p.keys_contribution)}});
 
     // Through phi.
     const Expr factors = p.phi.open ? clamp(options.degree, 1, most_factors) : Expr(sizes.degree);

@@ -74,6 +74,8 @@ struct Backward {
     float scale = 0;               // the default, K^-1/2
     int64_t state_interval = 0;    // of the states that the forward keeps; 0: none
     bool rounds_operands = false;  // by a variant that does
+    bool has_dout = true;
+    std::string target = "";  // where a test makes a context for it
 
     Random random{};
     int64_t N = starts.empty() ? B : (int64_t)starts.size() - 1;
@@ -124,7 +126,8 @@ struct Backward {
         Arguments a(dtype);
         holdfast_backward_args args = {};
         args.struct_size = sizeof args;
-        args.q = a.rows(q), args.k = a.rows(k), args.v = a.rows(v), args.log_decay = decays(a), args.dout = a.rows(dout);
+        args.q = a.rows(q), args.k = a.rows(k), args.v = a.rows(v), args.log_decay = decays(a);
+        if (has_dout) args.dout = a.rows(dout);
         args.initial_state = given(a, initial_state, initial), args.initial_sum_of_keys = sums(a, initial_keys, initial);
         args.dfinal_state = given(a, dfinal_state, final), args.dfinal_sum_of_keys = sums(a, dfinal_keys, final);
         if (normalize) args.out = a.rows(out);

@@ -612,8 +612,8 @@ py::object backward(py::handle dout, py::handle q, py::handle k, py::handle v, p
     holdfast_backward_args args = {};
     args.struct_size = sizeof args;
     q_array.borrow("q", q, 4, false, stream), k_array.borrow("k", k, 4, false, stream);
-    v_array.borrow("v", v, 4, false, stream), dout_array.borrow("dout", dout, 4, false, stream);
-    args.q = q_array.get(), args.k = k_array.get(), args.v = v_array.get(), args.dout = dout_array.get();
+    v_array.borrow("v", v, 4, false, stream);
+    args.q = q_array.get(), args.k = k_array.get(), args.v = v_array.get(), args.dout = borrow(dout_array, "dout", dout, 4);
     args.log_decay = borrow(log_decay_array, "log_decay", log_decay, 1);
     args.out = borrow(out_array, "out", out, 4);
     args.initial_state = borrow(initial_state_array, "initial_state", initial_state, 4);

@@ -13,16 +13,16 @@ class BackwardHead {
 public:
     HeadRows q, k, v, out, dout, dq, dk, dv;
     Buffer log_decay, dlog_decay;  // (t, 1, 1)
-    const int32_t group;           // heads of queries; where there are none, one of zeros, which kernels need
+    const int32_t group;           // heads of queries
     int32_t want_dq, want_dk, want_dv, want_dlog_decay;
 
     /// At most `tokens` are looked at at a time.
     BackwardHead(const BackwardProblem &p, Workspace &workspace, int64_t s, int64_t h, int64_t tokens)
         : q(queries(p.q, p, s, h)), k(keys(p.k, p, s, h)), v(keys(p.v, p, s, h)),
-          out(queries(p.out.rank ? p.out : p.dout, p, s, h)), dout(queries(p.dout, p, s, h)),
+          out(queries(p.out.rank ? p.out : output(p), p, s, h)), dout(queries(output(p), p, s, h)),
           dq(queries(p.dq.rank ? p.dq : p.q, p, s, h)), dk(keys(p.dk.rank ? p.dk : p.k, p, s, h)),
           dv(keys(p.dv.rank ? p.dv : p.v, p, s, h)), log_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}),
-          dlog_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}), group(heads(p)),
+          dlog_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}}), group((int32_t)p.group()),
           want_dq(p.dq.rank > 0 && p.group() > 0), want_dk(p.dk.rank > 0), want_dv(p.dv.rank > 0),
           want_dlog_decay(p.dlog_decay.rank > 0), p(p), s(s), h(h), row(workspace, std::max(p.K, p.V)),
           decays(workspace, per_head() ? tokens : 1) {
@@ -68,9 +68,10 @@ private:
 
     bool per_head() const { return p.dlog_decay.rank == 1; }
 
-    static int32_t heads(const BackwardProblem &p) { return (int32_t)std::max<int64_t>(p.group(), 1); }
+    /// Rows of V elements, of which there are none where dout is not given.
+    static const Tensor &output(const BackwardProblem &p) { return p.dout.rank ? p.dout : p.v; }
     static HeadRows queries(const Tensor &x, const BackwardProblem &p, int64_t s, int64_t h) {
-        return HeadRows(x, p.entry(s), p.start(s), h, heads(p));
+        return HeadRows(x, p.entry(s), p.start(s), h, p.group());
     }
     static HeadRows keys(const Tensor &x, const BackwardProblem &p, int64_t s, int64_t h) {
         return HeadRows(x, p.entry(s), p.start(s), h);

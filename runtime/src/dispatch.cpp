@@ -19,6 +19,7 @@
 #include "spans.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <string>
 
@@ -130,13 +131,26 @@ bool backward_from_weights(const BackwardProblem &p, const Choice &choice) {
 }
 
 /// Check that gradients of `p` have heads to be of.
-void check_heads(const BackwardProblem &p) {
-    if (p.normalized && p.H == 0 && p.Hk > 0)  // kernels divide by sums of weights, of which there are none
+void check_heads(const BackwardProblem &p, const Choice &choice) {
+    // A GPU's kernels have queries, and divide by their sums of weights.
+    if (choice.backend != Backend::cpu && p.normalized && p.H == 0 && p.Hk > 0)
         fail(HOLDFAST_UNSUPPORTED, "q has H = 0, k has Hk = ", p.Hk, " and out is normalized; expected heads of queries");
 }
 
-void backward(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
-    check_heads(p), check_states(p, choice);
+/// On the CPU, `p` of which dout is not given, and zero all the same: without queries, from which nothing comes. Clears dq.
+BackwardProblem without_queries(BackwardProblem p) {
+    for (int64_t b = 0; p.dq.rank && b < p.B; b++)
+        for (int64_t t = 0; t < p.T; t++)
+            for (int64_t h = 0; h < p.H; h++) std::memset(p.dq.at<char>(b, t, h), 0, p.K * p.dq.dtype.bytes());
+    p.H = p.q.shape[2] = 0;
+    p.out = p.dq = {};
+    return p;
+}
+
+void backward(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
+    check_heads(given, choice), check_states(given, choice);
+    const bool nothing = choice.backend == Backend::cpu && !given.dout.rank;
+    const BackwardProblem p = nothing ? without_queries(given) : given;
     if (!p.wants_any()) return;
     const bool cpu = choice.backend == Backend::cpu;
     if (backward_from_weights(p, choice))
@@ -147,7 +161,7 @@ void backward(holdfast_context &c, const BackwardProblem &p, const Choice &choic
 }
 
 size_t backward_workspace(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
-    check_heads(p), check_states(p, choice);
+    check_heads(p, choice), check_states(p, choice);
     if (!p.wants_any() || choice.backend == Backend::cpu) return 0;
     if (backward_from_weights(p, choice)) return parallel_backward_workspace_on_gpu(c, p, choice);
     check_state_size(p, max_state);

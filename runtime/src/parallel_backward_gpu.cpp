@@ -39,7 +39,7 @@ void issue(const Run &run, const BackwardProblem &p, const DecaysPerHead &decays
             };
             auto queries = [&](const OnDevice &r, int32_t size) {
                 if (r.t.rank) return groups_of(r, G, b, 0, h, tokens, H, B);
-                return View(unwanted_row, 0, halide_type(p.q.dtype),
+                return View(&r == &x.dout ? memory_of_zeros : unwanted_row, 0, halide_type(p.q.dtype),
                             {{0, size, 1}, {0, tokens, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
             };
             View q = queries(x.q, K), k = keys(x.k, K), v = keys(x.v, V), dout = queries(x.dout, V);

@@ -304,7 +304,7 @@ BackwardProblem checked_problem(const holdfast_backward_args *args) {
     BackwardProblem p{checked(same, Call::backward), {}, {}, {}, {}, {}, {}, {}, {}, {}};
 
     constexpr TensorSpec::Types floats = TensorSpec::floats;
-    p.dout = checked_rows(p.q, {"dout", "BTHV", floats}, call.dout, {p.B, p.T, p.H, p.V}, "that of out");
+    if (call.dout) p.dout = checked_rows(p.q, {"dout", "BTHV", floats}, call.dout, {p.B, p.T, p.H, p.V}, "that of out");
     if (call.dq) p.dq = checked_rows(p.q, {"dq", "BTHK", floats}, call.dq, {p.B, p.T, p.H, p.K}, "that of q");
     if (call.dk) p.dk = checked_rows(p.q, {"dk", "BThK", floats}, call.dk, {p.B, p.T, p.Hk, p.K}, "that of k");
     if (call.dv) p.dv = checked_rows(p.q, {"dv", "BThV", floats}, call.dv, {p.B, p.T, p.Hk, p.V}, "that of v");

@@ -61,7 +61,7 @@ struct Problem {
 /// What to compute the gradients of: `out` is an input, of rank 0 where it does not matter, and no final state nor weights are
 /// wanted.
 struct BackwardProblem : Problem {
-    // Gradients of results. Of rank 0, but for the first: zeros.
+    // Gradients of results; of rank 0: zeros.
     Tensor dout, dfinal_state, dfinal_sum;
     // Gradients of arguments; of rank 0: not wanted. States are value-major by their strides.
     Tensor dq, dk, dv, dlog_decay, dinitial_state, dinitial_sum;

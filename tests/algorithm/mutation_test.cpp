@@ -1,6 +1,7 @@
 // That the tests of gradients can fail: in the algorithms, on the generic schedule, one adjoint is broken at a time, its sign, a decay
 // that is off by one, a state whose gradient is missing, and the comparison with the reference has to see it.
 #include "../backward_call.h"
+#include "../head_norm_gate_backward_call.h"
 #include "../parallel_backward_call.h"
 #include "../power_backward_call.h"
 #include "targets.h"
@@ -107,12 +108,14 @@ const Mutation of_chunkwise[] = {
 
 class ChunkwiseMutations : public testing::TestWithParam<Mutation> {};
 
-std::string failures_of_chunkwise(const Mutation *mutation) {
-    const Callable kernel = compile("chunkwise_backward", sizes, mutation);
+std::string failures_of_chunkwise(const Mutation *mutation, bool rounded = false) {
+    GeneratorParamsMap params = sizes;
+    if (rounded) params["dtype"] = "bf16", params["round_operands"] = "true";
+    const Callable kernel = compile("chunkwise_backward", params, mutation);
     KernelCase c;
     for (const KernelCase &each : kernel_cases(C))
         if (each.name == "groups") c = each;
-    return failures_of([&] { BackwardCall(c, C, size).expect_reference(kernel); });
+    return failures_of([&] { BackwardCall(c, C, size, rounded ? bf16 : f32, {}, rounded).expect_reference(kernel); });
 }
 
 TEST_P(ChunkwiseMutations, AreSeen) { EXPECT_NE(failures_of_chunkwise(&GetParam()).find(GetParam().seen), std::string::npos); }
@@ -120,6 +123,20 @@ TEST(WithoutMutation, ChunkwiseIsRight) { EXPECT_EQ(failures_of_chunkwise(nullpt
 
 INSTANTIATE_TEST_SUITE_P(, ChunkwiseMutations, testing::ValuesIn(of_chunkwise),
                          [](const auto &info) { return info.param.name; });
+
+// Of rounded operands, whose products have their decays taken out; without mutation in chunkwise_backward_test.cpp.
+const Mutation of_rounded[] = {
+    {"decay_of_rows_off_by_one", "q_chunks", "row_decay", off_by_one(0), "dq"},
+    {"decay_of_keys_off_by_one", "v_chunks", "key_decay", off_by_one(0), "dv"},
+};
+
+class RoundedMutations : public testing::TestWithParam<Mutation> {};
+
+TEST_P(RoundedMutations, AreSeen) {
+    EXPECT_NE(failures_of_chunkwise(&GetParam(), true).find(GetParam().seen), std::string::npos);
+}
+
+INSTANTIATE_TEST_SUITE_P(, RoundedMutations, testing::ValuesIn(of_rounded), [](const auto &info) { return info.param.name; });
 
 // ---- Power retention ---------------------------------------------------------------------------------------------------
 
@@ -170,5 +187,27 @@ TEST_P(ParallelMutations, AreSeen) { EXPECT_NE(failures_of_parallel(&GetParam())
 TEST(WithoutMutation, ParallelIsRight) { EXPECT_EQ(failures_of_parallel(nullptr), ""); }
 
 INSTANTIATE_TEST_SUITE_P(, ParallelMutations, testing::ValuesIn(of_parallel), [](const auto &info) { return info.param.name; });
+
+// ---- Norm and gate of heads --------------------------------------------------------------------------------------------
+
+const Mutation of_norm[] = {
+    {"no_gradient_of_the_mean", "ddistance", "dsum", missing, "dx"},
+    {"sign_of_squares", "dcentered", "dsquares", negated, "dx"},
+    {"factor_of_another_head", "dcentered", "factor", off_by_one(0), "dx"},
+    {"sign_of_swish", "dgate_of_row", "dswish", negated, "dgate"},
+};
+
+class NormMutations : public testing::TestWithParam<Mutation> {};
+
+std::string failures_of_norm(const Mutation *mutation) {
+    const Callable kernel = compile("head_norm_gate_backward", {}, mutation);
+    const NormBackwardCase c = {{"layer", 2, 3, 4, 7, Layout::padded, true, true}};
+    return failures_of([&] { NormBackwardCall(c, f32).expect_reference(kernel); });
+}
+
+TEST_P(NormMutations, AreSeen) { EXPECT_NE(failures_of_norm(&GetParam()).find(GetParam().seen), std::string::npos); }
+TEST(WithoutMutation, NormIsRight) { EXPECT_EQ(failures_of_norm(nullptr), ""); }
+
+INSTANTIATE_TEST_SUITE_P(, NormMutations, testing::ValuesIn(of_norm), [](const auto &info) { return info.param.name; });
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The gradient of power retention compiled just in time: without any schedule, and with every registered one, for each target of
 // cmake/targets.cmake that this machine runs. Small chunks and sizes, where every index is an edge.
+#include "../../generators/adjoint.h"
 #include "../../generators/power_backward.h"
 #include "../../schedules/schedule.h"
 #include "../power_backward_call.h"
@@ -104,7 +105,27 @@ TEST(MissingAdjoint, FailsTheBuildByItsName) {
         }
     };
     EXPECT_EQ(build(false), "");
-    EXPECT_NE(build(true).find("autodiff has no dvalues"), std::string::npos);
+    EXPECT_NE(build(true).find("autodiff has no adjoint of values"), std::string::npos);
+}
+
+// As all kernels ask: Halide itself says zero of what it drops on its way, and nothing of what it does not meet.
+TEST(MissingAdjoint, IsOneThatIsZeroToo) {
+    Var x("x");
+    Func kept("kept"), dropped("dropped"), apart("apart"), whole("whole"), out("out"), one("one");
+    kept(x) = cast<float>(x), dropped(x) = kept(x) + 1.0f, apart(x) = 2.0f, one(x) = 1.0f;
+    whole(x) = cast<int>(dropped(x));  // has no slope
+    out(x) = kept(x) * cast<float>(whole(x));
+    const Derivative derivative = propagate_adjoints(out, one, {{0, 7}});
+    auto asks_for = [&](const Func &stage) -> std::string {
+        try {
+            holdfast::adjoint_of(derivative, "it", stage);
+            return "";
+        } catch (const CompileError &error) {
+            return error.what();
+        }
+    };
+    EXPECT_EQ(asks_for(kept), "");
+    for (const Func &stage : {dropped, apart}) EXPECT_NE(asks_for(stage).find("autodiff has no adjoint of it"), std::string::npos);
 }
 
 }  // namespace

@@ -164,14 +164,12 @@ std::vector<Case> cases() {
     for (const auto &[name, shape] : std::map<std::string, const char *>{{"q", "[B, T, H, K]"},
                                                                          {"k", "[B, T, Hk, K]"},
                                                                          {"v", "[B, T, Hk, V]"},
-                                                                         {"dout", "[B, T, H, V]"},
                                                                          {"out", "[B, T, H, V]"}}) {
         const std::string who = name;
         add(who + "_null", invalid, who + " is NULL; expected a tensor " + shape, [=](Call &c) {
             (who == "q"      ? c.args.q
              : who == "k"    ? c.args.k
              : who == "v"    ? c.args.v
-             : who == "dout" ? c.args.dout
                              : c.args.out) = nullptr;
         });
     }

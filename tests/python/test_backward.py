@@ -200,6 +200,15 @@ def test_the_interval_that_suits_gradients():
     assert holdfast.state_interval(128, 128, torch.bfloat16) == 256
 
 
+def test_gradient_of_the_state_alone(gradients_of):
+    call = gradients_of(2, 70, 2, 2, 16, 8)
+    zeros = retention_backward(**call | {"dout": np.zeros_like(call["dout"])})
+    got = retention_backward(**call | {"dout": None})
+    assert not got.q.any()
+    for actual, expected in zip(got[:5], zeros, strict=False):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_wanted(gradients_of):
     call = gradients_of(2, 70, 2, 1, 16, 8)
     everything = retention_backward(**call)

@@ -260,7 +260,7 @@ class Gradients(NamedTuple):
 
 
 def retention_backward(
-    dout: Array,
+    dout: Array | None,
     q: Array,
     k: Array,
     v: Array,
@@ -304,7 +304,7 @@ def retention_backward(
     second part's of its initial state and sum of keys are given to the first part as those of its final ones.
 
     Args:
-        dout: gradient of out, [B, T, H, V].
+        dout: gradient of out, [B, T, H, V]. None: zeros.
         q, k, v, log_decay: as they were given to `retention`, and so scale, degree, normalize, initial_state,
             initial_sum_of_keys and cu_seqlens.
         out: what `retention` returned; needed where it is normalized, else not looked at.

@@ -597,7 +597,7 @@ def _retention_backward_kernel(
 
 
 _define(
-    "retention_backward(Tensor dout, Tensor? dstate, Tensor? dsum_of_keys, Tensor q, Tensor k, Tensor v, "
+    "retention_backward(Tensor? dout, Tensor? dstate, Tensor? dsum_of_keys, Tensor q, Tensor k, Tensor v, "
     "Tensor? log_decay, Tensor? initial_state, Tensor? initial_sum_of_keys, Tensor? cu_seqlens, Tensor? out, "
     "Tensor? states, float? scale, int degree, bool normalize, str form, int? chunk_size, str state_layout, "
     "str expansion, bool[] wanted) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_state, "
@@ -619,9 +619,6 @@ def _save_retention(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _differentiate_retention(ctx: Any, dout, dstate, dsum_of_keys, *_):
     *tensors, out, states = ctx.saved_tensors
-    q, v = tensors[0], tensors[2]
-    if dout is None:
-        dout = q.new_zeros((*q.shape[:3], v.shape[3]))
     wanted = _wanted(ctx, len(_INPUTS))
     gradients = torch.ops.holdfast.retention_backward(
         dout, dstate, dsum_of_keys, *tensors, out, states, *ctx.options, wanted

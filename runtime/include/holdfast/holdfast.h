@@ -456,7 +456,7 @@ typedef struct holdfast_backward_args {
     const DLTensor *initial_sum_of_keys; /**< [N, Hk, D], where out is normalized: given just when initial_state is */
     const DLTensor *out;          /**< [B, T, H, V], as holdfast_forward wrote it: where it is normalized, else not looked at
                                                and may be NULL */
-    const DLTensor *dout;         /**< [B, T, H, V], gradient of out */
+    const DLTensor *dout;         /**< [B, T, H, V], gradient of out; NULL: zeros */
     const DLTensor *dfinal_state; /**< [N, Hk, D, V], gradient of final_state; NULL: zeros */
     const DLTensor *dfinal_sum_of_keys; /**< [N, Hk, D], of final_sum_of_keys, where out is normalized; NULL: zeros */
     DLTensor *dq;                       /**< [B, T, H, K], written; NULL: not wanted, and the same for all that follow */
@@ -500,7 +500,9 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *      dinitial_state = a_1 dS_1,  dinitial_sum_of_keys = a_1 ds_1
  *
  *  dS_t, ds_t and with them dk, dv and dlog_decay are sums over the heads of queries that share a key. A gradient that is NULL is not
- *  wanted: it costs nothing, and the others keep their bits. Where log_decay is -infinity dlog_decay is 0, to rounding.
+ *  wanted: it costs nothing, and the others keep their bits; but the gradient of states is carried back over the sequence whatever is
+ *  wanted. Without dout nothing is computed of queries on a CPU. Where log_decay is -infinity dlog_decay is 0. It is as exact as the
+ *  terms that it is made of: where all log decays are strong, g, within some 1.5e-7 sqrt(C) / exp(g) of itself, C the tokens of a chunk.
  *
  *  Inputs of 16 bits are widened as they are read, sums are in fp32, and each gradient is rounded once; that of a decay per head is
  *  summed in fp64. Variants with round_operands also round, for products, weights within a chunk and their gradients, and states and
@@ -521,7 +523,8 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  multiple of a chunk; others are not looked at. For a degree above 1 or
  *  normalization as many of the states between chunks as with those of all threads fit into a quarter of the call's tensors, but at
  *  least about 2 sqrt(T / chunk) a thread; the others are computed a second time, which takes up to a sixth longer. The parallel form
- *  keeps rows in fp32, about 10 T (K + V) floats a thread. Threads beyond one for each sequence and head of keys have nothing to do.
+ *  keeps rows in fp32 and the scores of a block of them, about T ((2 + G) K + 2 V + 64) floats a thread in use at a time, G heads of
+ *  queries to one of keys. Threads beyond one for each sequence and head of keys have nothing to do.
  *
  *  T = 0: dinitial_state = dfinal_state, and dlog_decay per head is 0. Not-a-numbers and infinities stay in their sequence and group of
  *  heads, but for dlog_decay per head, which is of all sequences.
@@ -539,7 +542,7 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  one of these; HOLDFAST_FORM_AUTO goes by chunks. A decay per head has its gradient summed by blocks of 256 tokens, in fp32. What
  *  holdfast_forward says of log_decay, of tensors there and of streams goes for this call too.
  *
- *  HOLDFAST_UNSUPPORTED so far: normalized out of no heads of queries, H = 0, where there are some of keys; on a GPU the parallel form
+ *  HOLDFAST_UNSUPPORTED so far: on a GPU normalized out of no heads of queries, H = 0, where there are some of keys, the parallel form
  *  where the T x T floats of a group of heads are more than 2^31 bytes, and dlog_decay per head where those of all tokens are.
  *
  *  @returns as holdfast_forward, HOLDFAST_UNSUPPORTED also for a stride between heads that share keys, of q, out, dout or dq, beyond
