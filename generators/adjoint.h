@@ -11,8 +11,8 @@ namespace holdfast {
 inline Halide::Func adjoint_of(const Halide::Derivative &derivative, const std::string &name, const Halide::Func &stage,
                                int update = -1) {
     Halide::Func adjoint = derivative(stage, update);
-    const bool there = adjoint.defined() &&
-                       (adjoint.has_update_definition() || !Halide::Internal::is_const_zero(adjoint.value()));
+    const bool there =
+        adjoint.defined() && (adjoint.has_update_definition() || !Halide::Internal::is_const_zero(adjoint.value()));
     _halide_user_assert(there) << "autodiff has no adjoint of " << name << "\n";
     return adjoint;
 }

@@ -125,7 +125,8 @@ TEST(MissingAdjoint, IsOneThatIsZeroToo) {
         }
     };
     EXPECT_EQ(asks_for(kept), "");
-    for (const Func &stage : {dropped, apart}) EXPECT_NE(asks_for(stage).find("autodiff has no adjoint of it"), std::string::npos);
+    for (const Func &stage : {dropped, apart})
+        EXPECT_NE(asks_for(stage).find("autodiff has no adjoint of it"), std::string::npos);
 }
 
 }  // namespace

@@ -161,16 +161,11 @@ std::vector<Case> cases() {
         [](Call &c) { c.args.initial_sum_of_keys = nullptr; });
 
     // ---- Missing tensors.
-    for (const auto &[name, shape] : std::map<std::string, const char *>{{"q", "[B, T, H, K]"},
-                                                                         {"k", "[B, T, Hk, K]"},
-                                                                         {"v", "[B, T, Hk, V]"},
-                                                                         {"out", "[B, T, H, V]"}}) {
+    for (const auto &[name, shape] : std::map<std::string, const char *>{
+             {"q", "[B, T, H, K]"}, {"k", "[B, T, Hk, K]"}, {"v", "[B, T, Hk, V]"}, {"out", "[B, T, H, V]"}}) {
         const std::string who = name;
         add(who + "_null", invalid, who + " is NULL; expected a tensor " + shape, [=](Call &c) {
-            (who == "q"      ? c.args.q
-             : who == "k"    ? c.args.k
-             : who == "v"    ? c.args.v
-                             : c.args.out) = nullptr;
+            (who == "q" ? c.args.q : who == "k" ? c.args.k : who == "v" ? c.args.v : c.args.out) = nullptr;
         });
     }
     add("dlog_decay_without_log_decay", invalid, "dlog_decay is given and log_decay is NULL; expected both, or dlog_decay NULL",

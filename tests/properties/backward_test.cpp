@@ -504,9 +504,8 @@ TEST_P(BackwardTest, PackedSequencesAreIndependent) {
     p.k({0, C + 4, 0, 0}) = nan, p.dout({0, C + 5, 3, 0}) = nan, p.dfinal_state({1, 0, 0, 0}) = nan;
     run(p);
     expect_same_elsewhere(p, clean, [&](int64_t, int64_t t, int64_t) { return t >= starts[1] && t < starts[2]; });
-    each(p.dinitial_state.shape, [&](const Index &i) {
-        EXPECT_TRUE(i[0] == 1 || p.dinitial_state(i) == clean.dinitial_state(i)) << text(i);
-    });
+    each(p.dinitial_state.shape,
+         [&](const Index &i) { EXPECT_TRUE(i[0] == 1 || p.dinitial_state(i) == clean.dinitial_state(i)) << text(i); });
     EXPECT_TRUE(std::isnan(p.dq({0, C + 8, 1, 0})) && std::isnan(p.dk({0, C + 2, 1, 0})));
 }
 
