@@ -84,7 +84,7 @@ class Work {
 public:
     int64_t pieces;
 
-    /// Step: for one token at a time. Blocks: for some of them, or the same again where there is none.
+    /// `step` is for one token at a time, `blocks` for some of them, or the same again where there is none.
     Work(const Problem &p, const Variant &step, const Variant &blocks) : p(p), step(step), blocks(blocks) {
         const int64_t all = p.N * p.Hk;
         const double tokens = p.packed() ? (double)p.T / p.N : (double)std::max<int64_t>(p.T, 1);  // of a sequence
@@ -92,6 +92,7 @@ public:
         in_place = p.final_state.rank && (p.V == 1 || p.final_state.stride[3] == 1);
         // Queries that share a state read what a token leaves of it.
         tokens_at_once = p.group() > 1 ? 1 : std::clamp<int64_t>(sums_in_cache / 4 / p.V, 1, most_tokens);
+        tokens_at_once = std::min(tokens_at_once, std::max<int64_t>(p.T, 1));
         if (!tokens_fit()) tokens_at_once = 1;
         if (blocks.chunk > 1) tokens_at_once = std::max<int64_t>(tokens_at_once / blocks.chunk * blocks.chunk, 1);
         if (p.T == 1) {
