@@ -18,9 +18,13 @@ void apply(RecurrentFuncs &f, const RecurrentSizes &, const Target &) {
         .reorder(i, f.over_key_feature, n, et, eo, h, b)
         .gpu_blocks(eo, h, b)
         .gpu_threads(et);
-    f.decay.compute_at(f.state_and_sum, et).store_in(MemoryType::Register);
-    f.result.split(e, eo, et, columns, TailStrategy::GuardWithIf).fuse(g, h, heads).gpu_blocks(eo, heads, b).gpu_threads(et);
-    f.others.compute_at(f.result, et).store_in(MemoryType::Register).bound_extent(g, 1).bound_extent(h, 1);
+    for (Func decay : {f.decay, f.left_out}) decay.compute_at(f.state_and_sum, n).store_in(MemoryType::Register);
+    f.result.split(e, eo, et, columns, TailStrategy::GuardWithIf)
+        .fuse(g, h, heads)
+        .reorder(i, n, et, eo, heads, b)
+        .gpu_blocks(eo, heads, b)
+        .gpu_threads(et);
+    f.others.compute_at(f.result, i).store_in(MemoryType::Register).bound_extent(g, 1).bound_extent(h, 1);
 }
 
 bool matches(const Target &t, const RecurrentSizes &) { return t.has_gpu_feature(); }
