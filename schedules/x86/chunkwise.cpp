@@ -6,10 +6,11 @@
 // from cache (T 1024 of one head) 61% of that peak at K = V = 64, 70% at 128; from memory (T 4096 of 8 heads) 51 to 54% and 53
 // to 56%, 57 to 58% with huge pages. Before rows were asked for ahead and strips had 16 rows: 57, 65, 43 to 45, 52%.
 //
-// From cache, K = V = 64: 46% of the time in products with states, at the peak, ten loads for sixteen fused multiply-adds; scores
-// 12%, 17 loads for 16; intra 8%; copies 9%, two or three cycles a line of L2; the mask's exp 6%, transposing keys 4%, adding to
-// states 4%, decays 3%. From memory, looking up a page for each row of 4 KiB or more: it holds up the loop that asks.
-// Zen 4, one core, K = V = 64: from cache 71%, from memory 62 to 63%, 69% with huge pages: most of what memory costs is looking
+// There, from cache, K = V = 64: 46% of the time in products with states, at the peak, ten loads for sixteen fused multiply-adds;
+// scores 12%, 17 loads for 16; intra 8%; copies 9%, two or three cycles a line of L2; the mask's exp 6%, transposing keys 4%, adding
+// to states 4%, decays 3%. From memory, looking up a page for each row of 4 KiB or more: it holds up the loop that asks.
+// Zen 4, one core, K = V = 64: products with states 58% of the time from cache and 43% from memory, scores 15 and 10%, intra 10 and
+// 11%, copies 7 and 25%; 71% of the peak from cache, 62 to 63% from memory, 69% with huge pages: most of what memory costs is looking
 // up pages. At 128 79% and 71%. Keys transposed in registers from the caller's rows, without a copy of them, save 1% at 64, on
 // two threads 0.5 to 5%. Calls for 12 to 19 chunks: the same.
 // Tried: asking in bursts of 16 lines before each tile, for L1 instead of L2, or copying with nothing asked for: 3, 1 and 15%
