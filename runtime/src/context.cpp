@@ -61,6 +61,7 @@ struct Job {
         try {
             std::unique_ptr<Workspace> workspace = take();
             for (int64_t item; !failed && (item = next++) < items; done++) work(*workspace, item);
+            workspace->end_call();
             std::lock_guard<std::mutex> lock(context.idle_mutex);
             idle.push_back(std::move(workspace));
         } catch (const Failure &f) {
@@ -110,27 +111,31 @@ void *Workspace::allocate(size_t bytes) {
     for (Block &block : blocks)
         if (!block.used && block.bytes >= bytes && (!best || block.bytes < best->bytes)) best = &block;
     if (!best) {
-        // The largest that is too small makes room, or those of each size that there ever was would stay. Blocks are never more
-        // than were in use at one time, and only grow: calls that are alike soon ask for nothing.
-        for (Block &block : blocks)
-            if (!block.used && (!best || block.bytes > best->bytes)) best = &block;
-        if (best) {
-            allocator.deallocate(allocator.user, best->memory, best->bytes);
-            blocks.erase(blocks.begin() + (best - blocks.data()));
-        }
         blocks.reserve(blocks.size() + 1);  // so that nothing throws once there is memory to lose
         void *memory = allocator.allocate(allocator.user, bytes, alignment);
         if (!memory) return nullptr;
-        blocks.push_back({memory, bytes, false});
+        blocks.push_back({memory, bytes, false, false});
         best = &blocks.back();
+        grown = true;
     }
-    best->used = true;
+    best->used = best->used_in_call = true;
     return best->memory;
 }
 
 void Workspace::free(void *memory) {
     for (Block &block : blocks)
         if (block.memory == memory) block.used = false;
+}
+
+// Or those of each size that there ever was would stay.
+void Workspace::end_call() {
+    for (size_t n = blocks.size(); grown && n-- > 0;) {
+        if (blocks[n].used || blocks[n].used_in_call) continue;
+        allocator.deallocate(allocator.user, blocks[n].memory, blocks[n].bytes);
+        blocks.erase(blocks.begin() + (ptrdiff_t)n);
+    }
+    for (Block &block : blocks) block.used_in_call = false;
+    grown = false;
 }
 
 holdfast_context &resolve(holdfast_context *context) {

@@ -154,7 +154,7 @@ typedef struct holdfast_variant {
                                  "head_norm_gate_backward" */
     const char *dtype;      /**< of q, k, v, x, gate and out: "f32", "f16" (float16) or "bf16" (bfloat16) */
     const char *target;     /**< what holdfast_context_set_target takes */
-    int32_t chunk;          /**< tokens in a chunk, at most; 0: the kernel has no chunks */
+    int32_t chunk;          /**< tokens in a chunk, at most, or, of "recurrent", in a block; 0: the kernel has none */
     int32_t key_size;       /**< K; 0: any */
     int32_t value_size;     /**< V; 0: any */
     int32_t row_alignment;  /**< bytes: it runs calls in which all rows of q, k, v and out, which the last axis makes, start at
