@@ -481,7 +481,7 @@ void retention(benchmark::State &state, const Variant &variant, const Shape &sha
     Problem &p = problem(shape);
     holdfast_forward_args args = p.args();
     const bool parallel = variant.is("parallel");
-    args.form = parallel ? HOLDFAST_FORM_PARALLEL : HOLDFAST_FORM_CHUNKWISE;
+    args.form = parallel ? HOLDFAST_FORM_PARALLEL : variant.is("recurrent") ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
     if (!parallel) args.chunk_size = variant.chunk;
     p.clear_results();
     auto allowed = allowed_of(variant);
@@ -864,9 +864,10 @@ int main(int argc, char **argv) {
                     if (retnet && T == 4096 && heads > 1 && H != heads) all_heads.push_back(H);
                 for (int64_t H : all_heads) {
                     shape.H = H;
-                    for (const char *kernel : {"chunkwise", "parallel"})
+                    for (const char *kernel : {"chunkwise", "parallel", "recurrent"})
                         each_row(kernel, dtype, T == sample_length, [&](const Variant &row, int at_most) {
                             if ((row.is("parallel") && T > longest_parallel) || few(at_most, H)) return;
+                            if (row.is("recurrent") && (row.chunk == 0 || T < row.chunk)) return;  // steps are below
                             add_of_heads(row, shape, at_most, "",
                                          [=, &row](benchmark::State &state) { retention(state, row, shape, at_most); });
                         });
@@ -910,6 +911,7 @@ int main(int argc, char **argv) {
         for (int64_t B : {(int64_t)1, (int64_t)std::ceil(states_in_memory / (sizeof(float) * (double)heads * K * V))})
             for (const Dtype &dtype : test::all_dtypes)
                 each_row("recurrent", dtype, B == 1, [&](const Variant &row, int at_most) {
+                    if (row.chunk) return;
                     std::ostringstream name;
                     name << row.name << "/B:" << B << "/H:" << heads << "/K:" << K << "/V:" << V << "/threads:" << at_most;
                     add(name, [=, &row](benchmark::State &state) { step(state, row, B, heads, K, V, at_most); });

@@ -61,7 +61,6 @@ struct Job {
         try {
             std::unique_ptr<Workspace> workspace = take();
             for (int64_t item; !failed && (item = next++) < items; done++) work(*workspace, item);
-            workspace->end_call();
             std::lock_guard<std::mutex> lock(context.idle_mutex);
             idle.push_back(std::move(workspace));
         } catch (const Failure &f) {
@@ -114,28 +113,16 @@ void *Workspace::allocate(size_t bytes) {
         blocks.reserve(blocks.size() + 1);  // so that nothing throws once there is memory to lose
         void *memory = allocator.allocate(allocator.user, bytes, alignment);
         if (!memory) return nullptr;
-        blocks.push_back({memory, bytes, false, false});
+        blocks.push_back({memory, bytes, false});
         best = &blocks.back();
-        grown = true;
     }
-    best->used = best->used_in_call = true;
+    best->used = true;
     return best->memory;
 }
 
 void Workspace::free(void *memory) {
     for (Block &block : blocks)
         if (block.memory == memory) block.used = false;
-}
-
-// Or those of each size that there ever was would stay.
-void Workspace::end_call() {
-    for (size_t n = blocks.size(); grown && n-- > 0;) {
-        if (blocks[n].used || blocks[n].used_in_call) continue;
-        allocator.deallocate(allocator.user, blocks[n].memory, blocks[n].bytes);
-        blocks.erase(blocks.begin() + (ptrdiff_t)n);
-    }
-    for (Block &block : blocks) block.used_in_call = false;
-    grown = false;
 }
 
 holdfast_context &resolve(holdfast_context *context) {

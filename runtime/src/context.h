@@ -31,7 +31,6 @@ public:
     ~Workspace();
     void *allocate(size_t bytes);  // null when memory is short; aligned for every vector unit
     void free(void *memory);
-    void end_call();    // where one that allocated has left blocks alone, they are given back
     std::string error;  // of the kernel that failed last: the first text, which says what was wrong
 
     DeviceCall *device = nullptr;  // of the call that is under way, if that is one on a GPU
@@ -41,9 +40,8 @@ private:
     struct Block {
         void *memory;
         size_t bytes;
-        bool used, used_in_call;
+        bool used;
     };
-    bool grown = false;  // in this call
     Allocator allocator;
     std::vector<Block> blocks;
 };

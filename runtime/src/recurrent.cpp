@@ -179,7 +179,8 @@ void run_recurrent(holdfast_context &c, const char *call, const Problem &p, cons
     const Variant &step = select(0), &blocks = p.T > 1 ? select(most_tokens) : step;
     check_kernel_strides(p, 1);
     const Work work(p, step, blocks);
-    announce(c, call, step, choice.why, p, "token by token", work.pieces);
+    const Variant &most = blocks.chunk > 1 && p.group() <= 1 && p.longest() >= blocks.chunk ? blocks : step;  // of the tokens
+    announce(c, call, most, choice.why, p, "token by token", work.pieces);
     if (work.pieces > 0) c.for_each(work.pieces, std::cref(work));
 }
 

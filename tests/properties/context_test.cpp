@@ -272,23 +272,6 @@ TEST_P(Workspace, DoesNotGrowWithTime) {
     }
 }
 
-TEST_P(Workspace, IsThatOfTheLargestCall) {
-    auto held = [](std::initializer_list<int64_t> lengths) {
-        Memory memory;
-        Context context(GetParam().target, 1);
-        memory.use_in(context);
-        for (int64_t T : lengths) {
-            Problem p{1, T, 1, 1, 256};
-            Forward f = p.forward();
-            f.form = HOLDFAST_FORM_PARALLEL;
-            EXPECT_EQ(f.run(context), HOLDFAST_OK) << context.error();
-        }
-        return memory.held;
-    };
-    // A block of a call before may be left where another is wanted: a fifth more.
-    EXPECT_LE((double)held({64, 128, 192, 256, 320, 384, 448, 512}), 1.2 * (double)held({512}));
-}
-
 TEST_P(Workspace, IsGivenBackWhenTheAllocatorChanges) {
     Memory first, second;
     Context context(GetParam().target, 1);
