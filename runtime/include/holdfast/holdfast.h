@@ -130,7 +130,8 @@ typedef void *(*holdfast_allocate)(void *user, size_t bytes, size_t alignment);
 typedef void (*holdfast_deallocate)(void *user, void *memory, size_t bytes);
 
 /** Take workspace from the caller's allocator; both NULL go back to the library's own. Workspace held so far is freed first.
- *  Workspace is kept for reuse until the context is destroyed or this function is called. Its size does not depend on T,
+ *  Workspace is kept for reuse until the context is destroyed or this function is called, of every size that a call has asked for
+ *  when nothing was free that was as large: calls of ever larger T in the parallel form add up. Of one call its size does not depend on T,
  *  except in the parallel form: there T (K + V) floats for each thread, a copy of one head's keys and values, rows rounded up to
  *  vectors, and up to 100 T more; and for holdfast_backward, which says its own.
  *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, or when just one of the two is NULL. */
@@ -524,7 +525,7 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  normalization as many of the states between chunks as with those of all threads fit into a quarter of the call's tensors, but at
  *  least about 2 sqrt(T / chunk) a thread; the others are computed a second time, which takes up to a sixth longer. The parallel form
  *  keeps rows in fp32 and the scores of a block of them, about T ((2 + G) K + 2 V + 64) floats a thread in use at a time, G heads of
- *  queries to one of keys. Threads beyond one for each sequence and head of keys have nothing to do.
+ *  queries to one of keys; and, since workspace of each size is kept and scores grow block by block, T^2 / 2 more. Threads beyond one for each sequence and head of keys have nothing to do.
  *
  *  T = 0: dinitial_state = dfinal_state, and dlog_decay per head is 0. Not-a-numbers and infinities stay in their sequence and group of
  *  heads, but for dlog_decay per head, which is of all sequences.
