@@ -359,8 +359,8 @@ def test_refusals(gradients_of):
             retention_backward(**{**call, **changes})
         assert type(caught.value) is error and text in str(caught.value), str(caught.value)
 
-    refused(TypeError, "dout is of type NoneType; expected an array", dout=None)
-    refused(TypeError, "q is of type list; expected an array", q=[1.0])
+    refused(TypeError, "q is of type NoneType; expected an array", q=None)
+    refused(TypeError, "dout is of type list; expected an array", dout=[1.0])
     refused(ValueError, "dout [B, T, H, V] has T = 4; expected 5, that of out", dout=call["dout"][:, :4])
     refused(ValueError, "k [B, T, Hk, K] has K = 7; expected 8, that of q", k=call["k"][..., :7])
     refused(ValueError, "dfinal_state [N, Hk, D, V] has N = 1", dfinal_state=call["dfinal_state"][:1])
