@@ -17,8 +17,8 @@ demo: environment-demo ## Stream megabytes of real text through a retention laye
 test: ## What CI checks: variants of each kind, then sanitizers, then Python
 	@$(MAKE) --no-print-directory --keep-going test-ci test-asan test-tsan test-python
 
-test-all: ## The same, and every variant
-	@$(MAKE) --no-print-directory --keep-going test test-variants
+test-all: ## The same, every variant, and the recipe of docs/adding-hardware.md
+	@$(MAKE) --no-print-directory --keep-going test test-variants test-recipe
 
 test-variants: environment-test ## C and C++ tests of every variant
 	@$(call build,all)
@@ -40,7 +40,11 @@ test-tsan: environment-test ## The tests of threads under the thread sanitizer
 
 test-python: environment-test ## The Python tests
 	@$(call build,ci)
-	PYTHONPATH=$(CURDIR)/build/ci/python python -m pytest --numprocesses=$(CTEST_PARALLEL_LEVEL)
+	PYTHONPATH=$(CURDIR)/build/ci/python python -m pytest --numprocesses=$(CTEST_PARALLEL_LEVEL) -m "not recipe"
+
+test-recipe: environment-test ## Follow docs/adding-hardware.md in a copy of the tree
+	@$(call build,ci)
+	PYTHONPATH=$(CURDIR)/build/ci/python python -m pytest -m recipe
 
 bench: environment-bench ## Time Holdfast beside ONNX Runtime and PyTorch; ARGS="--quick" and others are passed on
 	@$(call build,release,holdfast _holdfast,-DHOLDFAST_BENCH=OFF)
@@ -64,5 +68,5 @@ build = { test -e build/$1/build.ninja || cmake --preset $1 $3; } && cmake --bui
 
 generators = -Dholdfast-halide_generators_ROOT=$(CURDIR)/build/ci/cmake
 
-.PHONY: help demo test test-all test-variants test-ci test-asan test-tsan test-python bench lint tidy clean
+.PHONY: help demo test test-all test-variants test-ci test-asan test-tsan test-python test-recipe bench lint tidy clean
 .NOTPARALLEL:

@@ -86,6 +86,7 @@ def test_readme_c(tmp_path: Path) -> None:
     assert run([str(tmp_path / "example")], tmp_path) == "0.125\n"
 
 
+@pytest.mark.recipe
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the recipe adds an x86 target")
 def test_adding_hardware(tmp_path: Path) -> None:
     tree = tmp_path / "holdfast"
