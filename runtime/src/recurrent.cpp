@@ -47,9 +47,7 @@ void run_kernel(const Problem &p, const Variant &variant, Workspace &workspace, 
     const int32_t I = (int32_t)in_block, N = (int32_t)(call.tokens / in_block), H = (int32_t)call.heads, G = (int32_t)p.group();
     const int32_t D = (int32_t)p.D, V = (int32_t)p.V;
     const int64_t b = p.entry(call.s), t = p.start(call.s) + call.first_token, h = call.first_head;
-    using Axis = halide_dimension_t;
-    auto axis = [](int32_t extent, int64_t stride) { return Axis{0, extent, extent > 1 ? (int32_t)stride : 0}; };
-    const Axis entry = {0, 1, 0};
+    const halide_dimension_t entry = axis(1, 0);
     auto rows = [&](const Tensor &x) {
         return Buffer(
             x.at<uint8_t>(b, t, h), halide_type(x.dtype),
