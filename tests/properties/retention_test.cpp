@@ -32,6 +32,12 @@ protected:
                    return m.find("forward: chunkwise_") != std::string::npos;
                });
     }
+    /// The last call was by a variant of `kernel` for this target and type: for one token or for blocks, of recurrent ones.
+    void expect_ran(const std::string &kernel) const {
+        const std::string &message = context->messages.back();
+        for (const std::string &part : {" " + kernel + "_" + dtype.name + "_", "_" + GetParam().target + " ("})
+            EXPECT_NE(message.find(part), std::string::npos) << message;
+    }
     void expect_reference(const Problem &p, int64_t chunk, int64_t decays) const {
         p.expect_reference(chunk, decays, rounded_operands());
     }
@@ -484,9 +490,7 @@ TEST_P(Retention, FormsThatAreForced) {
             f.form = form;
             run(f);
             expect_reference(p, C, chunks(T) + T);
-            const std::string &message = context->messages.back();  // of recurrent kernels blocks of tokens have their own
-            for (const std::string &part : {std::string(" ") + kernel + "_" + dtype.name + "_", "_" + GetParam().target + " ("})
-                EXPECT_NE(message.find(part), std::string::npos) << message;
+            expect_ran(kernel);
         }
 }
 
@@ -581,9 +585,7 @@ TEST_P(Retention, ForcedTargetRuns) {
         ASSERT_EQ(context->messages.size(), 1u);
         const std::string &message = context->messages[0];
         const std::string variant = variant_for(GetParam().target, GetParam().size, dtype, call.kernel)->name;
-        for (const std::string &part :
-             {std::string(" ") + call.kernel + "_" + dtype.name + "_", "_" + GetParam().target + " ("})
-            EXPECT_NE(message.find(part), std::string::npos) << message;
+        expect_ran(call.kernel);
         EXPECT_NE(message.find("forced by the context"), std::string::npos) << message;
 
         // And the listing, seen by the context, says the same.
