@@ -68,8 +68,8 @@ struct ChunkwiseBackwardFuncs {
     Halide::Func q_stored, k_stored, v_stored, dout_stored, dq_stored, dk_stored, dv_stored;
     Halide::Func result_dq, result_dk, result_dv;       // (d,t,g,h,b) (d,t,h,b) (e,t,h,b), update 0 over (x = i, y = c)
     Halide::Func result_dlog_decay;                     // (t,h,b), likewise
-    Halide::Func dstate_in;                             // (e,d,s,h,b)
-    Halide::RDom over_dq, over_dk, over_dv, over_gate;  // where it is wanted
+    Halide::Func dstate_in;                             // (e,d,s,h,b), update 0 over s
+    Halide::RDom over_dq, over_dk, over_dv, over_gate, over_states;  // where it is wanted
 };
 
 /// Extents of d, e, g, h and b.

@@ -31,7 +31,7 @@ public:
     Input<int> count{"count"};                         // chunks, final slots not counted
     Input<float> scale{"scale"};
     Input<int> want_dq{"want_dq"}, want_dk{"want_dk"};  // 1 or 0: not computed and not written
-    Input<int> want_dv{"want_dv"}, want_dlog_decay{"want_dlog_decay"};
+    Input<int> want_dv{"want_dv"}, want_dlog_decay{"want_dlog_decay"}, want_dstate{"want_dstate"};
     Output<Buffer<void, 5>> dq{"dq"};                   // (d, t, g, h, b)
     Output<Buffer<void, 4>> dk{"dk"};                   // (d, t, h, b), summed over g
     Output<Buffer<void, 4>> dv{"dv"};                   // (e, t, h, b), likewise
@@ -105,7 +105,10 @@ public:
         dlog_decay(t, h, b) = undef<float>();
         dlog_decay(time(r.over_gate, dlog_decay, 0), h, b) = select(cg(r.over_gate.x, r.over_gate.y, h, b) > least_log_decay,
                                                                     r.dlog_decay(r.over_gate.x, r.over_gate.y, h, b), 0.0f);
-        dstate_in(e, d, s, h, b) = r.dstate(e, d, at.first(s), h, b);
+        r.over_states = RDom(0, N, "over_states");
+        r.over_states.where(want_dstate != 0);
+        dstate_in(e, d, s, h, b) = undef<float>();
+        dstate_in(e, d, r.over_states, h, b) = r.dstate(e, d, at.first(r.over_states), h, b);
         r.result_dq = dq, r.result_dk = dk, r.result_dv = dv, r.result_dlog_decay = dlog_decay, r.dstate_in = dstate_in;
 
         // Layout. The same for every target.

@@ -62,11 +62,12 @@ struct PowerBackwardFuncs {
     Halide::RDom over_kept;                                // kept: e
     Halide::RDom over_row;                                 // dgates: r in [0, C)
 
-    // set by the generator: what leaves the kernel, in the caller's type and layout. The first four have one update, over a domain
-    // that is empty where they are not wanted.
+    // set by the generator: what leaves the kernel, in the caller's type and layout. Each has one update, over a domain that is empty
+    // where it is not wanted.
     Halide::Func result_dq, result_dk, result_dv, result_dlog_decay;  // (d,i,g,h,b) (d,j,h,b) (e,j,h,b) (i,h,b)
     Halide::RDom wanted_dq, wanted_dk, wanted_dv, wanted_dlog_decay;  // d, d, e, i
     Halide::Func dstate_in, dkeys_in;                                 // (e,f,h,b) (f,h,b)
+    Halide::RDom wanted_dstate;                                       // b, of both
 };
 
 /// Extents of the query heads in a group, of heads, batch entries and values beside those of power().

@@ -45,13 +45,14 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
         x.fetch(run, p);
         return decays.finish();
     }
-    const int64_t G = std::max<int64_t>(p.group(), 1);  // where there are none, one of zeros, which kernels need
+    const int64_t G = p.group();
     constexpr int64_t float_bytes = sizeof(float);
     int64_t chunk = chunk_of(p, kernels.gradient);
     std::optional<ChunkTable> packed;
     if (p.packed()) packed.emplace(p.starts, chunk);
     // The largest buffers that the kernel has, of a chunk: its state, scores, rows.
-    const int64_t of_chunk = std::max({p.K * p.V, chunk * chunk * G, chunk * std::max(p.K, p.V) * G}) * float_bytes;
+    const int64_t rows_of_chunk = std::max({chunk, p.K, p.V}) * chunk * std::max<int64_t>(G, 1);
+    const int64_t of_chunk = std::max(p.K * p.V, rows_of_chunk) * float_bytes;
     auto part_of = [&](int64_t tokens) {
         const int64_t slots = packed ? packed->slots : (tokens + chunk - 1) / chunk + 1, sequences = packed ? p.N : 1;
         if (!chunks_fit(run, p, chunk, slots - sequences, sequences)) return Part{0, 0};
@@ -147,7 +148,7 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
             auto retreat = [&](int64_t s, int64_t n, int64_t t, int64_t length, bool last) {
                 const int32_t tokens = (int32_t)length, count = table(length);
                 auto groups = [&](const OnDevice &r, int32_t size) {
-                    if (r.t.rank && p.group()) return groups_of(r, G, b, t, h, tokens, H, B);
+                    if (r.t.rank && G) return groups_of(r, G, b, t, h, tokens, H, B);
                     const bool read = &r == &x.q || &r == &x.dout;
                     return View(read ? added : unwanted_row, read ? zeros_at : 0, halide_type(p.q.dtype),
                                 {{0, size, 1}, {0, tokens, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
@@ -169,8 +170,9 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
                 View dlog_decay = decays.part(x.dlog_decay, unwanted_row, b, 0, t, h, tokens, H, B), dstate_in = gradient();
                 run.check(run.variant.name, std::get<ChunkwiseBackwardKernel *>(run.variant.run)(
                                                 &run.workspace, &q, &k, &v, &log_decay, &state_in, &dout, &dstate_out, &chunks,
-                                                count, p.scale, p.dq.rank > 0 && p.group(), p.dk.rank > 0, p.dv.rank > 0,
-                                                p.dlog_decay.rank > 0, &dq, &dk, &dv, &dlog_decay, &dstate_in));
+                                                count, p.scale, p.dq.rank > 0 && G, p.dk.rank > 0, p.dv.rank > 0,
+                                                p.dlog_decay.rank > 0, n ? p.needs_dstates() : p.wants_dinitial(), &dq, &dk,
+                                                &dv, &dlog_decay, &dstate_in));
             };
             if (!cut) {
                 retreat(0, 0, 0, p.T, true);

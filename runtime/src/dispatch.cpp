@@ -130,27 +130,26 @@ bool backward_from_weights(const BackwardProblem &p, const Choice &choice) {
     return p.form == HOLDFAST_FORM_AUTO ? cpu && p.chunk_size == 0 && weights_are_less(p) : p.form == HOLDFAST_FORM_PARALLEL;
 }
 
-/// Check that gradients of `p` have heads to be of.
-void check_heads(const BackwardProblem &p, const Choice &choice) {
-    // A GPU's kernels have queries, and divide by their sums of weights.
-    if (choice.backend != Backend::cpu && p.normalized && p.H == 0 && p.Hk > 0)
-        fail(HOLDFAST_UNSUPPORTED, "q has H = 0, k has Hk = ", p.Hk, " and out is normalized; expected heads of queries");
-}
-
-/// On the CPU, `p` of which dout is not given, and zero all the same: without queries, from which nothing comes. Clears dq.
-BackwardProblem without_queries(BackwardProblem p) {
-    for (int64_t b = 0; p.dq.rank && b < p.B; b++)
-        for (int64_t t = 0; t < p.T; t++)
-            for (int64_t h = 0; h < p.H; h++) std::memset(p.dq.at<char>(b, t, h), 0, p.K * p.dq.dtype.bytes());
+/// Where dout is not given, and zero all the same: `p` without queries, from which nothing comes. Their gradient is zero, which only
+/// its kernel writes into a GPU's own tensor.
+BackwardProblem without_idle_queries(BackwardProblem p, const Choice &choice) {
+    if (p.dout.rank) return p;
+    if (choice.backend != Backend::cpu && ((p.dq.rank && !p.dq.on_host()) || backward_from_weights(p, choice))) return p;
     p.H = p.q.shape[2] = 0;
     p.out = p.dq = {};
     return p;
 }
+void clear_rows(const Tensor &rows) {
+    for (int64_t b = 0; b < rows.shape[0]; b++)
+        for (int64_t t = 0; t < rows.shape[1]; t++)
+            for (int64_t h = 0; h < rows.shape[2]; h++)
+                std::memset(rows.at<char>(b, t, h), 0, rows.shape[3] * rows.dtype.bytes());
+}
 
 void backward(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
-    check_heads(given, choice), check_states(given, choice);
-    const bool nothing = choice.backend == Backend::cpu && !given.dout.rank;
-    const BackwardProblem p = nothing ? without_queries(given) : given;
+    check_states(given, choice);
+    const BackwardProblem p = without_idle_queries(given, choice);
+    if (given.dq.rank && !p.dq.rank) clear_rows(given.dq);
     if (!p.wants_any()) return;
     const bool cpu = choice.backend == Backend::cpu;
     if (backward_from_weights(p, choice))
@@ -160,8 +159,9 @@ void backward(holdfast_context &c, const BackwardProblem &given, const Choice &c
     cpu ? run_backward(c, p, choice) : backward_on_gpu(c, p, choice);
 }
 
-size_t backward_workspace(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
-    check_heads(p, choice), check_states(p, choice);
+size_t backward_workspace(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
+    check_states(given, choice);
+    const BackwardProblem p = without_idle_queries(given, choice);
     if (!p.wants_any() || choice.backend == Backend::cpu) return 0;
     if (backward_from_weights(p, choice)) return parallel_backward_workspace_on_gpu(c, p, choice);
     check_state_size(p, max_state);

@@ -37,7 +37,7 @@ class Chains {
 public:
     /// `decays` are those of the whole call, in which the sequence begins at token `start`.
     Chains(const Run &run, const Kernels &kernels, const BackwardProblem &p, const DecaysPerHead &decays, int64_t start)
-        : run(run), kernels(kernels), p(p), x(run, p), decays(decays), start(start), G(std::max<int64_t>(p.group(), 1)),
+        : run(run), kernels(kernels), p(p), x(run, p), decays(decays), start(start), G(p.group()),
           chunk(kernels.chunk(p)), chunks((p.T + chunk - 1) / chunk),
           D(expanded_size(p.K, p.degree, tight, std::numeric_limits<int32_t>::max())),
           zeros_bytes(std::max({D, p.K, p.V}) * (int64_t)sizeof(float)), memory_of_zeros(run, zeros_bytes),
@@ -50,7 +50,8 @@ public:
         const int64_t rows = std::max(kernels.gradient.chunk, kernels.forward.chunk),
                       blocks = (D + block_of_features - 1) / block_of_features;
         const int64_t scratch =
-            std::max({D * p.V, std::max({D, p.V, rows}) * rows * G, blocks * p.V * rows}) * (int64_t)sizeof(float);
+            std::max({D * p.V, std::max({D, p.V, rows}) * rows * std::max<int64_t>(G, 1), blocks * p.V * rows}) *
+            (int64_t)sizeof(float);
         part = largest_part(p, x, std::min(chunk, p.T), scratch);
         if (!part.batch)
             fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, its state of D V = ", D * p.V,
@@ -90,7 +91,7 @@ private:
     const BackwardProblem &p;
     BackwardOperands x;
     const DecaysPerHead &decays;
-    const int64_t start, G;  // heads of queries; where there are none, one of zeros, which kernels need
+    const int64_t start, G;  // heads of queries to one of keys
     const int64_t chunk, chunks, D;
     const int64_t zeros_bytes;
     Memory memory_of_zeros, unwanted_row;
@@ -182,7 +183,7 @@ private:
         return View(unwanted_row, 0, halide_type(p.q.dtype), {{0, size_of(r), 1}, {0, tokens, 0}, {0, H, 0}, {0, B, 0}});
     }
     View groups(const OnDevice &r, int64_t t, int32_t tokens) const {
-        if (r.t.rank && p.group()) return groups_of(r, G, b, t, h, tokens, H, B);
+        if (r.t.rank && G) return groups_of(r, G, b, t, h, tokens, H, B);
         const bool read = &r == &x.q || &r == &x.dout || &r == &x.out;
         return View(read ? memory_of_zeros : unwanted_row, 0, halide_type(p.q.dtype),
                     {{0, size_of(r), 1}, {0, tokens, 0}, {0, (int32_t)G, 0}, {0, H, 0}, {0, B, 0}});
@@ -202,10 +203,12 @@ private:
         if (run.call.rehearsal && std::exchange(advanced, true)) return;
         const int64_t t = n * chunk;
         const int32_t tokens = tokens_of(n);
-        // Kernels of a GPU have queries: the fewest there can be.
-        View q = groups_of(x.k, 1, b, t, h, tokens, H, B), k = rows(x.k, t, tokens), v = rows(x.v, t, tokens);
-        View out(unwanted_row, 0, halide_type(p.q.dtype),
-                 {{0, (int32_t)p.V, 1}, {0, tokens, 0}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
+        View k = rows(x.k, t, tokens), v = rows(x.v, t, tokens);
+        auto no_queries = [&](int64_t size) {
+            return View(unwanted_row, 0, halide_type(p.q.dtype),
+                        {{0, (int32_t)size, 1}, {0, tokens, 0}, {0, 0, 0}, {0, H, 0}, {0, B, 0}});
+        };
+        View q = no_queries(p.K), out = no_queries(p.V);
         View log_decay = log_decays(t, tokens);
         View state_in = states(from), sum_in = sums(from), state_out = states(to), sum_out = sums(to);
         run.check(kernels.forward.name,
@@ -227,8 +230,8 @@ private:
         run.check(kernels.gradient.name,
                   std::get<PowerBackwardKernel *>(kernels.gradient.run)(
                       &run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, &out, &dout, &dstate_out, &dsum_out, p.degree,
-                      p.normalized, p.scale, p.dq.rank > 0 && p.group(), p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0,
-                      &dq, &dk, &dv, &dlog_decay, &dstate_in, &dsum_in));
+                      p.normalized, p.scale, p.dq.rank > 0 && G, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0,
+                      n ? p.needs_dstates() : p.wants_dinitial(), &dq, &dk, &dv, &dlog_decay, &dstate_in, &dsum_in));
     }
 };
 

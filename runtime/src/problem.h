@@ -76,10 +76,12 @@ struct BackwardProblem : Problem {
             all.push_back(t);
         return all;
     }
+    /// The gradient of an initial state or sum of keys is wanted.
+    bool wants_dinitial() const { return dinitial_state.rank || dinitial_sum.rank; }
+    /// Gradients of states between tokens are needed: by all but dq. Those of states before all tokens only where they are wanted.
+    bool needs_dstates() const { return dk.rank || dv.rank || dlog_decay.rank || wants_dinitial(); }
     /// A gradient is wanted.
-    bool wants_any() const {
-        return dq.rank || dk.rank || dv.rank || dlog_decay.rank || dinitial_state.rank || dinitial_sum.rank;
-    }
+    bool wants_any() const { return dq.rank || needs_dstates(); }
 };
 
 /// Check all arguments. Throws a Failure that names the first that is wrong.

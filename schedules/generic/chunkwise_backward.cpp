@@ -50,7 +50,7 @@ void apply(ChunkwiseBackwardFuncs &r, const ChunkwiseSizes &, const Target &targ
         state.update(1).reorder(e, d, state.rvars(1)[0]).vectorize(e, vec, tail);
     }
     for (Func result : {r.result_dq, r.result_dk, r.result_dv}) result.update(0).vectorize(result.args()[0], vec, tail);
-    r.dstate_in.vectorize(r.dstate_in.args()[0], vec, tail);
+    r.dstate_in.update(0).vectorize(r.dstate_in.args()[0], vec, tail);
 }
 
 bool matches(const Target &t, const ChunkwiseSizes &) { return !t.has_gpu_feature(); }

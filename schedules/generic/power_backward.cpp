@@ -114,7 +114,7 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &target)
     p.phi_k.compute_at(w.dvalues, blocks).reorder_storage(j, f).reorder(j, f).vectorize(j, lanes);
 
     // The initial state.
-    w.dstate_in.split(f, fo, fi, rows, tail).reorder(e, fi, fo, h, b).vectorize(e, vec, tail);
+    w.dstate_in.update().split(f, fo, fi, rows, tail).reorder(e, fi, fo, h, w.wanted_dstate.x).vectorize(e, vec, tail);
     product(w.from_queries, 0, {w.dstate_in, fo}, e, f, vec);
     p.phi_q.compute_at(w.dstate_in, fo).reorder_storage(i, f).reorder(i, f).vectorize(i, lanes);
     keys_lanes.compute_at(w.dkeys_in, f).vectorize(u);

@@ -71,12 +71,16 @@ void apply(ChunkwiseBackwardFuncs &r, const ChunkwiseSizes &sizes, const Target 
     each_element(r.dstate.update(0), r.dstate.args(), r.over_sequence.x);
     each_element(r.dstate.update(1), r.dstate.args(), r.over_chunk.x);
     const std::vector<Var> of_states = r.dstate_in.args();
-    r.dstate_in.split(of_states[0], xo, xt, 32, guard)
+    RVar states("states");
+    r.dstate_in.gpu_single_thread();  // as results of rows below
+    r.dstate_in.update(0)
+        .allow_race_conditions()
+        .split(of_states[0], xo, xt, 32, guard)
         .split(of_states[1], yo, yt, 8, guard)
         .fuse(xo, yo, block)
-        .fuse(block, of_states[2], block)
-        .reorder(xt, yt, block, of_states[3], of_states[4])
-        .gpu_blocks(block, of_states[3], of_states[4])
+        .fuse(block, r.over_states, states)
+        .reorder(xt, yt, states, of_states[3], of_states[4])
+        .gpu_blocks(states, of_states[3], of_states[4])
         .gpu_threads(xt, yt);
 
     // Inside chunks.

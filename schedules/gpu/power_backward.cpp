@@ -125,16 +125,19 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &) {
     dvalues_block.bound_extent(e, 1).bound_extent(j, high).unroll(j);
     dvalues_block.update().reorder(j, in_block).unroll(j);
 
-    w.dstate_in.split(e, eo, et, threads, guard)
+    const RVar entry = w.wanted_dstate.x;
+    w.dstate_in.update()
+        .allow_race_conditions()
+        .split(e, eo, et, threads, guard)
         .split(f, fo, fi, high, guard)
-        .reorder(fi, et, eo, fo, h, b)
+        .reorder(fi, et, eo, fo, h, entry)
         .unroll(fi)
-        .gpu_blocks(fo, h, b)
+        .gpu_blocks(fo, h, entry)
         .gpu_threads(et);
     in_registers(w.from_queries, {w.dstate_in, et});
     w.from_queries.bound_extent(e, 1).bound_extent(f, high).unroll(f);
     w.from_queries.update().reorder(f, w.from_queries.rvars(0)[0], w.from_queries.rvars(0)[1]).unroll(f);
-    w.dkeys_in.gpu_tile(f, fo, fi, 32, guard).gpu_blocks(h, b);
+    w.dkeys_in.update().allow_race_conditions().gpu_tile(f, fo, fi, 32, guard).gpu_blocks(h, entry);
     in_registers(w.keys_from_queries, {w.dkeys_in, fi});
 
     // Gates.
@@ -153,7 +156,8 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &) {
 
     // Results: a thread per element of a row. Undefined at first, so that nothing is run there; but Halide would want them in host
     // memory too.
-    for (Func result : {w.result_dq, w.result_dk, w.result_dv, w.result_dlog_decay}) result.gpu_single_thread();
+    for (Func result : {w.result_dq, w.result_dk, w.result_dv, w.result_dlog_decay, w.dstate_in, w.dkeys_in})
+        result.gpu_single_thread();
     auto result = [&](Func rows, const RDom &wanted, Var row, bool of_queries) {
         Stage update = rows.update();
         if (of_queries) update.fuse(g, h, heads);

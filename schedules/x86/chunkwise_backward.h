@@ -86,7 +86,7 @@ struct ChunkwiseBackwardLoops {
             scan(r.f.state, r.f.contribution, e, d, asking({"q"}));
         }
         scan(r.dstate, r.dstate_from_inter, e, d, asking({"dk"}));
-        r.dstate_in.vectorize(r.dstate_in.args()[0], vec, Halide::TailStrategy::GuardWithIf);
+        r.dstate_in.update(0).vectorize(r.dstate_in.args()[0], vec, Halide::TailStrategy::GuardWithIf);
     }
     /// Products of rows that lie in whole chunks; `lanes` of the results are rounded at once.
     void gradients_of_rows(int lanes) const {

@@ -169,16 +169,19 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &target)
     p.phi_k.compute_at(w.dvalues, blocks).reorder_storage(j, f).reorder(j, f).vectorize(j, vec).unroll(j);
 
     // The initial state.
-    w.dstate_in.split(f, fo, fi, features)
+    const RVar entry = w.wanted_dstate.x;
+    w.dstate_in.update()
+        .split(f, fo, fi, features)
         .split(fi, ft, fi, rows)
-        .split(e, eo, ei, columns)
-        .reorder(ei, fi, eo, ft, fo, h, b)
+        .split(e, eo, ei, columns, TailStrategy::GuardWithIf)
+        .reorder(ei, fi, eo, ft, fo, h, entry)
         .vectorize(ei, vec)
         .unroll(ei)
         .unroll(fi);
     tile(w.from_queries, {w.dstate_in, eo}, e, f);
     p.phi_q.compute_at(w.dstate_in, fo).reorder_storage(i, f).reorder(i, f).vectorize(i, vec).unroll(i);
-    w.dkeys_in.split(f, fo, fi, features).reorder(fi, fo, h, b).vectorize(fi, some).compute_with(w.dstate_in, fo);
+    w.dkeys_in.update().split(f, fo, fi, features).reorder(fi, fo, h, entry).vectorize(fi, some);
+    w.dkeys_in.update().compute_with(w.dstate_in.update(), fo);
     w.keys_from_queries.compute_at(w.dstate_in, fo).vectorize(f, some);
     w.keys_from_queries.update().reorder(in_group, f).vectorize(f, some).atomic().vectorize(in_group);
     keys_lanes.compute_at(w.dstate_in, fo).reorder_storage(lane, f).vectorize(lane);

@@ -3,6 +3,7 @@
 #include "../../generators/chunkwise_backward.h"
 #include "../../schedules/schedule.h"
 #include "../backward_call.h"
+#include "produced.h"
 #include "targets.h"
 
 namespace {
@@ -86,5 +87,26 @@ TEST_P(ChunkwiseBackward, MatchesReference) {
 
 INSTANTIATE_TEST_SUITE_P(, ChunkwiseBackward, testing::ValuesIn(instances()),
                          [](const auto &info) { return name(info.param); });
+
+TEST(ChunkwiseBackwardStages, AreComputedForWhatIsWantedAlone) {
+    const Target target = targets().back().target.with_feature(Target::JIT).with_feature(Target::TraceRealizations);
+    const Callable kernel = create_callable_from_generator(
+        GeneratorContext(target), "chunkwise_backward",
+        {{"chunk", "4"}, {"key_size", "3"}, {"value_size", "5"}, {"causal_tile", "2"}, {"forced_schedule", "generic"}});
+    const KernelCase c = kernel_cases(4).front();
+    std::vector<Wants> all = some_wants();
+    all.push_back({});
+    for (const Wants &w : all) {
+        SCOPED_TRACE(name(w));
+        Produced produced;
+        BackwardCall(c, 4, {3, 5}, f32, w).expect_reference([&](auto &&...arguments) { return kernel(&produced, arguments...); });
+        auto expect = [&](const char *stage, bool needed) { EXPECT_EQ(produced.stages.count(stage), needed) << stage; };
+        for (const char *stage : {"state", "contribution"}) expect(stage, w.dq || w.dlog_decay);
+        for (const char *stage : {"scores", "weights"}) expect(stage, w.dv);
+        expect("dstate", w.dk || w.dv || w.dlog_decay || w.dstate);
+        expect("mask", w.dq || w.dk || w.dv || w.dlog_decay);
+        for (const char *stage : {"row_product", "key_product", "end_product"}) expect(stage, w.dlog_decay);
+    }
+}
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include "../../generators/power_backward.h"
 #include "../../schedules/schedule.h"
 #include "../power_backward_call.h"
+#include "produced.h"
 #include "targets.h"
 
 namespace {
@@ -58,7 +59,7 @@ TEST_P(PowerBackward, MatchesReference) {
     const Instance &instance = GetParam();
     const PowerSizes &sizes = instance.sizes;
     // Without a schedule, where all stages are computed again for every element that looks at them.
-    const std::string few = "gates_weak layout_padded plain_resets unwanted_4";
+    const std::string few = "gates_weak layout_padded plain_resets unwanted_5";
     if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
     try {
         const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
@@ -81,6 +82,32 @@ TEST_P(PowerBackward, MatchesReference) {
 }
 
 INSTANTIATE_TEST_SUITE_P(, PowerBackward, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+
+TEST(PowerBackwardStages, AreComputedForWhatIsWantedAlone) {
+    const Target target = targets().back().target.with_feature(Target::JIT).with_feature(Target::TraceRealizations);
+    const Callable kernel = create_callable_from_generator(GeneratorContext(target), "power_backward",
+                                                           {{"degree", "0"},
+                                                            {"chunk", "8"},
+                                                            {"key_size", "0"},
+                                                            {"value_size", "0"},
+                                                            {"block", "16"},
+                                                            {"causal_tile", "8"},
+                                                            {"forced_schedule", "generic"}});
+    for (const bool normalize : {false, true})
+        for (int wanted = 0; wanted < 32; wanted++) {
+            SCOPED_TRACE(testing::Message() << "normalize " << normalize << ", wanted " << wanted);
+            const bool dq = wanted & 1, dk = wanted & 2, dv = wanted & 4, gates = wanted & 8, dstate = wanted & 16;
+            Produced produced;
+            PowerBackwardCall({"", {5}, 1, 1, 1, Layout::compact, Gates::weak, normalize, dq, dk, dv, gates, dstate}, {3, 5}, 2)
+                .expect_reference([&](auto &&...arguments) { return kernel(&produced, arguments...); });
+            auto expect = [&](const char *stage, bool needed) { EXPECT_EQ(produced.stages.count(stage), needed) << stage; };
+            expect("dqueries_state", dq || gates), expect("dkeys_state", dk || gates);
+            expect("state_start", dstate);  // the sum that is derived of it
+            expect("keys_start", dstate && normalize);
+            expect("phi_k", dv), expect("dnum", dq || dk || dv || gates || dstate);
+            expect("along_row", gates), expect("along_state", gates);
+        }
+}
 
 // Values that are the initial state: what is derived counts for the state, and of values there is nothing left.
 TEST(MissingAdjoint, FailsTheBuildByItsName) {

@@ -1562,6 +1562,36 @@ TEST(Cuda, GradientsAreLaunchesAlone) {
     }
 }
 
+TEST(Cuda, GradientsLaunchWhatTheWantedOnesNeedAlone) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_stream(context, driver.stream(driver.context(0))), HOLDFAST_OK);
+    for (const int degree : {1, 2}) {
+        SCOPED_TRACE(degree);
+        GradientCall call(degree, HOLDFAST_FORM_CHUNKWISE);
+        call.give_workspace(context);
+        const holdfast_backward_args all = call.args;
+        auto launches = [&](const std::string &wanted, bool dout = true) {
+            holdfast_backward_args args = all;
+            auto want = [&](char what, DLTensor *&gradient) {
+                if (wanted.find(what) == std::string::npos) gradient = nullptr;
+            };
+            want('q', args.dq), want('k', args.dk), want('v', args.dv), want('g', args.dlog_decay);
+            want('s', args.dinitial_state), want('s', args.dinitial_sum_of_keys);
+            if (!dout) args.dout = nullptr;
+            EXPECT_EQ(holdfast_backward(context, &args), HOLDFAST_OK) << context.error();
+            driver.clear();
+            EXPECT_EQ(holdfast_backward(context, &args), HOLDFAST_OK) << context.error();
+            EXPECT_EQ(others(driver.record()), std::set<std::string>());
+            return (int)of(driver.record(), "cuLaunchKernel").size();
+        };
+        std::ostringstream counts;
+        for (const char *wanted : {"qkvgs", "q", "k", "v", "g", "s", "kvgs"})
+            counts << wanted << " " << launches(wanted) << ", " << launches(wanted, false) << "; ";
+        EXPECT_EQ(counts.str(), degree == 1 ? "" : "");
+    }
+}
+
 TEST(Cuda, RotationsAndNormsOfTheHostAreCopiedWhenAskedFor) {
     Driver driver;
     Context context;

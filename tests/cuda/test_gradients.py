@@ -36,10 +36,10 @@ def expand(x, degree):
 
 class Gradient:
     """`batch` entries, or packed sequences of `lengths`, `heads` heads of keys, `group` of queries to each; arrays as
-    kernels want them, states [B, H, N, D, V]. What is not among `wanted` (q, k, v, g) keeps what it holds."""
+    kernels want them, states [B, H, N, D, V]. What is not among `wanted` (q, k, v, g and s, of states) keeps what it holds."""
 
     def __init__(
-        self, dtype, T, K, V, degree, normalized, heads=1, group=2, states=1, batch=1, lengths=(), wanted="qkvg"
+        self, dtype, T, K, V, degree, normalized, heads=1, group=2, states=1, batch=1, lengths=(), wanted="qkvgs"
     ):
         random = np.random.default_rng(3)
         self.dtype, self.degree, self.normalized, self.scale = dtype, degree, normalized, 0.5
@@ -65,9 +65,9 @@ class Gradient:
         ):
             self.expect(b, slice(start, start + self.lengths[n]), n)
 
-    def numbers(self):
-        """scale, and which gradients are wanted."""
-        return [ctypes.c_float(self.scale), *(ctypes.c_int(name in self.wants) for name in "qkvg")]
+    def numbers(self, of="qkvgs"):
+        """scale, and which of these gradients are wanted."""
+        return [ctypes.c_float(self.scale), *(ctypes.c_int(name in self.wants) for name in of)]
 
     def expect(self, b, tokens, n):
         """What sequence n should have."""
@@ -108,7 +108,7 @@ class Gradient:
         """Of so many of dq, dk, dv, dlog_decay, the gradient of the initial state, and that of its sum of keys:
         relative RMS over what is allowed."""
         for n, (got, want) in enumerate(list(zip(self.results, self.wanted, strict=True))[:count]):
-            if n < 4 and "qkvg"[n] not in self.wants:
+            if "qkvgss"[n] not in self.wants:
                 assert (got == np.full_like(got, 7)).all(), f"{n} is not wanted, and was written"
                 continue
             got = WIDEN[self.dtype](got) if n < 3 else got
@@ -137,8 +137,9 @@ SMALL = [row for row in CHUNKWISE_BACKWARD if row.dtype == "f32" and not row.key
 EDGES = [
     {"heads": 2, "group": 1, "batch": 2},
     {"lengths": (33, 0, 1, 40), "heads": 2},
-    *({"wanted": "qkvg".replace(left_out, "")} for left_out in "qkvg"),
-    {"wanted": ""},
+    *({"wanted": "qkvgs".replace(left_out, "")} for left_out in "qkvgs"),
+    {"wanted": "s"},
+    {"wanted": "q"},
 ]
 
 
@@ -170,7 +171,7 @@ def test_power_backward(device, row, degree, normalized):
     power_backward(device, row, degree, normalized).expect_right(6 if normalized else 5)
 
 
-@pytest.mark.parametrize("how", [EDGES[0], {"wanted": "qv"}, {"wanted": "kg"}], ids=str)
+@pytest.mark.parametrize("how", [EDGES[0], {"wanted": "qvs"}, {"wanted": "kg"}, {"wanted": "q"}], ids=str)
 @pytest.mark.parametrize("row", [row for row in POWER_BACKWARD if row.dtype == "f32"], ids=str)
 def test_power_backward_of_several_and_of_some(device, row, how):
     power_backward(device, row, 2, True, **how).expect_right(6)
@@ -178,7 +179,7 @@ def test_power_backward_of_several_and_of_some(device, row, how):
 
 def parallel_backward(device, row, degree, normalized, **how):
     call = Gradient(row.dtype, row.chunk + 3, 5, 7, degree, normalized, states=0, **how)
-    numbers = [ctypes.c_int(degree), ctypes.c_int(normalized), *call.numbers()]
+    numbers = [ctypes.c_int(degree), ctypes.c_int(normalized), *call.numbers("qkvg")]
     device.call(row.name, call.q, call.k, call.v, call.log_decay, call.out, call.dout, *numbers, *call.results[:4])
     return call
 

@@ -641,7 +641,7 @@ TEST_P(BackwardOnGpu, WhatIsNotGivenOrNotWanted) {
     expect_right(no_dout);
     Backward all = problem(1, C + 5, 2);
     run(all);
-    for (const char *wanted : {"q", "kv", "g", "s"}) {
+    for (const char *wanted : {"q", "k", "v", "g", "s"}) {
         SCOPED_TRACE(wanted);
         Backward some = problem(1, C + 5, 2);
         some.wanted = wanted;
@@ -876,6 +876,8 @@ TEST_P(PowerBackwardOnGpu, PackedSequencesAndNoTokens) {
         expect_right(p);
     }
     expect_right({2, 5, 2, 0, 5, 7, 3, false, Gates::weak});     // nor queries
+    expect_right({1, chunk + 3, 2, 0, 5, 7, 2, true, Gates::weak, f32, Layout::padded});
+    expect_right({1, 3, 1, 0, 5, 7, 1, true, Gates::none, f32, Layout::compact, true, true, {0, 0, 3}});
     expect_right({0, 5, 2, 1, 5, 7, 2, true, Gates::per_head});  // nor batch entries
 }
 
@@ -891,6 +893,8 @@ TEST_P(PowerBackwardOnGpu, StatesInEveryOrderAndKeptInPart) {
     Backward no_dout{1, chunk + 3, 1, 2, 5, 7, 2, true};
     no_dout.dout.fill(0), no_dout.has_dout = false;
     expect_right(no_dout);
+    no_dout.wanted = "kvgsz", no_dout.dq.forget();
+    expect_right(no_dout);
     // Of five chunks the states of the first and the fourth are kept.
     expect_right(with_states(9, 1, 3, true, HOLDFAST_EXPANSION_TILED, true), 2);
 }
@@ -904,7 +908,7 @@ TEST_P(PowerBackwardOnGpu, WhatIsNotWantedCostsTheOthersNothing) {
     };
     Backward all = run("qkvgs");
     all.expect_reference(chunk);
-    for (const char *wanted : {"q", "kv", "g", "s"}) {
+    for (const char *wanted : {"q", "k", "v", "g", "s", "qg"}) {
         SCOPED_TRACE(wanted);
         Backward some = run(wanted);
         expect_only_wanted(some, all);
