@@ -66,9 +66,9 @@ struct ChunkwiseBackwardFuncs {
 
     // set by the generator: inputs and gradients in the type that they are stored in; what leaves the kernel, in the caller's layout
     Halide::Func q_stored, k_stored, v_stored, dout_stored, dq_stored, dk_stored, dv_stored;
-    Halide::Func result_dq, result_dk, result_dv;       // (d,t,g,h,b) (d,t,h,b) (e,t,h,b), update 0 over (x = i, y = c)
-    Halide::Func result_dlog_decay;                     // (t,h,b), likewise
-    Halide::Func dstate_in;                             // (e,d,s,h,b), update 0 over s
+    Halide::Func result_dq, result_dk, result_dv;  // (d,t,g,h,b) (d,t,h,b) (e,t,h,b), update 0 over (x = i, y = c)
+    Halide::Func result_dlog_decay;                // (t,h,b), likewise
+    Halide::Func dstate_in;                        // (e,d,s,h,b), update 0 over s
     Halide::RDom over_dq, over_dk, over_dv, over_gate, over_states;  // where it is wanted
 };
 

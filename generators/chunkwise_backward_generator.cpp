@@ -1,5 +1,6 @@
 // Chunkwise backward kernel: declares the ABI, calls chunkwise_backward(), and scatters rows back to the caller's layout.
 #include "../schedules/schedule.h"
+#include "chunk_inputs.h"
 #include "chunkwise_backward.h"
 #include "decay.h"
 #include "dtypes.h"
@@ -54,32 +55,14 @@ public:
         Chunks at{table, count, chunks.dim(1).extent()};
         const Expr N = at.slots - count;
 
-        Func cq("q_chunks"), ck("k_chunks"), cv("v_chunks"), cg("log_decay_chunks"), cs("state_start"), co("dout_chunks"),
-            cz("dstate_end");
-        Func sq("q_stored"), sk("k_stored"), sv("v_stored"), so("dout_stored");
-        // Zero past the last feature: schedules may round the sizes up.
-        auto padded = [](auto &rows, const Expr &size) {
-            Region region(rows.dimensions());
-            region[0] = {0, size};
-            return BoundaryConditions::constant_exterior(rows, cast(rows.type(), 0), region);
-        };
-        auto state = [&](auto &states) {
-            return BoundaryConditions::constant_exterior(states, 0.0f, {{0, E}, {0, D}, {}, {}, {}})(e, d, s, h, b);
-        };
-        sq(d, i, c, g, h, b) = padded(q, D)(d, at.time(i, c, q.dim(1).extent()), g, h, b);
-        sk(d, i, c, h, b) = padded(k, D)(d, at.time(i, c, k.dim(1).extent()), h, b);
-        sv(e, i, c, h, b) = padded(v, E)(e, at.time(i, c, v.dim(1).extent()), h, b);
-        cq(d, i, c, g, h, b) = widen(dtype, sq(d, i, c, g, h, b));
-        ck(d, i, c, h, b) = widen(dtype, sk(d, i, c, h, b));
-        cv(e, i, c, h, b) = widen(dtype, sv(e, i, c, h, b));
-        Expr decay = log_decay(at.time(i, c, log_decay.dim(0).extent()), h, b);
-        cg(i, c, h, b) = select(i < at.length(c), decay, 0.0f);
-        cs(e, d, s, h, b) = state(state_in), cz(e, d, s, h, b) = state(dstate_out);
-        Expr row_of_dout = padded(dout, E)(e, at.time(i, c, dout.dim(1).extent()), g, h, b);
+        const ChunkInputs x = in_chunks(dtype, at, q, k, v, log_decay, state_in, D, E);
+        Func co("dout_chunks"), cz("dstate_end"), so("dout_stored");
+        cz(e, d, s, h, b) = padded_states(dstate_out, D, E)(e, d, s, h, b);
+        Expr row_of_dout = padded_rows(dout, E)(e, at.time(i, c, dout.dim(1).extent()), g, h, b);
         so(e, i, c, g, h, b) = select(i < at.length(c), row_of_dout, cast(stored_type(dtype), 0));
         co(e, i, c, g, h, b) = widen(dtype, so(e, i, c, g, h, b));
-        r = chunkwise_backward(cq, ck, cv, cg, cs, co, cz, at, {D, E, G, H, B}, scale, size);
-        r.q_stored = sq, r.k_stored = sk, r.v_stored = sv, r.dout_stored = so;
+        r = chunkwise_backward(x.q, x.k, x.v, x.log_decay, x.state_in, co, cz, at, {D, E, G, H, B}, scale, size);
+        r.q_stored = x.q_stored, r.k_stored = x.k_stored, r.v_stored = x.v_stored, r.dout_stored = so;
         r.dq_stored = Func("dq_stored"), r.dk_stored = Func("dk_stored"), r.dv_stored = Func("dv_stored");
         r.dq_stored(d, i, c, g, h, b) = narrow(dtype, r.dq(d, i, c, g, h, b));
         r.dk_stored(d, i, c, h, b) = narrow(dtype, r.dk(d, i, c, h, b));
@@ -103,8 +86,9 @@ public:
         dv(e, time(r.over_dv, dv, 1), h, b) = r.dv_stored(e, r.over_dv.x, r.over_dv.y, h, b);
         // A decay that keeps nothing has gradient 0, not the rounding of a sum.
         dlog_decay(t, h, b) = undef<float>();
-        dlog_decay(time(r.over_gate, dlog_decay, 0), h, b) = select(cg(r.over_gate.x, r.over_gate.y, h, b) > least_log_decay,
-                                                                    r.dlog_decay(r.over_gate.x, r.over_gate.y, h, b), 0.0f);
+        dlog_decay(time(r.over_gate, dlog_decay, 0), h, b) =
+            select(x.log_decay(r.over_gate.x, r.over_gate.y, h, b) > least_log_decay,
+                   r.dlog_decay(r.over_gate.x, r.over_gate.y, h, b), 0.0f);
         r.over_states = RDom(0, N, "over_states");
         r.over_states.where(want_dstate != 0);
         dstate_in(e, d, s, h, b) = undef<float>();

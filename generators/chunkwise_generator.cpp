@@ -1,5 +1,6 @@
 // Chunkwise forward kernel: declares the ABI, calls chunkwise(), and scatters rows back to the caller's layout.
 #include "../schedules/schedule.h"
+#include "chunk_inputs.h"
 #include "chunkwise.h"
 #include "dtypes.h"
 
@@ -44,25 +45,9 @@ public:
         table(n, c) = chunks(n, c);
         Chunks at{table, count, chunks.dim(1).extent()};
 
-        Func cq("q_chunks"), ck("k_chunks"), cv("v_chunks"), cg("log_decay_chunks"), cs("state_start");
-        Func sq("q_stored"), sk("k_stored"), sv("v_stored");
-        // Zero past the last feature: schedules may round the sizes up.
-        auto padded = [](auto &rows, const Expr &size) {
-            Region region(rows.dimensions());
-            region[0] = {0, size};
-            return BoundaryConditions::constant_exterior(rows, cast(rows.type(), 0), region);
-        };
-        sq(d, i, c, g, h, b) = padded(q, D)(d, at.time(i, c, q.dim(1).extent()), g, h, b);
-        sk(d, i, c, h, b) = padded(k, D)(d, at.time(i, c, k.dim(1).extent()), h, b);
-        sv(e, i, c, h, b) = padded(v, E)(e, at.time(i, c, v.dim(1).extent()), h, b);
-        cq(d, i, c, g, h, b) = widen(dtype, sq(d, i, c, g, h, b));
-        ck(d, i, c, h, b) = widen(dtype, sk(d, i, c, h, b));
-        cv(e, i, c, h, b) = widen(dtype, sv(e, i, c, h, b));
-        Expr decay = log_decay(at.time(i, c, log_decay.dim(0).extent()), h, b);
-        cg(i, c, h, b) = select(i < at.length(c), decay, 0.0f);
-        cs(e, d, s, h, b) = BoundaryConditions::constant_exterior(state_in, 0.0f, {{0, E}, {0, D}, {}, {}, {}})(e, d, s, h, b);
-        f = chunkwise(cq, ck, cv, cg, cs, at, D, scale, size);
-        f.q_stored = sq, f.k_stored = sk, f.v_stored = sv;
+        const ChunkInputs x = in_chunks(dtype, at, q, k, v, log_decay, state_in, D, E);
+        f = chunkwise(x.q, x.k, x.v, x.log_decay, x.state_in, at, D, scale, size);
+        f.q_stored = x.q_stored, f.k_stored = x.k_stored, f.v_stored = x.v_stored;
 
         // Each row of the result is written once, by the chunk that holds it. Without heads of queries there are none, and what
         // computes them costs nothing: a call for states alone.

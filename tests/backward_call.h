@@ -12,11 +12,8 @@ struct Wants {
 };
 inline std::string name(const Wants &w) {
     std::string list;
-    for (const auto &[want, text] : {std::make_pair(w.dq, "dq"),
-                                     {w.dk, "dk"},
-                                     {w.dv, "dv"},
-                                     {w.dlog_decay, "dlog_decay"},
-                                     {w.dstate, "dstate"}})
+    for (const auto &[want, text] :
+         {std::make_pair(w.dq, "dq"), {w.dk, "dk"}, {w.dv, "dv"}, {w.dlog_decay, "dlog_decay"}, {w.dstate, "dstate"}})
         if (want) list += (list.empty() ? "" : "_") + std::string(text);
     return list.empty() ? "none" : list;
 }

@@ -168,11 +168,11 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
                 View state_in = state_before(s, n), dstate_out = gradient_after();
                 View dq = groups(x.dq, K), dk = rows(x.dk, K), dv = rows(x.dv, V);
                 View dlog_decay = decays.part(x.dlog_decay, unwanted_row, b, 0, t, h, tokens, H, B), dstate_in = gradient();
-                run.check(run.variant.name, std::get<ChunkwiseBackwardKernel *>(run.variant.run)(
-                                                &run.workspace, &q, &k, &v, &log_decay, &state_in, &dout, &dstate_out, &chunks,
-                                                count, p.scale, p.dq.rank > 0 && G, p.dk.rank > 0, p.dv.rank > 0,
-                                                p.dlog_decay.rank > 0, n ? p.needs_dstates() : p.wants_dinitial(), &dq, &dk,
-                                                &dv, &dlog_decay, &dstate_in));
+                run.check(run.variant.name,
+                          std::get<ChunkwiseBackwardKernel *>(run.variant.run)(
+                              &run.workspace, &q, &k, &v, &log_decay, &state_in, &dout, &dstate_out, &chunks, count, p.scale,
+                              p.dq.rank > 0 && G, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0,
+                              n ? p.needs_dstates() : p.wants_dinitial(), &dq, &dk, &dv, &dlog_decay, &dstate_in));
             };
             if (!cut) {
                 retreat(0, 0, 0, p.T, true);

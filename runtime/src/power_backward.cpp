@@ -1,8 +1,8 @@
 // The kernel power_backward, of a chunk: a sequence is a chain of calls for each head, from the last chunk to the first, with the
 // gradients of its state and sum of keys going from one call to the next. The states that the chunks begin with come from the forward
 // kernel, power. Where all of them are too much memory, one is kept for each segment of some chunks, and those between are made again,
-// segment by segment: with as many chunks in a segment as there are segments, a root of the memory for one more walk forward, of states
-// alone.
+// segment by segment. Later segments are shorter: while they are walked back more states are kept. So s states are enough for
+// s (s + 1) / 2 - 1 chunks, with one more walk forward, of states alone.
 #include "power_backward.h"
 
 #include "backward_head.h"
@@ -15,6 +15,8 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace holdfast {
 namespace {
@@ -43,8 +45,7 @@ struct Plan {
         most_states = bytes_of_rows(p) / 4 / ((double)slot * sizeof(float) * context.threads_for(p.N * p.Hk));
     }
     int64_t chunks(int64_t T) const { return (T + chunk - 1) / chunk; }
-    /// Chunks in a segment of T tokens.
-    int64_t segment(int64_t T) const { return chunks_in_segment(chunks(T), most_states); }
+    KeptStates kept(int64_t T) const { return {states ? chunks(T) : 1, most_states}; }
 };
 
 /// One sequence and head of keys.
@@ -52,38 +53,25 @@ class Chain {
 public:
     Chain(const BackwardProblem &p, const Plan &plan, Workspace &workspace, int64_t s, int64_t h)
         : p(p), plan(plan), workspace(workspace), s(s), h(h), T(p.length(s)), chunks(plan.chunks(T)),
-          segment(plan.states ? plan.segment(T) : 1), segments(plan.states ? (chunks + segment - 1) / segment : 0),
-          rows(p, workspace, s, h, plan.chunk), kept(workspace, plan.slot * std::max<int64_t>(segments, 1)),
-          between(workspace, plan.slot * (segment - 1) + 1), gradient_memory(workspace, plan.slot * 2) {
-        std::fill_n(kept.floats(), plan.slot, 0.0f);
+          rows(p, workspace, s, h, plan.chunk), kept(plan.kept(T)), states(workspace, plan.slot * kept.places()),
+          gradient_memory(workspace, plan.slot * 2) {
+        std::fill_n(states.floats(), plan.slot, 0.0f);
         std::fill_n(gradient_memory.floats(), 2 * plan.slot, 0.0f);
-        put(p.initial_state, p.initial_sum, kept.floats(), Of::states);
+        put(p.initial_state, p.initial_sum, states.floats(), Of::states);
         put(p.dfinal_state, p.dfinal_sum, gradient_memory.floats(), Of::gradients);
     }
 
     void run() {
-        // The states that segments begin with: the last segment's are made when it is walked back.
-        for (int64_t n = 0; n + 1 < segments; n++) {
-            float *from = first(n);
-            for (int64_t i = 0; i < segment; i++) {
-                float *to = i + 1 < segment ? inside(i % 2 + 1) : first(n + 1);
-                advance(n * segment + i, from, to);
-                from = to;
-            }
-        }
         float *gradient = gradient_memory.floats(), *next = gradient + plan.slot;
-        auto retreat_from = [&](int64_t chunk, float *state) {
-            retreat(chunk, state, gradient, next);
+        auto retreat_from = [&](int64_t chunk, int64_t place) {
+            retreat(chunk, state(place), gradient, next);
             std::swap(gradient, next);
         };
-        if (!plan.states)
-            for (int64_t i = chunks; i-- > 0;) retreat_from(i, kept.floats());
-        for (int64_t n = segments; n-- > 0;) {
-            const int64_t begin = n * segment, count = std::min(segment, chunks - begin);
-            auto state = [&](int64_t i) { return i ? inside(i) : first(n); };
-            for (int64_t i = 0; i + 1 < count; i++) advance(begin + i, state(i), state(i + 1));
-            for (int64_t i = count; i-- > 0;) retreat_from(begin + i, state(i));
-        }
+        if (plan.states)
+            kept.walk_back([&](int64_t chunk, int64_t from, int64_t to) { advance(chunk, state(from), state(to)); },
+                           retreat_from);
+        else
+            for (int64_t i = chunks; i-- > 0;) retreat_from(i, 0);
         if (p.dinitial_state.rank)
             convert({gradient, p.V, 1}, tight, of_caller(p.dinitial_state), p.expansion, p.D, p.K, p.V, Of::gradients);
         if (p.dinitial_sum.rank)
@@ -96,13 +84,11 @@ private:
     const Plan &plan;
     Workspace &workspace;
     const int64_t s, h, T, chunks;
-    const int64_t segment, segments;  // chunks in a segment, and of those
     BackwardHead rows;
-    const Scratch kept, between, gradient_memory;
+    const KeptStates kept;
+    const Scratch states, gradient_memory;
 
-    float *first(int64_t segment) const { return kept.floats() + segment * plan.slot; }
-    /// The state that chunk i of a segment begins with, i >= 1. Those of 1 and 2 serve for the way to the next segment too.
-    float *inside(int64_t i) const { return between.floats() + (i - 1) * plan.slot; }
+    float *state(int64_t place) const { return states.floats() + place * plan.slot; }
 
     Features of_caller(const Tensor &t) const { return {t.at(s, h), t.stride[2], t.rank == 4 ? t.stride[3] : 1}; }
     void put(const Tensor &state, const Tensor &sum, float *slot, Of of) const {
@@ -148,10 +134,51 @@ private:
 
 }  // namespace
 
-int64_t chunks_in_segment(int64_t count, double most_states) {
-    int64_t n = 1;
-    while (n * n < count && (double)((count + n - 1) / n + n - 1) > most_states) n++;
-    return n;
+KeptStates::KeptStates(int64_t chunks, double most_states) : chunks(chunks), count(1) {
+    while (count < chunks && (count * (count + 1) / 2 - 1 < chunks || (double)(count + 1) <= most_states)) count++;
+}
+
+void KeptStates::walk_back(const std::function<void(int64_t, int64_t, int64_t)> &advance,
+                           const std::function<void(int64_t, int64_t)> &retreat) const {
+    // The chunks that segments begin with, of which there are as many as places: each segment as long as what those before it leave
+    // allows, but for a chunk of each of those behind. The last but one has one: what makes a state from another has both.
+    std::vector<int64_t> begins;
+    for (int64_t n = 0, chunk = 0; n < count && chunk < chunks; n++) {
+        begins.push_back(chunk);
+        chunk += n + 2 == count ? 1 : std::min(count - n, chunks - chunk - (count - n - 1));
+    }
+    std::vector<int64_t> spare, first = {0};  // places; those of the first states of segments
+    for (int64_t place = count; place-- > 1;) spare.push_back(place);
+    auto take = [&] {
+        const int64_t place = spare.back();
+        spare.pop_back();
+        return place;
+    };
+    // The last segment's other states are made when it is walked back.
+    for (int64_t n = 0; n + 1 < (int64_t)begins.size(); n++) {
+        int64_t from = first[n];
+        for (int64_t chunk = begins[n]; chunk < begins[n + 1]; chunk++) {
+            const int64_t to = take();
+            advance(chunk, from, to);
+            if (from != first[n]) spare.push_back(from);
+            from = to;
+        }
+        first.push_back(from);
+    }
+    int64_t end = chunks;
+    for (int64_t n = (int64_t)begins.size(); n-- > 0; end = begins[n]) {
+        std::vector<int64_t> states = {first[n]};
+        for (int64_t chunk = begins[n]; chunk + 1 < end; chunk++) {
+            const int64_t to = take();
+            advance(chunk, states.back(), to);
+            states.push_back(to);
+        }
+        for (int64_t chunk = end; chunk-- > begins[n];) {
+            retreat(chunk, states.back());
+            spare.push_back(states.back());
+            states.pop_back();
+        }
+    }
 }
 
 double bytes_of_rows(const BackwardProblem &p) {
@@ -167,8 +194,9 @@ void run_power_backward(holdfast_context &c, const BackwardProblem &p, const Cho
     const int64_t heads = p.N * p.Hk;
     std::string how = "chunks of " + std::to_string(plan.chunk);
     if (plan.states) {
-        const int64_t segment = plan.segment(p.longest());
-        how += segment == 1 ? ", all states kept" : ", a state kept every " + std::to_string(segment) + " of them";
+        const int64_t chunks = plan.chunks(p.longest()), kept = plan.kept(p.longest()).places();
+        how +=
+            kept >= chunks ? ", all states kept" : ", states kept of " + std::to_string(kept) + " of " + std::to_string(chunks);
     }
     announce(c, "backward", plan.variant, choice.why, p, how, heads);
     DecaySums sums(p);

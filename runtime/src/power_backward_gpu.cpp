@@ -1,6 +1,6 @@
 // The kernel power_backward on a GPU, as power_backward.cpp runs it on the CPU: a chunk of all batch entries and heads, or of as few as
 // 32-bit buffers allow, in a call, from the last chunk to the first; the states that the chunks begin with from the kernel power, kept
-// for each segment and made again inside one. Packed sequences are calls of their own, one after the other.
+// or made again. Packed sequences are calls of their own, one after the other.
 #include "power_backward_gpu.h"
 
 #include "expansion.h"
@@ -37,9 +37,8 @@ class Chains {
 public:
     /// `decays` are those of the whole call, in which the sequence begins at token `start`.
     Chains(const Run &run, const Kernels &kernels, const BackwardProblem &p, const DecaysPerHead &decays, int64_t start)
-        : run(run), kernels(kernels), p(p), x(run, p), decays(decays), start(start), G(p.group()),
-          chunk(kernels.chunk(p)), chunks((p.T + chunk - 1) / chunk),
-          D(expanded_size(p.K, p.degree, tight, std::numeric_limits<int32_t>::max())),
+        : run(run), kernels(kernels), p(p), x(run, p), decays(decays), start(start), G(p.group()), chunk(kernels.chunk(p)),
+          chunks((p.T + chunk - 1) / chunk), D(expanded_size(p.K, p.degree, tight, std::numeric_limits<int32_t>::max())),
           zeros_bytes(std::max({D, p.K, p.V}) * (int64_t)sizeof(float)), memory_of_zeros(run, zeros_bytes),
           unwanted_row(run, zeros_bytes) {
         fill_chunk_table(run, memory_of_zeros, zeros_bytes, 0, 1, 0);  // of no chunks: zeros
@@ -63,13 +62,13 @@ public:
             return (double)scratch * (double)batch * (double)heads <= (double)most_bytes;
         });
         const double bytes_of_states = (double)(D * (p.V + 1)) * sizeof(float) * (double)(most.batch * most.of_each);
-        const int64_t segment = states ? chunks_in_segment(chunks, bytes_of_rows(p) / 4 / bytes_of_states) : 1;
-        make(kept, states ? (chunks + segment - 1) / segment - 1 : 0), make(between, segment - 1), make(gradients, 2);
+        const KeptStates kept(states ? chunks : 1, bytes_of_rows(p) / 4 / bytes_of_states);
+        make(between, kept.places() - 1), make(gradients, 2);
         if (p.expansion != tight && p.initial_state.rank) make(initial, 1);
         for (b = 0; b < p.B; b += part.batch)
             for (h = 0; h < p.Hk; h += part.of_each) {
                 B = (int32_t)std::min(part.batch, p.B - b), H = (int32_t)std::min(part.of_each, p.Hk - h);
-                walk(states, segment);
+                walk(states ? &kept : nullptr);
             }
         x.fetch(run, p);
     }
@@ -96,7 +95,7 @@ private:
     const int64_t zeros_bytes;
     Memory memory_of_zeros, unwanted_row;
     Part part{};
-    std::vector<Slot> kept, between;       // states at the start of segments but the first, and of chunks inside one
+    std::vector<Slot> between;             // states, but the first
     std::vector<Slot> gradients, initial;  // one to be read, one to be written; the initial ones in the kernels' order
     int64_t b = 0, h = 0;                  // the heads that are looked at
     int32_t B = 0, H = 0;
@@ -128,21 +127,10 @@ private:
         return {state.t.rank ? &slot.state : nullptr, sum.t.rank ? &slot.sum : nullptr, 0, 0};
     }
 
-    /// All chunks of the heads.
-    void walk(bool states, int64_t segment) {
+    /// All chunks of the heads; null: no state is needed.
+    void walk(const KeptStates *kept) {
         const Where before = of_caller(x.initial, x.initial_sum, initial, Of::states);
-        const int64_t segments = states ? (chunks + segment - 1) / segment : 0;
-        auto first = [&](int64_t n) { return n ? in(kept[n - 1]) : before; };
-        auto inside = [&](int64_t i) { return in(between[i - 1]); };
-        // The states that segments begin with: the last segment's are made when it is walked back.
-        for (int64_t n = 0; n + 1 < segments; n++) {
-            Where from = first(n);
-            for (int64_t i = 0; i < segment; i++) {
-                const Where to = i + 1 < segment ? inside(i % 2 + 1) : first(n + 1);
-                advance(n * segment + i, from, to);
-                from = to;
-            }
-        }
+        auto state = [&](int64_t place) { return place ? in(between[place - 1]) : before; };
         Where gradient = of_caller(x.dfinal, x.dfinal_sum, gradients, Of::gradients);
         auto retreat_from = [&](int64_t n, const Where &state) {
             const bool in_first = gradient.state == &gradients[0].state || gradient.sum == &gradients[0].sum;
@@ -150,14 +138,11 @@ private:
             retreat(n, state, gradient, next);
             gradient = next;
         };
-        if (!states)
+        if (kept)
+            kept->walk_back([&](int64_t n, int64_t from, int64_t to) { advance(n, state(from), state(to)); },
+                            [&](int64_t n, int64_t from) { retreat_from(n, state(from)); });
+        else
             for (int64_t n = chunks; n-- > 0;) retreat_from(n, {nullptr, nullptr, 0, 0});
-        for (int64_t n = segments; n-- > 0;) {
-            const int64_t begin = n * segment, count = std::min(segment, chunks - begin);
-            auto state = [&](int64_t i) { return i ? inside(i) : first(n); };
-            for (int64_t i = 0; i + 1 < count; i++) advance(begin + i, state(i), state(i + 1));
-            for (int64_t i = count; i-- > 0;) retreat_from(begin + i, state(i));
-        }
         put(gradient);
     }
 

@@ -137,7 +137,12 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &) {
     in_registers(w.from_queries, {w.dstate_in, et});
     w.from_queries.bound_extent(e, 1).bound_extent(f, high).unroll(f);
     w.from_queries.update().reorder(f, w.from_queries.rvars(0)[0], w.from_queries.rvars(0)[1]).unroll(f);
-    w.dkeys_in.update().allow_race_conditions().gpu_tile(f, fo, fi, 32, guard).gpu_blocks(h, entry);
+    w.dkeys_in.update()
+        .allow_race_conditions()
+        .split(f, fo, fi, 32, guard)
+        .reorder(fi, fo, h, entry)
+        .gpu_blocks(fo, h, entry)
+        .gpu_threads(fi);
     in_registers(w.keys_from_queries, {w.dkeys_in, fi});
 
     // Gates.

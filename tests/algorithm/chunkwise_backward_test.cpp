@@ -99,7 +99,9 @@ TEST(ChunkwiseBackwardStages, AreComputedForWhatIsWantedAlone) {
     for (const Wants &w : all) {
         SCOPED_TRACE(name(w));
         Produced produced;
-        BackwardCall(c, 4, {3, 5}, f32, w).expect_reference([&](auto &&...arguments) { return kernel(&produced, arguments...); });
+        BackwardCall(c, 4, {3, 5}, f32, w).expect_reference([&](auto &&...arguments) {
+            return kernel(&produced, arguments...);
+        });
         auto expect = [&](const char *stage, bool needed) { EXPECT_EQ(produced.stages.count(stage), needed) << stage; };
         for (const char *stage : {"state", "contribution"}) expect(stage, w.dq || w.dlog_decay);
         for (const char *stage : {"scores", "weights"}) expect(stage, w.dv);

@@ -19,8 +19,8 @@ struct Variant {
     bool rounds_operands;
     int (*run)(const void *user_context, Buffer *q, Buffer *k, Buffer *v, Buffer *log_decay, Buffer *state_in, Buffer *dout,
                Buffer *dstate_out, Buffer *chunks, int32_t count, float scale, int32_t want_dq, int32_t want_dk,
-               int32_t want_dv, int32_t want_dlog_decay, int32_t want_dstate, Buffer *dq, Buffer *dk, Buffer *dv, Buffer *dlog_decay,
-               Buffer *dstate_in);
+               int32_t want_dv, int32_t want_dlog_decay, int32_t want_dstate, Buffer *dq, Buffer *dk, Buffer *dv,
+               Buffer *dlog_decay, Buffer *dstate_in);
 };
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, ...) \
     {#name, dtype, chunk, {key_size, value_size}, backend_of(#target), round_operands, name},

@@ -17,8 +17,8 @@ struct Variant {
     const char *backend;
     int (*run)(const void *, Buffer *q, Buffer *k, Buffer *v, Buffer *log_decay, Buffer *state_in, Buffer *keys_in, Buffer *out,
                Buffer *dout, Buffer *dstate_out, Buffer *dkeys_out, int32_t degree, int32_t normalize, float scale,
-               int32_t want_dq, int32_t want_dk, int32_t want_dv, int32_t want_dlog_decay, int32_t want_dstate, Buffer *dq, Buffer *dk, Buffer *dv,
-               Buffer *dlog_decay, Buffer *dstate_in, Buffer *dkeys_in);
+               int32_t want_dq, int32_t want_dk, int32_t want_dv, int32_t want_dlog_decay, int32_t want_dstate, Buffer *dq,
+               Buffer *dk, Buffer *dv, Buffer *dlog_decay, Buffer *dstate_in, Buffer *dkeys_in);
 };
 void PrintTo(const Variant &v, std::ostream *stream) { *stream << v.name; }
 
