@@ -40,7 +40,7 @@ struct Plan {
         D = expanded_size(p.K, p.degree, tight, std::numeric_limits<int32_t>::max());
         constexpr int64_t line = 16;  // floats
         slot = (D * (p.V + 1) + line - 1) / line * line;
-        states = p.dq.rank || p.dlog_decay.rank || p.normalized;
+        states = p.dq.rank || p.dlog_decay.rank || (p.normalized && p.group());
         // All threads together a quarter of the tensors, at most.
         most_states = bytes_of_rows(p) / 4 / ((double)slot * sizeof(float) * context.threads_for(p.N * p.Hk));
     }

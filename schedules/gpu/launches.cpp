@@ -1,7 +1,8 @@
 // Kernels with nothing to do: of a result that is not wanted, of no heads of queries. Halide launches them, which some APIs refuse, and
 // asks for memory of no bytes between them, which others do. Here the host looks at the extents of a kernel's loops, and at
 // conditions around all that it does, as far as they are numbers that the host has, before it launches one; and memory between
-// kernels has an element at least.
+// kernels has an element at least. An axis of a caller's buffer without elements is not asked to hold the first one, which Halide finds
+// to be looked at where a loop over it is part of a larger one.
 #include "../schedule.h"
 
 #include <set>
@@ -72,6 +73,13 @@ class Launches : public IRMutator {
         for (const Expr &condition : needed.conditions) all = all && condition;
         all = simplify(common_subexpression_elimination(all));
         return is_const_one(all) ? Stmt(op) : IfThenElse::make(all, op);
+    }
+    Stmt visit(const AssertStmt *op) override {
+        const Expr whole = substitute_in_all_lets(op->message);
+        const Call *message = whole.as<Call>();
+        if (!message || message->name != "halide_error_access_out_of_bounds") return IRMutator::visit(op);
+        const size_t count = message->args.size();  // the last are the first and the last element that there are
+        return AssertStmt::make(op->condition || message->args[count - 1] < message->args[count - 2], op->message);
     }
     /// Of memory between kernels: minimum, extent, stride and flags of each axis.
     Expr visit(const Call *op) override {

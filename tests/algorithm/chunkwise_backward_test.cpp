@@ -89,7 +89,7 @@ INSTANTIATE_TEST_SUITE_P(, ChunkwiseBackward, testing::ValuesIn(instances()),
                          [](const auto &info) { return name(info.param); });
 
 TEST(ChunkwiseBackwardStages, AreComputedForWhatIsWantedAlone) {
-    const Target target = targets().back().target.with_feature(Target::JIT).with_feature(Target::TraceRealizations);
+    const Target target = targets().back().target.with_feature(Target::JIT).with_feature(Target::TraceStores);
     const Callable kernel = create_callable_from_generator(
         GeneratorContext(target), "chunkwise_backward",
         {{"chunk", "4"}, {"key_size", "3"}, {"value_size", "5"}, {"causal_tile", "2"}, {"forced_schedule", "generic"}});
@@ -100,7 +100,7 @@ TEST(ChunkwiseBackwardStages, AreComputedForWhatIsWantedAlone) {
         SCOPED_TRACE(name(w));
         Produced produced;
         BackwardCall(c, 4, {3, 5}, f32, w).expect_reference([&](auto &&...arguments) {
-            return kernel(&produced, arguments...);
+            return kernel(produced.context(), arguments...);
         });
         auto expect = [&](const char *stage, bool needed) { EXPECT_EQ(produced.stages.count(stage), needed) << stage; };
         for (const char *stage : {"state", "contribution"}) expect(stage, w.dq || w.dlog_decay);

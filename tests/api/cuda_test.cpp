@@ -1570,6 +1570,7 @@ TEST(Cuda, GradientsLaunchWhatTheWantedOnesNeedAlone) {
         SCOPED_TRACE(degree);
         GradientCall call(degree, HOLDFAST_FORM_CHUNKWISE);
         call.give_workspace(context);
+        call.bytes += 1 << 20;  // calls that want less may need more
         const holdfast_backward_args all = call.args;
         auto launches = [&](const std::string &wanted, bool dout = true) {
             holdfast_backward_args args = all;
@@ -1585,10 +1586,12 @@ TEST(Cuda, GradientsLaunchWhatTheWantedOnesNeedAlone) {
             EXPECT_EQ(others(driver.record()), std::set<std::string>());
             return (int)of(driver.record(), "cuLaunchKernel").size();
         };
-        std::ostringstream counts;
-        for (const char *wanted : {"qkvgs", "q", "k", "v", "g", "s", "kvgs"})
-            counts << wanted << " " << launches(wanted) << ", " << launches(wanted, false) << "; ";
-        EXPECT_EQ(counts.str(), degree == 1 ? "" : "");
+        const int whole = launches("qkvgs"), of_queries = launches("q"), of_others = launches("kvgs");
+        for (const char *alone : {"q", "k", "v", "g", "s"}) EXPECT_LT(launches(alone), whole) << alone;
+        EXPECT_LT(launches("qkvg"), whole);
+        EXPECT_GE(launches("qs"), of_queries + 4);  // what rows add, the scan back of two steps, the result
+        EXPECT_LT(launches("kvgs", false), of_others);
+        EXPECT_LE(launches("s", false), launches("s"));
     }
 }
 

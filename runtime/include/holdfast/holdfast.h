@@ -501,9 +501,10 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *      dinitial_state = a_1 dS_1,  dinitial_sum_of_keys = a_1 ds_1
  *
  *  dS_t, ds_t and with them dk, dv and dlog_decay are sums over the heads of queries that share a key. A gradient that is NULL is not
- *  wanted: it costs nothing, and the others keep their bits; but the gradient of states is carried back over the sequence whatever is
- *  wanted. Without dout nothing is computed of queries on a CPU. Where log_decay is -infinity dlog_decay is 0. It is as exact as the
- *  terms that it is made of: where all log decays are strong, g, within some 1.5e-7 sqrt(C) / exp(g) of itself, C the tokens of a chunk.
+ *  wanted: it costs nothing, and the others keep their bits; for dq alone no gradient of states is carried back over the sequence.
+ *  Without dout nothing is computed of queries, but where a GPU has a dq of its own to clear, or computes from all weights. Where
+ *  log_decay is -infinity dlog_decay is 0. It is as exact as the terms that it is made of: where all log decays are strong, g, within
+ *  some 1.5e-7 sqrt(C) / exp(g) of itself, C the tokens of a chunk.
  *
  *  Inputs of 16 bits are widened as they are read, sums are in fp32, and each gradient is rounded once; that of a decay per head is
  *  summed in fp64. Variants with round_operands also round, for products, weights within a chunk and their gradients, and states and
@@ -544,8 +545,8 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  one of these; HOLDFAST_FORM_AUTO goes by chunks. A decay per head has its gradient summed by blocks of 256 tokens, in fp32. What
  *  holdfast_forward says of log_decay, of tensors there and of streams goes for this call too.
  *
- *  HOLDFAST_UNSUPPORTED so far: on a GPU normalized out of no heads of queries, H = 0, where there are some of keys, the parallel form
- *  where the T x T floats of a group of heads are more than 2^31 bytes, and dlog_decay per head where those of all tokens are.
+ *  HOLDFAST_UNSUPPORTED so far: on a GPU the parallel form where the T x T floats of a group of heads are more than 2^31 bytes, and
+ *  dlog_decay per head where those of all tokens are.
  *
  *  @returns as holdfast_forward, HOLDFAST_UNSUPPORTED also for a stride between heads that share keys, of q, out, dout or dq, beyond
  *  2^31 elements for all of them. holdfast_last_error(context) has the text. Thread-safety: that of the context. */
