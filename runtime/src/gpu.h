@@ -207,6 +207,8 @@ int32_t narrow(const Tensor &t, int axis, int64_t extent);
 /// The table of `count` chunks of so many tokens, made on the device by the kernel `chunk_table`, and zeros after it, for what
 /// the caller leaves out.
 void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64_t tokens, int64_t chunk, int64_t count);
+/// The same of packed sequences, which begin at `starts`, by `packed_chunk_table`.
+void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, const std::vector<int64_t> &starts, int64_t chunk);
 
 /// Rows of keys or values (d, t, h, b) from token t of head h of batch entry b on; and of queries or outputs (d, t, g, h, b), `group`
 /// heads for each of keys.

@@ -411,6 +411,27 @@ TEST_P(Copies, TokenByTokenWhereItIsAskedFor) {
         }
 }
 
+TEST_P(Copies, MorePackedSequencesThanAreInOneCallOfTheTable) {
+    Index starts = {0};  // of 0, 1 and 2 tokens; then of several chunks, and none
+    for (int64_t s = 0; s < 140; s++) starts.push_back(starts.back() + s % 3);
+    for (const int64_t tokens : {9, 0}) starts.push_back(starts.back() + tokens);
+    for (const bool given : {true, false}) {  // an initial state, log_decay
+        SCOPED_TRACE(testing::Message() << "given " << given);
+        const Gates gates = given ? Gates::weak : Gates::none;
+        Context context;
+        ASSERT_EQ(holdfast_context_set_backend(context, GetParam()), HOLDFAST_OK);
+        Problem p{1, starts.back(), 1, 2, 3, gates, Layout::compact, given, f32, 1, starts};
+        Forward f = p.forward();
+        f.chunk_size = 4, f.form = HOLDFAST_FORM_CHUNKWISE;
+        ASSERT_EQ(f.run(context), HOLDFAST_OK) << context.error();
+        p.expect_reference(4, 3);
+        Backward gradient{1, starts.back(), 1, 1, 2, 3, 1, false, gates, f32, Layout::compact, given, given, starts};
+        gradient.chunk_size = 4;
+        ASSERT_EQ(gradient.run(context), HOLDFAST_OK) << context.error();
+        gradient.expect_reference(4);
+    }
+}
+
 TEST_P(Copies, TypesOf16Bits) {
     const std::string name = GetParam();
     for (const Dtype &dtype : {f16, bf16})

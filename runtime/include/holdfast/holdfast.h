@@ -353,9 +353,9 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  order they are converted before the first launch and after the last, four launches that read and write each state once more, and
  *  workspace for the tight ones.
  *  On CUDA, given a workspace and after the first call in a CUcontext
- *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph;
- *  except that one with cu_seqlens, of degree 1 without normalization, copies a table of chunks to the device, and is refused there. Calls on Metal, OpenCL and Vulkan are
- *  made one after the other in a process, whatever their contexts; those on CUDA run side by side. A process that has used a GPU and forks must not use it in the child.
+ *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph, with the
+ *  cu_seqlens of then. Calls on Metal, OpenCL and Vulkan are made one after the other in a process, whatever their contexts; those on
+ *  CUDA run side by side. A process that has used a GPU and forks must not use it in the child.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
  *  this build, an extent of 2^31 or more, D V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
