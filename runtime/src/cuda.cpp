@@ -356,7 +356,7 @@ int halide_cuda_run(void *user_context, void *state, const char *name, int block
             }
             function = known->second.function;
         }
-        constexpr int most = 256;  // of integers half of what CUDA takes
+        constexpr int most = 256;  // of 4 or 8 bytes: CUDA takes 4 KB
         uint64_t handles[most];
         void *values[most + 1];
         int n = 0;
