@@ -55,7 +55,6 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
     const int64_t of_chunk = std::max({p.K * p.V, chunk * chunk * G, chunk * std::max(p.K, p.V) * G}) * float_bytes;
     auto part_of = [&](int64_t tokens) {
         const int64_t chunks = chunks_in(tokens), sequences = packed ? p.N : 1;
-        if (!chunks_fit(run, p, chunk, chunks, sequences)) return Part{0, 0};
         return largest_part(p, x, tokens, (chunks + sequences) * of_chunk, sequences);
     };
     int64_t at_once = p.T;
@@ -71,7 +70,7 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
     }
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, or its states of K V = ", p.K * p.V,
-             ", reach beyond 2^31 bytes, or, on Vulkan, take more than 65535 blocks of threads; expected less");
+             ", reach beyond 2^31 bytes; expected less");
 
     // What the call adds: the chunk table, and zeros for what is not given.
     const int32_t S = packed ? (int32_t)p.N : 1;  // sequences of a batch entry in a call

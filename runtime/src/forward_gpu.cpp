@@ -23,7 +23,6 @@ void issue(const Run &run, const Problem &p, int64_t chunk) {
     auto chunks_in = [&](int64_t tokens) { return packed ? packed_chunks : (tokens + chunk - 1) / chunk; };
     auto part_of = [&](int64_t tokens) {
         const int64_t chunks = chunks_in(tokens), sequences = packed ? p.N : 1;
-        if (!chunks_fit(run, p, chunk, chunks, sequences)) return Part{0, 0};
         return largest_part(p, x, tokens, (chunks + sequences) * p.state_bytes(), sequences);
     };
     int64_t at_once = p.T;
@@ -35,7 +34,7 @@ void issue(const Run &run, const Problem &p, int64_t chunk) {
     }
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, or its states of K V = ", p.K * p.V,
-             ", reach beyond 2^31 bytes, or, on Vulkan, take more than 65535 blocks of threads; expected less");
+             ", reach beyond 2^31 bytes; expected less");
     const int32_t S = packed ? (int32_t)p.N : 1;  // sequences of a batch entry in a call
     constexpr int64_t alignment = Arena::alignment;
     auto aligned = [&](int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };

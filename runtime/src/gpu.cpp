@@ -408,15 +408,6 @@ static bool blocks_fit(const Problem &p, int64_t batch, int64_t heads) {
     return (batch == 1 || batch <= most_blocks) && (heads == 1 || heads * std::max<int64_t>(p.group(), 1) <= most_blocks);
 }
 
-bool chunks_fit(const Run &run, const Problem &p, int64_t chunk, int64_t chunks, int64_t sequences) {
-    if (run.call.place.backend != Backend::vulkan) return true;
-    // The smallest pieces that schedules/gpu/chunkwise.cpp and chunkwise_backward.cpp have: 32 x 8 of a state, 32 x 8 of rows.
-    auto pieces = [](int64_t columns, int64_t rows) { return ((columns + 31) / 32) * ((rows + 7) / 8); };
-    const int64_t of_states = pieces(p.V, p.K) * std::max(chunks, sequences),
-                  of_rows = pieces(std::max(p.K, p.V), chunk) * chunks;
-    return std::max(of_states, of_rows) < 1 << 16;
-}
-
 Part largest_part(const Problem &p, const Operands &x, int64_t tokens, int64_t bytes_of_a_head, int64_t sequences) {
     auto fits = [&](int64_t batch, int64_t heads) {
         if (!blocks_fit(p, batch, heads)) return false;

@@ -178,10 +178,6 @@ struct Part {
 constexpr int64_t most_bytes = std::numeric_limits<int32_t>::max();  // of a buffer of one call, for Halide
 constexpr int64_t most_blocks = 1 << 15;  // of threads along the second and third axis of a grid: CUDA and Vulkan take 2^16 - 1
 
-/// Whether a device takes the grids of the kernels of degree 1 along their first axis too, where pieces of states and of rows of
-/// all chunks lie: Vulkan promises 2^16 - 1 there as well.
-bool chunks_fit(const Run &run, const Problem &p, int64_t chunk, int64_t chunks, int64_t sequences);
-
 /// Bytes from the first to the last element of a part of a tensor with at most these extents, on the first axes.
 int64_t span(const Tensor &t, std::initializer_list<int64_t> most);
 
