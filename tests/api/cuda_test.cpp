@@ -272,20 +272,25 @@ TEST(Cuda, ValueMajorStatesCostNothing) {
     EXPECT_EQ(sizes.size(), 1u);
 }
 
-TEST(Cuda, TokenByTokenIsTwoLaunchesAToken) {
+TEST(Cuda, TokenByTokenIsTwoLaunchesForSomeTokens) {
     Driver driver;
     Context context;
-    for (const bool given : {true, false}) {  // an initial state; log_decay
+    // An initial state and log_decay are given; two heads of queries share one of keys.
+    for (auto [given, shared] : {std::pair{true, false}, {false, false}, {true, true}}) {
+        SCOPED_TRACE(testing::Message() << "given " << given << ", shared " << shared);
         Call call;
         call.args.form = HOLDFAST_FORM_RECURRENT;
+        if (shared)
+            for (DLTensor *x : {&call.q, &call.out}) x->shape[2] = 2 * H, x->strides = nullptr;
         if (!given) call.args.initial_state = call.args.log_decay = nullptr;
         call.give_workspace(context);
         ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
         driver.clear();
         ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
         EXPECT_EQ(others(driver.record()), std::set<std::string>());
-        // The state goes to its place first; zeros for it are made, and for decays.
-        EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), (size_t)(2 * T + (given ? 1 : 3)));
+        // The state goes to its place first; zeros for it are made, and for decays. 64 tokens at once.
+        const int64_t launches = 2 * (shared ? T : (T + 63) / 64) + (given ? 1 : 3);
+        EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), (size_t)launches);
         EXPECT_NE(context.messages.back().find("token by token, on CUDA device 0"), std::string::npos);
         call.give_workspace(context, -1);
         EXPECT_EQ(call.run(context), HOLDFAST_INVALID_ARGUMENT);

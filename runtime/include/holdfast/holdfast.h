@@ -347,8 +347,9 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  one for each part of it. log_decay is not looked at, so positive ones are computed with. Workspace grows with T: the states
  *  between all chunks. For a degree above 1 or
  *  normalization, one launch sequence for each chunk of all batch entries or of a packed sequence, and workspace for one of them. The
- *  recurrent form, which is taken when it is asked for, is two launches for each token of all batch entries or of a packed sequence
- *  (what holdfast_step says for a degree above 1 or normalization), and one to put the initial state where it will be advanced. States
+ *  recurrent form, which is taken when it is asked for, is two launches for up to 64 tokens of all batch entries or of a packed
+ *  sequence, for each token where heads share keys (what holdfast_step says for a degree above 1 or normalization), and one to put the
+ *  initial state where it will be advanced. States
  *  are read and written where they lie in either layout; value-major ones by lines that each serve 32 rows of them. In the tiled
  *  order they are converted before the first launch and after the last, four launches that read and write each state once more, and
  *  workspace for the tight ones.
