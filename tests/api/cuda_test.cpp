@@ -275,13 +275,16 @@ TEST(Cuda, ValueMajorStatesCostNothing) {
 TEST(Cuda, TokenByTokenIsTwoLaunchesForSomeTokens) {
     Driver driver;
     Context context;
-    // An initial state and log_decay are given; two heads of queries share one of keys.
-    for (auto [given, shared] : {std::pair{true, false}, {false, false}, {true, true}}) {
-        SCOPED_TRACE(testing::Message() << "given " << given << ", shared " << shared);
+    // An initial state and log_decay are given; two heads of queries share one of keys; tokens lie 2^29 bytes apart.
+    for (auto [given, shared, apart] :
+         {std::make_tuple(true, false, false), {false, false, false}, {true, true, false}, {true, false, true}}) {
+        SCOPED_TRACE(testing::Message() << "given " << given << ", shared " << shared << ", apart " << apart);
         Call call;
         call.args.form = HOLDFAST_FORM_RECURRENT;
         if (shared)
             for (DLTensor *x : {&call.q, &call.out}) x->shape[2] = 2 * H, x->strides = nullptr;
+        int64_t strides[] = {V * H, 1 << 27, V, 1};
+        if (apart) call.v.strides = strides;
         if (!given) call.args.initial_state = call.args.log_decay = nullptr;
         call.give_workspace(context);
         ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
@@ -289,7 +292,7 @@ TEST(Cuda, TokenByTokenIsTwoLaunchesForSomeTokens) {
         ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
         EXPECT_EQ(others(driver.record()), std::set<std::string>());
         // The state goes to its place first; zeros for it are made, and for decays. 64 tokens at once.
-        const int64_t launches = 2 * (shared ? T : (T + 63) / 64) + (given ? 1 : 3);
+        const int64_t launches = 2 * (shared || apart ? T : (T + 63) / 64) + (given ? 1 : 3);
         EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), (size_t)launches);
         EXPECT_NE(context.messages.back().find("token by token, on CUDA device 0"), std::string::npos);
         call.give_workspace(context, -1);
