@@ -23,7 +23,7 @@ void issue(const Run &run, const Problem &p) {
     auto part_of = [&](int64_t tokens) {
         return largest_part(p, x, tokens, std::max(tokens * sum_bytes, p.final_state.rank ? 0 : p.state_bytes()));
     };
-    Part part = part_of(1);
+    const Part part = part_of(1);
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "the state of one head, with a stride of ", x.final.t.stride[2],
              " along K, reaches beyond 2^31 bytes; expected less");
