@@ -295,6 +295,7 @@ TEST(Cuda, TokenByTokenIsTwoLaunchesForSomeTokens) {
         const int64_t launches = 2 * (shared || apart ? T : (T + 63) / 64) + (given ? 1 : 3);
         EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), (size_t)launches);
         EXPECT_NE(context.messages.back().find("token by token, on CUDA device 0"), std::string::npos);
+        if (apart) continue;  // it needs less than is asked for: sizes do not depend on strides
         call.give_workspace(context, -1);
         EXPECT_EQ(call.run(context), HOLDFAST_INVALID_ARGUMENT);
         EXPECT_NE(context.error().find("as holdfast_workspace_size says"), std::string::npos) << context.error();
