@@ -114,6 +114,16 @@ TEST(ChunkwiseSchedules, GenericTakesTheRest) {
     EXPECT_EQ(best(Target("arm-64-linux"), 64, 64, 64), "generic");
 }
 
+TEST(ChunkwiseSchedules, GpuTakesEveryApi) {
+    for (const char *target : {"x86-64-linux-metal", "x86-64-linux-opencl", "x86-64-linux-vulkan"}) {
+        EXPECT_EQ(best(Target(target), 32, 0, 0), "gpu");
+        EXPECT_EQ(best(Target(target), 64, 16, 64), "gpu");
+    }
+    EXPECT_EQ(best(Target("x86-64-linux-opencl"), 64, 64, 64), "gpu");
+    EXPECT_EQ(best(Target("arm-64-osx-metal"), 64, 64, 64), "metal");
+    EXPECT_EQ(best(Target("arm-64-ios-metal"), 64, 128, 256), "metal");
+}
+
 std::string best_recurrent(const Target &target, int key, int value) {
     return holdfast::Schedule<holdfast::RecurrentFuncs, holdfast::RecurrentSizes>::best({key, value, 1}, target).name;
 }
