@@ -14,7 +14,8 @@ RecurrentFuncs recurrent(const Func &q, const Func &k, const Func &v, const Func
     f.q = q, f.k = k, f.v = v, f.log_decay = log_decay;
 
     f.decay = Func("decay");
-    const Tuple decay = two_part_exp(max(log_decay(i, n, h, b), least_log_decay));
+    Tuple decay = two_part_decay_of(log_decay(i, n, h, b));
+    if (tokens > 1) decay = rounded_first(decay);
     f.decay(i, n, h, b) = Tuple(decay[0], decay[1] / max(decay[0], 0.5f));  // below that it has left out nothing
     RDom over_token(0, tokens, "over_token");
     f.left_out = Func("left_out");
