@@ -77,8 +77,8 @@ TEST_P(Numbers, StrongGatesKeepTheDigitsOfWeakOnes) {
         for (int64_t T : {3, 67}) {
             SCOPED_TRACE(testing::Message() << "form " << form << ", degree " << degree << ", T " << T);
             Context context(GetParam().target);
-            PowerProblem p{1, T, 1, 1, 64, 64, degree, false, Gates::none, f32, form};
-            p.initial = false;
+            PowerProblem p{1, T, 1, 1, 64, 64, degree, false, Gates::weak, f32, form};
+            p.initial = false, p.log_decay.fill(0);
             each(p.q.shape, [&](const Index &i) { p.q(i) *= i[1] == T - 1, p.k(i) *= i[1] == 0; });
             p.log_decay({0, T - 2, 0}) = -64, p.log_decay({0, T - 1, 0}) = -3.7e-6f;
             ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
