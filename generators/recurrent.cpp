@@ -15,8 +15,12 @@ RecurrentFuncs recurrent(const Func &q, const Func &k, const Func &v, const Func
 
     f.decay = Func("decay");
     Tuple decay = two_part_decay_of(log_decay(i, n, h, b));
-    if (tokens > 1) decay = rounded_first(decay);
-    f.decay(i, n, h, b) = Tuple(decay[0], decay[1] / max(decay[0], 0.5f));  // below that it has left out nothing
+    if (tokens > 1) {
+        decay = rounded_first(decay);
+        const Expr below_1 = 1.0f - decay[0];  // by at most 0.3 where it has left out anything
+        decay = Tuple(decay[0], decay[1] * (1.0f + below_1 + below_1 * below_1));  // divided by decay[0], to 3%
+    }
+    f.decay(i, n, h, b) = decay;
     RDom over_token(0, tokens, "over_token");
     f.left_out = Func("left_out");
     f.left_out(n, h, b) += f.decay(over_token, n, h, b)[1];

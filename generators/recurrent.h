@@ -26,14 +26,13 @@ struct RecurrentSizes {
 struct RecurrentFuncs {
     Halide::Func q, k, v;    // (d,i,n,g,h,b) (d,i,n,h,b) (e,i,n,h,b): inputs
     Halide::Func log_decay;  // (i,n,h,b): input
-    Halide::Func decay;      // (i,n,h,b): {exp(log_decay), rounded; what that left out, as a share}
-    Halide::Func left_out;   // (n,h,b): the sum of those shares: the first token makes up for the whole block
-    Halide::Func
-        state_and_sum;    // (e,i,d,n,h,b): {state, sum}. Update 0: row d = over_key_feature of the state in place, and the
-                          // sum of q S until there, for query 0. For each element tokens are to come in their order, and
-                          // for each token rows
-    Halide::Func others;  // (e,i,n,g,h,b): o of all other queries
-    Halide::Func out;     // (e,i,n,g,h,b): o, of query 0 the last sum
+    Halide::Func decay;  // (i,n,h,b): exp(log_decay), a sum of two; of several tokens {rounded; what that left out, as a share}
+    Halide::Func left_out;  // (n,h,b): the sum of those shares: the first token makes up for the whole block
+    // (e,i,d,n,h,b): {state, sum}. Update 0: row d = over_key_feature of the state in place, and the sum of q S until there, for
+    // query 0. For each element tokens are to come in their order, and for each token rows
+    Halide::Func state_and_sum;
+    Halide::Func others;            // (e,i,n,g,h,b): o of all other queries
+    Halide::Func out;               // (e,i,n,g,h,b): o, of query 0 the last sum
     Halide::RDom over_key_feature;  // state_and_sum: d in [0, D), in that order
     Halide::RDom over_state;        // others: d in [0, D), nothing for query 0
 

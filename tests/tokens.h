@@ -27,6 +27,36 @@ tokens_instances(const std::string &kernel, std::vector<Dtype> dtypes = {std::be
     return list;
 }
 
+/// A test of such calls, on a context for the instance's target.
+class TokensTest : public testing::TestWithParam<TokensInstance> {
+protected:
+    const Dtype dtype = GetParam().dtype;
+    Random random;
+    std::optional<Context> context;
+
+    void SetUp() override {
+        if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
+        context.emplace(GetParam().target);
+    }
+    Array rows(const Index &shape, Layout layout = Layout::compact) {
+        Array x = Array(shape, layout).fill(random);
+        round_to(dtype, x);
+        return x;
+    }
+    Array gates(const Index &shape, Layout layout = Layout::compact) {
+        Array gate(shape, layout);
+        fill_gates(gate, random);
+        round_to(dtype, gate);
+        return gate;
+    }
+    /// Rotation, HeadNormGate or HeadNormGateBackward, of the instance's type.
+    template<class Call>
+    void run(Call call) {
+        call.dtype = dtype;
+        ASSERT_EQ(call.run(*context), HOLDFAST_OK) << context->error();
+    }
+};
+
 /// Rows [B, T, H, *] as a tensor of the type while it lives; afterwards what has been written is in the floats.
 class RowsArgument {
 public:

@@ -8,10 +8,9 @@ import machine_code
 import pytest
 from conftest import Call
 from occupancy import GPUS, blocks_per_multiprocessor
-from rows import ALL, BUILD, CHUNKWISE, TUNED
+from rows import ALL, BUILD, CHUNKWISE, RECURRENT, TUNED
 
 ARCHITECTURES = os.environ["HOLDFAST_ARCHITECTURES"].split()
-each_row = pytest.mark.parametrize("row", CHUNKWISE, ids=str)
 each_tuned_row = pytest.mark.parametrize("row", TUNED, ids=str)
 
 
@@ -54,7 +53,7 @@ def test_nothing_is_spilt(library):
                 assert code.instructions["LDL"] == code.instructions["STL"] == 0, name
 
 
-@each_row
+@pytest.mark.parametrize("row", CHUNKWISE + RECURRENT, ids=str)
 def test_nothing_is_called(row):
     """Divisions, which the others have, are calls where a number is subnormal."""
     for kernels in all_codes(row.library).values():

@@ -7,32 +7,7 @@
 namespace {
 using namespace test;
 
-class HeadNormGateBackwardTest : public testing::TestWithParam<TokensInstance> {
-protected:
-    const Dtype dtype = GetParam().dtype;
-    Random random;
-    std::optional<Context> context;
-
-    void SetUp() override {
-        if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
-        context.emplace(GetParam().target);
-    }
-    Array rows(const Index &shape, Layout layout = Layout::compact) {
-        Array x = Array(shape, layout).fill(random);
-        round_to(dtype, x);
-        return x;
-    }
-    Array gates(const Index &shape, Layout layout = Layout::compact) {
-        Array gate(shape, layout);
-        fill_gates(gate, random);
-        round_to(dtype, gate);
-        return gate;
-    }
-    void run(HeadNormGateBackward n) {
-        n.dtype = dtype;
-        ASSERT_EQ(n.run(*context), HOLDFAST_OK) << context->error();
-    }
-};
+class HeadNormGateBackwardTest : public TokensTest {};
 
 TEST_P(HeadNormGateBackwardTest, MatchesReference) {
     enum Weight { none, of_all, of_each };
@@ -90,14 +65,14 @@ TEST_P(HeadNormGateBackwardTest, LayerNormOfRowsFarFromZero) {
         Array dweight = Array({3, 80}).forget();
         each(x.shape, [&](const Index &i) { x(i) = (float)(offset + random(-3, 3)); });
         round_to(dtype, x);
-        run({x, {}, weight, dout, dx, {}, dweight, HOLDFAST_NORM_LAYER});
+        run(HeadNormGateBackward{x, {}, weight, dout, dx, {}, dweight, HOLDFAST_NORM_LAYER});
         expect_gradients(x, x, weight, dout, &dx, nullptr, &dweight, true, false, 1e-6f, dtype);
     }
 }
 
 TEST_P(HeadNormGateBackwardTest, OfLayerNormSumsToNothing) {
     Array x = rows({1, 3, 2, 64}), dout = rows(x.shape), dx = Array(x.shape).forget();
-    run({x, {}, {}, dout, dx, {}, {}, HOLDFAST_NORM_LAYER});
+    run(HeadNormGateBackward{x, {}, {}, dout, dx, {}, {}, HOLDFAST_NORM_LAYER});
     each({1, 3, 2}, [&](const Index &i) {
         double sum = 0, along = 0, size = 0;  // x + c and c x have the same out, but for eps
         for (int64_t e = 0; e < 64; e++) {
@@ -117,11 +92,12 @@ TEST_P(HeadNormGateBackwardTest, SameBitsForAnyTokensAtOnce) {
         const int time = shape[1] == 1 ? 0 : 1;
         Array x = rows(shape), gate = gates(shape), dout = rows(shape), weight = Array({H, V}).fill(random);
         Array whole[] = {Array(shape).forget(), Array(shape).forget()}, parts[] = {whole[0], whole[1]};
-        run({x, gate, weight, dout, whole[0], whole[1], {}});
+        run(HeadNormGateBackward{x, gate, weight, dout, whole[0], whole[1], {}});
         for (int64_t h = 0; h < H; h++)
             for (const auto &[from, to] : {std::array<int64_t, 2>{0, 1}, {1, 700}, {700, T}}) {
                 auto part = [&, from = from, to = to](Array &a) { return Tensor(a).part(time, from, to).part(2, h, h + 1); };
-                run({part(x), part(gate), Tensor(weight).part(0, h, h + 1), part(dout), part(parts[0]), part(parts[1]), {}});
+                run(HeadNormGateBackward{
+                    part(x), part(gate), Tensor(weight).part(0, h, h + 1), part(dout), part(parts[0]), part(parts[1]), {}});
             }
         EXPECT_TRUE(same_bits(whole[0], parts[0]) && same_bits(whole[1], parts[1]));
     }
@@ -131,10 +107,10 @@ TEST_P(HeadNormGateBackwardTest, NotANumberStaysInItsRow) {
     for (holdfast_norm norm : {HOLDFAST_NORM_RMS, HOLDFAST_NORM_LAYER}) {
         Array x = rows({1, 2, 2, 33}), gate = Array(x.shape).fill(1.0f), dout = rows(x.shape);
         Array clean = Array(x.shape).forget(), clean_gate = clean, dx = clean, dgate = clean;
-        run({x, gate, {}, dout, clean, clean_gate, {}, norm});
+        run(HeadNormGateBackward{x, gate, {}, dout, clean, clean_gate, {}, norm});
         x({0, 1, 0, 3}) = std::numeric_limits<float>::quiet_NaN(), dout({0, 0, 1, 4}) = std::numeric_limits<float>::infinity();
         gate({0, 0, 0, 5}) = std::numeric_limits<float>::quiet_NaN();
-        run({x, gate, {}, dout, dx, dgate, {}, norm});
+        run(HeadNormGateBackward{x, gate, {}, dout, dx, dgate, {}, norm});
         each(x.shape, [&](const Index &i) {
             if (i[1] == 1 && i[2] == 1) {
                 EXPECT_EQ(dx(i), clean(i)) << text(i);
@@ -152,14 +128,14 @@ TEST_P(HeadNormGateBackwardTest, NothingToDo) {
     for (const Index &shape : {Index{0, 3, 2, 10}, {2, 0, 2, 10}, {2, 3, 0, 10}, {0, 1, 2, 10}}) {
         Array x = rows(shape), gate = gates(shape), dx(shape), dgate(shape), weight = Array({10}).fill(random);
         Array dweight = Array({10}).forget();
-        run({x, gate, weight, x, dx, dgate, dweight});
+        run(HeadNormGateBackward{x, gate, weight, x, dx, dgate, dweight});
         for (float value : dweight.values()) EXPECT_EQ(value, 0);
         Array weights = Array({shape[2], 10}).fill(random), dweights = Array(weights.shape).forget();
-        run({x, gate, weights, x, dx, dgate, dweights});
+        run(HeadNormGateBackward{x, gate, weights, x, dx, dgate, dweights});
         for (float value : dweights.values()) EXPECT_EQ(value, 0);
     }
     Array x = rows({2, 3, 2, 10});
-    run({x, {}, {}, x, {}, {}, {}});  // nothing is wanted
+    run(HeadNormGateBackward{x, {}, {}, x, {}, {}, {}});  // nothing is wanted
 }
 
 TEST_P(HeadNormGateBackwardTest, ForcedTargetRunsAndAllocatesOnce) {
@@ -189,7 +165,7 @@ TEST_P(HeadNormGateBackwardF32Test, SumsOfManyTokens) {
     for (const Index &shape : {Index{1, T, 1, V}, {T, 1, 1, V}}) {
         Array x = rows(shape), dout(shape), weight = Array({V}).fill(1.0f), dweight = Array({V}).forget();
         each(shape, [&](const Index &i) { dout(i) = (float)dtype.round(x(i) * random(0.5, 1.5)); });
-        run({x, {}, weight, dout, {}, {}, dweight});
+        run(HeadNormGateBackward{x, {}, weight, dout, {}, {}, dweight});
         NormedGradient want = normed_gradient(x, x, Array({1, V}).fill(1.0f), dout, false, false, 1e-6f);
         expect_close("dweight", dweight, want.dweight, want.dweight_spread, tolerance::of_norm_weight_gradient(V, 1024));
         for (int64_t e = 0; e < V; e++) EXPECT_NEAR(dweight({e}), want.dweight[e], 1e-6 * want.dweight[e]);
@@ -202,7 +178,7 @@ TEST_P(HeadNormGateBackwardF32Test, IsTheSlopeOfTheForwardCall) {
         const Index shape = {2, 3, 2, 24};
         Array in[] = {rows(shape), rows(shape), Array({2, 24}).fill(random, -2, 2)}, dout = rows(shape);  // x, gate, weight
         Array gradient[] = {Array(shape).forget(), Array(shape).forget(), Array({2, 24}).forget()};
-        run({in[0], in[1], in[2], dout, gradient[0], gradient[1], gradient[2], norm, 1e-2f});
+        run(HeadNormGateBackward{in[0], in[1], in[2], dout, gradient[0], gradient[1], gradient[2], norm, 1e-2f});
         for (int n = 0; n < 3; n++) {
             // Along a random direction, as far either way as cubes and roundings weigh the same.
             Array way = Array(in[n].shape).fill(random), middle = in[n];
@@ -232,7 +208,7 @@ TEST_P(HeadNormGateBackwardF32Test, SameBitsForAnyNumber) {
         for (int threads : {1, 2, 3}) {
             ASSERT_EQ(holdfast_context_set_threads(*context, threads), HOLDFAST_OK);
             Array dx = Array(shape).forget(), dgate = dx, dweight = Array({1, 80}).forget();
-            run({x, gate, weight, dout, dx, dgate, dweight});
+            run(HeadNormGateBackward{x, gate, weight, dout, dx, dgate, dweight});
             EXPECT_NE(context->messages.back().find(std::to_string(threads) + " threads"), std::string::npos);
             if (threads == 1) whole[0] = dx, whole[1] = dgate, whole[2] = dweight;
             EXPECT_TRUE(same_bits(whole[0], dx) && same_bits(whole[1], dgate) && same_bits(whole[2], dweight))

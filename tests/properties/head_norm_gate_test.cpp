@@ -7,32 +7,7 @@
 namespace {
 using namespace test;
 
-class HeadNormGateTest : public testing::TestWithParam<TokensInstance> {
-protected:
-    const Dtype dtype = GetParam().dtype;
-    Random random;
-    std::optional<Context> context;
-
-    void SetUp() override {
-        if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
-        context.emplace(GetParam().target);
-    }
-    Array rows(const Index &shape, Layout layout = Layout::compact) {
-        Array x = Array(shape, layout).fill(random);
-        round_to(dtype, x);
-        return x;
-    }
-    Array gates(const Index &shape, Layout layout = Layout::compact) {
-        Array gate(shape, layout);
-        fill_gates(gate, random);
-        round_to(dtype, gate);
-        return gate;
-    }
-    void run(HeadNormGate n) {
-        n.dtype = dtype;
-        ASSERT_EQ(n.run(*context), HOLDFAST_OK) << context->error();
-    }
-};
+class HeadNormGateTest : public TokensTest {};
 
 TEST_P(HeadNormGateTest, MatchesReference) {
     enum Weight { none, of_all, of_each };
@@ -91,7 +66,7 @@ TEST_P(HeadNormGateTest, LayerNormOfRowsFarFromZero) {
         each(x.shape, [&](const Index &i) { x(i) = (float)(offset + random(-3, 3)); });
         round_to(dtype, x);
         const reference::NormedRow want = normed(x, x, weight, true, false, 1e-6f);
-        run({x, {}, {}, out, HOLDFAST_NORM_LAYER});
+        run(HeadNormGate{x, {}, {}, out, HOLDFAST_NORM_LAYER});
         expect_close("out", out, want.out, want.spread, tolerance::of_norm(80), dtype);
     }
 }
@@ -99,12 +74,12 @@ TEST_P(HeadNormGateTest, LayerNormOfRowsFarFromZero) {
 TEST_P(HeadNormGateTest, RowsOfOneNumber) {
     Array x = Array({1, 1, 1, 48}).fill(1000.0f), out = Array(x.shape).forget();
     round_to(dtype, x);
-    run({x, {}, {}, out, HOLDFAST_NORM_LAYER});
+    run(HeadNormGate{x, {}, {}, out, HOLDFAST_NORM_LAYER});
     for (float value : out.values()) EXPECT_EQ(value, 0);
-    run({x, {}, {}, out, HOLDFAST_NORM_RMS, 0});
+    run(HeadNormGate{x, {}, {}, out, HOLDFAST_NORM_RMS, 0});
     for (float value : out.values()) EXPECT_NEAR(value, 1, 1e-6);
     x.fill(0.0f);
-    run({x, {}, {}, out, HOLDFAST_NORM_RMS});
+    run(HeadNormGate{x, {}, {}, out, HOLDFAST_NORM_RMS});
     for (float value : out.values()) EXPECT_EQ(value, 0);
 }
 
@@ -116,11 +91,11 @@ TEST_P(HeadNormGateTest, SameBitsForAnyTokensAtOnce) {
         const int time = shape[1] == 1 ? 0 : 1;
         Array x = rows(shape), gate = gates(shape), weight = Array({H, V}).fill(random), whole = Array(shape).forget(),
               parts = whole;
-        run({x, gate, weight, whole});
+        run(HeadNormGate{x, gate, weight, whole});
         for (int64_t h = 0; h < H; h++)
             for (const auto &[from, to] : {std::array<int64_t, 2>{0, 1}, {1, 700}, {700, T}}) {
                 auto part = [&, from = from, to = to](Array &a) { return Tensor(a).part(time, from, to).part(2, h, h + 1); };
-                run({part(x), part(gate), Tensor(weight).part(0, h, h + 1), part(parts)});
+                run(HeadNormGate{part(x), part(gate), Tensor(weight).part(0, h, h + 1), part(parts)});
             }
         EXPECT_TRUE(same_bits(whole, parts));
     }
@@ -129,10 +104,10 @@ TEST_P(HeadNormGateTest, SameBitsForAnyTokensAtOnce) {
 TEST_P(HeadNormGateTest, NotANumberStaysInItsRow) {
     for (holdfast_norm norm : {HOLDFAST_NORM_RMS, HOLDFAST_NORM_LAYER}) {
         Array x = rows({1, 2, 2, 33}), gate = Array(x.shape).fill(1.0f), clean = Array(x.shape).forget(), out = clean;
-        run({x, gate, {}, clean, norm});
+        run(HeadNormGate{x, gate, {}, clean, norm});
         x({0, 1, 0, 3}) = std::numeric_limits<float>::quiet_NaN(), x({0, 0, 1, 4}) = std::numeric_limits<float>::infinity();
         gate({0, 0, 0, 5}) = std::numeric_limits<float>::quiet_NaN();
-        run({x, gate, {}, out, norm});
+        run(HeadNormGate{x, gate, {}, out, norm});
         each(x.shape, [&](const Index &i) {
             if (i[1] != i[2]) {
                 EXPECT_TRUE(i != Index({0, 1, 0, 3}) || std::isnan(out(i)));
@@ -149,7 +124,7 @@ TEST_P(HeadNormGateTest, NotANumberStaysInItsRow) {
 TEST_P(HeadNormGateTest, NothingToDo) {
     for (const Index &shape : {Index{0, 3, 2, 10}, {2, 0, 2, 10}, {2, 3, 0, 10}, {0, 1, 2, 10}}) {
         Array x = rows(shape), gate = gates(shape), out(shape);
-        run({x, gate, {}, out});
+        run(HeadNormGate{x, gate, {}, out});
     }
 }
 
@@ -178,7 +153,7 @@ TEST_P(HeadNormGateThreadsTest, SameBitsForAnyNumber) {
         for (int threads : {1, 2, 3}) {
             ASSERT_EQ(holdfast_context_set_threads(*context, threads), HOLDFAST_OK);
             Array out = Array(shape).forget();
-            run({x, gate, weight, out});
+            run(HeadNormGate{x, gate, weight, out});
             EXPECT_NE(context->messages.back().find(std::to_string(threads) + " threads"), std::string::npos);
             if (threads == 1) whole = out;
             EXPECT_TRUE(same_bits(whole, out)) << threads << " threads";

@@ -7,25 +7,8 @@
 namespace {
 using namespace test;
 
-class RotateTest : public testing::TestWithParam<TokensInstance> {
+class RotateTest : public TokensTest {
 protected:
-    const Dtype dtype = GetParam().dtype;
-    Random random;
-    std::optional<Context> context;
-
-    void SetUp() override {
-        if (!GetParam().missing.empty()) GTEST_SKIP() << "this CPU lacks " << GetParam().missing;
-        context.emplace(GetParam().target);
-    }
-    Array rows(const Index &shape, Layout layout = Layout::compact) {
-        Array x = Array(shape, layout).fill(random);
-        round_to(dtype, x);
-        return x;
-    }
-    void run(Rotation r) {
-        r.dtype = dtype;
-        ASSERT_EQ(r.run(*context), HOLDFAST_OK) << context->error();
-    }
     /// `out` is x turned by theta position(b, t).
     template<class Position>
     void expect_rotated(const Array &x, const Array &theta, const Array &out, bool interleaved, const Position &position,
@@ -44,10 +27,10 @@ TEST_P(RotateTest, MatchesReference) {
                                  std::to_string(offset));
                     Array x = rows(shape, layout), out = Array(shape, layout).forget(), angles = theta;
                     const Array before = x;
-                    run({x, angles, out, offset, interleaved});
+                    run(Rotation{x, angles, out, offset, interleaved});
                     EXPECT_TRUE(x.same_memory(before));
                     expect_rotated(x, theta, out, interleaved, [&](int64_t, int64_t t) { return offset + t; });
-                    run({x, angles, {}, offset, interleaved});
+                    run(Rotation{x, angles, {}, offset, interleaved});
                     EXPECT_TRUE(same_bits(x, out)) << "in place";
                 }
 }
@@ -69,7 +52,7 @@ TEST_P(RotateTest, PositionsAreThoseGiven) {
                 void *data = bits == 64 ? (void *)&wide[first] : &small[first];
                 DLTensor positions = {
                     data, {kDLCPU, 0}, (int32_t)shape.size(), {kDLInt, (uint8_t)bits, 1}, shape.data(), stride.data(), 0};
-                run({x, theta, out, 0, true, f32, &positions});
+                run(Rotation{x, theta, out, 0, true, f32, &positions});
                 expect_rotated(x, theta, out, true,
                                [&](int64_t b, int64_t t) { return wide[first + (shared ? 0 : b * 2 * T) - 2 * t]; });
             }
@@ -86,10 +69,10 @@ TEST_P(RotateTest, BackwardTurnsTheOtherWay) {
                                  std::to_string(offset));
                     Array dout = rows(shape, layout), dx = Array(shape, layout).forget(), angles = theta;
                     const Array before = dout;
-                    run({dout, angles, dx, offset, interleaved, f32, nullptr, true});
+                    run(Rotation{dout, angles, dx, offset, interleaved, f32, nullptr, true});
                     EXPECT_TRUE(dout.same_memory(before));
                     expect_rotated(dout, theta, dx, interleaved, [&](int64_t, int64_t t) { return offset + t; }, true);
-                    run({dout, angles, {}, offset, interleaved, f32, nullptr, true});
+                    run(Rotation{dout, angles, {}, offset, interleaved, f32, nullptr, true});
                     EXPECT_TRUE(same_bits(dx, dout)) << "in place";
                 }
 }
@@ -100,8 +83,8 @@ TEST_P(RotateTest, BackwardIsTheGradient) {
     std::vector<int64_t> where = positions(12, random);
     int64_t shape[] = {2, 6};
     DLTensor given = {where.data(), {kDLCPU, 0}, 2, {kDLInt, 64, 1}, shape, nullptr, 0};
-    run({x, theta, out, 0, false, f32, &given});
-    run({dout, theta, dx, 0, false, f32, &given, true});
+    run(Rotation{x, theta, out, 0, false, f32, &given});
+    run(Rotation{dout, theta, dx, 0, false, f32, &given, true});
     expect_rotated(dout, theta, dx, false, [&](int64_t b, int64_t t) { return where[6 * b + t]; }, true);
     double forward = 0, backward = 0, size = 0;
     each(x.shape, [&](const Index &i) {
@@ -112,9 +95,9 @@ TEST_P(RotateTest, BackwardIsTheGradient) {
 
 TEST_P(RotateTest, PositionZeroChangesNothing) {
     Array theta = thetas(20, random), x = rows({3, 1, 2, 40}), out = Array(x.shape).forget();
-    run({x, theta, out});
+    run(Rotation{x, theta, out});
     EXPECT_TRUE(same_bits(x, out));
-    run({x, theta, out.forget(), 0, false, f32, nullptr, true});
+    run(Rotation{x, theta, out.forget(), 0, false, f32, nullptr, true});
     EXPECT_TRUE(same_bits(x, out));
 }
 
@@ -125,11 +108,11 @@ TEST_P(RotateTest, SameBitsForAnyTokensAtOnce) {
         SCOPED_TRACE(text(shape));
         const int time = shape[1] == 1 ? 0 : 1;
         Array theta = thetas(K / 2, random), x = rows(shape), whole = Array(shape).forget(), parts = whole;
-        run({x, theta, whole, offset});
+        run(Rotation{x, theta, whole, offset});
         for (int64_t h = 0; h < H; h++)
             for (const auto &[from, to] : {std::array<int64_t, 2>{0, 1}, {1, 700}, {700, T}}) {
                 auto part = [&, from = from, to = to](Array &a) { return Tensor(a).part(time, from, to).part(2, h, h + 1); };
-                run({part(x), theta, part(parts), offset + (time ? from : 0)});
+                run(Rotation{part(x), theta, part(parts), offset + (time ? from : 0)});
             }
         EXPECT_TRUE(same_bits(whole, parts));
     }
@@ -137,9 +120,9 @@ TEST_P(RotateTest, SameBitsForAnyTokensAtOnce) {
 
 TEST_P(RotateTest, NotANumberStaysInItsPair) {
     Array theta = thetas(5, random), x = rows({1, 2, 2, 10}), clean = Array(x.shape).forget(), out = clean;
-    run({x, theta, clean, 5});
+    run(Rotation{x, theta, clean, 5});
     x({0, 1, 0, 3}) = std::numeric_limits<float>::quiet_NaN(), x({0, 0, 1, 4}) = std::numeric_limits<float>::infinity();
-    run({x, theta, out, 5});
+    run(Rotation{x, theta, out, 5});
     each(x.shape, [&](const Index &i) {
         const bool touched =
             (i == Index{0, 1, 0, 3} || i == Index{0, 1, 0, 8} || i == Index{0, 0, 1, 4} || i == Index{0, 0, 1, 9});
@@ -175,7 +158,7 @@ TEST_P(RotateTest, NothingToDo) {
     Array theta = thetas(5, random);
     for (const Index &shape : {Index{0, 3, 2, 10}, {2, 0, 2, 10}, {2, 3, 0, 10}, {0, 1, 2, 10}}) {
         Array x = rows(shape), out(shape);
-        run({x, theta, out, std::numeric_limits<int64_t>::max() - 2});
+        run(Rotation{x, theta, out, std::numeric_limits<int64_t>::max() - 2});
     }
 }
 
@@ -206,7 +189,7 @@ TEST_P(RotateThreadsTest, SameBitsForAnyNumber) {
         for (int threads : {1, 2, 3}) {
             ASSERT_EQ(holdfast_context_set_threads(*context, threads), HOLDFAST_OK);
             Array out = Array(shape).forget();
-            run({x, theta, out, 990'000});
+            run(Rotation{x, theta, out, 990'000});
             EXPECT_NE(context->messages.back().find(std::to_string(threads) + " threads"), std::string::npos);
             if (threads == 1) whole = out;
             EXPECT_TRUE(same_bits(whole, out)) << threads << " threads";
