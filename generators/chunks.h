@@ -32,7 +32,7 @@ struct Chunks {
     }
 };
 
-/// The table of one sequence per batch entry, filled where the kernel runs: no copy, and no wait for one.
+/// The table, filled where the kernel runs: no copy, and no wait for one.
 struct ChunkTableFuncs {
     Halide::Func entries;  // (n): field n % 4 of slot n / 4, and zeros after the last
 };

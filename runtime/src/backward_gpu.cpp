@@ -48,21 +48,21 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
     const int64_t G = std::max<int64_t>(p.group(), 1);  // where there are none, one of zeros, which kernels need
     constexpr int64_t float_bytes = sizeof(float);
     int64_t chunk = chunk_of(p, kernels.gradient);
-    std::optional<ChunkTable> packed;
-    if (p.packed()) packed.emplace(p.starts, chunk);
+    bool packed = p.packed();  // all sequences in a call
+    const int64_t packed_chunks = packed ? chunks_of(p.starts, chunk) : 0;
+    auto chunks_in = [&](int64_t tokens) { return packed ? packed_chunks : (tokens + chunk - 1) / chunk; };
     // The largest buffers that the kernel has, of a chunk: its state, scores, rows.
     const int64_t of_chunk = std::max({p.K * p.V, chunk * chunk * G, chunk * std::max(p.K, p.V) * G}) * float_bytes;
     auto part_of = [&](int64_t tokens) {
-        const int64_t slots = packed ? packed->slots : (tokens + chunk - 1) / chunk + 1, sequences = packed ? p.N : 1;
-        if (!chunks_fit(run, p, chunk, slots - sequences, sequences)) return Part{0, 0};
-        return largest_part(p, x, tokens, slots * of_chunk, sequences);
+        const int64_t chunks = chunks_in(tokens), sequences = packed ? p.N : 1;
+        return largest_part(p, x, tokens, (chunks + sequences) * of_chunk, sequences);
     };
     int64_t at_once = p.T;
     Part part = part_of(at_once);
     const bool cut = !part.batch;
     const Variant *forward = nullptr;
     if (cut) {
-        packed.reset();
+        packed = false;
         forward = &kernels.forward();
         chunk = std::min<int64_t>(chunk, forward->chunk);
         while (!(part = part_of(at_once)).batch && at_once > chunk) at_once = (at_once / 2 + chunk - 1) / chunk * chunk;
@@ -70,21 +70,17 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
     }
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, or its states of K V = ", p.K * p.V,
-             ", reach beyond 2^31 bytes, or, on Vulkan, take more than 65535 blocks of threads; expected less");
+             ", reach beyond 2^31 bytes; expected less");
 
     // What the call adds: the chunk table, and zeros for what is not given.
-    const int64_t most_slots = packed ? packed->slots : (at_once + chunk - 1) / chunk + 1;
     const int32_t S = packed ? (int32_t)p.N : 1;  // sequences of a batch entry in a call
     constexpr int64_t alignment = Arena::alignment;
     auto aligned = [&](int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
-    const int64_t zeros_at = aligned(most_slots * ChunkTable::fields * (int64_t)sizeof(int32_t));
+    const int64_t zeros_at = aligned((chunks_in(at_once) + S) * ChunkTable::fields * (int64_t)sizeof(int32_t));
     const int64_t added_bytes = zeros_at + aligned(std::max(p.K, p.V) * float_bytes);
     Memory added(run, added_bytes);
     const Zeros zeros{added, zeros_at};
-    if (packed) {
-        packed->columns.resize(added_bytes / sizeof(int32_t));
-        added.copy_in(packed->columns.data(), added_bytes);
-    }
+    if (packed) fill_chunk_table(run, added, added_bytes, p.starts, chunk);
     int64_t tokens_in_table = 0;
     // Rows that are not wanted are not written, but have to be somewhere; a gradient of states is written.
     Memory unwanted_row(run, std::max(p.K, p.V) * float_bytes);
@@ -117,7 +113,7 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
             };
             // Tokens t .. t + n - 1 of sequence s, or of all.
             auto table = [&](int64_t n) {
-                const int32_t count = packed ? packed->count : (int32_t)((n + chunk - 1) / chunk);
+                const int32_t count = (int32_t)chunks_in(n);
                 if (!packed && std::exchange(tokens_in_table, n) != n)
                     fill_chunk_table(run, added, added_bytes, n, chunk, count);
                 return count;

@@ -1,4 +1,5 @@
-// Fills the chunk table that kernels read. generators/chunks.h says what its columns mean.
+// The chunk table that kernels read: filled for a CPU; the kernel chunk_table does it on a GPU. generators/chunks.h says what its
+// columns mean.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -6,15 +7,20 @@
 
 namespace holdfast {
 
+/// How many chunks of at most `chunk` tokens there are in the sequences of tokens starts[s] .. starts[s + 1] - 1.
+inline int chunks_of(const std::vector<int64_t> &starts, int64_t chunk) {
+    int count = 0;
+    for (size_t s = 1; s < starts.size(); s++) count += (int)((starts[s] - starts[s - 1] + chunk - 1) / chunk);
+    return count;
+}
+
 struct ChunkTable {
     static constexpr int fields = 4;
     std::vector<int32_t> columns;  // start, length, next, first of each slot
-    int count = 0, slots = 0;
+    int count, slots;
 
-    /// Sequence s is tokens starts[s] .. starts[s + 1] - 1, cut into chunks of at most `chunk` tokens.
-    ChunkTable(const std::vector<int64_t> &starts, int64_t chunk) {
+    ChunkTable(const std::vector<int64_t> &starts, int64_t chunk) : count(chunks_of(starts, chunk)) {
         const int sequences = (int)starts.size() - 1;
-        for (int s = 0; s < sequences; s++) count += (int)((starts[s + 1] - starts[s] + chunk - 1) / chunk);
         slots = count + sequences;
         columns.resize((size_t)slots * fields);
         int c = 0;

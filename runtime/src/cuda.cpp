@@ -284,8 +284,7 @@ static void check_no_graph(CUstream stream) {
     int capturing = 0;  // CUstreamCaptureStatus
     if (api().StreamIsCapturing && api().StreamIsCapturing(stream, &capturing) == success && capturing)
         fail(HOLDFAST_UNSUPPORTED,
-             "the stream is being captured in a graph, and the call copies memory of the CPU: tensors there, "
-             "or the table of cu_seqlens of degree 1; expected neither");
+             "the stream is being captured in a graph, and the call copies tensors of the CPU; expected them on the device");
 }
 
 void copy_in(uint64_t to, const void *from, size_t bytes, CUstream stream) {
@@ -357,12 +356,12 @@ int halide_cuda_run(void *user_context, void *state, const char *name, int block
             }
             function = known->second.function;
         }
-        constexpr int most = 128;
+        constexpr int most = 256;  // of 4 or 8 bytes: CUDA takes 4 KB
         uint64_t handles[most];
         void *values[most + 1];
         int n = 0;
         for (; sizes[n]; n++) {
-            if (n == most) return report(user_context, "a kernel has more than 128 arguments", success);
+            if (n == most) return report(user_context, "a kernel has more than 256 arguments", success);
             values[n] = arguments[n];
             if (is_buffer[n]) handles[n] = ((halide_buffer_t *)arguments[n])->device, values[n] = &handles[n];
         }

@@ -18,45 +18,41 @@ void issue(const Run &run, const Problem &p, int64_t chunk) {
 
     // What the call adds: the chunk table, and zeros for what is not given. A head that is too large for one call of the kernel takes
     // several, each with some of its tokens; packed sequences are then calls of their own.
-    std::optional<ChunkTable> packed;
-    if (p.packed()) packed.emplace(p.starts, chunk);
+    bool packed = p.packed();  // all sequences in a call
+    const int64_t packed_chunks = packed ? chunks_of(p.starts, chunk) : 0;
+    auto chunks_in = [&](int64_t tokens) { return packed ? packed_chunks : (tokens + chunk - 1) / chunk; };
     auto part_of = [&](int64_t tokens) {
-        const int64_t slots = packed ? packed->slots : (tokens + chunk - 1) / chunk + 1, sequences = packed ? p.N : 1;
-        if (!chunks_fit(run, p, chunk, slots - sequences, sequences)) return Part{0, 0};
-        return largest_part(p, x, tokens, slots * p.state_bytes(), sequences);
+        const int64_t chunks = chunks_in(tokens), sequences = packed ? p.N : 1;
+        return largest_part(p, x, tokens, (chunks + sequences) * p.state_bytes(), sequences);
     };
     int64_t at_once = p.T;
     Part part = part_of(at_once);
     if (!part.batch) {
-        packed.reset();
+        packed = false;
         while (!(part = part_of(at_once)).batch && at_once > chunk) at_once = (at_once / 2 + chunk - 1) / chunk * chunk;
         if (part.batch) part = {1, 1};  // more would take more memory than tensors that are nearer
     }
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, or its states of K V = ", p.K * p.V,
-             ", reach beyond 2^31 bytes, or, on Vulkan, take more than 65535 blocks of threads; expected less");
-    const int64_t most_slots = packed ? packed->slots : (at_once + chunk - 1) / chunk + 1;
+             ", reach beyond 2^31 bytes; expected less");
+    const int32_t S = packed ? (int32_t)p.N : 1;  // sequences of a batch entry in a call
     constexpr int64_t alignment = Arena::alignment;
     auto aligned = [&](int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
-    const int64_t zeros_at = aligned(most_slots * ChunkTable::fields * (int64_t)sizeof(int32_t));
+    const int64_t zeros_at = aligned((chunks_in(at_once) + S) * ChunkTable::fields * (int64_t)sizeof(int32_t));
     const int64_t added_bytes = zeros_at + aligned(p.V * (int64_t)sizeof(float));
     Memory added(run, added_bytes);
     const Zeros zeros{added, zeros_at};
-    const int32_t S = packed ? (int32_t)p.N : 1;  // sequences of a batch entry in a call
     // What is not wanted has to go somewhere.
     std::optional<Memory> unwanted_state, unwanted_row;
     if (!p.out.rank) unwanted_row.emplace(run, p.V * (int64_t)sizeof(float));
     if (!p.final_state.rank) unwanted_state.emplace(run, part.batch * S * part.of_each * p.state_bytes());
-    if (packed) {
-        packed->columns.resize(added_bytes / sizeof(int32_t));
-        added.copy_in(packed->columns.data(), added_bytes);
-    }
+    if (packed) fill_chunk_table(run, added, added_bytes, p.starts, chunk);
     int64_t tokens_in_table = 0;
 
     // Tokens t .. t + n - 1 of B batch entries, or of sequence s or all that are packed, and H heads.
     auto launch = [&](int64_t b, int64_t h, int32_t B, int32_t H, int64_t s, int64_t t, int64_t n, bool first) {
         const int32_t K = (int32_t)p.K, V = (int32_t)p.V, tokens = (int32_t)n;
-        const int32_t count = packed ? packed->count : (int32_t)((n + chunk - 1) / chunk);
+        const int32_t count = (int32_t)chunks_in(n);
         if (!packed && tokens_in_table != n) {
             fill_chunk_table(run, added, added_bytes, n, chunk, count);
             tokens_in_table = n;

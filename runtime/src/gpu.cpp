@@ -1,13 +1,16 @@
 #include "gpu.h"
 
+#include "chunk_table.h"
 #include "cuda.h"
 #include "opencl.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <tuple>
 #include <utility>
 
 namespace holdfast {
@@ -406,15 +409,6 @@ static bool blocks_fit(const Problem &p, int64_t batch, int64_t heads) {
     return (batch == 1 || batch <= most_blocks) && (heads == 1 || heads * std::max<int64_t>(p.group(), 1) <= most_blocks);
 }
 
-bool chunks_fit(const Run &run, const Problem &p, int64_t chunk, int64_t chunks, int64_t sequences) {
-    if (run.call.place.backend != Backend::vulkan) return true;
-    // The smallest pieces that schedules/gpu/chunkwise.cpp and chunkwise_backward.cpp have: 32 x 8 of a state, 32 x 8 of rows.
-    auto pieces = [](int64_t columns, int64_t rows) { return ((columns + 31) / 32) * ((rows + 7) / 8); };
-    const int64_t of_states = pieces(p.V, p.K) * std::max(chunks, sequences),
-                  of_rows = pieces(std::max(p.K, p.V), chunk) * chunks;
-    return std::max(of_states, of_rows) < 1 << 16;
-}
-
 Part largest_part(const Problem &p, const Operands &x, int64_t tokens, int64_t bytes_of_a_head, int64_t sequences) {
     auto fits = [&](int64_t batch, int64_t heads) {
         if (!blocks_fit(p, batch, heads)) return false;
@@ -471,8 +465,27 @@ int32_t narrow(const Tensor &t, int axis, int64_t extent) {
 
 void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64_t tokens, int64_t chunk, int64_t count) {
     View table(memory, 0, int32, {{0, (int32_t)(bytes / 4), 1}});
-    run.check("chunk_table",
-              run.variant.target->fill_chunk_table(&run.workspace, (int32_t)tokens, (int32_t)chunk, (int32_t)count, &table));
+    run.check("chunk_table", run.variant.target->chunk_table(&run.workspace, (int32_t)chunk, (int32_t)count, (int32_t)count + 1,
+                                                             0, 0, 0, (int32_t)tokens, (int32_t)count, &table));
+}
+
+void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, const std::vector<int64_t> &starts, int64_t chunk) {
+    if (run.call.rehearsal) return;  // it takes no memory
+    View table(memory, 0, int32, {{0, (int32_t)(bytes / 4), 1}});
+    const int32_t sequences = (int32_t)starts.size() - 1, count = chunks_of(starts, chunk);
+    int32_t chunks = 0;
+    for (int32_t before = 0; before < sequences; before += packed_at_once) {
+        std::array<int32_t, chunk_table_numbers(packed_at_once)> numbers = {
+            (int32_t)chunk, count, count + sequences, before, (int32_t)starts[before], chunks};
+        int32_t *token_end = &numbers[chunk_table_numbers(0)], *chunk_end = token_end + packed_at_once;
+        for (int32_t s = before; s < before + packed_at_once; s++) {  // behind the last one, empty ones
+            const int64_t end = starts[std::min(s + 1, sequences)];
+            chunks += (int32_t)((end - starts[std::min(s, sequences)] + chunk - 1) / chunk);
+            *token_end++ = (int32_t)end, *chunk_end++ = chunks;
+        }
+        auto call = [&](auto... n) { return run.variant.target->packed_chunk_table(&run.workspace, n..., &table); };
+        run.check("packed_chunk_table", std::apply(call, numbers));
+    }
 }
 
 View rows_of(const OnDevice &r, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads, int32_t entries) {

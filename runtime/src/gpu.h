@@ -178,10 +178,6 @@ struct Part {
 constexpr int64_t most_bytes = std::numeric_limits<int32_t>::max();  // of a buffer of one call, for Halide
 constexpr int64_t most_blocks = 1 << 15;  // of threads along the second and third axis of a grid: CUDA and Vulkan take 2^16 - 1
 
-/// Whether a device takes the grids of the kernels of degree 1 along their first axis too, where pieces of states and of rows of
-/// all chunks lie: Vulkan promises 2^16 - 1 there as well.
-bool chunks_fit(const Run &run, const Problem &p, int64_t chunk, int64_t chunks, int64_t sequences);
-
 /// Bytes from the first to the last element of a part of a tensor with at most these extents, on the first axes.
 int64_t span(const Tensor &t, std::initializer_list<int64_t> most);
 
@@ -207,6 +203,8 @@ int32_t narrow(const Tensor &t, int axis, int64_t extent);
 /// The table of `count` chunks of so many tokens, made on the device by the kernel `chunk_table`, and zeros after it, for what
 /// the caller leaves out.
 void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, int64_t tokens, int64_t chunk, int64_t count);
+/// The same of packed sequences, which begin at `starts`, by `packed_chunk_table`.
+void fill_chunk_table(const Run &run, const Memory &memory, int64_t bytes, const std::vector<int64_t> &starts, int64_t chunk);
 
 /// Rows of keys or values (d, t, h, b) from token t of head h of batch entry b on; and of queries or outputs (d, t, g, h, b), `group`
 /// heads for each of keys.

@@ -14,9 +14,15 @@ namespace holdfast {
 
 const std::vector<Target> &targets() {
     static const std::vector<Target> list = {
-#define HOLDFAST_TARGET(name, backend, needs, chunk_table, convert_state, sum_decays) \
-    {#name,         Backend::backend, missing_cpu_features(needs), std::strstr(needs, "amx_tile") != nullptr, chunk_table, \
-     convert_state, sum_decays},
+#define HOLDFAST_TARGET(name, backend, needs, chunk_table, packed_chunk_table, convert_state, sum_decays) \
+    {#name, \
+     Backend::backend, \
+     missing_cpu_features(needs), \
+     std::strstr(needs, "amx_tile") != nullptr, \
+     chunk_table, \
+     packed_chunk_table, \
+     convert_state, \
+     sum_decays},
 #include "targets.inc"
 #undef HOLDFAST_TARGET
     };

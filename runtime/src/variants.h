@@ -3,8 +3,10 @@
 #pragma once
 #include "backend.h"
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -68,13 +70,29 @@ using PowerStepKernel = int(const void *user_context, halide_buffer_t *q, halide
                             float scale, halide_buffer_t *state, halide_buffer_t *sum, halide_buffer_t *keys,
                             halide_buffer_t *out);
 
+/// A kernel that makes the chunk table of so many sequences. Its numbers, generators/chunk_table_generator.cpp: chunk, count, slots,
+/// before, first_token, first_chunk, the end of each sequence in tokens, and of each in chunks.
+constexpr int chunk_table_numbers(int sequences) { return 6 + 2 * sequences; }
+template<size_t>
+using Number = int32_t;
+template<class Index>
+struct OfNumbers;
+template<size_t... n>
+struct OfNumbers<std::index_sequence<n...>> {
+    using Kernel = int(const void *user_context, Number<n>... numbers, halide_buffer_t *table);
+};
+template<int sequences>
+using ChunkTableKernel = typename OfNumbers<std::make_index_sequence<chunk_table_numbers(sequences)>>::Kernel;
+constexpr int packed_at_once = 64;  // sequences, for packed_chunk_table
+
 struct Target {
     const char *name;
     Backend backend;
     std::string missing_features;  // CPU features it needs and this machine lacks
     bool tiles;                    // it needs permission as well: cpu_features.h
     // GPUs; null on the CPU:
-    int (*fill_chunk_table)(const void *user_context, int32_t tokens, int32_t chunk, int32_t count, halide_buffer_t *table);
+    ChunkTableKernel<1> *chunk_table;
+    ChunkTableKernel<packed_at_once> *packed_chunk_table;
     int (*convert_state)(const void *user_context, halide_buffer_t *from, int32_t order, halide_buffer_t *to);
     int (*sum_decays)(const void *user_context, halide_buffer_t *gradients, halide_buffer_t *sums);
 };

@@ -8,7 +8,8 @@ using namespace holdfast;
 
 void apply(ChunkTableFuncs &f, const ChunkTableSizes &, const Target &) {
     Var n = f.entries.args()[0], block("block"), thread("thread");
-    f.entries.gpu_tile(n, block, thread, 64, TailStrategy::GuardWithIf);
+    f.entries.gpu_single_thread();  // undefined
+    f.entries.update().gpu_tile(n, block, thread, 64, TailStrategy::GuardWithIf);
 }
 
 bool matches(const Target &t, const ChunkTableSizes &) { return t.has_gpu_feature(); }

@@ -168,57 +168,68 @@ TEST(Cuda, NothingButLaunchesWithWorkspaceAfterTheFirstCall) {
     EXPECT_NE(context.messages[1].find("on CUDA device 0"), std::string::npos) << context.messages[1];
 }
 
-TEST(Cuda, PackedSequencesCopyTheirTable) {
+/// cu_seqlens of so many sequences of T tokens in all: some have none, if they are many.
+struct Sequences {
+    std::vector<int64_t> starts;
+    int64_t extent;
+    DLTensor cu_seqlens;
+
+    Sequences(int64_t number, int64_t T)
+        : starts((size_t)number + 1), extent(number + 1),
+          cu_seqlens{starts.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &extent, nullptr, 0} {
+        for (int64_t s = 0; s <= number; s++) starts[(size_t)s] = s * T / number;
+    }
+    Sequences(const Sequences &) = delete;
+};
+
+TEST(Cuda, PackedSequencesAreLaunchesAlone) {
     Driver driver;
     Context context;
-    Call whole, packed;
-    for (Call *call : {&whole, &packed})
-        for (DLTensor *x : {&call->q, &call->k, &call->v, &call->out, &call->log_decay}) x->shape[0] = 1;
-    int64_t starts[] = {0, 0, T}, extent = 3;
-    const DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &extent, nullptr, 0};
-    packed.args.cu_seqlens = &cu_seqlens;  // of two sequences: as many states as Call has for batch entries
-    whole.initial_state.shape[0] = whole.final_state.shape[0] = 1;
+    auto of_states = [](Call &call, int64_t number) {
+        for (DLTensor *x : {&call.q, &call.k, &call.v, &call.out, &call.log_decay}) x->shape[0] = 1;
+        for (DLTensor *x : {&call.initial_state, &call.final_state}) x->shape[0] = number;
+    };
+    Call whole;
+    of_states(whole, 1);
     ASSERT_EQ(whole.run(context), HOLDFAST_OK) << context.error();
     driver.clear();
     ASSERT_EQ(whole.run(context), HOLDFAST_OK) << context.error();
     const size_t launches = of(driver.record(), "cuLaunchKernel").size();
-    packed.give_workspace(context);
-    ASSERT_EQ(packed.run(context), HOLDFAST_OK) << context.error();
-    driver.clear();
-    ASSERT_EQ(packed.run(context), HOLDFAST_OK) << context.error();
-    const auto record = driver.record();
-    EXPECT_EQ(others(record), std::set<std::string>{"cuMemcpyHtoDAsync"});
-    EXPECT_EQ(of(record, "cuMemcpyHtoDAsync").size(), 1u);
-    EXPECT_EQ(of(record, "cuLaunchKernel").size(), launches - 1);  // no kernel makes the table
+    for (auto [sequences, tables] : {std::pair{1, 1u}, {2, 1u}, {64, 1u}, {65, 2u}, {300, 5u}}) {
+        SCOPED_TRACE(testing::Message() << sequences << " sequences");
+        const Sequences packed(sequences, T);
+        Call call;
+        of_states(call, sequences), call.args.cu_seqlens = &packed.cu_seqlens;
+        call.give_workspace(context);
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        for (const bool captured : {false, true}) {
+            SCOPED_TRACE(testing::Message() << "captured " << captured);
+            driver.capture(captured);
+            driver.clear();
+            EXPECT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+            driver.capture(false);
+            EXPECT_EQ(others(driver.record()), std::set<std::string>());
+            EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), launches - 1 + tables);
+        }
+    }
 }
 
-TEST(Cuda, GraphsDoNotCaptureCopiesOfTheHost) {
+TEST(Cuda, GraphsDoNotCaptureTensorsOfTheHost) {
     Driver driver;
-    Context context;
-    Call whole, packed, host(0, kDLCPU);
-    for (DLTensor *x : {&packed.q, &packed.k, &packed.v, &packed.out, &packed.log_decay}) x->shape[0] = 1;
-    int64_t starts[] = {0, 7, T}, extent = 3;
-    const DLTensor cu_seqlens = {starts, {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &extent, nullptr, 0};
-    packed.args.cu_seqlens = &cu_seqlens;
-    for (Call *call : {&whole, &packed}) {
-        call->give_workspace(context);
-        ASSERT_EQ(call->run(context), HOLDFAST_OK) << context.error();
-    }
-    Context copies;
+    Context context, copies;
+    Call there, host(0, kDLCPU);
+    there.give_workspace(context);
     ASSERT_EQ(holdfast_context_set_backend(copies, "cuda"), HOLDFAST_OK);
+    ASSERT_EQ(there.run(context), HOLDFAST_OK) << context.error();
+    ASSERT_EQ(host.run(copies), HOLDFAST_OK) << copies.error();
     driver.capture(true);
-    EXPECT_EQ(whole.run(context), HOLDFAST_OK) << context.error();
-    for (auto [call, where] : {std::pair{&packed, (holdfast_context *)context}, {&host, (holdfast_context *)copies}}) {
-        driver.clear();
-        EXPECT_EQ(call->run(where), HOLDFAST_UNSUPPORTED);
-        EXPECT_EQ(
-            std::string(holdfast_last_error(where)),
-            "the stream is being captured in a graph, and the call copies memory of the CPU: tensors there, or the table of "
-            "cu_seqlens of degree 1; expected neither");
-        EXPECT_TRUE(of(driver.record(), "cuLaunchKernel").empty());
-    }
+    EXPECT_EQ(there.run(context), HOLDFAST_OK) << context.error();
+    driver.clear();
+    EXPECT_EQ(host.run(copies), HOLDFAST_UNSUPPORTED);
+    EXPECT_EQ(copies.error(),
+              "the stream is being captured in a graph, and the call copies tensors of the CPU; expected them on the device");
+    EXPECT_TRUE(of(driver.record(), "cuLaunchKernel").empty());
     driver.capture(false);
-    EXPECT_EQ(packed.run(context), HOLDFAST_OK) << context.error();
     EXPECT_EQ(host.run(copies), HOLDFAST_OK) << copies.error();
 }
 
@@ -261,21 +272,30 @@ TEST(Cuda, ValueMajorStatesCostNothing) {
     EXPECT_EQ(sizes.size(), 1u);
 }
 
-TEST(Cuda, TokenByTokenIsTwoLaunchesAToken) {
+TEST(Cuda, TokenByTokenIsTwoLaunchesForSomeTokens) {
     Driver driver;
     Context context;
-    for (const bool given : {true, false}) {  // an initial state; log_decay
+    // An initial state and log_decay are given; two heads of queries share one of keys; tokens lie 2^29 bytes apart.
+    for (auto [given, shared, apart] :
+         {std::make_tuple(true, false, false), {false, false, false}, {true, true, false}, {true, false, true}}) {
+        SCOPED_TRACE(testing::Message() << "given " << given << ", shared " << shared << ", apart " << apart);
         Call call;
         call.args.form = HOLDFAST_FORM_RECURRENT;
+        if (shared)
+            for (DLTensor *x : {&call.q, &call.out}) x->shape[2] = 2 * H, x->strides = nullptr;
+        int64_t strides[] = {V * H, 1 << 27, V, 1};
+        if (apart) call.v.strides = strides;
         if (!given) call.args.initial_state = call.args.log_decay = nullptr;
         call.give_workspace(context);
         ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
         driver.clear();
         ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
         EXPECT_EQ(others(driver.record()), std::set<std::string>());
-        // The state goes to its place first; zeros for it are made, and for decays.
-        EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), (size_t)(2 * T + (given ? 1 : 3)));
+        // The state goes to its place first; zeros for it are made, and for decays. 64 tokens at once.
+        const int64_t launches = 2 * (shared || apart ? T : (T + 63) / 64) + (given ? 1 : 3);
+        EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), (size_t)launches);
         EXPECT_NE(context.messages.back().find("token by token, on CUDA device 0"), std::string::npos);
+        if (apart) continue;  // it needs less than is asked for: sizes do not depend on strides
         call.give_workspace(context, -1);
         EXPECT_EQ(call.run(context), HOLDFAST_INVALID_ARGUMENT);
         EXPECT_NE(context.error().find("as holdfast_workspace_size says"), std::string::npos) << context.error();
@@ -1529,6 +1549,30 @@ TEST(Cuda, GradientsOfSequencesThatAreTooLongForOneCallOfTheKernelTakeSeveral) {
             ASSERT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
             EXPECT_LT(of(driver.record(), "cuLaunchKernel").size(), several);
         }
+}
+
+TEST(Cuda, GradientsOfPackedSequencesAreLaunchesAlone) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_stream(context, driver.stream(driver.context(0))), HOLDFAST_OK);
+    std::map<int64_t, size_t> launches;
+    for (const int64_t number : {1, 64, 65, 200}) {
+        SCOPED_TRACE(testing::Message() << number << " sequences");
+        GradientCall call(1, HOLDFAST_FORM_CHUNKWISE, 1);
+        const Sequences packed(number, call.t[0].shape[1]);
+        call.resize_states(0, number), call.args.cu_seqlens = &packed.cu_seqlens;
+        call.give_workspace(context);
+        ASSERT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
+        driver.capture(true);
+        driver.clear();
+        EXPECT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
+        driver.capture(false);
+        EXPECT_EQ(others(driver.record()), std::set<std::string>());
+        launches[number] = of(driver.record(), "cuLaunchKernel").size();
+    }
+    EXPECT_EQ(launches[64], launches[1]);
+    EXPECT_EQ(launches[65], launches[1] + 1);
+    EXPECT_EQ(launches[200], launches[1] + 3);
 }
 
 TEST(Cuda, GradientsAreLaunchesAlone) {

@@ -65,7 +65,28 @@ def test_chunk_table(device, tokens, chunk):
     """Of one sequence, behind it zeros for what a call leaves out."""
     table, count = chunk_table([tokens], chunk)
     made = np.full(table.size + 13, 7, np.int32)
-    device.call("chunk_table_cuda", *map(ctypes.c_int, (tokens, chunk, count)), made)
+    numbers = chunk, count, count + 1, 0, 0, 0, tokens, count
+    device.call("chunk_table_cuda", *map(ctypes.c_int, numbers), made)
+    assert (made[: table.size].reshape(table.shape) == table).all()
+    assert (made[table.size :] == 0).all()
+
+
+LENGTHS = [0, 70, 64, 0, 1, 128, 0]
+
+
+@pytest.mark.parametrize("lengths", [[5], LENGTHS, [3] * 64, [*LENGTHS * 9, 200, 0, 65], [*[0] * 130, 1]], ids=len)
+def test_packed_chunk_table(device, lengths):
+    """As many calls of 64 sequences as it takes: runtime/src/gpu.cpp."""
+    table, count = chunk_table(lengths, 64)
+    made = np.full(table.size + 13, 7, np.int32)
+    tokens = np.cumsum(lengths)
+    chunks = np.cumsum([-(-n // 64) for n in lengths])
+    first = 0, 0
+    for before in range(0, len(lengths), 64):
+        ends = [[x[min(s, len(x) - 1)] for s in range(before, before + 64)] for x in (tokens, chunks)]
+        numbers = 64, count, len(table), before, *first, *ends[0], *ends[1]
+        device.call("packed_chunk_table_cuda", *(ctypes.c_int(int(n)) for n in numbers), made)
+        first = ends[0][-1], ends[1][-1]
     assert (made[: table.size].reshape(table.shape) == table).all()
     assert (made[table.size :] == 0).all()
 

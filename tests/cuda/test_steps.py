@@ -1,4 +1,4 @@
-"""The recurrent kernels of the table for CUDA, token by token, against the double reference."""
+"""The recurrent kernels of the table for CUDA against the double reference."""
 
 import ctypes
 import re
@@ -12,32 +12,34 @@ from tolerances import OUT, STATE
 
 
 class Steps(Call):
-    """The same tokens one by one: `state_out` is advanced in place."""
+    """The same tokens, one by one or some in a call: `state_out` is advanced in place."""
 
-    def __init__(self, row, tokens, size):
-        super().__init__(row, [tokens], heads=2, batch=2, group=2, size=None if row.key_size else size)
+    def __init__(self, row, tokens, size, group=2):
+        super().__init__(row, [tokens], heads=2, batch=2, group=group, size=None if row.key_size else size)
         self.state_out[:] = self.state_in
 
-    def take(self, device, t):
+    def take(self, device, t, tokens=1):
         batch, heads, _, K, V = self.state_out.shape
         state = np.ascontiguousarray(self.state_out[:, :, 0])
         if t % 2:  # value-major
             state = np.ascontiguousarray(state.swapaxes(2, 3)).swapaxes(2, 3)
         of_token = np.lib.stride_tricks.as_strided(
-            state, (batch, heads, 1, K, 1, V), (*state.strides[:2], 0, state.strides[2], 0, state.strides[3])
+            state, (batch, heads, tokens, K, 1, V), (*state.strides[:2], 0, state.strides[2], 0, state.strides[3])
         )
-        sums = np.zeros((batch, heads, 1, V), np.float32)
+        sums = np.zeros((batch, heads, tokens, V), np.float32)
         every_row = np.lib.stride_tricks.as_strided(
-            sums, (batch, heads, 1, K, 1, V), (*sums.strides[:2], 4 * V, 0, 4 * V, 4)
+            sums, (batch, heads, tokens, K, 1, V), (*sums.strides[:3], 0, 4 * V, 4)
         )
-        q, k, v, decay = (np.ascontiguousarray(x[:, t]) for x in (self.q, self.k, self.v, self.log_decay))
-        out = np.zeros((batch, heads, self.group, V), self.out.dtype)
-        one = (-3, -2)  # a block of one token
-        q = np.expand_dims(q.reshape(batch, heads, self.group, K), one)
-        k, v, decay = np.expand_dims(k, one), np.expand_dims(v, one), np.expand_dims(decay, (-2, -1))
-        written = np.expand_dims(out, one)
-        device.call(self.row.name, q, k, v, decay, ctypes.c_float(self.scale), of_token, every_row, written)
-        self.state_out[:, :, 0], self.out[:, t] = state, out.reshape(self.out[:, t].shape)
+
+        def blocks(x):  # of one token: (batch, heads, (group,) tokens, 1, size)
+            return np.expand_dims(np.ascontiguousarray(np.moveaxis(x[:, t : t + tokens], 1, -2)), -2)
+
+        k, v, decay = blocks(self.k), blocks(self.v), blocks(self.log_decay[..., None])[..., 0]
+        q = blocks(self.q.reshape(batch, -1, heads, self.group, K))
+        out = np.zeros((*q.shape[:-1], V), self.out.dtype)
+        device.call(self.row.name, q, k, v, decay, ctypes.c_float(self.scale), of_token, every_row, out)
+        self.state_out[:, :, 0] = state
+        self.out[:, t : t + tokens] = np.moveaxis(out[..., 0, :], -2, 1).reshape(batch, tokens, -1, V)
 
 
 @pytest.mark.parametrize("row", RECURRENT, ids=str)
@@ -46,6 +48,15 @@ def test_matches_reference(device, row):
     for t in range(2):
         device.reset()
         steps.take(device, t)
+    out, state = steps.errors()
+    assert out <= OUT[row.dtype]
+    assert state <= STATE["f32"]
+
+
+@pytest.mark.parametrize("row", RECURRENT, ids=str)
+def test_some_tokens_in_a_call(device, row):
+    steps = Steps(row, 3, (5, 35), group=1)
+    steps.take(device, 0, 3)
     out, state = steps.errors()
     assert out <= OUT[row.dtype]
     assert state <= STATE["f32"]

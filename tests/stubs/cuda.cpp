@@ -20,7 +20,7 @@ namespace {
 
 using Result = int;
 constexpr Result success = 0, invalid_value = 1, out_of_memory = 2, invalid_context = 201, invalid_handle = 400,
-                 not_found = 500;
+                 not_found = 500, capture_unsupported = 900;
 
 struct Context {
     int device;
@@ -54,10 +54,17 @@ Locked state() {
 
 thread_local std::vector<Context *> stack;
 
+/// What fails while a stream is being captured. (Copies do not: a graph keeps their addresses.)
+bool captured_never(const std::string &function) {
+    return function == "cuMemAlloc" || function == "cuMemFree" || function == "cuStreamSynchronize" ||
+           function == "cuModuleLoadDataEx";
+}
+
 /// Write a line; the result that the call shall have.
 Result note(const char *function, const std::string &arguments = "") {
     const Locked s = state();
     s->record += std::string(function) + (arguments.empty() ? "" : " " + arguments) + "\n";
+    if (s->capturing && captured_never(function)) return capture_unsupported;
     const int n = ++s->calls[function];
     const char *fail = std::getenv("HOLDFAST_STUB_FAIL");
     if (!fail) return success;

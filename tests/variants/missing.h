@@ -14,7 +14,7 @@ namespace test {
 
 /// The backend of a target of cmake/targets.cmake.
 constexpr const char *backend_of(std::string_view target) {
-#define HOLDFAST_TARGET(name, backend, needs, chunk_table, convert_state, sum_decays) \
+#define HOLDFAST_TARGET(name, backend, needs, ...) \
     if (target == #name) return #backend;
 #include <targets.inc>
 #undef HOLDFAST_TARGET

@@ -344,15 +344,16 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  one for each part of it. log_decay is not looked at, so positive ones are computed with. Workspace grows with T: the states
  *  between all chunks. For a degree above 1 or
  *  normalization, one launch sequence for each chunk of all batch entries or of a packed sequence, and workspace for one of them. The
- *  recurrent form, which is taken when it is asked for, is two launches for each token of all batch entries or of a packed sequence
- *  (what holdfast_step says for a degree above 1 or normalization), and one to put the initial state where it will be advanced. States
+ *  recurrent form, which is taken when it is asked for, is two launches for up to 64 tokens of all batch entries or of a packed
+ *  sequence, for each token where heads share keys (what holdfast_step says for a degree above 1 or normalization), and one to put the
+ *  initial state where it will be advanced. States
  *  are read and written where they lie in either layout; value-major ones by lines that each serve 32 rows of them. In the tiled
  *  order they are converted before the first launch and after the last, four launches that read and write each state once more, and
  *  workspace for the tight ones.
  *  On CUDA, given a workspace and after the first call in a CUcontext
- *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph;
- *  except that one with cu_seqlens, of degree 1 without normalization, copies a table of chunks to the device, and is refused there. Calls on Metal, OpenCL and Vulkan are
- *  made one after the other in a process, whatever their contexts; those on CUDA run side by side. A process that has used a GPU and forks must not use it in the child.
+ *  of the same sizes (which loads kernels), a call copies, allocates and waits for nothing, and may be captured in a graph, with the
+ *  cu_seqlens of then. Calls on Metal, OpenCL and Vulkan are made one after the other in a process, whatever their contexts; those on
+ *  CUDA run side by side. A process that has used a GPU and forks must not use it in the child.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
  *  this build, an extent of 2^31 or more, D V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
