@@ -30,9 +30,9 @@ inline Halide::Expr decay_of(const Halide::Expr &steps, const Halide::Expr &rest
     return whole + whole * (rest + 0.5f * rest * rest);
 }
 
-/// exp(x), x <= 0, as a sum of two: 1, and what is missing to it. A long sequence multiplies its state by the same decay again and
-/// again, and the same rounding each time adds up: to 1e-4 over the 4096 tokens that RetNet's slowest head remembers. Far from 1 the
-/// state forgets faster than that: there the sum is exp(x) as given, rounded, and 0.
+/// exp(x), x <= 0, as a sum of two: 1, and what is missing to it. A long sequence multiplies its state by the same decay again
+/// and again, and the same rounding each time adds up: to 1e-4 over the 4096 tokens that RetNet's slowest head remembers. Far from
+/// 1 the state forgets faster than that: there the sum is exp(x) as given, rounded, and 0.
 inline Halide::Tuple two_part_exp(const Halide::Expr &x, const Halide::Expr &far_from_1) {
     using namespace Halide;
     const float near = -0.35f;
@@ -50,8 +50,8 @@ inline Halide::Tuple two_part_decay_of(const Halide::Expr &log_decay) {
     return two_part_exp(x, exp(x));
 }
 
-/// The same sum, of which the first is all of it, rounded, and the other what that left out: for a state that is multiplied by the
-/// first alone, and by the other now and then. Through an integer, because no compiler may reorder those.
+/// The same sum, of which the first is all of it, rounded, and the other what that left out: for a state that is multiplied by
+/// the first alone, and by the other now and then. Through an integer, because no compiler may reorder those.
 inline Halide::Tuple rounded_first(const Halide::Tuple &decay) {
     using namespace Halide;
     const float unit = 1 << 24;

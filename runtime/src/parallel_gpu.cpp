@@ -1,6 +1,6 @@
 // The parallel form on a GPU: one call of the kernel for all batch entries and heads, or as few as 32-bit buffers allow. Packed
-// sequences are calls of their own, one after the other. An initial state in the tiled order is converted to the kernel's. The final
-// state of degrees above 1 is made by a kernel of power retention.
+// sequences are calls of their own, one after the other. An initial state in the tiled order is converted to the kernel's. The
+// final state of degrees above 1 is made by a kernel of power retention.
 #include "parallel_gpu.h"
 
 #include "expansion.h"
@@ -88,8 +88,8 @@ void issue(const Run &run, const Problem &p, int64_t start) {
             };
             for (auto [from, to] : {std::pair{&x.initial, &own_state}, {&x.initial_sum, &own_sum}})
                 if (*to) convert(run, features_of(*from, b, h, H, B), p.expansion, features_of(**to, 0, 0, H, B), order);
-            View state_in = own_state ? states(*own_state, 0, given, features)
-                                      : states(x.initial, x.initial.at(b, h), given, features);
+            View state_in =
+                own_state ? states(*own_state, 0, given, features) : states(x.initial, x.initial.at(b, h), given, features);
             View sum_in = own_sum ? sums(*own_sum, 0, given, given, features)
                                   : sums(x.initial_sum, x.initial_sum.at(b, h), p.initial_sum.rank, given, features);
             View state_out = states(x.final, x.final.at(b, h), state, (int32_t)K),

@@ -1,6 +1,6 @@
-// exp() on CPUs: good to 1.6 roundings; from 88.4 on infinity, below -87.7 zero. Halide's own takes log 2 off in two parts, which LLVM makes
-// one of, and so is off by 6e-7 at -16 and by 4e-6 at -80, where sums of gates are; and it calls floor(), which is no instruction of
-// the oldest x86.
+// exp() on CPUs: good to 1.6 roundings; from 88.4 on infinity, below -87.7 zero. Halide's own takes log 2 off in two parts, which
+// LLVM makes one of, and so is off by 6e-7 at -16 and by 4e-6 at -80, where sums of gates are; and it calls floor(), which is no
+// instruction of the oldest x86.
 #include "../schedule.h"
 
 namespace {
@@ -15,7 +15,8 @@ public:
     Expr operator()(const Expr &given) {
         const Expr x = let(clamp(given, number(-87.8), number(88.8)));
         const Type bits = UInt(32, type.lanes()), whole = Int(32, type.lanes());
-        // Compilers that reorder sums stop at operations on bits. Next to such a number the last digit is the one before the point.
+        // Compilers that reorder sums stop at operations on bits. Next to such a number the last digit is the one before the
+        // point.
         const Expr shifted = let(reinterpret(bits, x * number(1.44269504) + number(3 << 22)));
         const Expr k = let(cast(type, reinterpret(whole, shifted) - make_const(whole, 0x4b400000)));
         // The first part of log 2 has few digits: multiplied by k, and taken off x, it is exact.

@@ -49,8 +49,8 @@ TEST_P(Numbers, DecaysThatFp32CannotHoldDoNotDrift) {
         SCOPED_TRACE(token_by_token ? "token by token" : "one call");
         if (token_by_token && backend_of(GetParam().target) != "cpu") continue;  // as above
         Context context(GetParam().target);
-        // Products of 16-bit numbers, of few digits, have none where those of a large state end: what rounds its decay away does so
-        // at every token.
+        // Products of 16-bit numbers, of few digits, have none where those of a large state end: what rounds its decay away does
+        // so at every token.
         Problem p = retnet(GetParam().dtype);
         each({p.H}, [&](const Index &h) { p.log_decay({0, 0, h[0]}) = -1e-4f * (float)(1 + std::sqrt(h[0])); });
         if (token_by_token)
@@ -70,7 +70,8 @@ TEST_P(Numbers, DecaysThatFp32CannotHoldDoNotDrift) {
 }
 
 TEST_P(Numbers, StrongGatesKeepTheDigitsOfWeakOnes) {
-    // -64 and -3.7e-6 are numbers of fp32, their sum would be rounded by as much; in the chunk of the first token, and in a later one.
+    // -64 and -3.7e-6 are numbers of fp32, their sum would be rounded by as much; in the chunk of the first token, and in a later
+    // one.
     if (!(GetParam().dtype == f32)) return;
     for (auto [form, degree] :
          {std::pair{HOLDFAST_FORM_CHUNKWISE, 1}, {HOLDFAST_FORM_CHUNKWISE, 2}, {HOLDFAST_FORM_PARALLEL, 1}})
