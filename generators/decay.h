@@ -41,7 +41,7 @@ inline Halide::Tuple two_part_exp(const Halide::Expr &x, const Halide::Expr &far
     return Tuple(select(x > near, 1.0f, far_from_1), select(x > near, x * series, 0.0f));
 }
 
-/// The same of the sum that these are the parts of, and of one log decay.
+/// The same of steps and rest, and of one log decay.
 inline Halide::Tuple two_part_decay_of(const Halide::Expr &steps, const Halide::Expr &rest) {
     return two_part_exp(log_decay_of(steps, rest), decay_of(steps, rest));
 }
