@@ -102,9 +102,11 @@ holdfast_kernel(parallel_backward DTYPES f32 f16 bf16 CHUNKS 32
     COSTLY f16 bf16)
 
 # On GPUs a block of threads has all of a block of rows, with its weights in shared memory.
-holdfast_kernel(parallel DTYPES f32 CHUNKS 32
+holdfast_kernel(parallel DTYPES f32 f16 bf16 CHUNKS 32
     SIZES any
-    TARGETS cuda metal opencl vulkan)
+    TARGETS cuda metal opencl vulkan
+    PARAMS any_state_strides=true
+    COSTLY f16 bf16)
 
 # GPUs: half the traffic of states that chunks of 32 have, and the weights of 32 rows are 8 KiB of shared memory. All of a GPU's
 # kernels take value-major states where they lie, any_state_strides: a CPU's would lose their vectors to it, and the library

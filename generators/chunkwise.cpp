@@ -24,19 +24,19 @@ ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func
     f.decay_steps(i, c, h, b) += select(f.over_row <= i, f.row_steps(f.over_row, c, h, b), 0);
     f.decay_rest = Func("decay_rest");
     f.decay_rest(i, c, h, b) += select(f.over_row <= i, f.row_rest(f.over_row, c, h, b), 0.0f);
-    auto log_decay_between = [&](const Expr &from, const Expr &to) {  // tokens from + 1 .. to
-        return log_decay_of(f.decay_steps(to, c, h, b) - f.decay_steps(from, c, h, b),
-                            f.decay_rest(to, c, h, b) - f.decay_rest(from, c, h, b));
+    auto steps_between = [&](const Expr &from, const Expr &to) {  // tokens from + 1 .. to
+        return f.decay_steps(to, c, h, b) - f.decay_steps(from, c, h, b);
     };
-    auto log_decay_until = [&](const Expr &to) {  // tokens 0 .. to
-        return log_decay_of(f.decay_steps(to, c, h, b), f.decay_rest(to, c, h, b));
+    auto rest_between = [&](const Expr &from, const Expr &to) {
+        return f.decay_rest(to, c, h, b) - f.decay_rest(from, c, h, b);
     };
     f.row_decay = Func("row_decay");
-    f.row_decay(i, c, h, b) = scale * exp(log_decay_until(i));
+    f.row_decay(i, c, h, b) = scale * decay_of(f.decay_steps(i, c, h, b), f.decay_rest(i, c, h, b));
     f.key_decay = Func("key_decay");
-    f.key_decay(j, c, h, b) = select(j < chunks.length(c), exp(log_decay_between(j, C - 1)), 0.0f);
+    Expr kept = decay_of(steps_between(j, C - 1), rest_between(j, C - 1));
+    f.key_decay(j, c, h, b) = select(j < chunks.length(c), kept, 0.0f);
     f.chunk_decay = Func("chunk_decay");
-    f.chunk_decay(c, h, b) = two_part_exp(log_decay_until(C - 1));
+    f.chunk_decay(c, h, b) = two_part_decay_of(f.decay_steps(C - 1, c, h, b), f.decay_rest(C - 1, c, h, b));
 
     // Inside a chunk. The mask is its own Func and a factor, so that bounds inference keeps all of scores; the
     // difference is masked before exp, which could overflow above the diagonal.
@@ -44,8 +44,8 @@ ChunkwiseFuncs chunkwise(const Func &q, const Func &k, const Func &v, const Func
     f.scores = Func("scores");
     f.scores(j, i, c, g, h, b) += q(f.over_key_feature, i, c, g, h, b) * k(f.over_key_feature, j, c, h, b);
     f.mask = Func("mask");
-    Expr between = select(j <= i, log_decay_between(j, i), 0.0f);
-    f.mask(j, i, c, h, b) = select(j <= i, scale * exp(between), 0.0f);
+    Expr steps = select(j <= i, steps_between(j, i), 0);
+    f.mask(j, i, c, h, b) = select(j <= i, scale * decay_of(steps, rest_between(j, i)), 0.0f);
     f.weights = Func("weights");
     f.weights(j, i, c, g, h, b) = f.scores(j, i, c, g, h, b) * f.mask(j, i, c, h, b);
 

@@ -219,8 +219,9 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
     r.added_product(d, c, h, b) += r.f.keys_decayed(d, r.over_token, c, h, b) * r.dkeys_decayed(d, r.over_token, c, h, b);
     r.over_state = RDom(0, extents.key, "over_state_product");
     r.end_product = Func("end_product");
+    const Tuple decay = r.f.chunk_decay(c, h, b);
     r.end_product(c, h, b) +=
-        r.f.chunk_decay(c, h, b)[0] * r.state_product(r.over_state, c, h, b) + r.added_product(r.over_state, c, h, b);
+        (decay[0] + decay[1]) * r.state_product(r.over_state, c, h, b) + r.added_product(r.over_state, c, h, b);
     r.over_row = RDom(0, C, "over_row_back");
     r.dlog_decay = Func("dlog_decay_chunks");
     r.dlog_decay(i, c, h, b) = r.end_product(c, h, b);

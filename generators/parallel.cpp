@@ -40,19 +40,19 @@ ParallelWeights weights(const ParallelFuncs &f, const ParallelCall &call, const 
     w.decay_before(distance, c, h, b) = decay_before(w.decay_before(distance - 1, c, h, b), f.decay_steps(C - 1, block, h, b),
                                                      f.decay_rest(C - 1, block, h, b));
     w.row_decay = Func(name("row_decay"));
-    w.row_decay(i, c, h, b) = exp(log_decay_of(f.decay_steps(i, c, h, b), f.decay_rest(i, c, h, b)));
+    w.row_decay(i, c, h, b) = decay_of(f.decay_steps(i, c, h, b), f.decay_rest(i, c, h, b));
     w.initial_decay = Func(name("initial_decay"));
     Tuple all = w.decay_before(c, c, h, b);
-    w.initial_decay(c, h, b) = exp(log_decay_of(all[0], all[1]));
+    w.initial_decay(c, h, b) = decay_of(all[0], all[1]);
     w.key_decay = Func(name("key_decay"));
     Tuple between = w.decay_before(max(c - n - 1, 0), c, h, b);
-    w.key_decay(j, n, c, h, b) = exp(log_decay_of(between[0] + f.decay_steps(C - 1, n, h, b) - f.decay_steps(j, n, h, b),
-                                                  between[1] + f.decay_rest(C - 1, n, h, b) - f.decay_rest(j, n, h, b)));
+    w.key_decay(j, n, c, h, b) = decay_of(between[0] + f.decay_steps(C - 1, n, h, b) - f.decay_steps(j, n, h, b),
+                                          between[1] + f.decay_rest(C - 1, n, h, b) - f.decay_rest(j, n, h, b));
     // Masked before exp, which could overflow above the diagonal, and after.
     w.mask = Func(name("mask"));
-    Expr from_key = log_decay_of(f.decay_steps(i, c, h, b) - f.decay_steps(j, c, h, b),
-                                 f.decay_rest(i, c, h, b) - f.decay_rest(j, c, h, b));
-    w.mask(i, j, c, h, b) = select(j <= i, exp(select(j <= i, from_key, 0.0f)), 0.0f);
+    Expr steps = select(j <= i, f.decay_steps(i, c, h, b) - f.decay_steps(j, c, h, b), 0);
+    Expr rest = f.decay_rest(i, c, h, b) - f.decay_rest(j, c, h, b);
+    w.mask(i, j, c, h, b) = select(j <= i, decay_of(steps, rest), 0.0f);
 
     // 2^-floor(log2 max_d |q|), from the exponent's bits: exact, and divided out again in full. Zeros, infinities and NaN get
     // what fp32 has at its ends.
@@ -189,12 +189,12 @@ ParallelFuncs parallel(const Func &q, const Func &k, const Func &v, const Func &
                      f.decay_rest(C - 1, blocks - distance, h, b));
     f.end_decay = Func("end_decay");
     Tuple all = f.end_decay_before(blocks, h, b);
-    f.end_decay(h, b) = two_part_exp(log_decay_of(all[0], all[1]));
+    f.end_decay(h, b) = two_part_decay_of(all[0], all[1]);
     f.end_key_decay = Func("end_key_decay");
     Tuple between = f.end_decay_before(blocks - n - 1, h, b);
-    Expr log_decay_of_key = log_decay_of(between[0] + f.decay_steps(C - 1, n, h, b) - f.decay_steps(j, n, h, b),
-                                         between[1] + f.decay_rest(C - 1, n, h, b) - f.decay_rest(j, n, h, b));
-    f.end_key_decay(j, n, h, b) = select(n * C + j < call.tokens, exp(log_decay_of_key), 0.0f);
+    Expr kept = decay_of(between[0] + f.decay_steps(C - 1, n, h, b) - f.decay_steps(j, n, h, b),
+                         between[1] + f.decay_rest(C - 1, n, h, b) - f.decay_rest(j, n, h, b));
+    f.end_key_decay(j, n, h, b) = select(n * C + j < call.tokens, kept, 0.0f);
     f.keys_decayed = Func("keys_decayed");
     f.keys_decayed(d, j, n, h, b) = k(d, j, n, h, b) * f.end_key_decay(j, n, h, b);
     f.over_token = RDom(0, C, "over_token");

@@ -13,6 +13,7 @@ public:
     GeneratorParam<int> chunk{"chunk", 64};                                      // tokens in a block
     GeneratorParam<int> key_size{"key_size", 64}, value_size{"value_size", 64};  // 0: any
     GeneratorParam<int> causal_tile{"causal_tile", 8};                           // 0: the block
+    GeneratorParam<bool> any_state_strides{"any_state_strides", false};          // as in chunkwise_generator.cpp
     GeneratorParam<std::string> forced_schedule{"forced_schedule", ""};          // schedule.h
 
     // A contiguous last axis and any other strides; a stride may be 0. The rows of q are tokens of k and v, those from
@@ -30,8 +31,8 @@ public:
     // (e, d, s, h, b): s of extent 1, or 0: not wanted. On GPUs it may be state_in, and keys_out keys_in.
     Output<Buffer<float, 5>> state_out{"state_out"};
     Output<Buffer<float, 4>> keys_out{"keys_out"};  // (d, s, h, b), likewise
-    // (j, s, t, g, h, b), s likewise. It has at least as many columns as there are keys. s comes before t: Halide checks
-    // products of the extents so far, and T x T is soon more than it takes.
+    // (j, s, t, g, h, b), s likewise. It has at least as many columns as there are keys; those before them and after them become
+    // 0. s comes before t: Halide checks products of the extents so far, and T x T is soon more than it takes.
     Output<Buffer<void, 6>> weights{"weights"};
 
     void configure() {
@@ -85,7 +86,8 @@ public:
         // Layout. The same for every target.
         const Expr R = out.dim(2).extent(), H = out.dim(3).extent(), B = out.dim(4).extent();
         auto bounds = [](auto &buffer, const std::vector<Expr> &extents) {
-            for (int m = 0; m < (int)extents.size(); m++) buffer.dim(m).set_bounds(0, extents[m]);
+            for (int m = 0; m < (int)extents.size(); m++)
+                if (extents[m].defined()) buffer.dim(m).set_bounds(0, extents[m]);
         };
         bounds(q, {D, rows, R, H, B}), bounds(out, {E, rows, R, H, B});
         bounds(k, {D, tokens, H, B}), bounds(v, {E, tokens, H, B});
@@ -93,7 +95,8 @@ public:
         bounds(state_in, {E, features, N, H, B}), bounds(keys_in, {features, N, H, B});
         bounds(state_out, {E, D, state_out.dim(2).extent(), H, B});
         bounds(keys_out, {D, keys_out.dim(1).extent(), H, B});
-        bounds(weights, {weights.dim(0).extent(), weights.dim(1).extent(), rows, R, H, B});
+        bounds(weights, {Expr(), weights.dim(1).extent(), rows, R, H, B});
+        if (any_state_strides) state_in.dim(0).set_stride(Expr()), state_out.dim(0).set_stride(Expr());
     }
     void schedule() {
         if (!using_autoscheduler()) apply_schedule(f, sizes(), get_pipeline(), get_target(), forced_schedule.value());

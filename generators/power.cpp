@@ -23,19 +23,16 @@ PowerFuncs power(const Func &q, const Func &k, const Func &v, const Func &log_de
     p.decay_steps(i, h, b) += select(p.over_row <= i, decay_steps_of(log_decay(p.over_row, h, b)), 0);
     p.decay_rest = Func("decay_rest");
     p.decay_rest(i, h, b) += select(p.over_row <= i, decay_rest_of(log_decay(p.over_row, h, b)), 0.0f);
-    auto log_decay_between = [&](const Expr &from, const Expr &to) {  // tokens from + 1 .. to
-        return log_decay_of(p.decay_steps(to, h, b) - p.decay_steps(from, h, b),
-                            p.decay_rest(to, h, b) - p.decay_rest(from, h, b));
+    auto steps_between = [&](const Expr &from, const Expr &to) {  // tokens from + 1 .. to
+        return p.decay_steps(to, h, b) - p.decay_steps(from, h, b);
     };
-    auto log_decay_until = [&](const Expr &to) {  // tokens 0 .. to
-        return log_decay_of(p.decay_steps(to, h, b), p.decay_rest(to, h, b));
-    };
+    auto rest_between = [&](const Expr &from, const Expr &to) { return p.decay_rest(to, h, b) - p.decay_rest(from, h, b); };
     p.row_decay = Func("row_decay");
-    p.row_decay(i, h, b) = exp(log_decay_until(i));
+    p.row_decay(i, h, b) = decay_of(p.decay_steps(i, h, b), p.decay_rest(i, h, b));
     p.key_decay = Func("key_decay");
-    p.key_decay(j, h, b) = exp(log_decay_between(j, C - 1));
+    p.key_decay(j, h, b) = decay_of(steps_between(j, C - 1), rest_between(j, C - 1));
     p.chunk_decay = Func("chunk_decay");
-    p.chunk_decay(h, b) = two_part_exp(log_decay_until(C - 1));
+    p.chunk_decay(h, b) = two_part_decay_of(p.decay_steps(C - 1, h, b), p.decay_rest(C - 1, h, b));
 
     // Operands.
     p.over_element = RDom(0, key_extent, "over_element");
@@ -66,8 +63,9 @@ PowerFuncs power(const Func &q, const Func &k, const Func &v, const Func &log_de
     p.scores = Func("scores");
     p.scores(j, i, g, h, b) += p.queries(p.over_key_element, i, g, h, b) * p.keys(p.over_key_element, j, h, b);
     p.weights = Func("weights");
-    const Expr between = select(j <= i, log_decay_between(j, i), 0.0f);  // could overflow above the diagonal
-    p.weights(j, i, g, h, b) = select(j <= i, raised(p.scores(j, i, g, h, b)) * exp(between), 0.0f);
+    const Expr steps = select(j <= i, steps_between(j, i), 0);  // could overflow above the diagonal
+    const Expr kept = decay_of(steps, rest_between(j, i));
+    p.weights(j, i, g, h, b) = select(j <= i, raised(p.scores(j, i, g, h, b)) * kept, 0.0f);
     auto over_keys = [&](const char *name) {
         RDom over(0, C, name);
         if (sizes.causal_tile < C) over.where(over < (i / sizes.causal_tile + 1) * sizes.causal_tile);

@@ -16,7 +16,7 @@ PowerStepFuncs power_step(const Func &q, const Func &k, const Func &v, const Fun
     const bool known = sizes.degree && sizes.key;
     p.phi = expansion(key_extent, known ? Expr(expanded_size(sizes.key, sizes.degree)) : W * U, sizes.degree, options.degree);
     p.decay = Func("decay");
-    p.decay(h) = two_part_exp(max(log_decay(h), least_log_decay));
+    p.decay(h) = two_part_decay_of(log_decay(h));
     p.over_element = RDom(0, key_extent, "over_element");
     p.largest = Func("largest");
     p.largest(g, h) = 0.0f;

@@ -14,9 +14,13 @@ RecurrentFuncs recurrent(const Func &q, const Func &k, const Func &v, const Func
     f.q = q, f.k = k, f.v = v, f.log_decay = log_decay;
 
     f.decay = Func("decay");
-    const Tuple decay = two_part_exp(max(log_decay(i, n, h, b), least_log_decay));
-    const Expr below_1 = 1.0f - decay[0];  // by at most 0.3 where it has left out anything
-    f.decay(i, n, h, b) = Tuple(decay[0], decay[1] * (1.0f + below_1 + below_1 * below_1));  // divided by decay[0], to 3%
+    Tuple decay = two_part_decay_of(log_decay(i, n, h, b));
+    if (tokens > 1) {
+        decay = rounded_first(decay);
+        const Expr below_1 = 1.0f - decay[0];  // by at most 0.3 where it has left out anything
+        decay = Tuple(decay[0], decay[1] * (1.0f + below_1 + below_1 * below_1));  // divided by decay[0], to 3%
+    }
+    f.decay(i, n, h, b) = decay;
     RDom over_token(0, tokens, "over_token");
     f.left_out = Func("left_out");
     f.left_out(n, h, b) += f.decay(over_token, n, h, b)[1];

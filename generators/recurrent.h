@@ -26,7 +26,7 @@ struct RecurrentSizes {
 struct RecurrentFuncs {
     Halide::Func q, k, v;    // (d,i,n,g,h,b) (d,i,n,h,b) (e,i,n,h,b): inputs
     Halide::Func log_decay;  // (i,n,h,b): input
-    Halide::Func decay;      // (i,n,h,b): {exp(log_decay), rounded; what that left out, as a share}
+    Halide::Func decay;      // (i,n,h,b): exp(log_decay), a sum of two; of blocks {rounded; what that left out, as a share}
     Halide::Func left_out;   // (n,h,b): the sum of those shares: the first token makes up for the whole block
     // (e,i,d,n,h,b): {state, sum}. Update 0: row d = over_key_feature of the state in place, and the sum of q S until there, for
     // query 0. For each element tokens are to come in their order, and for each token rows

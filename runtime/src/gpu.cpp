@@ -389,6 +389,7 @@ Problem sequence_of(Problem p, int64_t s) {
     for (Tensor *rows : {&p.q, &p.k, &p.v, &p.out}) cut(*rows, 1, start, length);
     if (p.log_decay.rank == 3) cut(p.log_decay, 1, start, length);
     for (Tensor *states : {&p.initial_state, &p.final_state, &p.initial_sum, &p.final_sum}) cut(*states, 0, s, 1);
+    cut(p.weights, 2, start, length);
     p.T = length, p.N = 1, p.starts.clear();
     return p;
 }

@@ -166,7 +166,7 @@ bool writes_nothing(const BackwardProblem &p);
 /// All packed sequences, none for others, the longest first: what is too large is known before anything is written.
 std::vector<int64_t> longest_first(const BackwardProblem &p);
 
-/// Sequence s of packed ones, as a problem of its own.
+/// Sequence s of packed ones, as a problem of its own. Rows of its weights still have the columns of all.
 Problem sequence_of(Problem p, int64_t s);
 BackwardProblem sequence_of(const BackwardProblem &p, int64_t s);
 

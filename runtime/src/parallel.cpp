@@ -12,7 +12,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <string>
 
@@ -57,9 +56,9 @@ public:
                 &nothing, halide_type(p.q.dtype),
                 {{0, (int32_t)T, 1}, {0, 0, 0}, {0, (int32_t)(to - from), 0}, {0, (int32_t)at_once, 0}, {0, 1, 0}, {0, 1, 0}});
             if (p.weights.rank) {
-                weights.host = weights_row(s, head, from);
+                weights.host = p.weights.at<uint8_t>(p.entry(s), head, p.start(s) + from);
+                weights.axes[0] = {-(int32_t)p.start(s), (int32_t)p.T, 1};  // those of other sequences become 0
                 weights.axes[1].extent = 1, weights.axes[2] = axis(to - from, p.weights.stride[2]);
-                for (int64_t row = from; row < to; row++) clear_other_sequences(s, head, row);
             }
             call(workspace, s, h, {initial, head, at_once, from, to, weights}, nullptr, nullptr);
         }
@@ -126,17 +125,6 @@ private:
         for (const Tensor *t : {&p.q, &p.out})
             if (std::max(t->stride[2], -t->stride[2]) > most / std::max<int64_t>(p.group(), 1)) return false;
         return true;
-    }
-
-    uint8_t *weights_row(int64_t s, int64_t head, int64_t row) const {
-        return p.weights.at<uint8_t>(p.entry(s), head, p.start(s) + row) + p.start(s) * p.weights.dtype.bytes();
-    }
-    /// Tokens of others have no weight.
-    void clear_other_sequences(int64_t s, int64_t head, int64_t row) const {
-        const int64_t bytes = p.weights.dtype.bytes(), before = p.start(s) * bytes, own = p.length(s) * bytes;
-        uint8_t *first = weights_row(s, head, row);
-        std::memset(first - before, 0, before);
-        std::memset(first + own, 0, p.T * bytes - before - own);
     }
 
     void call(Workspace &workspace, int64_t s, int64_t h, const Rows &r, float *state, float *sum) const {

@@ -1,7 +1,9 @@
 // The parallel form on a GPU: one call of the kernel for all batch entries and heads, or as few as 32-bit buffers allow. Packed
-// sequences are calls of their own, one after the other. The final state of degrees above 1 is made by a kernel of power retention.
+// sequences are calls of their own, one after the other. An initial state in the tiled order is converted to the kernel's. The
+// final state of degrees above 1 is made by a kernel of power retention.
 #include "parallel_gpu.h"
 
+#include "expansion.h"
 #include "failure.h"
 #include "gpu.h"
 #include "parallel.h"
@@ -10,18 +12,21 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 namespace holdfast {
 namespace {
 
-/// Launch everything for sequences of one length.
-void issue(const Run &run, const Problem &p) {
+/// Launch everything for sequences of one length. `start` is the first column of their weights.
+void issue(const Run &run, const Problem &p, int64_t start) {
     Operands x(run, p);
     if (p.T == 0) return x.pass_states();
     const bool state = p.degree == 1 && p.final_state.rank, sum = p.degree == 1 && p.final_sum.rank;
     const int64_t K = p.K, V = p.V, G = p.group(), T = p.T;
-    const int32_t given = p.initial_state.rank ? 1 : 0, features = (int32_t)(given ? p.D : K);
+    constexpr auto order = HOLDFAST_EXPANSION_TIGHT;  // of the kernel
+    const int32_t given = p.initial_state.rank ? 1 : 0;
+    const auto features = (int32_t)(given ? expanded_size(K, p.degree, order, std::numeric_limits<int32_t>::max()) : K);
     constexpr int64_t bytes = sizeof(float);
     const int64_t zeros_bytes = std::max(V, (int64_t)features) * bytes;
     Memory memory_of_zeros(run, zeros_bytes);
@@ -36,6 +41,11 @@ void issue(const Run &run, const Problem &p) {
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "T = ", p.T, " tokens of one head", p.weights.rank ? ", and their weights," : "",
              " need a buffer beyond 2^31 bytes; expected less");
+    std::optional<OnDevice> own_state, own_sum;  // initial ones in the kernel's order, where that is not the caller's
+    if (given && p.expansion != order) {
+        own_state.emplace(run, floats_of("initial state", {part.batch, part.of_each, features, V}), false);
+        if (p.initial_sum.rank) own_sum.emplace(run, floats_of("sum of keys", {part.batch, part.of_each, features}), false);
+    }
 
     for (int64_t b = 0; b < p.B; b += part.batch)
         for (int64_t h = 0; h < p.Hk; h += part.of_each) {
@@ -47,19 +57,19 @@ void issue(const Run &run, const Problem &p) {
             View out = unwanted_row ? row_for_all(*unwanted_row, p, tokens, H, B) : groups(x.out);
             View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, 0, h, tokens, H, B);
             // What is absent has no elements, but is in memory that is there: Halide's runtime allocates none for it.
-            auto states = [&](const OnDevice &s, bool there, int32_t rows) {
+            auto states = [&](const OnDevice &s, int64_t at, bool there, int32_t rows) {
                 if (!there)
                     return View(zeros.memory, 0, float32, {{0, (int32_t)V, 1}, {0, rows, 0}, {0, 0, 0}, {0, H, 0}, {0, B, 0}});
-                return View(*s.memory, s.at(b, h), float32,
-                            {{0, (int32_t)V, 1},
+                return View(*s.memory, at, float32,
+                            {{0, (int32_t)V, narrow(s.t, 3, V)},
                              {0, rows, narrow(s.t, 2, rows)},
                              {0, 1, 0},
                              {0, H, narrow(s.t, 1, H)},
                              {0, B, narrow(s.t, 0, B)}});
             };
-            auto sums = [&](const OnDevice &s, bool there, int32_t number, int32_t size) {
+            auto sums = [&](const OnDevice &s, int64_t at, bool there, int32_t number, int32_t size) {
                 if (!there) return View(zeros.memory, 0, float32, {{0, size, 1}, {0, number, 0}, {0, H, 0}, {0, B, 0}});
-                return View(*s.memory, s.at(b, h), float32,
+                return View(*s.memory, at, float32,
                             {{0, size, 1}, {0, 1, 0}, {0, H, narrow(s.t, 1, H)}, {0, B, narrow(s.t, 0, B)}});
             };
             auto weights_of = [&](const OnDevice &w) {
@@ -69,36 +79,27 @@ void issue(const Run &run, const Problem &p) {
                                 {{0, tokens, 1}, {0, 0, 0}, {0, tokens, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
                 const int32_t head = narrow(w.t, 1, H * G);
                 return View(*w.memory, w.at(b, h * G), type,
-                            {{0, tokens, 1},
+                            {{-(int32_t)start, (int32_t)w.t.shape[3], 1},
                              {0, 1, 0},
                              {0, tokens, narrow(w.t, 2, T)},
                              {0, group, head},
                              {0, H, H > 1 ? head * group : 0},
                              {0, B, narrow(w.t, 0, B)}});
             };
-            View state_in = states(x.initial, given, features), state_out = states(x.final, state, (int32_t)K);
-            View sum_in = sums(x.initial_sum, p.initial_sum.rank, given, features),
-                 sum_out = sums(x.final_sum, sum, 0, (int32_t)K);
+            for (auto [from, to] : {std::pair{&x.initial, &own_state}, {&x.initial_sum, &own_sum}})
+                if (*to) convert(run, features_of(*from, b, h, H, B), p.expansion, features_of(**to, 0, 0, H, B), order);
+            View state_in =
+                own_state ? states(*own_state, 0, given, features) : states(x.initial, x.initial.at(b, h), given, features);
+            View sum_in = own_sum ? sums(*own_sum, 0, given, given, features)
+                                  : sums(x.initial_sum, x.initial_sum.at(b, h), p.initial_sum.rank, given, features);
+            View state_out = states(x.final, x.final.at(b, h), state, (int32_t)K),
+                 sum_out = sums(x.final_sum, x.final_sum.at(b, h), sum, 0, (int32_t)K);
             View weights = weights_of(x.weights);
             run.check(run.variant.name, std::get<ParallelKernel *>(run.variant.run)(
                                             &run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, 0, p.degree,
                                             p.normalized, p.scale, &out, &state_out, &sum_out, &weights));
         }
     x.fetch();
-}
-
-void check(const Problem &p, const Choice &choice) {
-    if (p.packed() && p.weights.rank)
-        fail(HOLDFAST_UNSUPPORTED, "weights and cu_seqlens are given and the backend is ", name_of(choice.backend),
-             "; expected one of them, or the CPU");
-    for (const Tensor *state : {&p.initial_state, &p.final_state})
-        if (state->rank && !state->on_host() && state->shape[3] > 1 && state->stride[3] != 1)
-            fail(HOLDFAST_UNSUPPORTED,
-                 "form is HOLDFAST_FORM_PARALLEL and state_layout HOLDFAST_STATE_VALUE_MAJOR; expected key-major on ",
-                 describe(state->device));
-    if (p.expansion == HOLDFAST_EXPANSION_TILED)
-        fail(HOLDFAST_UNSUPPORTED, "expansion is HOLDFAST_EXPANSION_TILED and the backend ", name_of(choice.backend),
-             "; expected HOLDFAST_EXPANSION_TIGHT, or the CPU");
 }
 
 /// The kernel of power retention that the final state of degrees above 1 is made by; null where there is none to make.
@@ -112,8 +113,8 @@ GpuCall call_of(const Problem &p, const Variant &variant, const Variant *of_rest
                 Problem out = p;
                 if (p.degree > 1) out.final_state = out.final_sum = {};
                 const bool any = out.out.rank || out.final_state.rank;
-                for (int64_t s = 0; any && p.packed() && s < p.N; s++) issue(run, sequence_of(out, s));
-                if (any && !p.packed()) issue(run, out);
+                for (int64_t s = 0; any && p.packed() && s < p.N; s++) issue(run, sequence_of(out, s), p.start(s));
+                if (any && !p.packed()) issue(run, out, 0);
                 if (!of_rest) return;
                 Problem rest = p;  // keys in the place of queries, which are more and do not matter
                 rest.form = HOLDFAST_FORM_CHUNKWISE, rest.q = p.k, rest.H = p.Hk, rest.out = rest.weights = {};
@@ -125,7 +126,6 @@ GpuCall call_of(const Problem &p, const Variant &variant, const Variant *of_rest
 }  // namespace
 
 void parallel_on_gpu(holdfast_context &c, const Problem &given, const Choice &choice) {
-    check(given, choice);
     const Variant &variant = parallel_variant(given, choice);
     announce(c, "forward", variant, choice.why, given, "parallel form");
     const Problem p = with_queries(given);
@@ -133,7 +133,6 @@ void parallel_on_gpu(holdfast_context &c, const Problem &given, const Choice &ch
 }
 
 size_t parallel_workspace_on_gpu(holdfast_context &c, const Problem &given, const Choice &choice) {
-    check(given, choice);
     const Problem p = with_queries(nearest(given));
     const Variant &variant = parallel_variant(p, choice);
     return p.B && p.Hk ? call_of(p, variant, variant_of_rest(p, choice)).workspace(c) : 0;

@@ -369,15 +369,25 @@ TEST(Cuda, StridedTensorsOfTheHostAreCopiedOneAfterTheOther) {
     EXPECT_GE(packed, 3);
 }
 
-TEST(Cuda, ValueMajorStatesOfTheParallelFormAreRefused) {
+TEST(Cuda, ValueMajorStatesOfTheParallelFormAreUsedWhereTheyLie) {
+    Driver driver;
     Context context;
-    Call call;
-    call.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR, call.args.form = HOLDFAST_FORM_PARALLEL;
-    for (DLTensor *x : {&call.initial_state, &call.final_state}) std::swap(x->shape[2], x->shape[3]), x->strides = nullptr;
-    EXPECT_EQ(call.run(context), HOLDFAST_UNSUPPORTED);
-    EXPECT_EQ(context.error(),
-              "form is HOLDFAST_FORM_PARALLEL and state_layout HOLDFAST_STATE_VALUE_MAJOR; expected key-major on "
-              "CUDA device 0");
+    std::vector<size_t> launches;
+    for (bool value_major : {false, true}) {
+        Call call;
+        call.args.form = HOLDFAST_FORM_PARALLEL;
+        if (value_major) {
+            call.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR;
+            for (DLTensor *x : {&call.initial_state, &call.final_state})
+                std::swap(x->shape[2], x->shape[3]), x->strides = nullptr;
+        }
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        driver.clear();
+        ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+        launches.push_back(of(driver.record(), "cuLaunchKernel").size());
+        EXPECT_EQ(others(driver.record()), std::set<std::string>());
+    }
+    EXPECT_EQ(launches[0], launches[1]);
 }
 
 TEST(Cuda, WithoutQueriesThereAreStates) {

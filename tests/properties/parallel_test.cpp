@@ -26,6 +26,7 @@ struct Call {
     Array state = array({N, H, D, V}), sum = array({N, H, D}, least);
     Array out{{B, T, H * group, V}}, final_state{{N, H, D, V}}, final_sum{{N, H, D}}, weights_out{{B, H * group, T, T}};
     holdfast_state_layout state_layout = HOLDFAST_STATE_KEY_MAJOR;
+    holdfast_expansion expansion = HOLDFAST_EXPANSION_TIGHT;
     float scale = 0.25f;
 
     holdfast_status run(holdfast_context *context, holdfast_form form) {
@@ -52,6 +53,7 @@ struct Call {
         DLTensor cu_seqlens = {starts.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &bounds, nullptr, 0};
         if (bounds) args.cu_seqlens = &cu_seqlens;
         args.scale = scale, args.form = form, args.degree = degree, args.state_layout = state_layout;
+        args.expansion = expansion;
         args.normalize = normalized ? HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS : HOLDFAST_NORMALIZE_NONE;
         const holdfast_status status = holdfast_forward(context, &args);
         for (Stored &s : stored) s.load();
@@ -126,27 +128,16 @@ TEST_P(Parallel, DegreesAndTypes) {
             }
 }
 
-// Rows in parts, and the state in place: the same bits as on one thread, which has one part of a head.
-TEST_P(Parallel, SameBitsForAnyNumberOfThreads) {
-    Call one{1, 1000, 1, size.K, size.V, 2}, three = one;
-    ASSERT_EQ(holdfast_context_set_threads(context, 1), HOLDFAST_OK);
-    one.run(context);
-    ASSERT_EQ(holdfast_context_set_threads(context, 3), HOLDFAST_OK);
-    three.run(context);
-    EXPECT_NE(context.messages.back().find("3 parts"), std::string::npos) << context.messages.back();
-    EXPECT_TRUE(same_bits(one.out, three.out));
-    EXPECT_TRUE(same_bits(one.final_state, three.final_state));
-}
-
-// Each of packed sequences as if it were alone; weights between sequences are 0.
-TEST_P(Parallel, PackedSequencesKeepApart) {
+/// Each of packed sequences as if it were alone; weights between sequences are 0.
+void expect_sequences_apart(Context &context, int64_t C, Size size, const Dtype &dtype) {
     const std::vector<int64_t> starts = {0, 5, 5, C + 9, C + 10};
-    Call packed{1, starts.back(), 1, size.K, size.V, 1, 1, false, true, true, starts};
+    Call packed{1, starts.back(), 1, size.K, size.V, 1, 1, false, true, true, starts, dtype};
     packed.run(context);
     for (size_t s = 0; s + 1 < starts.size(); s++) {
         SCOPED_TRACE("sequence " + std::to_string(s));
         const int64_t from = starts[s], T = starts[s + 1] - from;
         Call alone{1, T, 1, size.K, size.V};
+        alone.dtype = dtype;
         auto rows = [&](Array &to, const Array &all) {
             each(to.shape, [&](const Index &i) {
                 Index j = i;
@@ -167,6 +158,20 @@ TEST_P(Parallel, PackedSequencesKeepApart) {
         });
     }
 }
+
+// Rows in parts, and the state in place: the same bits as on one thread, which has one part of a head.
+TEST_P(Parallel, SameBitsForAnyNumberOfThreads) {
+    Call one{1, 1000, 1, size.K, size.V, 2}, three = one;
+    ASSERT_EQ(holdfast_context_set_threads(context, 1), HOLDFAST_OK);
+    one.run(context);
+    ASSERT_EQ(holdfast_context_set_threads(context, 3), HOLDFAST_OK);
+    three.run(context);
+    EXPECT_NE(context.messages.back().find("3 parts"), std::string::npos) << context.messages.back();
+    EXPECT_TRUE(same_bits(one.out, three.out));
+    EXPECT_TRUE(same_bits(one.final_state, three.final_state));
+}
+
+TEST_P(Parallel, PackedSequencesKeepApart) { expect_sequences_apart(context, C, size, f32); }
 
 TEST_P(Parallel, ValueMajorStates) {
     Call key_major{1, 9, 2, size.K, size.V}, value_major = key_major;
@@ -253,14 +258,37 @@ TEST_P(ParallelOnGpu, MatchesReferenceAndTheCpu) {
         if (call.states) expect_close_to_cpu("state", call.final_state, want.final_state);
         if (call.states && call.normalized) expect_close_to_cpu("sum of keys", call.final_sum, want.final_sum);
     }
-    Call packed{1, 7, 1, K, V, 1, 1, false, false, true, {0, 4, 7}};
-    EXPECT_EQ(packed.run(context, HOLDFAST_FORM_PARALLEL), HOLDFAST_UNSUPPORTED);
-    EXPECT_EQ(context.error(), "weights and cu_seqlens are given and the backend is " + backend_of(GetParam().target) +
-                                   "; expected one of them, or the CPU");
-    Call half{1, 7, 1, K, V};
-    half.dtype = f16;
-    EXPECT_EQ(half.run(context, HOLDFAST_FORM_PARALLEL), HOLDFAST_UNSUPPORTED);
-    EXPECT_NE(context.error().find("no variant of parallel for f16"), std::string::npos) << context.error();
+}
+
+TEST_P(ParallelOnGpu, TypesAreRoundedOnce) {
+    for (const Dtype &dtype : {f16, bf16})
+        if (variant_for(GetParam().target, size, dtype, "parallel"))  // COSTLY in cmake/kernels.cmake
+            for (int degree : {1, 2}) {
+                SCOPED_TRACE(std::string(dtype.name) + ", degree " + std::to_string(degree));
+                Call call{1, C + 3, 1, size.K, size.V, 2, degree, degree > 1, true, true};
+                call.dtype = dtype;
+                call.run(context);
+                call.expect_reference();
+            }
+}
+
+TEST_P(ParallelOnGpu, PackedSequencesKeepApart) {
+    for (const Dtype &dtype : {f32, bf16})
+        if (variant_for(GetParam().target, size, dtype, "parallel")) expect_sequences_apart(context, C, size, dtype);
+}
+
+TEST_P(ParallelOnGpu, TakesTiledStates) {
+    Call tiled{2, 40, 2, 16, size.V, 1, 2, true};
+    Context cpu;
+    tiled.expansion = HOLDFAST_EXPANSION_TILED;
+    const int64_t D = holdfast_state_size(16, 2, HOLDFAST_EXPANSION_TILED);
+    tiled.state = tiled.final_state = Array({2, 2, D, size.V}).fill(tiled.random);
+    tiled.sum = tiled.final_sum = Array({2, 2, D}).fill(tiled.random, 5, 9);
+    Call want = tiled;
+    tiled.run(context), want.run(cpu);
+    for (auto [got, expected] :
+         {std::pair{&tiled.out, &want.out}, {&tiled.final_state, &want.final_state}, {&tiled.final_sum, &want.final_sum}})
+        EXPECT_LE(relative_rms(got->values(), expected->values()), tolerance::relative_rms_between_forms);
 }
 INSTANTIATE_TEST_SUITE_P(, ParallelOnGpu, testing::ValuesIn(parallel_instances({{5, 7}}, true)),
                          [](const auto &info) { return name(info.param); });

@@ -151,9 +151,6 @@ def retention(
             degree 2 and K a multiple of 16 (holdfast.h: HOLDFAST_EXPANSION_TILED).
         out: written in place and returned itself, [B, T, H, V].
 
-    Not computed so far, NotImplementedError, on a GPU in form "parallel": state_layout "vk" for states that lie there,
-    expansion "tiled", 16-bit types and weights of packed sequences.
-
     Returns:
         out [B, T, H, V]; or (out, state), (out, state, sum_of_keys), with `states` [M, Hk, D, V] or the weights
         [B, H, T, T] last when asked for: of each sequence T / state_interval, rounded up, and one more.

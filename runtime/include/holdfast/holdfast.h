@@ -306,9 +306,6 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *      out_t = scale^p phi(q_t) S_t                        phi(q).phi(k) = (q.k)^p; for p = 1 phi(x) = x
  *      out_t = phi(q_t) S_t / phi(q_t) s_t                 where out is normalized
  *
- *  HOLDFAST_UNSUPPORTED so far, on a GPU in the parallel form: value-major states that lie there, the tiled expansion, 16-bit types and
- *  weights of packed sequences.
- *
  *  With a constant decay per head this is RetNet's retention (Sun et al. 2023, "Retentive Network", arXiv:2307.08621);
  *  with a decay per token, gated retention, also known as simple gated linear attention. Time is linear in T, workspace
  *  does not depend on T, except in the parallel form. Inputs of 16 bits are widened as they are read, sums are in fp32, and out
