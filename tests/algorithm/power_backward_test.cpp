@@ -102,7 +102,7 @@ TEST(PowerBackwardStages, AreComputedForWhatIsWantedAlone) {
                 .expect_reference([&](auto &&...arguments) { return kernel(produced.context(), arguments...); });
             auto expect = [&](const char *stage, bool needed) { EXPECT_EQ(produced.stages.count(stage), needed) << stage; };
             expect("dqueries_state", dq || gates), expect("dkeys_state", dk || gates);
-            expect("state_start", dstate);  // the sum that is derived of it
+            expect("state_start", dstate);       // the sum that is derived of it
             expect("phi_k", dv || dk || gates);  // or the gradient that is derived of it
             expect("dnum", wanted != 0);
             expect("along_row", gates), expect("along_state", gates);

@@ -36,7 +36,8 @@ def expand(x, degree):
 
 class Gradient:
     """`batch` entries, or packed sequences of `lengths`, `heads` heads of keys, `group` of queries to each; arrays as
-    kernels want them, states [B, H, N, D, V]. What is not among `wanted` (q, k, v, g and s, of states) keeps what it holds."""
+    kernels want them, states [B, H, N, D, V]. What is not among `wanted` (q, k, v, g and s, of states) keeps what it
+    holds."""
 
     def __init__(
         self, dtype, T, K, V, degree, normalized, heads=1, group=2, states=1, batch=1, lengths=(), wanted="qkvgs"

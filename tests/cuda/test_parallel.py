@@ -75,7 +75,8 @@ class Parallel(Call):
 def test_matches_formulas(device, row, degree, normalized):
     call = Parallel(row, degree, normalized)
     if degree > 1:  # value-major
-        call.state_in, call.state_out = (x.swapaxes(-1, -2).copy().swapaxes(-1, -2) for x in (call.state_in, call.state_out))
+        states = call.state_in, call.state_out
+        call.state_in, call.state_out = (x.swapaxes(-1, -2).copy().swapaxes(-1, -2) for x in states)
     call.run(device)
     errors = call.errors()
     assert max(errors[:2]) <= OUT[row.dtype]
