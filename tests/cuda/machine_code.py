@@ -17,6 +17,7 @@ FATBIN = struct.pack("<I", 0xBA55ED50)
 @dataclasses.dataclass
 class Code:
     instructions: collections.Counter  # by name, such as HMMA
+    listing: list  # names with modifiers, such as LDG.E.CONSTANT, and labels, in their order
     registers: int
     stack: int
 
@@ -47,8 +48,24 @@ def codes(binary):
             usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", run("cuobjdump", "-res-usage", cubin.name))
             for section in re.split(r"^\s*\.section\s+\.text\.", run("nvdisasm", "-c", cubin.name), flags=re.M)[1:]:
                 name = re.match(r"\w+", section).group(0)
-                code = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", section, re.M)
+                line = r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9.a-z_]*)|(\.L_\w+):)"
+                listing = [instruction or label for instruction, label in re.findall(line, section, re.M)]
+                names = collections.Counter(i.split(".")[0] for i in listing if i[0] != ".")
                 registers, stack = next((int(r), int(s)) for n, r, s in usage if n == name)
-                kernels[name] = Code(collections.Counter(code), registers, stack)
+                kernels[name] = Code(names, listing, registers, stack)
             result[re.search(r"sm_(\d+)", cubin.name).group(1)] = kernels
     return result
+
+
+def loads_before_a_store(code):
+    """The most loads of memory that the kernel itself writes, in a straight stretch of code, which wait for the memory
+    together: no such load goes before a store that might be to the same place. Of what it only reads they are CONSTANT."""
+    most = loads = 0
+    for name in code.listing:
+        if name.startswith("LDG") and "CONSTANT" not in name:
+            loads += 1
+        elif name.startswith("STG"):
+            most, loads = max(most, loads), 0
+        elif name[0] == "." or name.startswith("BRA"):
+            loads = 0
+    return most

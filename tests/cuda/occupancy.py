@@ -11,15 +11,16 @@ class Gpu:
     shared_kilobytes: int  # of a multiprocessor
     memory: float  # TB/s
     level2: float  # TB/s
+    level2_megabytes: int
     mma_cycles: float  # of one mma.m16n8k16 on one of the four tensor cores of a multiprocessor
     ffma_cycles: int  # of one fp32 instruction of a warp on one of the four schedulers
 
 
 GPUS = {
     # 312 TFLOP/s in 16 bits: 1024 fused products a clock and multiprocessor.
-    "A100": Gpu("80", 108, 1.41, 164, 2.0, 4.5, 8, 2),
+    "A100": Gpu("80", 108, 1.41, 164, 2.0, 4.5, 40, 8, 2),
     # 989 TFLOP/s by wgmma; mma.sync reaches about five eighths of that.
-    "H200": Gpu("90", 132, 1.75, 228, 4.8, 5.5, 6.4, 1),
+    "H200": Gpu("90", 132, 1.75, 228, 4.8, 5.5, 50, 6.4, 1),
 }
 
 
