@@ -1,9 +1,9 @@
 // Where the chunks of a call lie. One table serves whole chunks, a partial last chunk, and packed sequences of different
 // length: the matrix products always see full chunks, only the two small factors that need it look at the length.
 //
-// The runtime fills the table (runtime/src/chunk_table.h); column z describes *state slot* z. Slots 0 .. n-1 are the states
-// at the start of chunks 0 .. n-1; slot n+s is the final state of sequence s. Memory safety does not depend on the table:
-// rows and slots are clamped.
+// The runtime fills the table (runtime/src/chunk_table.h), on GPUs by a kernel (chunk_table_generator.cpp); column z describes
+// *state slot* z. Slots 0 .. n-1 are the states at the start of chunks 0 .. n-1; slot n+s is the final state of sequence s. Memory
+// safety does not depend on the table: rows and slots are clamped.
 #pragma once
 #include "Halide.h"
 

@@ -35,10 +35,10 @@ inline Halide::Expr decay_of(const Halide::Expr &steps, const Halide::Expr &rest
 /// 1 the state forgets faster than that: there the sum is exp(x) as given, rounded, and 0.
 inline Halide::Tuple two_part_exp(const Halide::Expr &x, const Halide::Expr &far_from_1) {
     using namespace Halide;
-    const float near = -0.35f;
-    Expr series = 1.0f;  // (exp(x) - 1) / x, to 1e-9
+    const Expr near = abs(x) < 0.35f;  // above 0, which a GPU is not kept from, too
+    Expr series = 1.0f;                // (exp(x) - 1) / x, to 1e-9
     for (int n = 8; n >= 2; n--) series = 1.0f + x / (float)n * series;
-    return Tuple(select(x > near, 1.0f, far_from_1), select(x > near, x * series, 0.0f));
+    return Tuple(select(near, 1.0f, far_from_1), select(near, x * series, 0.0f));
 }
 
 /// The same of steps and rest, and of one log decay.

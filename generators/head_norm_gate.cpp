@@ -4,24 +4,6 @@
 using namespace Halide;
 
 namespace holdfast {
-namespace {
-
-/// exp(x) = 2^k exp(x - k log 2), good to 3 roundings, and to one more for each 16 of |x|; infinity and 0 where fp32 ends. Halide's
-/// own calls floor(), which is no vector instruction on the oldest x86.
-Expr exp_of(const Expr &x) {
-    Expr y = clamp(x, -120.0f, 120.0f);
-    Expr k = cast<int32_t>(y * 1.442695f + select(y < 0, -0.5f, 0.5f));
-    Expr r = y - cast<float>(k) * 0.693145752f - cast<float>(k) * 1.42860677e-6f;
-    Expr power = 1.0f / 5040;  // Taylor's series to r^7, |r| < 0.35: to 6e-9
-    for (float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
-        power = power * r + coefficient;
-    auto power_of_2 = [](const Expr &n) { return reinterpret<float>((n + 127) << 23); };
-    Expr half = cast<int32_t>(cast<float>(k) * 0.5f);  // 2^k in two factors: k goes from -173 to 173
-    return power * power_of_2(half) * power_of_2(k - half);
-}
-
-}  // namespace
-
 HeadNormGateFuncs head_norm_gate(const Func &x, const Func &gate, const Func &weight, const Expr &value_extent,
                                  const Expr &layer_norm, const Expr &gated, const Expr &weighted, const Expr &eps) {
     Var e("e"), h("h"), t("t"), b("b");
@@ -54,7 +36,7 @@ HeadNormGateFuncs head_norm_gate(const Func &x, const Func &gate, const Func &we
     f.power = Func("power");
     f.swish = Func("swish");
     Expr g = gate(e, h, t, b), normed = f.normed(e, h, t, b);
-    f.power(e, h, t, b) = exp_of(-g);
+    f.power(e, h, t, b) = exp(-g);
     f.swish(e, h, t, b) = g / (1.0f + f.power(e, h, t, b));
     f.out = Func("normed_and_gated");
     f.out(e, h, t, b) = select(gated, normed * f.swish(e, h, t, b), normed);

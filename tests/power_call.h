@@ -55,10 +55,8 @@ inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype, bool gpu = 
     cases.back().size_of_queries = {1, faint};
     cases.push_back({"queries_of_zero", {C, 3}, 1, 1, 3, Layout::compact, Gates::weak, false});
     cases.back().size_of_queries = {1, 0, faint};
-    if (!gpu) {  // which starts no kernel without threads
-        cases.push_back({"no_queries", {C, C / 2 + 1}, 2, 2, 1, Layout::padded, Gates::resets, true});
-        cases.back().no_queries = true;
-    }
+    cases.push_back({"no_queries", {C, C / 2 + 1}, 2, 2, 1, Layout::padded, Gates::resets, true});
+    cases.back().no_queries = true;
     if (gpu)
         cases.push_back(
             {"in_place", {C, 5, C}, 2, 2, 2, Layout::padded, Gates::weak, true, PowerCase::Contents::random, 1, true});

@@ -83,10 +83,11 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
     const Zeros zeros{added, zeros_at};
     if (packed) fill_chunk_table(run, added, added_bytes, p.starts, chunk);
     int64_t tokens_in_table = 0;
-    // Rows that are not wanted are not written, but have to be somewhere; a gradient of states is written.
+    // What is not wanted is not written, but has to be somewhere. A gradient of states goes from call to call.
     Memory unwanted_row(run, std::max(p.K, p.V) * float_bytes);
-    std::optional<Memory> unwanted_state;
-    if (!p.dinitial_state.rank) unwanted_state.emplace(run, part.batch * S * part.of_each * p.state_bytes());
+    std::optional<Memory> own_gradient;
+    if (!p.dinitial_state.rank && cut && p.needs_dstates())
+        own_gradient.emplace(run, part.batch * S * part.of_each * p.state_bytes());
     // States that calls begin with, but for the first of a sequence; where a gradient asks for them.
     std::vector<OnDevice> kept;
     const int64_t calls = std::max((p.longest() + at_once - 1) / at_once, most_calls);
@@ -105,9 +106,12 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
                              {0, H, narrow(state.t, 1, H)},
                              {0, B, narrow(state.t, 0, B)}});
             };
-            auto unwanted_states = [&] {
-                return View(*unwanted_state, 0, float32,
+            auto own_states = [&] {
+                return View(*own_gradient, 0, float32,
                             {{0, V, 1}, {0, K, V}, {0, S, K * V}, {0, H, S * K * V}, {0, B, H * S * K * V}});
+            };
+            auto unwanted_states = [&] {
+                return View(unwanted_row, 0, float32, {{0, V, 1}, {0, K, 0}, {0, S, 0}, {0, H, 0}, {0, B, 0}});
             };
             auto no_states = [&] {
                 return View(added, zeros_at, float32, {{0, V, 1}, {0, K, 0}, {0, S, 0}, {0, H, 0}, {0, B, 0}});
@@ -132,9 +136,12 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
             };
             auto advance = [&](int64_t s, int64_t n, int64_t t) {
                 const int32_t tokens = (int32_t)at_once, count = table(at_once);
-                View q = groups_of(x.k, 1, b, t, h, tokens, H, B), k = rows_of(x.k, b, t, h, tokens, H, B),
-                     v = rows_of(x.v, b, t, h, tokens, H, B);
-                View out(unwanted_row, 0, halide_type(p.q.dtype), {{0, V, 1}, {0, tokens, 0}, {0, 1, 0}, {0, H, 0}, {0, B, 0}});
+                auto no_queries = [&](int32_t size) {
+                    return View(unwanted_row, 0, halide_type(p.q.dtype),
+                                {{0, size, 1}, {0, tokens, 0}, {0, 0, 0}, {0, H, 0}, {0, B, 0}});
+                };
+                View q = no_queries(K), k = rows_of(x.k, b, t, h, tokens, H, B), v = rows_of(x.v, b, t, h, tokens, H, B);
+                View out = no_queries(V);
                 View log_decay = decays_from(t, tokens), chunks = columns(count);
                 View state_in = state_before(s, n), state_out = states(kept[n], 0, 0);
                 run.check(forward->name,
@@ -154,7 +161,10 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
                     return View(unwanted_row, 0, halide_type(p.q.dtype), {{0, size, 1}, {0, tokens, 0}, {0, H, 0}, {0, B, 0}});
                 };
                 // From call to call the gradient of the state stays where the last one is wanted.
-                auto gradient = [&] { return unwanted_state ? unwanted_states() : states(x.dinitial, b + s, h); };
+                auto gradient = [&] {
+                    if (x.dinitial.t.rank) return states(x.dinitial, b + s, h);
+                    return own_gradient ? own_states() : unwanted_states();
+                };
                 auto gradient_after = [&] {
                     if (!last) return gradient();
                     return x.dfinal.t.rank ? states(x.dfinal, b + s, h) : no_states();
@@ -200,7 +210,7 @@ GpuCall call_of(const BackwardProblem &p, const Kernels &kernels, int64_t most_c
 void backward_on_gpu(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
     const Variant &variant = variant_of(p, choice);
     auto forward = [&]() -> const Variant & {
-        Problem keys = p;  // in the place of queries, which kernels of a GPU must have; out is not wanted
+        Problem keys = p;  // in the place of queries, which are not looked at
         keys.q = p.k, keys.out = {};
         return select_variant("chunkwise", p.q.dtype.name, p.K, p.V, p.chunk_size, choice.backend, variant.target,
                               keys.row_alignment(choice.backend));

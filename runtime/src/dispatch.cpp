@@ -123,7 +123,7 @@ void forward(holdfast_context &c, Problem p, const Choice &choice) {
 }
 
 /// Whether the gradient of `p` is computed from all T x T weights. Its kernel knows no states, and no degree 1 without normalization,
-/// where chunks are always less work; nor no queries, of which a GPU's kernels are launched with no threads.
+/// where chunks are always less work; nor, on a GPU, no queries.
 bool backward_from_weights(const BackwardProblem &p, const Choice &choice) {
     const bool cpu = choice.backend == Backend::cpu;
     if (!is_power(p) || p.has_states() || (!cpu && p.H == 0)) return false;
@@ -139,6 +139,7 @@ BackwardProblem without_idle_queries(BackwardProblem p, const Choice &choice) {
     p.out = p.dq = {};
     return p;
 }
+
 void clear_rows(const Tensor &rows) {
     for (int64_t b = 0; b < rows.shape[0]; b++)
         for (int64_t t = 0; t < rows.shape[1]; t++)

@@ -58,7 +58,7 @@ const char *size_function_of(const char *call);
 Problem nearest(Problem p);
 BackwardProblem nearest(const BackwardProblem &p);
 
-/// Of no queries kernels would be launched without threads: keys take their place, and what comes out is not wanted.
+/// Of no queries keys take the place, and what comes out is not wanted: a token's kernel looks at a query with each state.
 Problem with_queries(Problem p);
 
 /// Device memory as Halide knows it: the call's own, or a caller's buffer.

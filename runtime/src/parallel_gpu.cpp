@@ -112,7 +112,7 @@ GpuCall call_of(const Problem &p, const Variant &variant, const Variant *of_rest
             [&p, of_rest](const Run &run) {
                 Problem out = p;
                 if (p.degree > 1) out.final_state = out.final_sum = {};
-                const bool any = out.out.rank || out.final_state.rank;
+                const bool any = out.out.rank || out.final_state.rank || out.final_sum.rank;
                 for (int64_t s = 0; any && p.packed() && s < p.N; s++) issue(run, sequence_of(out, s), p.start(s));
                 if (any && !p.packed()) issue(run, out, 0);
                 if (!of_rest) return;

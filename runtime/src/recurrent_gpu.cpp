@@ -27,9 +27,12 @@ void issue(const Run &run, const Problem &p) {
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "the state of one head, with a stride of ", x.final.t.stride[2],
              " along K, reaches beyond 2^31 bytes; expected less");
-    // Queries that share a state read what a token leaves of it. Strides may make it one token, not more: memory does not grow with them.
-    int64_t at_once = std::min({p.T, most_tokens, std::max<int64_t>(most_bytes_of_sums / (p.B * p.Hk * sum_bytes), 1)});
-    if (const Part of_all = part_of(at_once); p.group() > 1 || of_all.batch < part.batch || of_all.of_each < part.of_each)
+    // Queries that share a state read what a token leaves of it. Strides may make it one token, not more: memory does not grow with
+    // them. Halide counts the elements of a state once for each token.
+    const int64_t of_all = p.B * p.Hk;
+    int64_t at_once = std::min({p.T, most_tokens, std::max<int64_t>(most_bytes_of_sums / (of_all * sum_bytes), 1),
+                                std::max<int64_t>(most_bytes / (of_all * p.K * p.V), 1)});
+    if (const Part fewer = part_of(at_once); p.group() > 1 || fewer.batch < part.batch || fewer.of_each < part.of_each)
         at_once = 1;
     Memory sums(run, part.batch * part.of_each * at_once * sum_bytes);
     std::optional<OnDevice> own;

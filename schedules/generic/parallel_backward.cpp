@@ -46,6 +46,9 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &, const Target &target
     w.queries.compute_at(rows);
     f.dnum.compute_at(rows).vectorize(e, vec, tail);
     product(f.pair.scores, rows);
+    const Expr blocks =
+        f.over_dq.y.extent();  // memory for the last block of rows from the first on: a workspace keeps each size
+    f.pair.scores.bound_storage(n, blocks), w.key_decay.bound_storage(n, blocks);
     f.sum.update().reorder(i, f.over_block);
     f.pair.sum.compute_at(f.sum, f.over_block).update().reorder(i, f.pair.over_summed_key.x).vectorize(i, vec, tail);
 

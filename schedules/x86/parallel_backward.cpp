@@ -83,6 +83,9 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &sizes, const Target &t
     w.mask.compute_at(rows).vectorize(i, vec);
     w.key_decay.compute_at(rows).vectorize(j, vec);
     weights(f.pair.scores.in(), rows, f.pair.scores);
+    const Expr blocks =
+        f.over_dq.y.extent();  // memory for the last block of rows from the first on: a workspace keeps each size
+    f.pair.scores.in().bound_storage(n, blocks), w.key_decay.bound_storage(n, blocks);
     f.sum.compute_at(rows).vectorize(i, vec).update().reorder(i, f.over_block).vectorize(i, vec);
     f.pair.sum.compute_at(f.sum, f.over_block).vectorize(i, vec);
     f.pair.sum.update().reorder(i, f.pair.over_summed_key.x).vectorize(i, vec).unroll(i);

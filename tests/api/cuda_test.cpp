@@ -302,6 +302,22 @@ TEST(Cuda, TokenByTokenIsTwoLaunchesForSomeTokens) {
     }
 }
 
+TEST(Cuda, TokensAtOnceAreFewerWhereStatesAreLarge) {
+    // States of 2^25 numbers, which Halide counts for each token: 2^31 for 64.
+    Driver driver;
+    Context context;
+    Call call(0, kDLCUDA, {256, 16});
+    const int64_t heads = (1 << 25) / (B * 256 * 16);
+    for (DLTensor *x : {&call.q, &call.k, &call.v, &call.log_decay, &call.out}) x->shape[2] = heads, x->strides = nullptr;
+    for (DLTensor *x : {&call.initial_state, &call.final_state}) x->shape[1] = heads, x->strides = nullptr;
+    call.args.form = HOLDFAST_FORM_RECURRENT;
+    call.give_workspace(context);
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    driver.clear();
+    ASSERT_EQ(call.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), (size_t)(2 * ((T + 62) / 63) + 1));
+}
+
 TEST(Cuda, SequencesThatAreTooLongForOneCallOfTheKernelTakeSeveral) {
     Driver driver;
     Context context;

@@ -62,7 +62,7 @@ void expect_reference(const Variant<Kernel> &variant, int chunk, const Call &cal
             if (!variant.size.K && size.K > 8 && degree > 2) continue;
             for (const PowerCase &c : power_cases(chunk, variant.dtype, backend != "cpu"))
                 if ((of_chunks || !c.no_queries) && (all || enough.find(c.name) != std::string::npos) &&
-                    not_on(backend, c.layout, false).empty())
+                    not_on(backend, c.layout).empty())
                     call(PowerCall(c, size, degree, variant.dtype, of_chunks && variant.size.V));
         }
 }

@@ -523,9 +523,8 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  multiple of a chunk; others are not looked at. For a degree above 1 or
  *  normalization as many of the states between chunks as with those of all threads fit into a quarter of the call's tensors, but at
  *  least about sqrt(2 T / chunk) a thread; the others are computed a second time, which takes up to a sixth longer; and two gradients of
- *  states. The parallel form
- *  keeps rows in fp32 and the scores of a block of them, about T ((2 + G) K + 2 V + 64) floats a thread in use at a time, G heads of
- *  queries to one of keys; and, since workspace of each size is kept and scores grow block by block, T^2 / 2 more. Threads beyond one for each sequence and head of keys have nothing to do.
+ *  states. The parallel form keeps rows in fp32 and the scores of a block of them, about T ((2 + G) K + 2 V + 64) floats a thread, G
+ *  heads of queries to one of keys. Threads beyond one for each sequence and head of keys have nothing to do.
  *
  *  T = 0: dinitial_state = dfinal_state, and dlog_decay per head is 0. Not-a-numbers and infinities stay in their sequence and group of
  *  heads, but for dlog_decay per head, which is of all sequences.
