@@ -26,8 +26,8 @@ inline Halide::Expr log_decay_of(const Halide::Expr &steps, const Halide::Expr &
 /// exp() of it. The rest is a factor of its own, good to 1e-9 for those of 256 tokens: next to steps that add up to less than -32
 /// it would be rounded, and with it the result by 2e-6 and more.
 inline Halide::Expr decay_of(const Halide::Expr &steps, const Halide::Expr &rest) {
-    const Halide::Expr whole = exp(Halide::cast<float>(steps) * decay_step);
-    return whole + whole * (rest + 0.5f * rest * rest);
+    // exp() stands here once: of one that stands twice Halide 21 loses the select() around it, where it cuts a loop for a vector's tail.
+    return exp(Halide::cast<float>(steps) * decay_step) * (1.0f + rest * (1.0f + 0.5f * rest));
 }
 
 /// exp(x), x <= 0, as a sum of two: 1, and what is missing to it. A long sequence multiplies its state by the same decay again

@@ -102,7 +102,9 @@ TEST(ChunkwiseBackwardStages, AreComputedForWhatIsWantedAlone) {
         BackwardCall(c, 4, {3, 5}, f32, w).expect_reference([&](auto &&...arguments) {
             return kernel(produced.context(), arguments...);
         });
-        auto expect = [&](const char *stage, bool needed) { EXPECT_EQ(produced.stages.count(stage), needed) << stage; };
+        auto expect = [&](const char *stage, bool needed) {
+            EXPECT_EQ(produced.stages.count(stage), needed) << stage << " of " << testing::PrintToString(produced.stages);
+        };
         for (const char *stage : {"state", "contribution"}) expect(stage, w.dq || w.dlog_decay);
         for (const char *stage : {"scores", "weights"}) expect(stage, w.dv);
         expect("dstate", w.dk || w.dv || w.dlog_decay || w.dstate);
