@@ -74,26 +74,26 @@ of blocks of 32 threads, one for each column of a state. A thread of *state* goe
 only hands on what the sums came to. Everything grows with heads x batch entries: a call of {states} states in the
 interpreter says what one costs.
 
-**Bounds.** As above, and *rows*. The machine code loads a row of the state, stores it, and only then loads the next: no
-load goes before a store that might be to the same place. `rows` in the second table is how many do go together, counted
-in the code (`loads_before_a_store` in `tests/cuda/machine_code.py`). So a block takes {load} us for each row, and as
-much before the first, for its gate; blocks that a GPU cannot hold at a time take turns. {load} us is the time of one load
-from device memory: assumed, the same as above, and met in full.
+**Bounds.** As above, and *rows*. A warp's instructions go out in their order; the machine code loads a row of the state,
+stores it, and only then loads the next, since no load goes before a store that might be to the same place. `rows` in the
+second table is how many do go together, counted in the code (`loads_before_a_store` in `tests/cuda/machine_code.py`).
+So a block takes {load} us for each row, and as long before the first, for its gate; blocks that a GPU cannot hold at a
+time take turns. {load} us is the time of a load from device memory: assumed, as above, and not divided by {reached:.0%}.
 
 *Memory alone* is a step without that bound: each byte touched once, nearly all of them the state, read and written, at
 {reached:.0%} of what memory gives, and {launch} us for each launch.
 
-**Read from it.** Rows, one after the other, bound every step, and by far where states are few: there a step should take
-one row's time K times, whatever else it does, and launches, which alone would matter, are the small part. With many
-states memory is kept busy, but less than it could be. More blocks on a multiprocessor would not mend that, they are as
-many as there can be: rows have to be loaded some at a time, before the first of them is stored, or shared out among
-threads. Instructions and units for fp32 are nowhere near.
+**Read from it.** Rows, one after the other, bound all steps in the table but the largest on an A100. Where states are
+few, a step is as long as K rows, however many heads there are; launches, which should be most of it, are a small part.
+Where they are many, memory is busy for half of the time. More blocks on a multiprocessor would help, but they are as
+many as it takes; rows have to be loaded some at a time, before the first of them is stored, or shared out among more
+threads. Instructions are far from a bound, but for those of the kernel for any size, which has K = V = 256: there they
+come close to memory alone.
 
 **Not modelled.** States that are in L2 ({level2}) from the step before, as in a benchmark's loop: a row takes perhaps
-half of the time there. What the host does for a call. A launch more each for states that are not in place or start
-from zero, and for gates that are not given; a second pass over the state for queries that share it. Warps of a
-multiprocessor that keep each other waiting short of a bound, and clocks that sink under load. K = V = 256 is by the
-kernel for any size, whose instructions outside of its loops count like those within.
+half of the time there. What the host does for a call. Launches for states that are not in place or start from zero, and
+for gates that are not given: one more each. A second pass over the state, for queries that share it. Warps that keep
+each other waiting short of a bound, and clocks that sink under load.
 
 Microseconds of a step.
 
@@ -298,7 +298,7 @@ def main():
         sums="\n".join([heading, *sums]), details="\n".join(details), states=steps[0].states,
         level2=each(lambda g: f"{g.level2_megabytes} MB"),
         steps=table(["type", "K", "V", "B", "H", *times], [line for s in steps for line in s.lines_of_times()]),
-        code=table(["type", "K = V", "compiled for", "kernel", *code], [line for s in steps for line in s.lines_of_code()]),
+        code=table(["type", "K = V", "compiled for", "of", *code], [line for s in steps for line in s.lines_of_code()]),
     )  # fmt: skip
     pathlib.Path(__file__).parents[2].joinpath("docs", "cuda-expected-times.md").write_text(page)
 
