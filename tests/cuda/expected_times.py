@@ -74,26 +74,28 @@ of blocks of 32 threads, one for each column of a state. A thread of *state* goe
 only hands on what the sums came to. Everything grows with heads x batch entries: a call of {states} states in the
 interpreter says what one costs.
 
-**Bounds.** As above, and *rows*. A warp's instructions go out in their order; the machine code loads a row of the state,
-stores it, and only then loads the next, since no load goes before a store that might be to the same place. `rows` in the
-second table is how many do go together, counted in the code (`loads_before_a_store` in `tests/cuda/machine_code.py`).
-So a block takes {load} us for each row, and as long before the first, for its gate; blocks that a GPU cannot hold at a
-time take turns. {load} us is the time of a load from device memory: assumed, as above, and not divided by {reached:.0%}.
+**Bounds.** As above, and *rows*. A warp's instructions go out in their order; the machine code loads a row of the
+state, stores it, and only then loads the next, since no load goes before a store that might be to the same place.
+`rows` in the second table is how many do go together, counted in the code (`loads_before_a_store` in
+`tests/cuda/machine_code.py`). So a block takes {load} us for each row, and as long before the first, for its gate;
+blocks that a GPU cannot hold at a time take turns. {load} us is the time of a load from device memory: assumed, as
+above, and not divided by {reached:.0%}.
 
 *Memory alone* is a step without that bound: each byte touched once, nearly all of them the state, read and written, at
 {reached:.0%} of what memory gives, and {launch} us for each launch.
 
 **Read from it.** Rows, one after the other, bound all steps in the table but the largest on an A100. Where states are
 few, a step is as long as K rows, however many heads there are; launches, which should be most of it, are a small part.
-Where they are many, memory is busy for half of the time. More blocks on a multiprocessor would help, but they are as
-many as it takes; rows have to be loaded some at a time, before the first of them is stored, or shared out among more
-threads. Instructions are far from a bound, but for those of the kernel for any size, which has K = V = 256: there they
-come close to memory alone.
+With 64 batch entries memory gives an eighth of what it could, up to most of it. Rows have to be loaded some at a time, before
+the first of them is stored, or shared out among more threads. Blocks of two warps would help where states are many: a
+multiprocessor takes 32 blocks, and twice as many warps. Instructions are far from a bound, but for those of the kernel
+for any size, which has K = V = 256: on an H200 they come close to memory alone.
 
-**Not modelled.** States that are in L2 ({level2}) from the step before, as in a benchmark's loop: a row takes perhaps
-half of the time there. What the host does for a call. Launches for states that are not in place or start from zero, and
-for gates that are not given: one more each. A second pass over the state, for queries that share it. Warps that keep
-each other waiting short of a bound, and clocks that sink under load.
+**Not modelled.** States that are left in L2 from the step before, as in a benchmark's loop, where they fit
+({level2}): a row takes perhaps half of the time there.
+What the host does for a call. Launches for states that are not in place or start from zero, and for gates that are not
+given: one more each. A second pass over the state, for queries that share it. Warps that keep each other waiting short
+of a bound, and clocks that sink under load.
 
 Microseconds of a step.
 
@@ -283,8 +285,8 @@ def main():
         details.append("")
     steps = [step(device, dtype, size) for dtype in ("f32", "bf16") for size in SIZES_OF_STEPS]
     times, code = (
-        [f"{name}{also}" for name in GPUS for also in ("", *more)]
-        for more in ([" bound by", " memory alone"], [" rows", " registers", " blocks"])
+        [f"{name}{column}" for name in GPUS for column in columns]
+        for columns in (["", " bound by", " memory alone"], [" instructions", " rows", " registers", " blocks"])
     )
     heading = f"| type | K | V | B | T | H | {' | '.join(GPUS)} |\n{'|---' * (6 + len(GPUS))}|"
 
@@ -296,7 +298,7 @@ def main():
         l2=each(lambda g: f"{g.level2} TB/s"), memory=each(lambda g: f"{g.memory} TB/s"),
         reached=REACHED, launch=LAUNCH * 1e6, load=LOAD * 1e6,
         sums="\n".join([heading, *sums]), details="\n".join(details), states=steps[0].states,
-        level2=each(lambda g: f"{g.level2_megabytes} MB"),
+        level2=", ".join(f"{name}: {gpu.level2_megabytes} MB" for name, gpu in GPUS.items()),
         steps=table(["type", "K", "V", "B", "H", *times], [line for s in steps for line in s.lines_of_times()]),
         code=table(["type", "K = V", "compiled for", "of", *code], [line for s in steps for line in s.lines_of_code()]),
     )  # fmt: skip

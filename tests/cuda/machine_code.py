@@ -58,8 +58,8 @@ def codes(binary):
 
 
 def loads_before_a_store(code):
-    """The most loads of memory that the kernel itself writes, in a straight stretch of code, which wait for the memory
-    together: no such load goes before a store that might be to the same place. Of what it only reads they are CONSTANT."""
+    """How many values of what a kernel reads and writes a thread waits for at a time: the most loads in front of a store,
+    in a straight stretch of code. Those of what is only read are CONSTANT, and do not count."""
     most = loads = 0
     for name in code.listing:
         if name.startswith("LDG") and "CONSTANT" not in name:
