@@ -1,5 +1,6 @@
-"""The machine code of all kernels, for every architecture that is compiled: nothing spilt; of chunkwise's and steps' nothing
-called; of chunkwise's tensor cores where they are meant, and as many blocks on a multiprocessor as is stated here."""
+"""The machine code of all kernels, for every architecture that is compiled: nothing spilt; of chunkwise's and steps'
+nothing called; of chunkwise's tensor cores where they are meant, and as many blocks on a multiprocessor as is stated
+here."""
 
 import functools
 import os
