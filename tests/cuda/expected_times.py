@@ -86,10 +86,10 @@ above, and not divided by {reached:.0%}.
 
 **Read from it.** Rows, one after the other, bound all steps in the table but the largest on an A100. Where states are
 few, a step is as long as K rows, however many heads there are; launches, which should be most of it, are a small part.
-With 64 batch entries memory gives an eighth of what it could, up to most of it. Rows have to be loaded some at a time, before
-the first of them is stored, or shared out among more threads. Blocks of two warps would help where states are many: a
-multiprocessor takes 32 blocks, and twice as many warps. Instructions are far from a bound, but for those of the kernel
-for any size, which has K = V = 256: on an H200 they come close to memory alone.
+With 64 batch entries memory gives an eighth of what it could, up to most of it. Rows have to be loaded some at a time,
+before the first of them is stored, or shared out among more threads. Blocks of two warps would help where states are
+many: a multiprocessor takes 32 blocks, and twice as many warps. Instructions are far from a bound, but for those of the
+kernel for any size, which has K = V = 256: on an H200 they come close to memory alone.
 
 **Not modelled.** States that are left in L2 from the step before, as in a benchmark's loop, where they fit
 ({level2}): a row takes perhaps half of the time there.
