@@ -68,7 +68,7 @@ TEST_P(ChunkwiseBackward, MatchesReference) {
     const Variant &variant = instance.variant;
     const std::string missing = reason_to_skip(variant);
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
-    if (const std::string reason = not_on(variant.backend, instance.kernel_case.layout, false); !reason.empty())
+    if (const std::string reason = not_on(variant.backend, instance.kernel_case.layout); !reason.empty())
         GTEST_SKIP() << reason;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     std::vector<Wants> wants = {{}};  // what is left out does not depend on the size, of which the reference takes its time

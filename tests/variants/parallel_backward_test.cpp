@@ -61,7 +61,7 @@ TEST_P(ParallelBackward, MatchesReference) {
     const Instance &instance = GetParam();
     const std::string missing = reason_to_skip(instance.variant), backend = instance.variant.backend;
     if (!missing.empty()) GTEST_SKIP() << "this machine lacks " << missing;
-    const std::string reason = not_on(backend, instance.backward_case.layout, false);
+    const std::string reason = not_on(backend, instance.backward_case.layout);
     if (!reason.empty()) GTEST_SKIP() << reason;
     halide_set_error_handler([](void *, const char *text) { ADD_FAILURE() << text; });
     const Variant &variant = instance.variant;
