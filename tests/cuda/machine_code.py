@@ -58,8 +58,8 @@ def codes(binary):
 
 
 def loads_before_a_store(code):
-    """How many values of what a kernel reads and writes a thread waits for at a time: the most loads in front of a store,
-    in a straight stretch of code. Those of what is only read are CONSTANT, and do not count."""
+    """How many values of what a kernel reads and writes a thread waits for at a time: the most loads in front of a
+    store, in a straight stretch of code. Those of what is only read are CONSTANT, and do not count."""
     most = loads = 0
     for name in code.listing:
         if name.startswith("LDG") and "CONSTANT" not in name:
