@@ -1223,7 +1223,8 @@ TEST(BackwardMemory, IsAShareOfTheTensors) {
     for (const auto &[T, H, size, degree, parallel, most] : {Problem{4096, 8, 64, 1, false, 0.3},
                                                              {4096, 8, 128, 1, false, 0.3},
                                                              {1024, 4, 64, 2, false, 1.3},
-                                                             {1024, 8, 64, 2, true, 0.25}}) {
+                                                             {1024, 8, 64, 2, true, 0.25},
+                                                             {2048, 8, 64, 2, true, 0.25}}) {
         SCOPED_TRACE(testing::Message() << "T " << T << ", size " << size << ", degree " << degree);
         Count count;
         Context context("", 2);
