@@ -467,6 +467,25 @@ TEST_P(Copies, TypesOf16Bits) {
             }
 }
 
+TEST_P(Copies, WithoutQueriesTheSumOfKeysMayBeAllThatIsWanted) {
+    for (holdfast_form form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_PARALLEL}) {
+        SCOPED_TRACE(testing::Message() << "form " << form);
+        Context context;
+        ASSERT_EQ(holdfast_context_set_backend(context, GetParam()), HOLDFAST_OK);
+        PowerProblem p{1, 40, 2, 0, 5, 7, 1, true};
+        Tensor queries(p.q), keys(p.k), values(p.v), rows(p.out), sums(p.keys.forget());
+        DLTensor q = queries.dl(), k = keys.dl(), v = values.dl(), out = rows.dl(), sum = sums.dl();
+        holdfast_forward_args args = forward_args(&q, &k, &v, nullptr, nullptr, &out, nullptr);
+        args.form = form, args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS, args.final_sum_of_keys = &sum;
+        ASSERT_EQ(holdfast_forward(context, &args), HOLDFAST_OK) << context.error();
+        each(p.keys.shape, [&](const Index &i) {
+            double want = 0;
+            for (int64_t t = 0; t < p.T; t++) want += p.k({0, t, i[1], i[2]});
+            EXPECT_NEAR(p.keys(i), want, 1e-4) << text(i);
+        });
+    }
+}
+
 TEST_P(Copies, WithoutQueriesThereAreStates) {
     for (int degree : {1, 2})
         for (holdfast_form form : {HOLDFAST_FORM_AUTO, HOLDFAST_FORM_PARALLEL, HOLDFAST_FORM_RECURRENT})
