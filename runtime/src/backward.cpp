@@ -95,7 +95,7 @@ public:
         const auto run = std::get<ChunkwiseBackwardKernel *>(plan.variant.run);
         check_returned(run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &from, &rows.dout, &gradient, &chunks,
                            table.count, p.scale, rows.want_dq, rows.want_dk, rows.want_dv, rows.want_dlog_decay,
-                           rows.want_dstate(n), &rows.dq, &rows.dk, &rows.dv, &rows.dlog_decay, &next),
+                           p.needs_dstate(n), &rows.dq, &rows.dk, &rows.dv, &rows.dlog_decay, &next),
                        plan.variant, workspace);
         rows.done();
         std::swap(gradient.host, next.host);

@@ -136,12 +136,9 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
             };
             auto advance = [&](int64_t s, int64_t n, int64_t t) {
                 const int32_t tokens = (int32_t)at_once, count = table(at_once);
-                auto no_queries = [&](int32_t size) {
-                    return View(unwanted_row, 0, halide_type(p.q.dtype),
-                                {{0, size, 1}, {0, tokens, 0}, {0, 0, 0}, {0, H, 0}, {0, B, 0}});
-                };
-                View q = no_queries(K), k = rows_of(x.k, b, t, h, tokens, H, B), v = rows_of(x.v, b, t, h, tokens, H, B);
-                View out = no_queries(V);
+                View q = row_for_all(unwanted_row, p, K, 0, tokens, H, B), k = rows_of(x.k, b, t, h, tokens, H, B),
+                     v = rows_of(x.v, b, t, h, tokens, H, B);
+                View out = row_for_all(unwanted_row, p, V, 0, tokens, H, B);
                 View log_decay = decays_from(t, tokens), chunks = columns(count);
                 View state_in = state_before(s, n), state_out = states(kept[n], 0, 0);
                 run.check(forward->name,
@@ -177,8 +174,8 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
                 run.check(run.variant.name,
                           std::get<ChunkwiseBackwardKernel *>(run.variant.run)(
                               &run.workspace, &q, &k, &v, &log_decay, &state_in, &dout, &dstate_out, &chunks, count, p.scale,
-                              p.dq.rank > 0 && G, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0,
-                              n ? p.needs_dstates() : p.wants_dinitial(), &dq, &dk, &dv, &dlog_decay, &dstate_in));
+                              p.dq.rank > 0 && G, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0, p.needs_dstate(n), &dq,
+                              &dk, &dv, &dlog_decay, &dstate_in));
             };
             if (!cut) {
                 retreat(0, 0, 0, p.T, true);

@@ -53,8 +53,6 @@ public:
     void followed_by(const BackwardHead &next, int64_t t) {
         q.followed_by(next.q, t), k.followed_by(next.k, t), v.followed_by(next.v, t), dout.followed_by(next.dout, t);
     }
-    /// Whether the gradient of the state at the start of call n of the kernel is needed.
-    int32_t want_dstate(int64_t n) const { return n ? p.needs_dstates() : p.wants_dinitial(); }
     /// What is looked at has been computed.
     void done() {
         if (!per_head()) return;

@@ -189,11 +189,7 @@ private:
         const int64_t t = n * chunk;
         const int32_t tokens = tokens_of(n);
         View k = rows(x.k, t, tokens), v = rows(x.v, t, tokens);
-        auto no_queries = [&](int64_t size) {
-            return View(unwanted_row, 0, halide_type(p.q.dtype),
-                        {{0, (int32_t)size, 1}, {0, tokens, 0}, {0, 0, 0}, {0, H, 0}, {0, B, 0}});
-        };
-        View q = no_queries(p.K), out = no_queries(p.V);
+        View q = row_for_all(unwanted_row, p, p.K, 0, tokens, H, B), out = row_for_all(unwanted_row, p, p.V, 0, tokens, H, B);
         View log_decay = log_decays(t, tokens);
         View state_in = states(from), sum_in = sums(from), state_out = states(to), sum_out = sums(to);
         run.check(kernels.forward.name,
@@ -216,7 +212,7 @@ private:
                   std::get<PowerBackwardKernel *>(kernels.gradient.run)(
                       &run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, &out, &dout, &dstate_out, &dsum_out, p.degree,
                       p.normalized, p.scale, p.dq.rank > 0 && G, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0,
-                      n ? p.needs_dstates() : p.wants_dinitial(), &dq, &dk, &dv, &dlog_decay, &dstate_in, &dsum_in));
+                      p.needs_dstate(n), &dq, &dk, &dv, &dlog_decay, &dstate_in, &dsum_in));
     }
 };
 

@@ -110,7 +110,7 @@ void issue_chunks(const Run &run, const Problem &p) {
                 auto rows = [&](const OnDevice &r) { return rows_of(r, b, t, h, tokens, H, B); };
                 auto groups = [&](const OnDevice &r) { return groups_of(r, G, b, t, h, tokens, H, B); };
                 View q = groups(x.q), k = rows(x.k), v = rows(x.v);
-                View out = unwanted_row ? row_for_all(*unwanted_row, p, tokens, H, B) : groups(x.out);
+                View out = unwanted_row ? row_for_all(*unwanted_row, p, V, G, tokens, H, B) : groups(x.out);
                 View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, t, h, tokens, H, B);
                 // The first chunk reads what the caller gives where it lies.
                 const bool first = t == 0 && !carried.converted();

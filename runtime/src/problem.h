@@ -80,6 +80,8 @@ struct BackwardProblem : Problem {
     bool wants_dinitial() const { return dinitial_state.rank || dinitial_sum.rank; }
     /// Gradients of states between tokens are needed: by all but dq. Those of states before all tokens only where they are wanted.
     bool needs_dstates() const { return dk.rank || dv.rank || dlog_decay.rank || wants_dinitial(); }
+    /// That of the state that call n of a kernel begins with, of calls in the order of their tokens, is needed.
+    bool needs_dstate(int64_t n) const { return n ? needs_dstates() : wants_dinitial(); }
     /// A gradient is wanted.
     bool wants_any() const { return dq.rank || needs_dstates(); }
 };
