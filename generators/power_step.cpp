@@ -42,7 +42,8 @@ PowerStepFuncs power_step(const Func &q, const Func &k, const Func &v, const Fun
     p.state_and_sum(e, w, u, h) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
     Expr before = p.state_and_sum(e, row, u, h)[0];
     Expr sum = select(likely(row > 0), p.state_and_sum(e, max(row - 1, 0), u, h)[1], 0.0f);
-    Expr after = decayed(p.decay(h), before, p.phi_k(u * W + row, h) * v(e, h));
+    Expr added = strict_float(p.phi_k(u * W + row, h) * v(e, h));  // as in recurrent.cpp
+    Expr after = decayed(p.decay(h), before, added);
     p.state_and_sum(e, row, u, h) = Tuple(after, sum + p.phi_q(u * W + row, 0, h) * after);
     p.over_state = RDom(0, W, "over_state");
     p.over_state.where(g > 0);

@@ -158,12 +158,13 @@ TEST(Power, SameBitsForAnyNumberOfThreads) {
     // Fewer heads than threads, which share columns of values and tokens; and states in place.
     for (const std::string &target : cpu_targets())
         for (const Case &c : {Case{2, true, 64, 64}, {2, true, 32, 32}, {1, true, 64, 48}, {3, false, 16, 64}})
-            for (const std::vector<int32_t> &starts : {std::vector<int32_t>{}, {0, 0, 70, 71, 530}}) {
+            for (const std::vector<int32_t> &starts : {std::vector<int32_t>{}, {0, 0, 70, 71, 530}, {0, 90}}) {
+                const bool chunks = starts.empty() || starts.back() == 530;  // or token by token
                 std::optional<PowerProblem> one;
                 for (int threads : {1, 2, 5, 8}) {
                     Context context(target, threads);
-                    PowerProblem p{1, 530, 1, 2, c.K, c.V, c.degree, c.normalize};
-                    p.form = HOLDFAST_FORM_CHUNKWISE, p.starts = starts;
+                    PowerProblem p{1, chunks ? 530 : 90, 1, 2, c.K, c.V, c.degree, c.normalize};
+                    p.form = chunks ? HOLDFAST_FORM_CHUNKWISE : HOLDFAST_FORM_RECURRENT, p.starts = starts;
                     p.state = Array(p.states_shape()).fill(p.random, 0, 1);
                     p.keys = Array(Index{p.sequences(), 1, p.D}).fill(p.random, 1, 2);
                     p.initial_state = p.state, p.initial_keys = p.keys;
