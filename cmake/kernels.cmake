@@ -60,22 +60,22 @@ holdfast_kernel(chunkwise_backward DTYPES f32 f16 bf16 CHUNKS 32
     TARGETS avx512 avx2 generic
     COSTLY f16 bf16)
 
-# Small kernels: all types for all sizes that chunkwise is tuned for in fp32.
+# Small kernels: all types for all sizes that chunkwise is tuned for in fp32, and for half of their columns, which two threads share.
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
-    SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256 256x512
+    SIZES 32x32 32x64 64x32 64x64 64x128 128x64 128x128 128x256 256x128 256x256 256x512
     TARGETS avx512 avx2)
 
 holdfast_kernel(recurrent DTYPES bf16
-    SIZES 64x64 128x128
+    SIZES 64x32 64x64 128x64 128x128
     TARGETS amx avx512_bf16)
 
 # The same for blocks of tokens, each in one pass over the state: behind those of one, which a step is for.
 holdfast_kernel(recurrent DTYPES f32 f16 bf16 CHUNKS 8
-    SIZES 32x32 32x64 64x64 64x128 128x128 128x256 256x256 256x512
+    SIZES 32x32 32x64 64x32 64x64 64x128 128x64 128x128 128x256 256x128 256x256 256x512
     TARGETS avx512 avx2)
 
 holdfast_kernel(recurrent DTYPES bf16 CHUNKS 8
-    SIZES 64x64 128x128
+    SIZES 64x32 64x64 128x64 128x128
     TARGETS amx avx512_bf16)
 
 holdfast_kernel(recurrent DTYPES f32 f16 bf16
@@ -230,7 +230,7 @@ holdfast_kernel(power_backward DTYPES f32 f16 bf16 CHUNKS 64
     COSTLY f16 bf16)
 
 holdfast_kernel(power_step DTYPES f32 f16 bf16
-    SIZES 64x64
+    SIZES 64x32 64x64
     TARGETS avx512 avx2
     PARAMS degree=2
     COSTLY f16 bf16)

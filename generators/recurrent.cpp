@@ -31,7 +31,9 @@ RecurrentFuncs recurrent(const Func &q, const Func &k, const Func &v, const Func
     f.state_and_sum(e, i, d, n, h, b) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
     Expr before = f.state_and_sum(e, i, row, n, h, b)[0], rounded = f.decay(i, n, h, b)[0];
     Expr sum = select(likely(row > 0), f.state_and_sum(e, i, max(row - 1, 0), n, h, b)[1], 0.0f);
-    Expr added = k(row, i, n, h, b) * v(e, i, n, h, b);
+    // The product that is rounded before the sum, by which a compiler would decide for each size anew: strips of columns have the
+    // same bits.
+    Expr added = strict_float(k(row, i, n, h, b) * v(e, i, n, h, b));
     Expr after = select(i == 0, decayed({rounded, rounded * f.left_out(n, h, b)}, before, added), rounded * before + added);
     f.state_and_sum(e, i, row, n, h, b) = Tuple(after, sum + q(row, i, n, 0, h, b) * after);
     f.out = Func("out_of_state");

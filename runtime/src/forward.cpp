@@ -9,12 +9,12 @@
 #include "head_groups.h"
 #include "problem.h"
 #include "spans.h"
+#include "strips.h"
 
 #include <HalideRuntime.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <deque>
 #include <limits>
 #include <string>
@@ -31,29 +31,6 @@ constexpr int64_t states_in_cache = 320 * 1024, least_chunks_per_call = 2, most_
 // Columns of values that a thread takes at least: as wide as tiles of the widest vectors. Each piece computes the scores anew, an
 // eighth of the work at K = V = 64.
 constexpr int64_t least_columns = 32;
-
-/// The variant that does for fewer columns of values what `whole` does, to the bit and no slower: itself where it takes any, else one
-/// for those, of chunks of the same length, on the same target. Null if there is none.
-const Variant *narrower(const Variant &whole, int64_t columns) {
-    if (!whole.value_size) return &whole;
-    for (const Variant &v : variants())
-        if (v.target == whole.target && v.key_size == whole.key_size && v.value_size == columns && v.chunk == whole.chunk &&
-            v.row_alignment <= whole.row_alignment && v.round_operands == whole.round_operands &&
-            !std::strcmp(v.kernel, whole.kernel) && !std::strcmp(v.dtype, whole.dtype))
-            return &v;
-    return nullptr;
-}
-
-/// The same problem for some columns of values.
-Problem columns_of(Problem p, int64_t first, int64_t columns) {
-    p.V = columns;
-    for (Tensor *x : {&p.v, &p.out, &p.initial_state, &p.final_state, &p.states}) {
-        if (!x->rank) continue;
-        if (x->data) x->data += first * x->stride[3] * x->dtype.bytes();
-        x->shape[3] = columns;
-    }
-    return p;
-}
 
 /// How the work is cut up.
 struct Plan {
@@ -178,7 +155,7 @@ void run_chunkwise(holdfast_context &c, const Problem &whole, const Variant &var
     if (spans > 1) how += ", tokens in " + std::to_string(spans) + " spans";
     announce(c, "forward", *run, why, whole, how, pieces);
     if (pieces == 0) return;
-    with_initial_apart(c, whole, spans > 1, [&](const Problem &p) {
+    with_initial_apart(c, whole, spans > 1, spans > 1, [&](const Problem &p) {
         std::vector<Problem> strip;
         for (int64_t n = 0; n < strips; n++) strip.push_back(columns_of(p, n * columns, columns));
         c.for_each(pieces, [&](Workspace &workspace, int64_t n) {

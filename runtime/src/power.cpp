@@ -1,13 +1,14 @@
 // The kernels power, of a chunk, and power_step, of a token: a sequence is a chain of calls for each head, with its state, D V
 // numbers, going from one call to the next. Nothing is kept between chunks, so workspace does not grow with T. Where there are fewer
 // heads than threads, some columns of the values are a piece of work of their own, for which phi is formed once more, a small part, or
-// some of the tokens.
+// in chunks some of the tokens.
 #include "power.h"
 
 #include "buffers.h"
 #include "expansion.h"
 #include "failure.h"
 #include "spans.h"
+#include "strips.h"
 
 #include <HalideRuntime.h>
 
@@ -18,9 +19,6 @@
 
 namespace holdfast {
 namespace {
-
-// To wake a thread takes as long as to go once through so many bytes of states.
-constexpr int64_t worth_a_thread = 512 * 1024;
 
 /// Whether so many steps of `stride` elements are within 32 bits.
 bool fits(int64_t extent, int64_t stride) {
@@ -130,7 +128,8 @@ void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const P
 /// Tokens one after the other: of `heads` neighbouring heads of keys where their states are the caller's, else of one.
 class Steps {
 public:
-    Steps(const Problem &p, const Variant &variant) : p(p), variant(variant) {
+    /// Strips of columns share a sum of keys: the initial one is where nothing writes.
+    Steps(const Problem &p, const Variant &whole, const StepPieces &cut) : p(p), whole(whole), cut(cut) {
         const Tensor &s = p.final_state, &g = p.log_decay;
         in_place = s.rank && s.stride[3] == 1 && p.expansion == HOLDFAST_EXPANSION_TIGHT &&
                    (!p.normalized || p.final_sum.rank) && fits(p.D, s.stride[2]);
@@ -138,46 +137,48 @@ public:
                           fits(p.H, p.out.stride[2]) && (!g.rank || fits(p.Hk, g.stride[g.rank - 1])) && in_place &&
                           fits(p.Hk, s.stride[1]) && (!p.normalized || fits(p.Hk, p.final_sum.stride[1]));
         at_once = near ? p.Hk : 1;
-        const int64_t all = p.N * p.Hk;
-        pieces = (int64_t)std::min((double)all, 1 + (double)all * (double)p.state_bytes() * (double)std::max<int64_t>(p.T, 1) /
-                                                        worth_a_thread);
     }
-    int64_t pieces;
 
     void operator()(Workspace &workspace, int64_t n) const {
-        const int64_t all = p.N * p.Hk, end = (n + 1) * all / pieces;
-        for (int64_t first = n * all / pieces, heads; first < end; first += heads) {
+        const int64_t strip = n % cut.strips, piece = n / cut.strips, all = p.N * p.Hk, end = (piece + 1) * all / cut.of_heads;
+        for (int64_t first = piece * all / cut.of_heads, heads; first < end; first += heads) {
             heads = std::min({at_once, p.Hk - first % p.Hk, end - first});
-            run(workspace, first / p.Hk, first % p.Hk, heads);
+            const int64_t s = first / p.Hk, column = cut.begin(strip);
+            run(workspace, {s, first % p.Hk, column, cut.begin(strip + 1) - column, 0, p.length(s)}, heads);
         }
     }
 
 private:
     const Problem &p;
-    const Variant &variant;
+    const Variant &whole;
+    const StepPieces &cut;
     bool in_place;
     int64_t at_once;
 
-    void run(Workspace &workspace, int64_t s, int64_t h, int64_t heads) const {
-        const Part part = {s, h, 0, p.V, 0, p.length(s)};
-        const int32_t V = (int32_t)p.V, n = (int32_t)heads, G = (int32_t)p.group();
+    void run(Workspace &workspace, const Part &part, int64_t heads) const {
+        const Variant &variant = *narrower(whole, part.columns);
+        const int64_t s = part.sequence, h = part.head;
+        const int32_t V = (int32_t)part.columns, n = (int32_t)heads, G = (int32_t)p.group();
         std::optional<Carried> carried;
         float *state = nullptr, *sum = nullptr;
-        int64_t row = p.V, head = 0, head_of_sum = 0;
+        int64_t row = V, head = 0, head_of_sum = 0;
         if (in_place) {
             const Tensor &to = p.final_state, &sums = p.final_sum;
-            state = to.at(s, h), row = to.stride[2], head = to.stride[1];
-            if (p.normalized) sum = sums.at(s, h), head_of_sum = sums.stride[1];
-            for (int64_t m = 0; m < heads; m++) start(s, h + m);
+            state = to.at(s, h) + part.column, row = to.stride[2], head = to.stride[1];
+            if (p.normalized && part.column == 0) sum = sums.at(s, h), head_of_sum = sums.stride[1];
+            for (int64_t m = 0; m < heads; m++) start(part, h + m);
         } else {
             carried.emplace(p, part, workspace);
             state = carried->states[0], sum = carried->sums[0];
         }
         const int64_t D = in_place ? p.D : carried->tight, block = feature_block(D), blocks = D / block;
-        const Scratch sums_of_blocks(workspace, blocks * p.V * heads + (sum ? 0 : D * heads));
-        if (!sum) {  // does not count, but has to hold numbers
-            sum = sums_of_blocks.floats() + blocks * p.V * heads, head_of_sum = D;
-            std::fill_n(sum, D * heads, 0.0f);
+        const int64_t of_blocks = G * blocks * V * heads, of_keys = D * heads;
+        const Scratch scratch(workspace, of_blocks + of_keys + (sum ? 0 : of_keys));
+        float *const keys_before = scratch.floats() + of_blocks;
+        if (!sum) {  // another strip's, or it does not count, but has to hold numbers
+            sum = keys_before + of_keys, head_of_sum = D;
+            std::fill_n(sum, of_keys, 0.0f);
+            for (int64_t m = 0; p.initial_sum.rank && m < heads; m++) std::copy_n(p.initial_sum.at(s, h + m), D, sum + m * D);
         }
         auto axis = [&](int64_t stride) { return halide_dimension_t{0, n, n > 1 ? (int32_t)stride : 0}; };
         auto rows = [&](const Tensor &x) {
@@ -188,35 +189,41 @@ private:
                           {{0, (int32_t)x.shape[3], 1}, {0, G, G > 1 ? (int32_t)x.stride[2] : 0}, axis(x.stride[2] * G)});
         };
         Buffer q = group(p.q), out = group(p.out), k = rows(p.k), v = rows(p.v);
+        out.axes[0].extent = v.axes[0].extent = V;
         Buffer log_decay(nullptr, float32, {axis(p.log_decay.rank ? p.log_decay.stride[p.log_decay.rank - 1] : 0)});
-        Buffer states(state, float32,
-                      {{0, V, 1}, {0, (int32_t)block, (int32_t)row}, {0, (int32_t)blocks, (int32_t)(row * block)}, axis(head)});
-        Buffer partial(sums_of_blocks.floats(), float32,
-                       {{0, V, 1}, {0, (int32_t)block, 0}, {0, (int32_t)blocks, V}, axis(blocks * p.V)});
+        const int32_t U = (int32_t)blocks, W = (int32_t)block;
+        Buffer states(state, float32, {{0, V, 1}, {0, W, (int32_t)row}, {0, G, 0}, {0, U, (int32_t)(row * block)}, axis(head)});
+        Buffer partial(scratch.floats(), float32, {{0, V, 1}, {0, W, 0}, {0, G, V}, {0, U, G * V}, axis(U * G * V)});
         Buffer keys(sum, float32, {{0, (int32_t)D, 1}, axis(head_of_sum)});
-        const int64_t b = p.entry(s), from = p.start(s);
+        Buffer before(keys_before, float32, {{0, (int32_t)D, 1}, axis(D)});
+        const int64_t b = p.entry(s), from = p.start(s), column_bytes = part.column * p.v.dtype.bytes();
         for (int64_t t = from; t < from + p.length(s); t++) {
-            q.host = p.q.at<uint8_t>(b, t, h * G), out.host = p.out.at<uint8_t>(b, t, h * G);
-            k.host = p.k.at<uint8_t>(b, t, h), v.host = p.v.at<uint8_t>(b, t, h);
+            q.host = p.q.at<uint8_t>(b, t, h * G), out.host = p.out.at<uint8_t>(b, t, h * G) + column_bytes;
+            k.host = p.k.at<uint8_t>(b, t, h), v.host = p.v.at<uint8_t>(b, t, h) + column_bytes;
             log_decay.host = (uint8_t *)log_decay_of(p, part, t - from);
-            check_returned(std::get<PowerStepKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, (int32_t)block,
-                                                                    (int32_t)blocks, p.degree, p.normalized, p.scale, &states,
-                                                                    &partial, &keys, &out),
+            check_returned(std::get<PowerStepKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, W, U, p.degree,
+                                                                    p.normalized, p.scale, &states, &partial, &keys, &before,
+                                                                    &out),
                            variant, workspace);
         }
         if (carried) carried->finish();
     }
 
-    /// Put the initial state and sum of a head where they will be.
-    void start(int64_t s, int64_t h) const {
-        auto put = [&](const Tensor &initial, const Tensor &to, int64_t columns) {
-            auto features = [&](const Tensor &t) { return Features{t.at(s, h), t.stride[2], t.rank == 4 ? t.stride[3] : 1}; };
+    /// Put the initial state of a part's columns and, with the first of them, the sum of a head where they will be.
+    void start(const Part &part, int64_t h) const {
+        const int64_t s = part.sequence;
+        auto put = [&](const Tensor &initial, const Tensor &to, int64_t column, int64_t columns) {
+            auto features = [&](const Tensor &t) {
+                const int64_t across = t.rank == 4 ? t.stride[3] : 1;
+                return Features{t.at(s, h) + column * across, t.stride[2], across};
+            };
             if (!to.rank) return;
             if (initial.rank && initial.at(s, h) == to.at(s, h)) return;
             if (initial.rank) return convert(features(initial), p.expansion, features(to), p.expansion, p.D, p.K, columns);
-            for (int64_t f = 0; f < p.D; f++) std::fill_n(to.at(s, h, f), columns, 0.0f);
+            for (int64_t f = 0; f < p.D; f++) std::fill_n(to.at(s, h, f) + column, columns, 0.0f);
         };
-        put(p.initial_state, p.final_state, p.V), put(p.initial_sum, p.final_sum, 1);
+        put(p.initial_state, p.final_state, part.column, part.columns);
+        if (part.column == 0) put(p.initial_sum, p.final_sum, 0, 1);
     }
 };
 
@@ -245,18 +252,22 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     if (p.form == HOLDFAST_FORM_RECURRENT) {
         check_kernel_strides(p, 1);
         const Variant &step = power_variant("power_step", p, choice, p.V);
-        const Steps steps(p, step);
-        announce(c, call, step, choice.why, p, "token by token", steps.pieces);
-        if (steps.pieces > 0) c.for_each(steps.pieces, std::cref(steps));
+        const StepPieces pieces(p, c, {&step});
+        announce(c, call, step, choice.why, p, c.verbose ? pieces.how() : "", pieces.count());
+        if (pieces.count() == 0) return;
+        with_initial_apart(c, p, false, pieces.strips > 1, [&](const Problem &apart) {
+            const Steps steps(apart, step, pieces);
+            c.for_each(pieces.count(), std::cref(steps));
+        });
         return;
     }
     // Where threads are idle: halves of the values, as long as there is a variant for them, and spans of the tokens.
     int64_t parts = 1;
     const int64_t heads = p.N * p.Hk, threads_of_head = heads ? c.threads_for(std::numeric_limits<int64_t>::max()) / heads : 1;
     while (variant->value_size && p.V % (2 * parts) == 0 && 2 * parts <= threads_of_head) {
-        const Variant &half = power_variant("power", p, choice, p.V / (2 * parts));
-        if (half.target != variant->target || !half.value_size || half.chunk != variant->chunk) break;
-        variant = &half, parts *= 2;
+        const Variant *half = narrower(*variant, p.V / (2 * parts));
+        if (!half) break;
+        variant = half, parts *= 2;
     }
     const int64_t chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant->chunk) : variant->chunk;
     check_kernel_strides(p, chunk);
@@ -266,7 +277,7 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     if (spans.count > 1) how += ", tokens in " + std::to_string(spans.count) + " spans";
     announce(c, call, *variant, choice.why, p, how, pieces);
     if (heads == 0) return;
-    with_initial_apart(c, p, parts * spans.count > 1, [&](const Problem &apart) {
+    with_initial_apart(c, p, spans.count > 1, parts * spans.count > 1, [&](const Problem &apart) {
         c.for_each(pieces, [&](Workspace &workspace, int64_t n) {
             const int64_t head = n / parts / spans.count, span = n / parts % spans.count, columns = p.V / parts;
             const int64_t s = head / p.Hk, T = p.length(s);

@@ -5,6 +5,7 @@
 
 #include "buffers.h"
 #include "failure.h"
+#include "strips.h"
 
 #include <HalideRuntime.h>
 
@@ -16,9 +17,6 @@
 
 namespace holdfast {
 namespace {
-
-// To wake a thread takes as long as to go once through so many bytes of states.
-constexpr int64_t worth_a_thread = 512 * 1024;
 
 // Heads of queries that share a state go over it one after the other: states that stay in the first caches meanwhile.
 constexpr int64_t states_in_cache = 256 * 1024;
@@ -77,16 +75,12 @@ void run_kernel(const Problem &p, const Variant &variant, Workspace &workspace, 
     check_returned(run(&workspace, &q, &k, &v, &log_decay, p.scale, &state, &sum, &out), variant, workspace);
 }
 
-/// All tokens of all sequences and heads, in pieces.
+/// All tokens of all sequences and heads, which are cut into so many pieces.
 class Work {
 public:
-    int64_t pieces;
-
     /// `step` is for one token at a time, `blocks` for some of them, or the same again where there is none.
-    Work(const Problem &p, const Variant &step, const Variant &blocks) : p(p), step(step), blocks(blocks) {
-        const int64_t all = p.N * p.Hk;
-        const double tokens = p.packed() ? (double)p.T / p.N : (double)std::max<int64_t>(p.T, 1);  // of a sequence
-        pieces = (int64_t)std::min<double>(all, 1 + (double)all * p.state_bytes() * tokens / worth_a_thread);
+    Work(const Problem &p, const Variant &step, const Variant &blocks, int64_t pieces)
+        : p(p), step(step), blocks(blocks), pieces(pieces) {
         in_place = p.final_state.rank && (p.V == 1 || p.final_state.stride[3] == 1);
         // Queries that share a state read what a token leaves of it.
         tokens_at_once = p.group() > 1 ? 1 : std::clamp<int64_t>(sums_in_cache / 4 / p.V, 1, most_tokens);
@@ -114,7 +108,7 @@ public:
 private:
     const Problem &p;
     const Variant &step, &blocks;
-    int64_t tokens_at_once, heads_at_once, heads_of_call;
+    int64_t pieces, tokens_at_once, heads_at_once, heads_of_call;
     bool in_place;  // states are advanced where the final ones will be
 
     void run(Workspace &workspace, int64_t s, int64_t h, int64_t heads) const {
@@ -176,10 +170,16 @@ void run_recurrent(holdfast_context &c, const char *call, const Problem &p, cons
     };
     const Variant &step = select(0), &blocks = p.T > 1 ? select(most_tokens) : step;
     check_kernel_strides(p, 1);
-    const Work work(p, step, blocks);
+    const StepPieces pieces(p, c, {&step, &blocks});
     const Variant &most = blocks.chunk > 1 && p.group() <= 1 && p.longest() >= blocks.chunk ? blocks : step;  // of the tokens
-    announce(c, call, most, choice.why, p, "token by token", work.pieces);
-    if (work.pieces > 0) c.for_each(work.pieces, std::cref(work));
+    announce(c, call, most, choice.why, p, c.verbose ? pieces.how() : "", pieces.count());
+    const auto work = [&](Workspace &workspace, int64_t n) {
+        if (pieces.strips == 1) return Work(p, step, blocks, pieces.of_heads)(workspace, n);
+        const int64_t strip = n % pieces.strips, first = pieces.begin(strip), columns = pieces.begin(strip + 1) - first;
+        Work(columns_of(p, first, columns), *narrower(step, columns), *narrower(blocks, columns),
+             pieces.of_heads)(workspace, n / pieces.strips);
+    };
+    if (pieces.count() > 0) c.for_each(pieces.count(), std::cref(work));
 }
 
 }  // namespace holdfast

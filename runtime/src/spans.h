@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 
 namespace holdfast {
 
@@ -48,14 +49,15 @@ private:
     double first_share(int64_t n) const { return state_share / (1 - std::pow(1 - state_share, (double)n)); }
 };
 
-/// Call run(p). Where pieces of work share a head, with copies of an initial state and sum that are where the final ones go: one
-/// piece writes those while others may yet have to read.
+/// Call run(p). Where pieces of work share a head's state, or its sum of keys, with a copy of an initial one that is where the final
+/// one goes: one piece writes that while others may yet have to read.
 template<class Run>
-void with_initial_apart(holdfast_context &c, const Problem &p, bool shared, const Run &run) {
+void with_initial_apart(holdfast_context &c, const Problem &p, bool state_shared, bool sum_shared, const Run &run) {
     auto in_place = [](const Tensor &initial, const Tensor &final) { return initial.rank && initial.data == final.data; };
-    const bool state = in_place(p.initial_state, p.final_state), sum = in_place(p.initial_sum, p.final_sum);
-    if (!shared || !(state || sum)) return run(p);
-    c.for_each(1, [&](Workspace &workspace, int64_t) {
+    const bool state = state_shared && in_place(p.initial_state, p.final_state);
+    const bool sum = sum_shared && in_place(p.initial_sum, p.final_sum);
+    if (!(state || sum)) return run(p);
+    const auto copied = [&](Workspace &workspace, int64_t) {
         const int64_t heads = p.N * p.Hk, size = p.D * p.V;
         const int64_t of_states = state ? heads * size : 0, of_sums = sum ? heads * p.D : 0;
         const Scratch memory(workspace, of_states + of_sums);
@@ -72,7 +74,8 @@ void with_initial_apart(holdfast_context &c, const Problem &p, bool shared, cons
             if (sum) std::copy_n(p.initial_sum.at(s, h), p.D, apart.initial_sum.at(s, h));
         }
         run(apart);
-    });
+    };
+    c.for_each(1, std::cref(copied));
 }
 
 }  // namespace holdfast

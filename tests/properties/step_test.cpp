@@ -188,6 +188,86 @@ TEST_P(StepTest, SameBitsForAnyNumberOfThreads) {
     }
 }
 
+/// A step on the only token of a problem in fp32, whose arguments are made once.
+struct OneToken {
+    Tensor tensors[7];
+    DLTensor dl[7];
+    holdfast_step_args args;
+
+    explicit OneToken(PowerProblem &p) {
+        int n = 0;
+        for (Array *x : {&p.q, &p.k, &p.v, &p.log_decay, &p.out}) tensors[n++] = Tensor(*x).without(1);
+        tensors[n++] = p.state, tensors[n++] = p.keys;
+        for (n = 0; n < 7; n++) dl[n] = tensors[n].dl();
+        args = step_args(&dl[0], &dl[1], &dl[2], &dl[3], &dl[5], &dl[4]);
+        args.degree = p.degree;
+        if (p.normalize) args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS, args.sum_of_keys = &dl[6];
+    }
+    holdfast_status run(holdfast_context *context) const { return holdfast_step(context, &args); }
+};
+
+// Where they outnumber heads: sizes that the kernel was compiled for by strips that it was compiled for too, others by any.
+TEST_P(StepTest, ThreadsShareColumnsOfAHead) {
+    const bool tuned = variant_for(GetParam().target, {K, V}, dtype, "recurrent")->key_size > 0;
+    const int64_t wide = tuned ? V : 100, T = ((int64_t)1 << 20) / (K * wide) + C + 5;
+    auto strips = [&](int64_t n) {
+        return !tuned || variant_for(GetParam().target, {K, V / n}, dtype, "recurrent")->value_size == V / n;
+    };
+    for (const Index &starts : {Index{}, Index{0, T - 3, T}})
+        for (int64_t group : {1, 2}) {
+            std::optional<Problem> one;
+            for (int threads : {1, 2, 4, 9}) {
+                SCOPED_TRACE(testing::Message() << threads << " threads, groups of " << group << ", starts " << text(starts));
+                ASSERT_EQ(holdfast_context_set_threads(*context, threads), HOLDFAST_OK);
+                Problem p{1, T, group, K, wide, Gates::weak, Layout::padded, true, dtype, group, starts, group == 2};
+                Problem in_place = p;
+                Forward f = p.forward(), g = in_place.forward();
+                f.form = g.form = HOLDFAST_FORM_RECURRENT, g.final_state = g.initial_state;
+                for (Forward *call : {&f, &g}) {
+                    run(*call);
+                    const std::string &message = context->messages.back();
+                    EXPECT_EQ(message.find(" strips") != std::string::npos, threads / p.N > 1 && strips(2)) << message;
+                }
+                if (!one) one = p;
+                EXPECT_TRUE(same_bits(p.out, one->out) && same_bits(in_place.out, one->out));
+                EXPECT_TRUE(same_bits(p.final_state, one->final_state));
+                EXPECT_TRUE(same_bits(in_place.initial_state, one->final_state));
+                EXPECT_TRUE(p.out.gaps_intact() && p.final_state.gaps_intact());
+            }
+        }
+}
+
+// Of a state that is worth it; nor is memory allocated again. Threads that run one after the other always do the same.
+TEST_P(StepTest, ThreadsShareOneTokenOfALargeHead) {
+    if (!(dtype == f32) || K > 3) GTEST_SKIP() << "once for each target, in fp32";
+    const auto in_turn = [](void *, int tasks, void (*task)(void *, int), void *data) {
+        for (int n = 0; n < tasks; n++) task(data, n);
+        return 0;
+    };
+    for (int degree : {1, 2}) {
+        if (degree == 2 && !variant_for(GetParam().target, {9, 9}, f32, "power")) continue;
+        std::optional<PowerProblem> one;
+        for (int threads : {1, 2, 5}) {
+            SCOPED_TRACE(testing::Message() << threads << " threads, degree " << degree);
+            ASSERT_EQ(holdfast_context_set_threads(*context, threads), HOLDFAST_OK);
+            ASSERT_EQ(holdfast_context_set_thread_pool(*context, in_turn, nullptr), HOLDFAST_OK);
+            PowerProblem p{1, 1, 1, 2, degree == 1 ? 1500 : 54, 1000, degree, degree == 2};
+            p.state.fill(p.random, 0, 1), p.keys.fill(p.random, 1, 2);
+            OneToken token(p);
+            ASSERT_EQ(token.run(*context), HOLDFAST_OK) << context->error();
+            const std::string strips = " in " + std::to_string(threads) + " strips", &message = context->messages.back();
+            EXPECT_EQ(message.find(strips) != std::string::npos, threads > 1) << message;
+            if (!one) one = p;
+            EXPECT_TRUE(same_bits(p.out, one->out) && same_bits(p.state, one->state) && same_bits(p.keys, one->keys));
+            ASSERT_EQ(holdfast_context_set_verbose(*context, nullptr, nullptr), HOLDFAST_OK);  // composes a text
+            const int64_t before = allocations;
+            ASSERT_EQ(token.run(*context), HOLDFAST_OK);
+            EXPECT_EQ(allocations - before, 0);
+            context.emplace(GetParam().target);
+        }
+    }
+}
+
 TEST_P(StepTest, SmallStatesAreLeftToOneThread) {
     Problem p = problem(1, 1, 2);
     run_steps(p, *context);
@@ -221,15 +301,10 @@ TEST_P(StepTest, PowerAllocatesNothingAfterTheFirstCall) {
     ASSERT_EQ(holdfast_context_set_verbose(*context, nullptr, nullptr), HOLDFAST_OK);
     ASSERT_EQ(holdfast_context_set_threads(*context, 1), HOLDFAST_OK);
     PowerProblem p{2, 1, 3, 2, K, V};
-    auto token = [&](Array &a) { return Tensor(a).without(1); };
-    Tensor tensors[] = {token(p.q), token(p.k), token(p.v), token(p.log_decay), p.state, token(p.out), p.keys};
-    DLTensor dl[7];
-    for (int n = 0; n < 7; n++) dl[n] = tensors[n].dl();
-    holdfast_step_args args = step_args(&dl[0], &dl[1], &dl[2], &dl[3], &dl[4], &dl[5]);
-    args.degree = 2, args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS, args.sum_of_keys = &dl[6];
-    ASSERT_EQ(holdfast_step(*context, &args), HOLDFAST_OK) << context->error();
+    const OneToken token(p);
+    ASSERT_EQ(token.run(*context), HOLDFAST_OK) << context->error();
     const int64_t before = allocations;
-    for (int n = 0; n < 10; n++) holdfast_step(*context, &args);
+    for (int n = 0; n < 10; n++) token.run(*context);
     EXPECT_EQ(allocations - before, 0);
 }
 
