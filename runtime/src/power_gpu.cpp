@@ -110,7 +110,7 @@ void issue_chunks(const Run &run, const Problem &p) {
                 auto rows = [&](const OnDevice &r) { return rows_of(r, b, t, h, tokens, H, B); };
                 auto groups = [&](const OnDevice &r) { return groups_of(r, G, b, t, h, tokens, H, B); };
                 View q = groups(x.q), k = rows(x.k), v = rows(x.v);
-                View out = unwanted_row ? row_for_all(*unwanted_row, p, V, G, tokens, H, B) : groups(x.out);
+                View out = unwanted_row ? row_for_all(*unwanted_row, p, V, tokens, G, H, B) : groups(x.out);
                 View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, t, h, tokens, H, B);
                 // The first chunk reads what the caller gives where it lies.
                 const bool first = t == 0 && !carried.converted();
@@ -213,10 +213,8 @@ void issue_tokens(const Run &run, Problem p) {
                     return View(*r.memory, r.at(b, t, h * G), halide_type(r.t.dtype),
                                 {{0, (int32_t)r.t.shape[3], 1}, {0, (int32_t)G, head}, {0, H, H > 1 ? head * (int32_t)G : 0}});
                 };
-                auto row_for_all = [&] {
-                    return View(*unwanted_row, 0, halide_type(p.q.dtype), {{0, (int32_t)V, 1}, {0, (int32_t)G, 0}, {0, H, 0}});
-                };
-                View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = unwanted_row ? row_for_all() : groups(x.out);
+                View q = groups(x.q), k = rows(x.k), v = rows(x.v);
+                View out = unwanted_row ? row_for_all(*unwanted_row, p, V, G, H) : groups(x.out);
                 View log_decay(g.t.rank ? *g.memory : *no_decay,
                                g.t.rank == 3 ? g.at(b, of_each_token ? t : 0, h)
                                : g.t.rank    ? g.at(h)
