@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <tuple>
 
@@ -370,12 +371,41 @@ TEST(Target, WhatDoesNotRunHereIsAnError) {
 }
 
 TEST(Target, OneVariantIsSelectedForEachKernelTypeAndSize) {
-    std::map<std::tuple<std::string, std::string, std::string, int, int, int>, int> selected;
-    for (const holdfast_variant &v : variants())
-        if (v.runs_here) selected[{backend_of(v.target), v.kernel, v.dtype, v.key_size, v.value_size, v.degree}] += v.selected;
+    // Of "recurrent" one for single tokens and one for blocks of them.
+    std::map<std::tuple<std::string, std::string, std::string, int, int, int, bool>, int> selected;
+    for (const holdfast_variant &v : variants()) {
+        const bool blocks = v.kernel == std::string("recurrent") && v.chunk > 0;
+        if (v.runs_here)
+            selected[{backend_of(v.target), v.kernel, v.dtype, v.key_size, v.value_size, v.degree, blocks}] += v.selected;
+    }
     for (const auto &[of, count] : selected)
         EXPECT_EQ(count, 1) << std::get<0>(of) << ", " << std::get<1>(of) << " of " << std::get<2>(of) << ", "
                             << std::get<3>(of) << " x " << std::get<4>(of);
+}
+
+// What calls with default arguments run, of any length, is listed as selected.
+TEST(Target, WhatRunsByDefaultIsSelected) {
+    Context context("", 1);
+    std::set<std::string> kernels;
+    for (const int64_t T : {1, 7, 16, 100, 300}) {
+        Problem plain = problem(T);
+        ASSERT_EQ(plain.forward().run(context), HOLDFAST_OK) << context.error();
+        for (bool states : {false, true}) {
+            PowerProblem power{1, T, 1, 1, size.K, size.V};
+            power.initial = states;
+            ASSERT_EQ(power.run(context), HOLDFAST_OK) << context.error();
+        }
+    }
+    for (const std::string &message : context.messages) {
+        bool listed = false;
+        for (const holdfast_variant &v : variants()) {
+            if (message.find(" " + std::string(v.name) + " ") == std::string::npos) continue;
+            listed = true, kernels.insert(v.kernel);
+            EXPECT_EQ(v.selected, 1) << v.name;
+        }
+        EXPECT_TRUE(listed) << message;
+    }
+    for (const char *kernel : {"chunkwise", "recurrent", "power", "power_step"}) EXPECT_TRUE(kernels.count(kernel)) << kernel;
 }
 
 }  // namespace

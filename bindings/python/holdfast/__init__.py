@@ -707,8 +707,8 @@ def info() -> dict[str, Any]:
                   "row_alignment", "round_operands", "degree", "runs_here", "missing", "selected"}]; chunk 0: the kernel
                   has none; sizes and degree 0: any; row_alignment: all rows of q, k, v and out start at multiples of so
                   many bytes, or another variant runs; round_operands: products read weights and states rounded to
-                  dtype; selected: calls of the kernel with these sizes and such rows run it (set_target and
-                  HOLDFAST_TARGET are heeded)
+                  dtype; selected: calls of the kernel with these sizes and such rows run it, of "recurrent" for
+                  single tokens or for blocks of chunk (set_target and HOLDFAST_TARGET are heeded)
 
     A wrong HOLDFAST_TARGET is no error here: the backend "cpu" is not available then, and says why.
     """

@@ -164,8 +164,9 @@ typedef struct holdfast_variant {
     int32_t round_operands; /**< 1 where matrix products read what is not of dtype rounded to it: holdfast_forward */
     int32_t runs_here;      /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
     int32_t selected;    /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size, rows as row_alignment
-                              says, and tensors on a device of its backend (or that backend forced), run this variant;
-                              or, where threads are left over, one for fewer values that gives the same bits */
+                              says, and tensors on a device of its backend (or that backend forced), run this variant, for
+                              all of their tokens or for some: of "recurrent" there may be one for single tokens and one for
+                              blocks of them. Or, where threads are left over, one for fewer values that gives the same bits */
     const char *missing; /**< the CPU features that this machine lacks, separated by spaces, or why its backend cannot run;
                               "" where it runs */
     int32_t degree;      /**< of the power of q.k, of kernels that know degrees; 0: any */
