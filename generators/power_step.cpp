@@ -35,38 +35,41 @@ PowerStepFuncs power_step(const Func &q, const Func &k, const Func &v, const Fun
     p.phi_k = Func("phi_k");
     p.phi_k(f, h) = p.phi.product(f, [&](int, const Expr &n) { return element(k, n, {h}); });
 
-    // The state, and what the first query reads of it.
+    p.over_key_element = RDom(0, key_extent, "over_key_element");
+    p.score = Func("score");
+    p.score(g, h) += p.queries(p.over_key_element, g, h) * k(p.over_key_element, h);
+    const Expr weight = p.phi.power(p.score(g, h), options.degree);
+
+    // The state, and what queries read of it before. Of sums of two products the second is rounded, as in recurrent.cpp.
     p.over_feature = RDom(0, W, "over_feature");
     RVar row = p.over_feature;
     p.state_and_sum = Func("state_and_sum");
-    p.state_and_sum(e, w, u, h) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
-    Expr before = p.state_and_sum(e, row, u, h)[0];
-    Expr sum = select(likely(row > 0), p.state_and_sum(e, max(row - 1, 0), u, h)[1], 0.0f);
-    Expr added = strict_float(p.phi_k(u * W + row, h) * v(e, h));  // as in recurrent.cpp
-    Expr after = decayed(p.decay(h), before, added);
-    p.state_and_sum(e, row, u, h) = Tuple(after, sum + p.phi_q(u * W + row, 0, h) * after);
-    p.over_state = RDom(0, W, "over_state");
-    p.over_state.where(g > 0);
-    p.others = Func("others");
-    p.others(e, g, u, h) += p.phi_q(u * W + p.over_state, g, h) * p.state_and_sum(e, p.over_state, u, h)[0];
+    p.state_and_sum(e, w, g, u, h) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
+    Expr before = p.state_and_sum(e, row, g, u, h)[0];
+    Expr sum = select(likely(row > 0), p.state_and_sum(e, max(row - 1, 0), g, u, h)[1], 0.0f);
+    Expr after = decayed(p.decay(h), before, strict_float(p.phi_k(u * W + row, h) * v(e, h)));
+    p.state_and_sum(e, row, g, u, h) =
+        Tuple(select(likely(g == options.group - 1), after, before), sum + p.phi_q(u * W + row, g, h) * before);
     p.over_block = RDom(0, U, "over_block");
     p.num = Func("num");
-    p.num(e, g, h) += select(g > 0, p.others(e, g, p.over_block, h), p.state_and_sum(e, W - 1, p.over_block, h)[1]);
+    p.num(e, g, h) += p.state_and_sum(e, W - 1, g, p.over_block, h)[1];
 
     // The sum of keys.
     p.keys = Func("keys");
-    p.keys(f, h) = undef<float>();
-    p.keys(f, h) = decayed(p.decay(h), p.keys(f, h), p.phi_k(f, h));
+    p.keys(f, h) = Tuple(undef<float>(), undef<float>());
+    Expr keys_before = p.keys(f, h)[0];
+    p.keys(f, h) = Tuple(decayed(p.decay(h), keys_before, p.phi_k(f, h)), keys_before);
     p.over_feature_weight = RDom(0, W, "over_feature_weight");
     p.den_block = Func("den_block");
-    p.den_block(g, u, h) += p.phi_q(u * W + p.over_feature_weight, g, h) * p.keys(u * W + p.over_feature_weight, h);
+    p.den_block(g, u, h) += p.phi_q(u * W + p.over_feature_weight, g, h) * p.keys(u * W + p.over_feature_weight, h)[1];
     p.over_block_weight = RDom(0, U * options.normalize, "over_block_weight");
     p.den = Func("den");
     p.den(g, h) += p.den_block(g, p.over_block_weight, h);
 
     p.out = Func("out_of_state");
-    p.out(e, g, h) = p.num(e, g, h) * select(options.normalize != 0, 1.0f / p.den(g, h),
-                                             p.phi.power(options.scale / p.unit(g, h), options.degree));
+    p.out(e, g, h) = decayed(p.decay(h), p.num(e, g, h), strict_float(weight * v(e, h))) *
+                     select(options.normalize != 0, 1.0f / decayed(p.decay(h), p.den(g, h), weight),
+                            p.phi.power(options.scale / p.unit(g, h), options.degree));
     return p;
 }
 

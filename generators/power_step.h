@@ -1,9 +1,11 @@
 // One token of power retention, the algorithm only: no target, no schedule, no layout.
 //
-//   S <- exp(g) S + phi(k)^T v,   s <- exp(g) s + phi(k),   o = phi(q) S / phi(q) s, or scale^p phi(q) S
+//   w = (q . k)^p,   o = (exp(g) phi(q) S + w v) / (exp(g) phi(q) s + w), or scale^p times what is divided there
+//   S <- exp(g) S + phi(k)^T v,   s <- exp(g) s + phi(k)
 //
-// in one pass over S, as in recurrent.h, block by block of features: each has a sum of its own, or the sum over all D of them would lose
-// digits. Of queries that share a state, that pass serves the first; the others read the new state.
+// Outputs read the state before the token: of its own key and value (q . k)^p is a small rest of many large features' products, which
+// must not be taken from their sum. In one pass over S for each query that shares it, of which the last one writes, block by block
+// of features: each has a sum of its own, or the sum over all D of them would lose digits.
 #pragma once
 #include "Halide.h"
 #include "expansion.h"
@@ -17,24 +19,26 @@ struct PowerStepSizes {
 
 /// h head of keys, g query head of its group, d key element, f feature, w feature in its block u, e value feature.
 struct PowerStepFuncs {
-    Halide::Func q, k, v;         // (d,g,h) (d,h) (e,h): inputs
-    Halide::Func log_decay;       // (h): input
-    Expansion phi;                // the table
-    Halide::Func decay;           // (h): exp(log_decay), a sum of two
-    Halide::Func largest, unit;   // (g,h): as in power.h, and so is
-    Halide::Func queries;         // (d,g,h): q * unit. Schedules store it
-    Halide::Func phi_q, phi_k;    // (f,g,h) (f,h)
-    Halide::Func state_and_sum;   // (e,w,u,h): {state, sum}. Update 0 goes down the rows over_feature: row w of the block in
-                                  // place, and the sum of its part of the first query's product until there
-    Halide::Func others;          // (e,g,u,h): that part for all other queries
-    Halide::Func num;             // (e,g,h): phi_q . state
-    Halide::Func keys;            // (f,h): the sum of keys. Update 0 is in place
-    Halide::Func den_block, den;  // (g,u,h) (g,h): phi_q . keys
+    Halide::Func q, k, v;        // (d,g,h) (d,h) (e,h): inputs
+    Halide::Func log_decay;      // (h): input
+    Expansion phi;               // the table
+    Halide::Func decay;          // (h): exp(log_decay), a sum of two
+    Halide::Func largest, unit;  // (g,h): as in power.h, and so is
+    Halide::Func queries;        // (d,g,h): q * unit. Schedules store it
+    Halide::Func phi_q, phi_k;   // (f,g,h) (f,h)
+    Halide::Func score;          // (g,h): queries . k
+    Halide::Func
+        state_and_sum;  // (e,w,g,u,h): {state, sum}, the state the same for all g, the sum for all w. Update 0 goes down the
+                        // rows over_feature of a block, for one query after the other: the sum of its part of the
+                        // product until there, and for the last query the new state in place
+    Halide::Func num;   // (e,g,h): phi_q . state before the token
+    Halide::Func keys;  // (f,h): {the sum of keys, what it was}. Update 0 is in place
+    Halide::Func den_block, den;  // (g,u,h) (g,h): phi_q . keys before the token
     Halide::Func out;             // (e,g,h)
 
     Halide::RDom over_element;                   // largest: d in [0, K)
+    Halide::RDom over_key_element;               // score: d
     Halide::RDom over_feature;                   // state_and_sum: w in the block, in that order
-    Halide::RDom over_state;                     // others: w, nothing for query 0
     Halide::RDom over_feature_weight;            // den_block: w
     Halide::RDom over_block, over_block_weight;  // num, den: u
 
@@ -45,6 +49,7 @@ struct PowerStepFuncs {
 struct PowerStepOptions {
     Halide::Expr degree, normalize, scale;  // as PowerOptions
     Halide::Expr block, blocks;             // D is the product of both
+    Halide::Expr group;                     // queries that share a state
 };
 
 PowerStepFuncs power_step(const Halide::Func &q, const Halide::Func &k, const Halide::Func &v, const Halide::Func &log_decay,

@@ -24,11 +24,12 @@ public:
     Input<int> run_time_degree{"run_time_degree"};   // where the parameter leaves it open
     Input<int> normalize{"normalize"};               // 1, or 0
     Input<float> scale{"scale"};                     // counts where normalize is 0
-    // .0, the state (e, w, u, h), read and written: its D features in blocks of W, U of them, of any size; .1, memory for sums (e, w, u,
-    // h), with a stride of 0 along w: recurrent.h
-    Output<Func> state_and_sum{"state_and_sum", {Float(32), Float(32)}, 4};
-    Output<Func> keys{"keys", Float(32), 2};  // (f, h), read and written; where it does not count, its contents do not
-    Output<Buffer<void, 3>> out{"out"};       // (e, g, h)
+    // .0, the state (e, w, g, u, h), read and written: its D features in blocks of W, U of them, of any size, with a stride of 0 along g;
+    // .1, memory for sums (e, w, g, u, h), with one of 0 along w: recurrent.h
+    Output<Func> state_and_sum{"state_and_sum", {Float(32), Float(32)}, 5};
+    // .0, the sum of keys (f, h), read and written; where it does not count, its contents do not; .1, memory for what it was
+    Output<Func> keys{"keys", {Float(32), Float(32)}, 2};
+    Output<Buffer<void, 3>> out{"out"};  // (e, g, h)
 
     void configure() {
         q.set_type(stored_type(dtype)), k.set_type(stored_type(dtype)), v.set_type(stored_type(dtype));
@@ -43,8 +44,8 @@ public:
         new_keys(d, h) = widen(dtype, k(d, h));
         values(e, h) = widen(dtype, v(e, h));
         decays(h) = log_decay(h);
-        p = power_step(queries, new_keys, values, decays, K, {run_time_degree, clamp(normalize, 0, 1), scale, block, blocks},
-                       sizes());
+        p = power_step(queries, new_keys, values, decays, K,
+                       {run_time_degree, clamp(normalize, 0, 1), scale, block, blocks, out.dim(1).extent()}, sizes());
         state_and_sum = p.state_and_sum;
         keys = p.keys;
         out(e, g, h) = narrow(dtype, p.out(e, g, h));
@@ -58,12 +59,11 @@ public:
         };
         bounds(q, {K, G, H}), bounds(k, {K, H});
         bounds(v, {V, H}), bounds(out, {V, G, H});
-        bounds(state, {V, block, blocks, H});  // and those of sum, with it
+        bounds(state, {V, block, G, blocks, H});  // and those of sum, with it
         if (any_state_strides) state.dim(0).set_stride(Expr());
-        OutputImageParam sums = p.keys.output_buffer();
-        bounds(sums, {block * blocks, H});
+        bounds(p.keys.output_buffers()[0], {block * blocks, H});
         bounds(log_decay, {H}), log_decay.dim(0).set_stride(Expr());
-        sum.dim(1).set_stride(0);
+        state.dim(2).set_stride(0), sum.dim(1).set_stride(0);
     }
     void schedule() {
         if (!using_autoscheduler()) apply_schedule(p, sizes(), get_pipeline(), get_target(), forced_schedule.value());

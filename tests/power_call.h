@@ -193,22 +193,27 @@ auto token_by_token(const Step &step) {
         int block = 1;  // any divisor
         for (int n = 2; n <= 100; n++)
             if (D % n == 0) block = n;
-        std::vector<float> memory(V * (D / block) * H);
+        const int G = q.dim(2).extent(), of_block = V * G;
+        std::vector<float> memory(of_block * (D / block) * H), keys_before(D * H);
         for (int b = 0; b < q.dim(4).extent(); b++)
             for (int t = 0; t < q.dim(1).extent(); t++) {
                 Buffer bs = state.sliced(3, b), by = keys.sliced(2, b);
                 const halide_dimension_t rows = bs.raw_buffer()->dim[1], head = bs.raw_buffer()->dim[2];
-                const int row = rows.stride, each_V = V * (D / block);
+                const int row = rows.stride, of_head = of_block * (D / block);
                 const halide_dimension_t in_blocks[] = {
-                    {0, V, 1}, {0, block, row}, {0, D / block, row * block}, {0, H, head.stride}};
-                const halide_dimension_t sums[] = {{0, V, 1}, {0, block, 0}, {0, D / block, V}, {0, H, each_V}};
-                Buffer blocks(halide_type_of<float>(), bs.data(), 4, in_blocks),
-                    sum(halide_type_of<float>(), memory.data(), 4, sums);
+                    {0, V, 1}, {0, block, row}, {0, G, 0}, {0, D / block, row * block}, {0, H, head.stride}};
+                const halide_dimension_t sums[] = {
+                    {0, V, 1}, {0, block, 0}, {0, G, V}, {0, D / block, of_block}, {0, H, of_head}};
+                const halide_dimension_t features[] = {{0, D, 1}, {0, H, D}};
+                Buffer blocks(halide_type_of<float>(), bs.data(), 5, in_blocks),
+                    sum(halide_type_of<float>(), memory.data(), 5, sums),
+                    before(halide_type_of<float>(), keys_before.data(), 2, features);
                 Buffer bq = q.sliced(4, b).sliced(1, t), bk = k.sliced(3, b).sliced(1, t), bv = v.sliced(3, b).sliced(1, t);
                 Buffer bg = log_decay.sliced(2, b).sliced(0, t), bo = out.sliced(4, b).sliced(1, t);
                 // For a GPU's kernel, as above.
-                for (Buffer *buffer : {&bq, &bk, &bv, &bg, &blocks, &sum, &by, &bo}) buffer->set_host_dirty();
-                if (int rc = step(bq, bk, bv, bg, block, D / block, degree, normalize, scale, blocks, sum, by, bo)) return rc;
+                for (Buffer *buffer : {&bq, &bk, &bv, &bg, &blocks, &sum, &by, &before, &bo}) buffer->set_host_dirty();
+                if (int rc = step(bq, bk, bv, bg, block, D / block, degree, normalize, scale, blocks, sum, by, before, bo))
+                    return rc;
                 for (Buffer *buffer : {&blocks, &by, &bo})
                     if (int rc = buffer->copy_to_host()) return rc;
             }

@@ -172,11 +172,12 @@ private:
             state = carried->states[0], sum = carried->sums[0];
         }
         const int64_t D = in_place ? p.D : carried->tight, block = feature_block(D), blocks = D / block;
-        const int64_t of_blocks = blocks * V * heads;
-        const Scratch sums_of_blocks(workspace, of_blocks + (sum ? 0 : D * heads));
+        const int64_t of_blocks = G * blocks * V * heads, of_keys = D * heads;
+        const Scratch scratch(workspace, of_blocks + of_keys + (sum ? 0 : of_keys));
+        float *const keys_before = scratch.floats() + of_blocks;
         if (!sum) {  // another strip's, or it does not count, but has to hold numbers
-            sum = sums_of_blocks.floats() + of_blocks, head_of_sum = D;
-            std::fill_n(sum, D * heads, 0.0f);
+            sum = keys_before + of_keys, head_of_sum = D;
+            std::fill_n(sum, of_keys, 0.0f);
             for (int64_t m = 0; p.initial_sum.rank && m < heads; m++) std::copy_n(p.initial_sum.at(s, h + m), D, sum + m * D);
         }
         auto axis = [&](int64_t stride) { return halide_dimension_t{0, n, n > 1 ? (int32_t)stride : 0}; };
@@ -190,19 +191,19 @@ private:
         Buffer q = group(p.q), out = group(p.out), k = rows(p.k), v = rows(p.v);
         out.axes[0].extent = v.axes[0].extent = V;
         Buffer log_decay(nullptr, float32, {axis(p.log_decay.rank ? p.log_decay.stride[p.log_decay.rank - 1] : 0)});
-        Buffer states(state, float32,
-                      {{0, V, 1}, {0, (int32_t)block, (int32_t)row}, {0, (int32_t)blocks, (int32_t)(row * block)}, axis(head)});
-        Buffer partial(sums_of_blocks.floats(), float32,
-                       {{0, V, 1}, {0, (int32_t)block, 0}, {0, (int32_t)blocks, V}, axis(blocks * V)});
+        const int32_t U = (int32_t)blocks, W = (int32_t)block;
+        Buffer states(state, float32, {{0, V, 1}, {0, W, (int32_t)row}, {0, G, 0}, {0, U, (int32_t)(row * block)}, axis(head)});
+        Buffer partial(scratch.floats(), float32, {{0, V, 1}, {0, W, 0}, {0, G, V}, {0, U, G * V}, axis(U * G * V)});
         Buffer keys(sum, float32, {{0, (int32_t)D, 1}, axis(head_of_sum)});
+        Buffer before(keys_before, float32, {{0, (int32_t)D, 1}, axis(D)});
         const int64_t b = p.entry(s), from = p.start(s), column_bytes = part.column * p.v.dtype.bytes();
         for (int64_t t = from; t < from + p.length(s); t++) {
             q.host = p.q.at<uint8_t>(b, t, h * G), out.host = p.out.at<uint8_t>(b, t, h * G) + column_bytes;
             k.host = p.k.at<uint8_t>(b, t, h), v.host = p.v.at<uint8_t>(b, t, h) + column_bytes;
             log_decay.host = (uint8_t *)log_decay_of(p, part, t - from);
-            check_returned(std::get<PowerStepKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, (int32_t)block,
-                                                                    (int32_t)blocks, p.degree, p.normalized, p.scale, &states,
-                                                                    &partial, &keys, &out),
+            check_returned(std::get<PowerStepKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, W, U, p.degree,
+                                                                    p.normalized, p.scale, &states, &partial, &keys, &before,
+                                                                    &out),
                            variant, workspace);
         }
         if (carried) carried->finish();

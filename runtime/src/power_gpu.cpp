@@ -171,8 +171,10 @@ void issue_tokens(const Run &run, Problem p) {
     if (p.T == 0) return x.pass_states();
     const OnDevice &g = x.log_decay;
     const int64_t D = tight_size(p), V = p.V, G = p.group(), block = feature_block(D), blocks = D / block;
-    // Beside the tensors: a row of sums for each block of features; a decay where none is given; what is carried.
-    const int64_t bytes_of_sums = blocks * V * (int64_t)sizeof(float), bytes_of_state = D * V * (int64_t)sizeof(float);
+    // Beside the tensors: a row of sums for each block of features and query; what a sum of keys was; a decay where none is given; what
+    // is carried.
+    const int64_t bytes_of_sums = G * blocks * V * (int64_t)sizeof(float), bytes_of_keys = D * (int64_t)sizeof(float);
+    const int64_t bytes_of_state = std::max(V * bytes_of_keys, bytes_of_sums);
     Part part = largest_part(p, x, 1, bytes_of_state);
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "the state of one head, with a stride of ", x.final.t.stride[2],
@@ -184,7 +186,7 @@ void issue_tokens(const Run &run, Problem p) {
     if (part.of_each < p.Hk || !heads_in_a_row(there)) part.batch = 1;
     if (part.batch * part.of_each > most_blocks) part.batch = std::max<int64_t>(most_blocks / part.of_each, 1);
     const int64_t most = part.batch * part.of_each;
-    Memory sums(run, most * bytes_of_sums);
+    Memory sums(run, most * bytes_of_sums), keys_before(run, most * bytes_of_keys);
     Carried carried(run, p, x, D, part);
     std::optional<Memory> no_decay, unwanted_row;
     if (!p.out.rank) unwanted_row.emplace(run, V * (int64_t)sizeof(float));
@@ -224,18 +226,21 @@ void issue_tokens(const Run &run, Problem p) {
                 View state(*s.memory, s.at(carried.b_of(s), carried.h_of(s)), float32,
                            {{0, (int32_t)V, narrow(s.t, 3, V)},
                             {0, (int32_t)block, row},
+                            {0, (int32_t)G, 0},
                             {0, (int32_t)blocks, row * (int32_t)block},
                             {0, H, narrow(s.t, 1, H)}});
                 View partial(sums, 0, float32,
                              {{0, (int32_t)V, 1},
                               {0, (int32_t)block, 0},
-                              {0, (int32_t)blocks, (int32_t)V},
-                              {0, H, (int32_t)(blocks * V)}});
+                              {0, (int32_t)G, (int32_t)V},
+                              {0, (int32_t)blocks, (int32_t)(G * V)},
+                              {0, H, (int32_t)(blocks * G * V)}});
                 View keys(*z.memory, z.at(carried.b_of(z), carried.h_of(z)), float32,
                           {{0, (int32_t)D, 1}, {0, H, narrow(z.t, 1, H)}});
+                View before(keys_before, 0, float32, {{0, (int32_t)D, 1}, {0, H, (int32_t)D}});
                 run.check(run.variant.name, std::get<PowerStepKernel *>(run.variant.run)(
                                                 &run.workspace, &q, &k, &v, &log_decay, (int32_t)block, (int32_t)blocks,
-                                                p.degree, p.normalized, p.scale, &state, &partial, &keys, &out));
+                                                p.degree, p.normalized, p.scale, &state, &partial, &keys, &before, &out));
             }
             carried.finish();
         }

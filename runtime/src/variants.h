@@ -68,7 +68,7 @@ using PowerBackwardKernel = int(const void *user_context, halide_buffer_t *q, ha
 using PowerStepKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
                             halide_buffer_t *log_decay, int32_t block, int32_t blocks, int32_t degree, int32_t normalize,
                             float scale, halide_buffer_t *state, halide_buffer_t *sum, halide_buffer_t *keys,
-                            halide_buffer_t *out);
+                            halide_buffer_t *keys_before, halide_buffer_t *out);
 
 /// A kernel that makes the chunk table of so many sequences. Its numbers, generators/chunk_table_generator.cpp: chunk, count, slots,
 /// before, first_token, first_chunk, the end of each sequence in tokens, and of each in chunks.

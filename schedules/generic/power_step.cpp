@@ -12,15 +12,13 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &, const Target &target) {
     const int vec = target.natural_vector_size<float>();
     const TailStrategy tail = TailStrategy::GuardWithIf;  // neither beyond the row nor anything twice: the state is in place
 
-    p.state_and_sum.update().split(e, eo, ei, vec, tail).reorder(ei, p.over_feature, eo, u, h).vectorize(ei);
+    p.state_and_sum.update().split(e, eo, ei, vec, tail).reorder(ei, p.over_feature, eo, g, u, h).vectorize(ei);
     p.decay.compute_root();
-    p.v.compute_at(p.state_and_sum, h).vectorize(p.v.args()[0], vec, tail);
+    p.v.compute_root().vectorize(p.v.args()[0], vec, tail);
     p.result.reorder(e, g, h).vectorize(e, vec, tail);
     p.num.compute_at(p.result, g).vectorize(e, vec, tail).update().reorder(e, p.over_block).vectorize(e, vec, tail);
-    p.others.compute_at(p.num, p.over_block).vectorize(e, vec, tail);
-    p.others.update().reorder(e, p.over_state).vectorize(e, vec, tail);
     p.keys.update().vectorize(f, vec, tail);
-    p.den.compute_at(p.result, g);
+    for (Func of_query : {p.den, p.score}) of_query.compute_at(p.result, g);
     p.den_block.compute_at(p.den, p.over_block_weight);
 
     for (Func list : p.phi.table()) list.compute_root().vectorize(f, vec, tail);

@@ -27,18 +27,19 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &, const Target &) {
     p.state_and_sum.gpu_single_thread();  // undefined at first, so that nothing is run; but Halide would want it in host memory
     p.state_and_sum.update()
         .split(e, eo, et, columns, guard)
-        .reorder(p.over_feature, et, eo, u, h)
+        .reorder(p.over_feature, g, et, eo, u, h)
         .gpu_blocks(eo, u, h)
         .gpu_threads(et);
     p.decay.compute_root().gpu_blocks(h);
     p.keys.gpu_single_thread();
     p.keys.update().split(f, fo, ft, columns, guard).gpu_blocks(fo, h).gpu_threads(ft);
-    p.den.compute_root().gpu_blocks(g, h);
-    p.den.update().gpu_blocks(g, h);
+    for (Func of_query : {p.den, p.score}) {
+        of_query.compute_root().gpu_blocks(g, h);
+        of_query.update().gpu_blocks(g, h);
+    }
     p.den_block.compute_at(p.den, p.over_block_weight);
     p.result.split(e, eo, et, columns, guard).gpu_blocks(eo, g, h).gpu_threads(et);
     p.num.compute_at(p.result, et).store_in(MemoryType::Register);
-    p.others.compute_at(p.num, p.over_block).store_in(MemoryType::Register);
 }
 
 bool matches(const Target &t, const PowerStepSizes &) { return t.has_gpu_feature(); }

@@ -22,20 +22,19 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &sizes, const Target &target)
     Var h("h"), g("g"), f("f"), e("e"), u("u"), eo("eo"), ei("ei");
     const int vec = target.natural_vector_size<float>(), wide = columns(sizes.value, target) * vec;
 
-    p.state_and_sum.update().split(e, eo, ei, wide).reorder(ei, p.over_feature, eo, u, h).vectorize(ei, vec).unroll(ei);
-    p.v.compute_at(p.state_and_sum, eo).vectorize(p.v.args()[0], vec).unroll(p.v.args()[0]);
+    p.state_and_sum.update().split(e, eo, ei, wide).reorder(ei, p.over_feature, eo, g, u, h).vectorize(ei, vec).unroll(ei);
+    Func values = p.v.in(p.state_and_sum);
+    values.compute_at(p.state_and_sum, eo).vectorize(values.args()[0], vec).unroll(values.args()[0]);
     p.decay.compute_root();
-    // Other queries read the state from cache.
     p.result.split(e, eo, ei, wide).reorder(ei, eo, g, h).vectorize(ei, vec).unroll(ei);
     p.num.compute_at(p.result, eo).vectorize(e, vec).unroll(e);
     p.num.update().reorder(e, p.over_block).vectorize(e, vec).unroll(e);
-    p.others.compute_at(p.num, p.over_block).vectorize(e, vec).unroll(e);
-    p.others.update().reorder(e, p.over_state).vectorize(e, vec).unroll(e);
     // The sum of keys is small; a block of features at a time has its own sums, side by side.
     Var lane("lane");
     RVar wo("wo"), wi("wi");
     p.keys.update().vectorize(f, vec, TailStrategy::GuardWithIf);
     p.den.compute_at(p.result, g);
+    p.score.compute_at(p.result, g).update().atomic().vectorize(p.over_key_element, vec);
     p.den_block.compute_at(p.den, p.over_block_weight);
     p.den_block.update().split(p.over_feature_weight, wo, wi, vec, TailStrategy::GuardWithIf);
     Func lanes = p.den_block.update().rfactor(wi, lane);
@@ -48,7 +47,7 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &sizes, const Target &target)
     for (Func once : {p.phi_q, p.phi_k, p.unit}) once.compute_root();
     for (Func features : {p.phi_q, p.phi_k}) features.vectorize(f, vec, TailStrategy::GuardWithIf);
     p.largest.compute_at(p.unit, g).update().atomic().vectorize(p.over_element, vec);
-    for (Func row : {p.queries, p.k}) row.compute_root().vectorize(row.args()[0], vec);
+    for (Func row : {p.queries, p.k, p.v}) row.compute_root().vectorize(row.args()[0], vec);
 }
 
 bool matches(const Target &t, const PowerStepSizes &s) {

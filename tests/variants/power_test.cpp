@@ -21,7 +21,8 @@ using Buffer = halide_buffer_t;
 using ChunkKernel = int(const void *, Buffer *q, Buffer *k, Buffer *v, Buffer *log_decay, Buffer *state_in, Buffer *keys_in,
                         int32_t degree, int32_t normalize, float scale, Buffer *out, Buffer *state_out, Buffer *keys_out);
 using StepKernel = int(const void *, Buffer *q, Buffer *k, Buffer *v, Buffer *log_decay, int32_t block, int32_t blocks,
-                       int32_t degree, int32_t normalize, float scale, Buffer *state, Buffer *sum, Buffer *keys, Buffer *out);
+                       int32_t degree, int32_t normalize, float scale, Buffer *state, Buffer *sum, Buffer *keys,
+                       Buffer *keys_before, Buffer *out);
 
 #define HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree) \
     {#name, dtype, degree, chunk, {key_size, value_size}, backend_of(#target), name},
