@@ -131,9 +131,8 @@ typedef void (*holdfast_deallocate)(void *user, void *memory, size_t bytes);
 
 /** Take workspace from the caller's allocator; both NULL go back to the library's own. Workspace held so far is freed first.
  *  Workspace is kept for reuse until the context is destroyed or this function is called, of every size that a call has asked for
- *  when nothing was free that was as large: calls of ever larger T in the parallel form add up. Of one call its size does not depend on T,
- *  except in the parallel form: there T (K + V) floats for each thread, a copy of one head's keys and values, rows rounded up to
- *  vectors, and up to 100 T more; and for holdfast_backward, which says its own.
+ *  when nothing was free that was as large: calls of ever larger T in the parallel form add up. How much one call takes is said at
+ *  holdfast_forward and holdfast_backward; it does not depend on T but in the parallel form, and as the latter says.
  *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, or when just one of the two is NULL. */
 HOLDFAST_API holdfast_status holdfast_context_set_allocator(holdfast_context *context, holdfast_allocate allocate,
                                                             holdfast_deallocate deallocate, void *user);
@@ -295,7 +294,7 @@ typedef struct holdfast_forward_args {
 
 /** Bytes of workspace that holdfast_forward needs for these arguments on `context`, of which `workspace` itself is not looked
  *  at: they depend on shapes, types and options alone, and are enough wherever the tensors lie and whatever their strides.
- *  0 where the tensors are not computed by CUDA.
+ *  0 where the tensors are not computed by CUDA: what a call takes on the CPU, of its context's allocator, holdfast_forward says.
  *  @returns like holdfast_forward, and HOLDFAST_INVALID_ARGUMENT for a NULL `bytes`. Nothing is computed. */
 HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args,
                                                      size_t *bytes);
@@ -326,13 +325,24 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  Power retention (Kumar et al. 2025, arXiv:2507.04239) is degree 2 to 4 and normalization, whose out does not depend on scale. An odd
  *  degree keeps the sign of q.k, and the sum of weights may vanish: out is then infinite or not a number, as a division by it is; so it
  *  is where that sum, over that of q's largest element to the power p, is below the smallest number of float32. phi(k)^T v has to be
- *  within float32, and what is small next to |q|^p |k|^p v is lost in a state. Workspace there is two states and two sums of keys a
- *  thread.
+ *  within float32, and what is small next to |q|^p |k|^p v is lost in a state.
  *
- *  Workspace of degree 1 on the CPU, for each thread. Chunkwise: the states of the heads that it works on in turn, as many as
- *  640 KiB hold but at least one, one state more, and what the kernel has of up to 8 chunks of a head (12 of 16 bits): their states
- *  and a few copies of their rows. Recurrent: V floats, for T = 1 of each head; and a state where final_state is not wanted or
- *  value-major.
+ *  Workspace on the CPU, for each thread, G heads of queries to one of keys; of V the columns that it works on, where threads share a
+ *  head's. Besides, once for the call, a copy of all initial states where final_state is initial_state and threads share a head's
+ *  tokens, and of all initial sums of keys where the final ones are in their place and threads share a head's tokens or columns.
+ *  Degree 1 without normalization, chunkwise: the states of the heads that it works on in turn, as many as 640 KiB hold but at least
+ *  one, one state more, and what the kernel has of up to 8 chunks of a head (12 of 16 bits): their states and a few copies of their
+ *  rows. Recurrent: V floats for each of up to 256 tokens, of 32 KiB in all but at least one, for T = 1 of each head; and where
+ *  final_state is not wanted or value-major, states, for T > 1 as many as 512 KiB hold but at least one.
+ *  A degree above 1 or normalization, chunkwise: 2 D (V + 1) floats, two states and sums of keys; 5 D for the table of features; and for
+ *  the rows of a chunk 64 (1 + G) (3 K + 2 V + 8) at most. Recurrent: G V for each block of features, D / 64 or about as many (for a
+ *  prime D above 127 D), (3 + G) D and G (K + V), for as many heads as have 512 KiB of states but at least one; 6 D for the table; and
+ *  2 D (V + 1) where states are not advanced in place: final_state or, if normalized, final_sum_of_keys is not wanted, or states are
+ *  value-major or tiled.
+ *  Parallel, K and V rounded up to 32, T to 64: T (K + V) floats, a copy of one head's keys and values; T^2 / 32 for decays, of blocks
+ *  of tokens; K V + 64 (2 K + 3 V + 80). With an initial state D (V + 71) more, the state and a block of rows expanded; with a final
+ *  state K (V + 1) more, for a degree above 1 as much as chunkwise. At K = V = 64, degree 2 and T = 256 that is 0.2 MiB, with a final
+ *  state 1.3 and with both 2.3.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their sequence and head (those of k and v
  *  reach all heads of queries that share it), but may reach earlier tokens of the same chunk.
