@@ -288,7 +288,7 @@ TEST_P(Workspace, IsWhatTheHeaderSays) {
                             if (!final) floats += 2 * D * (V + 1);
                         } else if (form == HOLDFAST_FORM_PARALLEL) {
                             const int64_t k = rounded(K, 32), v = rounded(V, 32), t = rounded(T, 64);
-                            floats = (double)(t * (k + v) + t * t / 32 + k * v + 64 * (2 * k + 3 * v + 80));
+                            floats = (double)(t * (k + v) + t * t / 32 + k * v + 64 * (2 * k + 3 * v + 128));
                             if (initial) floats += D * (v + 71);
                             if (final) floats += degree > 1 ? chunks : K * (V + 1);
                         }
@@ -301,7 +301,8 @@ TEST_P(Workspace, IsWhatTheHeaderSays) {
 }
 
 TEST_P(Workspace, HasACopyOfInitialStatesThatThreadsAdvanceInPlace) {
-    auto most = [](bool in_place, int threads) {
+    bool share_tokens = false;  // or columns of values, of which each has its own states
+    auto most = [&](bool in_place, int threads) {
         const auto [K, V] = GetParam().size;
         Pool one_after_the_other{backwards};  // all of it is one thread's
         Memory memory;
@@ -314,13 +315,15 @@ TEST_P(Workspace, HasACopyOfInitialStatesThatThreadsAdvanceInPlace) {
         if (in_place) f.initial_state = f.final_state;
         f.form = HOLDFAST_FORM_CHUNKWISE;
         EXPECT_EQ(f.run(context), HOLDFAST_OK) << context.error();
-        EXPECT_EQ(context.messages.at(0).find(" spans") != std::string::npos, threads > 1) << context.messages[0];
+        share_tokens = context.messages.at(0).find(" spans") != std::string::npos;
+        EXPECT_TRUE(threads > 1 || !share_tokens) << context.messages[0];
         context.destroy();
         return (int64_t)memory.most;
     };
     const int64_t state = GetParam().size.K * GetParam().size.V * (int64_t)sizeof(float);
     EXPECT_EQ(most(true, 1), most(false, 1));
-    EXPECT_EQ(most(true, 2), most(false, 2) + state);
+    const int64_t apart = most(false, 2);
+    EXPECT_EQ(most(true, 2), apart + (share_tokens ? state : 0));
 }
 
 TEST_P(Workspace, IsGivenBackWhenTheAllocatorChanges) {

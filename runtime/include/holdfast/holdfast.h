@@ -340,7 +340,7 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  2 D (V + 1) where states are not advanced in place: final_state or, if normalized, final_sum_of_keys is not wanted, or states are
  *  value-major or tiled.
  *  Parallel, K and V rounded up to 32, T to 64: T (K + V) floats, a copy of one head's keys and values; T^2 / 32 for decays, of blocks
- *  of tokens; K V + 64 (2 K + 3 V + 80). With an initial state D (V + 71) more, the state and a block of rows expanded; with a final
+ *  of tokens; K V + 64 (2 K + 3 V + 128). With an initial state D (V + 71) more, the state and a block of rows expanded; with a final
  *  state K (V + 1) more, for a degree above 1 as much as chunkwise. At K = V = 64, degree 2 and T = 256 that is 0.2 MiB, with a final
  *  state 1.3 and with both 2.3.
  *
