@@ -16,10 +16,10 @@ struct PowerProblem {
     holdfast_expansion expansion = HOLDFAST_EXPANSION_TIGHT;
     bool value_major = false, initial = true;
     bool in_place = false;  // the final state and sum of keys are where the initial ones are
-    bool final = true;      // they are wanted
     int64_t chunk_size = 0;
     float scale = 0;
     Layout layout = Layout::compact;
+    bool final = true;  // the final state and sum of keys are wanted
 
     Random random{};
     int64_t D = holdfast_state_size(K, degree, expansion);
