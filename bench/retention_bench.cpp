@@ -14,7 +14,8 @@
 // Counters, per call:
 //     GFLOP/s         useful operations: for a chunk of L tokens, L (L + 1) (K + V) for the scores that count and their
 //                     products with values, and 4 L K V for reading and writing the state; in the parallel form all T
-//                     tokens are one chunk; of the power kernel 4 L D (V + 1). Of gradients L (L + 1) (3 K + 2 V), and
+//                     tokens are one chunk; of the power kernel 4 L D (V + 1). A final state of power retention beside the
+//                     parallel form, which is only written, takes 2 T D (V + 1). Of gradients L (L + 1) (3 K + 2 V), and
 //                     10 L K V with the states, which are computed again; of power retention 10 L D (V + 1)
 //     square_GFLOP/s  the same with the masked half of each chunk counted too: 2 L L (K + V)
 //     peak_share      GFLOP/s over the fp32 peak that was measured at the start, on as many threads
@@ -448,8 +449,8 @@ double calls_per_second(benchmark::State &state, const Variant &variant, int thr
     const std::unique_ptr<holdfast_context, void (*)(holdfast_context *)> context(holdfast_context_create(),
                                                                                   holdfast_context_destroy);
     if (!context) return fail("holdfast_context_create: out of memory");
-    std::string ran;
-    auto remember = [](void *text, const char *message) { *(std::string *)text = message; };
+    std::string ran;  // of power retention's parallel form two kernels, where a final state is wanted
+    auto remember = [](void *text, const char *message) { *(std::string *)text += std::string(message) + "\n"; };
     holdfast_context_set_verbose(context.get(), remember, &ran);
     if (holdfast_context_set_target(context.get(), variant.target) || holdfast_context_set_threads(context.get(), threads))
         return fail(holdfast_last_error(context.get()));
@@ -499,34 +500,58 @@ void retention(benchmark::State &state, const Variant &variant, const Shape &sha
     state.counters["bytes_moved"] = bytes_counter(shape.bytes());
 }
 
-/// Power retention, normalized. The outs of the first head's first tokens are checked; of more the reference would take long.
-void power(benchmark::State &state, const Variant &variant, const Shape &s, int degree, int threads) {
+/// Power retention, normalized, in chunks or from all weights. The outs of the first head's first tokens are checked; of more the
+/// reference would take long. With a final state, what is before the last tokens is forgotten, and those and the state are checked too.
+void power(benchmark::State &state, const Variant &variant, const Shape &s, int degree, int threads, bool final_state = false) {
+    constexpr int64_t first = 256, last = 64;
+    const bool parallel = variant.is("parallel");
+    const int64_t D = holdfast_state_size(s.K, degree, HOLDFAST_EXPANSION_TIGHT), end = std::max<int64_t>(s.T - last, 0);
+    Tensor states({1, final_state ? s.H : 1, D, s.V}), sums({1, final_state ? s.H : 1, D});
     Tensor q({1, s.T, s.H, s.K}), k({1, s.T, s.H, s.K}), v({1, s.T, s.H, s.V}), out({1, s.T, s.H, s.V}),
         log_decay({1, s.T, s.H});
     std::mt19937 random(1);
     for (Tensor *x : {&q, &k, &v}) x->fill(random, degree % 2 ? 0.2f : -1.7f, 1.7f);  // odd degrees keep the sign of q.k
     Stored stored(s.dtype, q, k, v, out);
     log_decay.fill(random, -0.01f, 0);
-    reference::PowerInputs in{1, std::min<int64_t>(s.T, 256), 1, 1, s.K, s.V, degree, true};
-    in.q = {q.data(), {0, s.H * s.K, 0, 1}}, in.k = {k.data(), {0, s.H * s.K, 0, 1}}, in.v = {v.data(), {0, s.H * s.V, 0, 1}};
-    in.log_decay = {log_decay.data(), {0, s.H, 0, 0}};
+    if (final_state && end > 0) std::fill_n(log_decay.data() + end * s.H, s.H, -INFINITY);
     const float none = 0;
-    in.initial_state = in.initial_keys = {&none, {}}, in.states = false;
-    const reference::PowerResult expected = reference::power(in);
+    auto reference_of = [&](int64_t from, int64_t tokens, bool of_state) {
+        reference::PowerInputs in{1, tokens, 1, 1, s.K, s.V, degree, true};
+        auto rows = [&](const Tensor &x, int64_t size) {
+            return reference::Strided{x.data() + from * s.H * size, {0, s.H * size, 0, 1}};
+        };
+        in.q = rows(q, s.K), in.k = rows(k, s.K), in.v = rows(v, s.V), in.log_decay = rows(log_decay, 1);
+        in.initial_state = in.initial_keys = {&none, {}}, in.states = of_state;
+        return reference::power(in);
+    };
+    const reference::PowerResult expected = reference_of(0, std::min(s.T, first), false),
+                                 expected_last = reference_of(end, final_state ? s.T - end : 0, true);
     holdfast_forward_args args{};
     args.struct_size = sizeof args, args.q = stored.q(), args.k = stored.k(), args.v = stored.v(), args.out = stored.out();
-    args.log_decay = &log_decay.view, args.degree = degree, args.chunk_size = variant.chunk;
+    args.log_decay = &log_decay.view, args.degree = degree;
     args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS;
+    if (parallel)
+        args.form = HOLDFAST_FORM_PARALLEL;
+    else
+        args.chunk_size = variant.chunk;
+    if (final_state) args.final_state = &states.view, args.final_sum_of_keys = &sums.view;
     const double rate = calls_per_second(
         state, variant, threads, [&](holdfast_context *c) { return holdfast_forward(c, &args); },
         [&] {
             stored.load();
-            return std::pair(Problem::relative_rms(out.data(), s.H * s.V, expected.out, s.V), 0.0);
+            const int64_t row = s.H * s.V;
+            double of_out = Problem::relative_rms(out.data(), row, expected.out, s.V), of_state = 0;
+            if (final_state) {
+                of_out = worse(of_out, Problem::relative_rms(out.data() + end * row, row, expected_last.out, s.V));
+                of_state = Problem::relative_rms(states.data(), s.V, expected_last.state, s.V);
+                of_state = worse(of_state, Problem::relative_rms(sums.data(), D, expected_last.keys, D));
+            }
+            return std::pair(of_out, of_state);
         });
-    double operations = 0;
-    for (int64_t t = 0; t < s.T; t += variant.chunk) {
-        const double L = (double)std::min<int64_t>(variant.chunk, s.T - t);
-        operations += s.H * (L * (L + 1) * (s.K + s.V) + 4 * L * expected.D * (s.V + 1));
+    double operations = final_state ? 2.0 * s.H * s.T * D * (s.V + 1) : 0;
+    for (int64_t t = 0, chunk = parallel ? s.T : variant.chunk; t < s.T; t += chunk) {
+        const double L = (double)std::min<int64_t>(chunk, s.T - t), of_states = parallel ? 0 : 4 * L * D * (s.V + 1);
+        operations += s.H * (L * (L + 1) * (s.K + s.V) + of_states);
     }
     state.counters["GFLOP/s"] = operations * rate * 1e-9;
     state.counters["peak_share"] = operations * rate / peaks.at((int)std::min<int64_t>(threads, s.H)).flops;
@@ -884,8 +909,15 @@ int main(int argc, char **argv) {
                         });
                 }
             }
-        for (int64_t T : {16, 256, 4096, 65536})
-            for (const Dtype &dtype : test::all_dtypes)
+        for (int64_t T : lengths)
+            for (const Dtype &dtype : test::all_dtypes) {
+                each_row("parallel", dtype, T == sample_length, [&](const Variant &row, int at_most) {  // as auto takes it
+                    const Shape shape = {T, heads, K, V, dtype};
+                    if (T > longest_parallel || at_most > shape.H || !on_cpu(row)) return;
+                    for (bool final_state : {false, true})
+                        add_of_heads(row, shape, at_most, final_state ? "/degree:2/final_state:1" : "/degree:2",
+                                     [=, &row](benchmark::State &state) { power(state, row, shape, 2, at_most, final_state); });
+                });
                 each_row("power", dtype, T == sample_length, [&](const Variant &row, int at_most) {
                     const int degree = degree_of(row);
                     Shape shape = {T, heads, K, V, dtype};
@@ -896,6 +928,7 @@ int main(int argc, char **argv) {
                     add_of_heads(row, shape, at_most, "/degree:" + std::to_string(degree),
                                  [=, &row](benchmark::State &state) { power(state, row, shape, degree, at_most); });
                 });
+            }
         for (const Dtype &dtype : test::all_dtypes)
             for (bool one : {true, false})
                 each_row("power_step", dtype, one, [&](const Variant &row, int at_most) {

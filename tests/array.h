@@ -3,11 +3,13 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <random>
 #include <string>
 #include <vector>
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 namespace test {
 
@@ -173,6 +175,15 @@ public:
     }
     explicit operator bool() const { return memory != MAP_FAILED; }
     float *floats() const { return (float *)memory; }
+
+    /// What keeps a process from address space that it does not use, for tests that are skipped then; "": nothing, it is there.
+    static std::string limit() {
+        rlimit of_process;
+        if (getrlimit(RLIMIT_AS, &of_process) == 0 && of_process.rlim_cur != RLIM_INFINITY) return "RLIMIT_AS (ulimit -v)";
+        std::ifstream overcommit("/proc/sys/vm/overcommit_memory");
+        int mode = 0;
+        return overcommit >> mode && mode == 2 ? "vm.overcommit_memory = 2" : "";
+    }
 
 private:
     size_t bytes;

@@ -8,7 +8,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <set>
@@ -61,13 +63,31 @@ const Constants &constants() {
     return *all;
 }
 
-[[noreturn]] void raise_status(holdfast_status status, const char *text) {
+/// A text of the library in terms of Python: each of these words by another.
+std::string translated(const std::string &text, std::initializer_list<std::pair<const char *, const char *>> words) {
+    auto in_word = [](char c) { return std::isalnum((unsigned char)c) || c == '_'; };
+    std::string result;
+    for (size_t at = 0, end; at < text.size(); at = end) {
+        for (end = at + 1; in_word(text[at]) && end < text.size() && in_word(text[end]);) end++;
+        std::string word = text.substr(at, end - at);
+        for (auto [from, to] : words)
+            if (word == from) {
+                word = to;
+                break;
+            }
+        result += word;
+    }
+    return result;
+}
+
+[[noreturn]] void raise_status(holdfast_status status, const std::string &text) {
     PyObject *type = status == HOLDFAST_INVALID_ARGUMENT     ? PyExc_ValueError
                      : status == HOLDFAST_UNSUPPORTED        ? PyExc_NotImplementedError
                      : status == HOLDFAST_TARGET_UNAVAILABLE ? constants().target_unavailable.ptr()
                      : status == HOLDFAST_OUT_OF_MEMORY      ? PyExc_MemoryError
                                                              : PyExc_RuntimeError;
-    raise(type, text);
+    const bool of_arguments = status == HOLDFAST_INVALID_ARGUMENT || status == HOLDFAST_UNSUPPORTED;
+    raise(type, of_arguments ? translated(text, {{"NULL", "None"}, {"HOLDFAST_EXPANSION_TILED", "'tiled'"}}) : text);
 }
 
 std::string type_name(py::handle object) { return py::str(py::type::handle_of(object).attr("__name__")); }
@@ -793,7 +813,7 @@ py::object convert_state(int64_t key_size, py::handle state, int expansion, py::
     holdfast_context *c = context();
     if (holdfast_status status =
             holdfast_convert_state(c, key_size, &from, is_tiled ? tiled : HOLDFAST_EXPANSION_TIGHT, out_array.get(), expansion))
-        raise_status(status, holdfast_last_error(c));
+        raise_status(status, translated(holdfast_last_error(c), {{"from", "state"}, {"to", "out"}}));
     return out;
 }
 

@@ -348,8 +348,10 @@ holdfast_status holdfast_variant_at(holdfast_context *context, int index, holdfa
                     0,          missing.c_str(), v.degree};
         const Target *forced = c.target ? c.target : environment_target();
         if (missing.empty() && (!forced || forced == v.target) && (!c.backend || c.backend == v.target->backend))
-            variant->selected =
-                &select_variant(v.kernel, v.dtype, v.key_size, v.value_size, 0, v.target->backend, forced, {}, v.degree) == &v;
+            for (const int chunk_size : {0, v.chunk})  // that of calls, and of recurrent for blocks of tokens
+                variant->selected |= (chunk_size == 0 || !std::strcmp(v.kernel, "recurrent")) &&
+                                     &select_variant(v.kernel, v.dtype, v.key_size, v.value_size, chunk_size, v.target->backend,
+                                                     forced, {}, v.degree) == &v;
     });
 }
 

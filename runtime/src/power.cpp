@@ -246,9 +246,8 @@ int64_t feature_block(int64_t D) {
 void run_power(holdfast_context &c, const char *call, const Problem &p, const Choice &choice) {
     for (const Tensor *t : {&p.q, &p.out})
         if (p.group() > 1 && !fits(p.group(), t->stride[2]))
-            fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[2],
-                 " on axis 2, between heads that share keys; expected ", std::numeric_limits<int32_t>::max() / 2 / p.group(),
-                 " at most");
+            fail(HOLDFAST_UNSUPPORTED, t->name, " has stride ", t->stride[2], " between heads that share keys; expected ",
+                 std::numeric_limits<int32_t>::max() / 2 / p.group(), " at most");
     const Variant *variant = &power_variant("power", p, choice, p.V);
     if (p.form == HOLDFAST_FORM_RECURRENT) {
         check_kernel_strides(p, 1);

@@ -381,17 +381,18 @@ RowAlignment Problem::row_alignment(Backend backend) const {
     return rows;
 }
 
-/// Along `axis`, as far as `extent`.
-static void check_kernel_stride(const Tensor &t, int axis, int64_t extent) {
+/// Along `axis`, as far as `extent`. Those of a step's rows are not the caller's, of which none is time.
+static void check_kernel_stride(const Tensor &t, int axis, int64_t extent, const char *name_of_axis = nullptr) {
     const int64_t most = std::numeric_limits<int32_t>::max() / std::max<int64_t>(extent, 1);
     if (t.rank && !t.empty() && extent > 1 && (t.stride[axis] > most || t.stride[axis] < -most))
-        fail(HOLDFAST_UNSUPPORTED, t.name, " has stride ", t.stride[axis], " on axis ", axis, "; expected at most ", most,
-             " either way");
+        fail(HOLDFAST_UNSUPPORTED, t.name, " has stride ", t.stride[axis],
+             name_of_axis ? name_of_axis : " on axis " + std::to_string(axis), "; expected at most ", most, " either way");
 }
+constexpr char between_heads[] = " between heads that share keys";
 
 void check_kernel_strides(const Problem &p, int64_t tokens) {
     for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out}) check_kernel_stride(*t, 1, std::min(tokens, p.T));
-    for (const Tensor *t : {&p.q, &p.out}) check_kernel_stride(*t, 2, p.group());
+    for (const Tensor *t : {&p.q, &p.out}) check_kernel_stride(*t, 2, p.group(), between_heads);
     if (p.log_decay.rank == 3) check_kernel_stride(p.log_decay, 1, std::min(tokens, p.T));
     for (const Tensor *t : {&p.initial_state, &p.final_state, &p.states})
         check_kernel_stride(*t, 2, p.D), check_kernel_stride(*t, 3, p.V);
@@ -400,7 +401,7 @@ void check_kernel_strides(const Problem &p, int64_t tokens) {
 void check_kernel_strides(const BackwardProblem &p, int64_t tokens) {
     check_kernel_strides(static_cast<const Problem &>(p), tokens);
     for (const Tensor *t : {&p.dout, &p.dq, &p.dk, &p.dv}) check_kernel_stride(*t, 1, std::min(tokens, p.T));
-    for (const Tensor *t : {&p.dout, &p.dq}) check_kernel_stride(*t, 2, p.group());
+    for (const Tensor *t : {&p.dout, &p.dq}) check_kernel_stride(*t, 2, p.group(), between_heads);
     if (p.dlog_decay.rank == 3) check_kernel_stride(p.dlog_decay, 1, std::min(tokens, p.T));
     for (const Tensor *t : {&p.dfinal_state, &p.dinitial_state})
         check_kernel_stride(*t, 2, p.D), check_kernel_stride(*t, 3, p.V);

@@ -142,8 +142,8 @@ Tensor check_tensor(const TensorSpec &spec, const DLTensor *t) {
     const uintptr_t base = (addressable ? (uintptr_t)t->data : 0) + t->byte_offset;
     const uint64_t below = 0 - (uint64_t)view.low, above = (uint64_t)view.high;
     if (below > base || above > UINTPTR_MAX - base)
-        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and strides that reach from byte ", view.low,
-             " to ", view.high, " of its data; expected them within the address space");
+        fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has shape ", describe(*t), " and strides that reach bytes ", view.low,
+             " .. ", view.high, " of its data; expected them within the address space");
     if (base < t->byte_offset || base % element)
         fail(HOLDFAST_INVALID_ARGUMENT, spec.name, " has data and byte_offset ", t->byte_offset,
              " that are not the address of a ", describe(t->dtype), "; expected a multiple of ", element);

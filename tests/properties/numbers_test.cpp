@@ -122,11 +122,26 @@ INSTANTIATE_TEST_SUITE_P(, Numbers, testing::ValuesIn(instances({{64, 64}}, {{64
                          [](const auto &info) { return name(info.param); });
 
 TEST(Forms, AgreeOver4096Tokens) {
-    Context context;
-    Problem whole = retnet(), tokens = retnet();
-    run(whole.forward(), context);
-    run_token_by_token(tokens.forward(), context);
-    EXPECT_LE(relative_rms(tokens.out.values(), whole.out.values()), tolerance::relative_rms_between_forms);
+    // The recurrent form is of blocks of tokens, on targets that have a kernel for these; token by token a call is for each.
+    for (const std::string &target : targets(true)) {
+        if (backend_of(target) != "cpu" || !variant_for(target, {64, 64}, f32, "recurrent")) continue;
+        Context context(target);
+        Problem chunks = retnet(), blocks = retnet(), tokens = retnet();
+        Forward in_chunks = chunks.forward(), in_blocks = blocks.forward();
+        in_chunks.form = HOLDFAST_FORM_CHUNKWISE, in_blocks.form = HOLDFAST_FORM_RECURRENT;
+        run(in_chunks, context);
+        run(in_blocks, context);
+        const std::string &message = context.messages.back();
+        const bool any_size = variant_for(target, {64, 64}, f32, "recurrent")->key_size == 0;
+        EXPECT_NE(message.find(any_size ? " recurrent_f32_k0_" : " recurrent_f32_c8_"), std::string::npos) << message;
+        run_token_by_token(tokens.forward(), context);
+        for (const auto &[form, p] : {std::pair("blocks of tokens", &blocks), {"token by token", &tokens}}) {
+            SCOPED_TRACE(target + ", " + form);
+            constexpr double bound = tolerance::relative_rms_between_forms;
+            EXPECT_LE(relative_rms(p->out.values(), chunks.out.values()), bound);
+            EXPECT_LE(relative_rms(p->final_state.values(), chunks.final_state.values()), bound);
+        }
+    }
 }
 
 /// Bytes that a context takes for them.
@@ -280,6 +295,13 @@ private:
     std::vector<std::unique_ptr<Reserved>> memory;
 };
 
+// Nothing but a limit on address space is a reason to skip: a machine with less memory than tensors reach has enough.
+#define SKIP_WITHOUT(memory) \
+    if (!(memory).complete) { \
+        ASSERT_NE(Reserved::limit(), "") << "no address space of gigabytes, and nothing limits it"; \
+        GTEST_SKIP() << "no address space of gigabytes: " << Reserved::limit(); \
+    }
+
 // Every tensor of a problem moved to where `stride` spreads it over gigabytes, and called there: the same bits must come out.
 void expect_same_far_apart(Problem p, const std::vector<Index> &strides) {
     Context context;
@@ -291,7 +313,7 @@ void expect_same_far_apart(Problem p, const std::vector<Index> &strides) {
     Tensor *tensors[] = {&f.q, &f.k, &f.v, &f.log_decay, &f.initial_state, &f.out, &f.final_state};
     const Array *arrays[] = {&q.q, &q.k, &q.v, &q.log_decay, &q.initial_state, &q.out, &q.final_state};
     for (int n = 0; n < 7; n++) *tensors[n] = memory.copy(*arrays[n], strides[n]);
-    if (!memory.complete) GTEST_SKIP() << "no address space of gigabytes";
+    SKIP_WITHOUT(memory);
     ASSERT_EQ(f.run(context), HOLDFAST_OK) << context.error();
     memory.expect_same("out", f.out, p.out), memory.expect_same("final_state", f.final_state, p.final_state);
 }
@@ -331,7 +353,7 @@ TEST(LargeTensors, PowerOfHeadsGigabytesApart) {
         Tensor g = memory.copy(p.log_decay, decays), in = memory.copy(p.initial_state, states);
         Tensor keys_in = memory.copy(p.initial_keys, sums), out = memory.copy(p.out, rows);
         Tensor state = memory.copy(p.state, states), keys = memory.copy(p.keys, sums);
-        if (!memory.complete) GTEST_SKIP() << "no address space of gigabytes";
+        SKIP_WITHOUT(memory);
         DLTensor dl_q = q.dl(), dl_k = k.dl(), dl_v = v.dl(), dl_g = g.dl(), dl_in = in.dl(), dl_keys_in = keys_in.dl();
         DLTensor dl_out = out.dl(), dl_state = state.dl(), dl_keys = keys.dl();
         holdfast_forward_args args = forward_args(&dl_q, &dl_k, &dl_v, &dl_g, &dl_in, &dl_out, &dl_state);
@@ -342,6 +364,74 @@ TEST(LargeTensors, PowerOfHeadsGigabytesApart) {
         memory.expect_same("out", out, p.out), memory.expect_same("final_state", state, p.state);
         memory.expect_same("final_sum_of_keys", keys, p.keys);
     }
+}
+
+// Of heads of queries that share keys a kernel reaches all: beyond its 32 bits they are refused, before anything is written.
+TEST(LargeTensors, HeadsThatShareKeysGigabytesApart) {
+    for (const auto &[degree, T] : {std::pair(1, 70), {1, 1}, {2, 70}, {2, 1}})
+        for (const int64_t distance : {gigabyte, -gigabyte, 9 * gigabyte, -9 * gigabyte})
+            for (bool of_out : {false, true}) {
+                Context context;
+                PowerProblem p{1, T, 1, 2, 32, 32, degree, degree > 1};
+                p.initial = false;
+                FarApart memory;
+                Tensor q(p.q), out(p.out);
+                (of_out ? out : q) = memory.copy(of_out ? p.out : p.q, {0, 32, distance, 1});
+                SKIP_WITHOUT(memory);
+                std::vector<holdfast_form> forms = {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT, HOLDFAST_FORM_PARALLEL};
+                if (T == 1) forms.push_back(HOLDFAST_FORM_AUTO);  // stands for a step
+                for (holdfast_form form : forms) {
+                    SCOPED_TRACE(testing::Message() << "degree " << degree << ", T " << T << ", distance " << distance
+                                                    << ", of " << (of_out ? "out" : "q") << ", form " << form);
+                    const bool step = form == HOLDFAST_FORM_AUTO;
+                    p.form = step ? HOLDFAST_FORM_RECURRENT : form, p.initial = false;
+                    each(p.out.shape, [&](const Index &i) { FarApart::at(out, i) = -7; });
+                    Tensor k(p.k), v(p.v), g(p.log_decay), state(p.state), keys(p.keys);
+                    p.state.fill(0), p.keys.fill(0);
+                    auto views = [&](bool token) {
+                        std::deque<DLTensor> list;
+                        for (Tensor *x : {&q, &k, &v, &g, &out}) {
+                            if (token) *x = x->without(1);
+                            list.push_back(x->dl());
+                        }
+                        return list;
+                    };
+                    Tensor whole_q = q, whole_out = out;
+                    std::deque<DLTensor> dl = views(step);
+                    DLTensor dl_state = state.dl(), dl_keys = keys.dl();
+                    holdfast_status status;
+                    if (step) {
+                        holdfast_step_args args = {};
+                        args.struct_size = sizeof args, args.q = &dl[0], args.k = &dl[1], args.v = &dl[2],
+                        args.log_decay = &dl[3];
+                        args.out = &dl[4], args.state = &dl_state, args.degree = degree;
+                        if (degree > 1) args.sum_of_keys = &dl_keys;
+                        status = holdfast_step(context, &args);
+                    } else {
+                        holdfast_forward_args args = forward_args(&dl[0], &dl[1], &dl[2], &dl[3], nullptr, &dl[4], &dl_state);
+                        args.degree = degree, args.form = form;
+                        if (degree > 1) args.final_sum_of_keys = &dl_keys;
+                        status = holdfast_forward(context, &args);
+                    }
+                    q = whole_q, out = whole_out;
+                    if (std::abs(distance) > gigabyte) {
+                        ASSERT_EQ(status, HOLDFAST_UNSUPPORTED);
+                        const std::string name = of_out ? "out" : "q";
+                        EXPECT_EQ(context.error().find(name + " has stride " + std::to_string(distance)), 0u)
+                            << context.error();
+                        EXPECT_NE(context.error().find("between heads that share keys"), std::string::npos) << context.error();
+                        each(p.out.shape, [&](const Index &i) { ASSERT_EQ(FarApart::at(out, i), -7) << text(i); });
+                        each(p.state.shape, [&](const Index &i) { ASSERT_EQ(p.state(i), 0) << text(i); });
+                        continue;
+                    }
+                    ASSERT_EQ(status, HOLDFAST_OK) << context.error();
+                    PowerProblem near = p;
+                    near.state.fill(0), near.keys.fill(0), near.initial = false;
+                    ASSERT_EQ(near.run(context), HOLDFAST_OK) << context.error();
+                    FarApart::expect_same("out", out, near.out);
+                    EXPECT_TRUE(same_bits(p.state, near.state));
+                }
+            }
 }
 
 TEST(LargeTensors, GradientsOfHeadsGigabytesApart) {
@@ -377,7 +467,7 @@ TEST(LargeTensors, GradientsOfHeadsGigabytesApart) {
         gradients.resize(with_states ? normalize ? 6 : 5 : 4);
         for (size_t n = 0; n < gradients.size(); n++)
             *wanted[n] = far(Array(*gradients[n]).forget(), n < 3 ? rows : n == 3 ? decays : n == 4 ? states : sums);
-        if (!memory.complete) GTEST_SKIP() << "no address space of gigabytes";
+        SKIP_WITHOUT(memory);
         ASSERT_EQ(holdfast_backward(context, &args), HOLDFAST_OK) << context.error();
         for (size_t n = 0; n < gradients.size(); n++)
             memory.expect_same(p.wanted.substr(n, 1).c_str(), tensors[inputs + n], *gradients[n]);

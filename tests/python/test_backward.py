@@ -173,7 +173,7 @@ def test_states_that_are_refused(gradients_of):
     ):
         with pytest.raises(error, match=re.escape(text)):
             retention(**call, state_interval=interval)
-    with pytest.raises(ValueError, match="states is given and form is 1; expected 2"):
+    with pytest.raises(ValueError, match="state_interval is 32 and form is 'parallel'; expected 'chunkwise'"):
         retention(**call, form="parallel", state_interval=32)
     with pytest.raises(NotImplementedError, match="states is given, degree is 1 and normalize 2"):
         retention(**{**call, "initial_state": None}, normalize=True, state_interval=32)
@@ -182,7 +182,7 @@ def test_states_that_are_refused(gradients_of):
         retention_backward(dout, **call, states=states, state_interval=20)
     with pytest.raises(ValueError, match="state_interval is 0 and states is given; expected at least 1"):
         retention_backward(dout, **call, states=states)
-    with pytest.raises(ValueError, match="state_interval is 32 and states is NULL; expected 0"):
+    with pytest.raises(ValueError, match="state_interval is 32 and states is None; expected 0"):
         retention_backward(dout, **call, state_interval=32)
     with pytest.raises(TypeError, match="states is of type int; expected an array"):
         retention_backward(dout, **call, states=3, state_interval=32)
@@ -364,11 +364,11 @@ def test_refusals(gradients_of):
     refused(ValueError, "dout [B, T, H, V] has T = 4; expected 5, that of out", dout=call["dout"][:, :4])
     refused(ValueError, "k [B, T, Hk, K] has K = 7; expected 8, that of q", k=call["k"][..., :7])
     refused(ValueError, "dfinal_state [N, Hk, D, V] has N = 1", dfinal_state=call["dfinal_state"][:1])
-    refused(ValueError, "out is NULL; expected a tensor [B, T, H, V]", normalize=True, initial_state=None)
+    refused(ValueError, "out is None; expected a tensor [B, T, H, V]", normalize=True, initial_state=None)
     refused(ValueError, "wanted has 'x'; expected names of 'q', 'k'", wanted=["q", "x"])
     refused(TypeError, "wanted is of type int; expected names of fields of Gradients, or None", wanted=3)
     refused(TypeError, "gradients is of type int; expected Gradients, or None", gradients=3)
-    refused(ValueError, "dlog_decay is given and log_decay is NULL", log_decay=None, wanted=["log_decay"])
+    refused(ValueError, "dlog_decay is given and log_decay is None", log_decay=None, wanted=["log_decay"])
     refused(ValueError, "dinitial_sum_of_keys is given, and degree 1", wanted=["initial_sum_of_keys"])
     refused(ValueError, "degree is 5; expected 1, 2, 3 or 4", degree=5)
     refused(ValueError, "form is 'fast'; expected one of", form="fast")

@@ -260,8 +260,10 @@ def test_options(check, name, nonsense):
 
 def test_options_that_contradict(check):
     p = check.problem
-    check(ValueError, "weights is given and form is 0; expected 1", return_weights=True)
-    check(ValueError, "expansion is HOLDFAST_EXPANSION_TILED, degree 1", expansion="tiled")
+    check(ValueError, "return_weights is True and form is 'auto'; expected 'parallel'", return_weights=True)
+    check(ValueError, "return_weights is True and form is 'chunk", return_weights=True, form="chunkwise")
+    check(ValueError, "expansion is 'tiled', degree 1 and K of q 8; expected degree 2 and", expansion="tiled")
+    check(ValueError, "initial_sum_of_keys is None and initial_state is given; expected both", normalize=True)
     check(ValueError, "initial_sum_of_keys is given, and degree 1", initial_sum_of_keys=p.initial_state[..., 0])
     check(ValueError, "initial_state [N, Hk, V, D] has D = 6; expected 8", state_layout="vk")
     check(ValueError, "initial_state [N, Hk, D, V] has D = 8; expected 36", degree=2, normalize=False)

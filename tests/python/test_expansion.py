@@ -51,11 +51,16 @@ def test_conversion_keeps_the_product() -> None:
 
 
 def test_conversion_refuses() -> None:
-    with pytest.raises(ValueError, match="expected 2080"):
-        holdfast.convert_state(np.zeros((1, 1, 7, 3), np.float32), 64, "tiled")
+    zeros = np.zeros((1, 1, 2080, 3), np.float32)
+    with pytest.raises(ValueError, match=r"^state \[N, Hk, D, V\] has D = 7; expected 2080"):
+        holdfast.convert_state(zeros[:, :, :7], 64, "tiled")
+    with pytest.raises(ValueError, match=r"^out \[N, Hk, D, V\] has V = 2; expected 3, that of state$"):
+        holdfast.convert_state(zeros, 64, "tiled", out=np.zeros((1, 1, 2560, 2), np.float32))
+    with pytest.raises(ValueError, match="^out overlaps state in memory; expected separate memory$"):
+        holdfast.convert_state(zeros, 64, "tight", out=zeros)
     with pytest.raises(ValueError, match="dimensions"):
         holdfast.convert_state(np.zeros((7, 3), np.float32), 64, "tiled")
     with pytest.raises(TypeError, match="state is of type float; expected an array"):
         holdfast.convert_state(1.5, 64, "tiled")
-    with pytest.raises(NotImplementedError, match="has dtype bfloat16; expected float32"):
+    with pytest.raises(NotImplementedError, match="^state has dtype bfloat16; expected float32"):
         holdfast.convert_state(holdfast.BFloat16Array(np.zeros((1, 1, 2080, 3), np.uint16)), 64, "tiled")

@@ -1022,6 +1022,7 @@ def ones(*shape):
         (ValueError, "state_layout is 'vv'; expected one of 'kv', 'vk'", {"state_layout": "vv"}),
         (ValueError, "expansion is 'loose'; expected one of 'tight', 'tiled'", {"expansion": "loose"}),
         (ValueError, "return_state is 1; expected False or True", {"return_state": 1}),
+        (ValueError, "return_weights is True and form is 'auto'; expected 'parallel'", {"return_weights": True}),
         (TypeError, "scale is of type str; expected a number", {"scale": "1"}),
         (ValueError, "scale is 0; expected", {"scale": 0}),
         (ValueError, "chunk_size is 0; expected at least 1, or None", {"chunk_size": 0}),

@@ -172,6 +172,7 @@ def retention(
         if return_weights not in (False, True):
             raise ValueError(f"return_weights is {return_weights!r}; expected False or True")
         options = _options(q, degree, normalize, form, return_weights, state_layout, expansion, state_interval)
+        _check_form(form, bool(return_weights), state_interval)
     if (device := _gpu(q)) is not None:
         _check_no_states(state_interval)
         results = _on_gpu(q, k, v, return_state, out, options, cu_seqlens, "BT")
@@ -707,8 +708,8 @@ def info() -> dict[str, Any]:
                   "row_alignment", "round_operands", "degree", "runs_here", "missing", "selected"}]; chunk 0: the kernel
                   has none; sizes and degree 0: any; row_alignment: all rows of q, k, v and out start at multiples of so
                   many bytes, or another variant runs; round_operands: products read weights and states rounded to
-                  dtype; selected: calls of the kernel with these sizes and such rows run it (set_target and
-                  HOLDFAST_TARGET are heeded)
+                  dtype; selected: calls of the kernel with these sizes and such rows run it, of "recurrent" for
+                  single tokens or for blocks of chunk (set_target and HOLDFAST_TARGET are heeded)
 
     A wrong HOLDFAST_TARGET is no error here: the backend "cpu" is not available then, and says why.
     """
@@ -853,6 +854,14 @@ def _state_interval(value: Any) -> int:
     if (interval := _integer("state_interval", value, ", or None")) < 1 or interval >= 1 << 63:
         raise ValueError(f"state_interval is {interval}; expected at least 1, below 2^63, or None")
     return interval
+
+
+def _check_form(form: str, return_weights: bool, state_interval: int | None = None) -> None:
+    """That it has what is wanted beside out and states."""
+    if return_weights and form != "parallel":
+        raise ValueError(f"return_weights is True and form is {form!r}; expected 'parallel'")
+    if state_interval is not None and form in ("parallel", "recurrent"):
+        raise ValueError(f"state_interval is {state_interval} and form is {form!r}; expected 'chunkwise' or 'auto'")
 
 
 def _check_no_states(state_interval: int | None) -> None:

@@ -53,6 +53,7 @@ from . import (
     _FORMS,
     _NORMALIZE,
     _STATE_LAYOUTS,
+    _check_form,
     _cuda_stream,
     _degree,
     _expanded_size,
@@ -122,6 +123,7 @@ def retention(
         ("form", form, _FORMS), ("state_layout", state_layout, _STATE_LAYOUTS), ("expansion", expansion, _EXPANSIONS)
     ):  # fmt: skip
         _option(name, value, known)
+    _check_form(form, return_weights)
     if (dtype := _autocast_dtype(q)) is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         log_decay, initial_state, initial_sum_of_keys = map(_float32, (log_decay, initial_state, initial_sum_of_keys))

@@ -131,9 +131,8 @@ typedef void (*holdfast_deallocate)(void *user, void *memory, size_t bytes);
 
 /** Take workspace from the caller's allocator; both NULL go back to the library's own. Workspace held so far is freed first.
  *  Workspace is kept for reuse until the context is destroyed or this function is called, of every size that a call has asked for
- *  when nothing was free that was as large: calls of ever larger T in the parallel form add up. Of one call its size does not depend on T,
- *  except in the parallel form: there T (K + V) floats for each thread, a copy of one head's keys and values, rows rounded up to
- *  vectors, and up to 100 T more; and for holdfast_backward, which says its own.
+ *  when nothing was free that was as large: calls of ever larger T in the parallel form add up. How much one call takes is said at
+ *  holdfast_forward and holdfast_backward; it does not depend on T but in the parallel form, and as the latter says.
  *  @returns HOLDFAST_INVALID_ARGUMENT for a NULL context, or when just one of the two is NULL. */
 HOLDFAST_API holdfast_status holdfast_context_set_allocator(holdfast_context *context, holdfast_allocate allocate,
                                                             holdfast_deallocate deallocate, void *user);
@@ -164,8 +163,9 @@ typedef struct holdfast_variant {
     int32_t round_operands; /**< 1 where matrix products read what is not of dtype rounded to it: holdfast_forward */
     int32_t runs_here;      /**< 1 where this machine has the CPU features, or the GPU and its driver, that it needs; else 0 */
     int32_t selected;    /**< 1 where calls of its kernel, dtype and sizes, with the default chunk size, rows as row_alignment
-                              says, and tensors on a device of its backend (or that backend forced), run this variant;
-                              or, where threads are left over, one for fewer values that gives the same bits */
+                              says, and tensors on a device of its backend (or that backend forced), run this variant, for
+                              all of their tokens or for some: of "recurrent" there may be one for single tokens and one for
+                              blocks of them. Or, where threads are left over, one for fewer values that gives the same bits */
     const char *missing; /**< the CPU features that this machine lacks, separated by spaces, or why its backend cannot run;
                               "" where it runs */
     int32_t degree;      /**< of the power of q.k, of kernels that know degrees; 0: any */
@@ -294,7 +294,7 @@ typedef struct holdfast_forward_args {
 
 /** Bytes of workspace that holdfast_forward needs for these arguments on `context`, of which `workspace` itself is not looked
  *  at: they depend on shapes, types and options alone, and are enough wherever the tensors lie and whatever their strides.
- *  0 where the tensors are not computed by CUDA.
+ *  0 where the tensors are not computed by CUDA: what a call takes on the CPU, of its context's allocator, holdfast_forward says.
  *  @returns like holdfast_forward, and HOLDFAST_INVALID_ARGUMENT for a NULL `bytes`. Nothing is computed. */
 HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, const holdfast_forward_args *args,
                                                      size_t *bytes);
@@ -325,13 +325,24 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  Power retention (Kumar et al. 2025, arXiv:2507.04239) is degree 2 to 4 and normalization, whose out does not depend on scale. An odd
  *  degree keeps the sign of q.k, and the sum of weights may vanish: out is then infinite or not a number, as a division by it is; so it
  *  is where that sum, over that of q's largest element to the power p, is below the smallest number of float32. phi(k)^T v has to be
- *  within float32, and what is small next to |q|^p |k|^p v is lost in a state. Workspace there is two states and two sums of keys a
- *  thread.
+ *  within float32, and what is small next to |q|^p |k|^p v is lost in a state.
  *
- *  Workspace of degree 1 on the CPU, for each thread. Chunkwise: the states of the heads that it works on in turn, as many as
- *  640 KiB hold but at least one, one state more, and what the kernel has of up to 8 chunks of a head (12 of 16 bits): their states
- *  and a few copies of their rows. Recurrent: V floats, for T = 1 of each head; and a state where final_state is not wanted or
- *  value-major.
+ *  Workspace on the CPU, for each thread, G heads of queries to one of keys; of V the columns that it works on, where threads share a
+ *  head's. Besides, once for the call, a copy of all initial states where final_state is initial_state and threads share a head's
+ *  tokens, and of all initial sums of keys where the final ones are in their place and threads share a head's tokens or columns.
+ *  Degree 1 without normalization, chunkwise: the states of the heads that it works on in turn, as many as 640 KiB hold but at least
+ *  one, one state more, and what the kernel has of up to 8 chunks of a head (12 of 16 bits): their states and a few copies of their
+ *  rows. Recurrent: V floats for each of up to 256 tokens, of 32 KiB in all but at least one, for T = 1 of each head; and where
+ *  final_state is not wanted or value-major, states, for T > 1 as many as 512 KiB hold but at least one.
+ *  A degree above 1 or normalization, chunkwise: 2 D (V + 1) floats, two states and sums of keys; 5 D for the table of features; and for
+ *  the rows of a chunk 64 (1 + G) (3 K + 2 V + 8) at most. Recurrent: G V for each block of features, D / 64 or about as many (for a
+ *  prime D above 127 D), (3 + G) D and G (K + V), for as many heads as have 512 KiB of states but at least one; 6 D for the table; and
+ *  2 D (V + 1) where states are not advanced in place: final_state or, if normalized, final_sum_of_keys is not wanted, or states are
+ *  value-major or tiled.
+ *  Parallel, K and V rounded up to 32, T to 64: T (K + V) floats, a copy of one head's keys and values; T^2 / 32 for decays, of blocks
+ *  of tokens; K V + 64 (2 K + 3 V + 128). With an initial state D (V + 71) more, the state and a block of rows expanded; with a final
+ *  state K (V + 1) more, for a degree above 1 as much as chunkwise. At K = V = 64, degree 2 and T = 256 that is 0.2 MiB, with a final
+ *  state 1.3 and with both 2.3.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their sequence and head (those of k and v
  *  reach all heads of queries that share it), but may reach earlier tokens of the same chunk.
@@ -356,9 +367,11 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  CUDA run side by side. A process that has used a GPU and forks must not use it in the child.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
- *  this build, an extent of 2^31 or more, D V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
- *  elements; of a degree above 1 on the CPU, D V above 2^28, in the recurrent form D V H / Hk of 2^30 or more, or D degree! of
- *  2^31 or more, and in the parallel form none of these where no state is given or wanted; on a GPU, that one chunk of one head, or its state, carries beyond 2^31 bytes);
+ *  this build, an extent of 2^31 or more, D V above 2^25, a stride along T or K that a few chunks carry beyond 2^31
+ *  elements, or, on the CPU, one of q or out that carries the heads that share keys beyond that, for a degree above 1 or normalization
+ *  beyond 2^30; of a degree above 1 on the CPU, D V above 2^28, in the recurrent form D V H / Hk of 2^30 or more, or D degree! of
+ *  2^31 or more, and in the parallel form none of these where no state is given or wanted; on a GPU, that one chunk of one head, or its
+ *  state, carries beyond 2^31 bytes);
  *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Tensors as a whole may be larger than 2^31 bytes, but not those on the CPU that a GPU computes, each of which is copied to one
  *  buffer. Thread-safety: that of the context. */
@@ -435,7 +448,8 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of this
  *  build, an extent of 2^31 or more, D V above 2^25, of a degree above 1 on the CPU above 2^28, D V H / Hk of 2^30 or more or
- *  D degree! of 2^31 or more, or a stride along D that carries a state beyond 2^31 elements, on a GPU 2^31 bytes); HOLDFAST_TARGET_UNAVAILABLE;
+ *  D degree! of 2^31 or more, a stride along D that carries a state beyond 2^31 elements, on a GPU 2^31 bytes, or one between heads that
+ *  share keys as for holdfast_forward); HOLDFAST_TARGET_UNAVAILABLE;
  *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text. On the last three the state may have been advanced in part. Thread-safety: that
  *  of the context. */
 HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args);
