@@ -287,6 +287,7 @@ typedef struct holdfast_forward_args {
                                                tokens and after all, one sequence after the other, each T / state_interval, rounded up,
                                                and one more. For degree 1 without normalization, on the CPU, and not for the parallel and
                                                the recurrent form. What holdfast_backward need not compute again; or to go on from anywhere.
+                                               Threads beyond heads then share columns of values at most, not a head's tokens.
                                                NULL: not wanted */
     int64_t state_interval; /**< tokens from one of `states` to the next, at least 1; 0 where there are none. What
                                                holdfast_state_interval says is best for gradients */
