@@ -14,7 +14,7 @@ struct PowerProblem {
     Dtype dtype = f32;
     holdfast_form form = HOLDFAST_FORM_AUTO;
     holdfast_expansion expansion = HOLDFAST_EXPANSION_TIGHT;
-    bool value_major = false, initial = true;
+    bool value_major = false, initial = true, final = true;
     bool in_place = false;  // the final state and sum of keys are where the initial ones are
     int64_t chunk_size = 0;
     float scale = 0;
@@ -46,11 +46,13 @@ struct PowerProblem {
             stored.emplace_back(dtype, rows[n].data, rows[n].shape, rows[n].stride);
             dl[n] = rows[n].dl(), dl[n].data = stored.back().data(), dl[n].dtype = dl_type(dtype);
         }
-        holdfast_forward_args args = forward_args(&dl[0], &dl[1], &dl[2], &dl_g, initial ? &dl_in : nullptr, &dl[3], &dl_fin);
+        holdfast_forward_args args =
+            forward_args(&dl[0], &dl[1], &dl[2], &dl_g, initial ? &dl_in : nullptr, &dl[3], final ? &dl_fin : nullptr);
         args.scale = scale, args.chunk_size = chunk_size, args.degree = degree, args.form = form, args.expansion = expansion;
         args.normalize = normalize ? HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS : HOLDFAST_NORMALIZE_NONE;
         args.state_layout = value_major ? HOLDFAST_STATE_VALUE_MAJOR : HOLDFAST_STATE_KEY_MAJOR;
-        if (normalize) args.initial_sum_of_keys = initial ? &dl_ink : nullptr, args.final_sum_of_keys = &dl_fink;
+        if (normalize)
+            args.initial_sum_of_keys = initial ? &dl_ink : nullptr, args.final_sum_of_keys = final ? &dl_fink : nullptr;
         int64_t sequences = (int64_t)starts.size();
         DLTensor cu = {starts.data(), {kDLCPU, 0}, 1, {kDLInt, 32, 1}, &sequences, nullptr, 0};
         if (!starts.empty()) args.cu_seqlens = &cu;

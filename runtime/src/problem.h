@@ -49,7 +49,7 @@ struct Problem {
     int64_t longest() const;  // of the sequences, in tokens
     /// How many of the longest would have all tokens, rounded down: N where all are alike, fewer where some are short or empty.
     int64_t long_sequences() const;
-    Backend home() const;     // where all tensors are
+    Backend home() const;  // where all tensors are
 
     /// All that a kernel has, first q; those not given have rank 0.
     std::vector<const Tensor *> tensors() const {
