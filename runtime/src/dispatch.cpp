@@ -19,6 +19,7 @@
 #include "spans.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -36,35 +37,57 @@ const Variant &step_variant(const Problem &p, const Choice &choice) {
     return select_variant("recurrent", p.q.dtype.name, p.K, p.V, 0, choice.backend, choice.forced);
 }
 
+/// Whether it is of the target that stands last, whose schedules know no hardware.
+bool is_generic(const Variant &variant) { return variant.target == &targets().back(); }
+
 /// Whether the kernels of power retention compute it.
 bool is_power(const Problem &p) { return p.degree > 1 || p.normalized; }
 
-// What HOLDFAST_FORM_AUTO goes by, on the CPU.
-//
-// A chunk costs the same however few of its tokens are used: up to one in so many of them, they are done one by one. Measured
-// for every target, tuned and odd sizes of 40 to 320: at a quarter one by one is never slower (0.1 to 0.95 of the time), at
-// three eighths up to 1.3 times. Power retention's states are larger.
-constexpr int64_t least_share = 4, least_share_of_power = 8;
+// What HOLDFAST_FORM_AUTO goes by, on the CPU. Retention of degree 1: few tokens. A chunk costs the same however few of its tokens are
+// used: up to one in so many of them, they are done one by one. Measured for every target, tuned and odd sizes of 40 to 320: at a
+// quarter one by one is never slower (0.1 to 0.95 of the time), at three eighths up to 1.3 times.
+constexpr int64_t least_share = 4;
 
-/// Whether a recurrent kernel computes `p` faster than a chunkwise one: one by one as above; for sizes that it was compiled for, and
-/// heads of queries that share no state, it takes 8 tokens in one pass over the state. On one core of Zen 4, K = V = 32 to 256, AVX-512
-/// and AVX2, up to three quarters of a chunk, in 0.3 to 1.0 of the time; with states of 32 x 32 as long as threads would not share a
-/// head, in 0.75 to 0.95 of it.
+/// Whether a recurrent kernel computes `p` faster than a chunkwise one: one by one as above, and for sizes that it was compiled for up to
+/// half a chunk where heads of queries share a state (AVX-512 and AVX2, K = V = 64 and 128, groups of 2 and 4, in 0.65 to 0.9 of the
+/// time of a chunk; small states in pairs up to three eighths, in 0.95 of it), else, 8 tokens in one pass over the state, up to three
+/// quarters of a chunk, in 0.3 to 1.0 of the time at K = V = 32 to 256; with states of 32 x 32 as long as threads would not share a
+/// head, in 0.75 to 0.95 of it. On one core of Zen 4.
 bool few_tokens_or_small_states(const Problem &p, const Choice &choice) {
     constexpr int64_t small_state = 32 * 32;
     const int64_t chunk = chunkwise_variant(p, choice, {}).chunk, tokens = p.longest();
-    if (p.group() > 1 || !step_variant(p, choice).key_size) return tokens <= chunk / least_share;
-    return tokens <= chunk / 4 * 3 || (p.K * p.V <= small_state && !worth_sharing(p));
+    const bool small = p.K * p.V <= small_state;
+    if (!step_variant(p, choice).key_size) return tokens <= chunk / least_share;
+    if (p.group() > 1) return tokens <= (small && p.group() == 2 ? chunk / 8 * 3 : chunk / 2);
+    return tokens <= chunk / 4 * 3 || (small && !worth_sharing(p));
 }
 
-/// Whether all T x T weights are less work than D features of a state that nobody gives or takes: T (K + V) operations a token
-/// against 4 D (V + 1), of which the parallel form's take a little longer. One core of an Intel Xeon, 4 heads: of degree 2 at
-/// K = V = 64 the two meet at some 3900 tokens, of 4225 by that count; at 512 it is ahead six times, at 64 fifteen times. For degree
-/// 1 it does not pay: on one core of Zen 4, 4 heads, it takes 1.2 times as long at 64 tokens (K = V = 64) and 2.2 at 256; with
-/// K = V = 128 0.9 times, 1.1 at 128 and 1.5 at 256.
-bool weights_are_less(const Problem &p) {
-    if (!is_power(p) || p.initial_state.rank || p.final_state.rank || p.final_sum.rank) return false;
-    return (double)p.longest() * (double)(p.K + p.V) <= 3.0 * (double)p.D * (double)(p.V + 1);
+/// The fastest form of power retention, by the operations for a head of keys and its G heads of queries in the longest sequence, a
+/// multiply and an add being two. All T x T weights and their products: T (K + V) for a token and head of queries, of whole blocks.
+/// A state of D features: 2 D (V + 1) to read it, for each head of queries, and as many to add a token, in chunks whose tokens all
+/// cost; a step does that on the way. Weights cannot begin with a state, and a final one is made in chunks.
+///
+/// Divided by how many of them a kernel does while that of weights does one. Measured on one core of Zen 4, of 67 to 90 GFLOP/s for
+/// weights at 1000 tokens and more, generic ones 5, and G = 1 and 4. K = V = 64, degree 2: chunks 95 to 98, AVX2 88, generic 8; steps
+/// 25, AVX2 18, generic 2.5 to 3.5. Of kernels for any size, which were not tuned, K = V = 48: chunks 14, AVX2 11; steps 8, AVX2 6.
+/// The forms then meet, AVX-512, where they did: with no states at 3777 tokens (4000), K = V = 32 961 (900), degree 3 at 16 x 64
+/// 2369 (2400), K = V = 48 14400 (13700); with a final one alone at 11 and 1857 (13 and 1900), groups of 4 at 4 and 1857 (5 and 1800);
+/// with an initial one at 21 (24), groups of 4 18 (18). Of small odd sizes each token has a cost of its own: 5 x 7, 16 x 16, and degree 3
+/// at 8 x 8, with no states at 2650 (2900), 2800 (2700) and 3500 (6500).
+holdfast_form fastest_of_power(const Problem &p, const Choice &choice) {
+    const Variant &power = power_variant("power", p, choice, p.V), &step = power_variant("power_step", p, choice, p.V);
+    const bool generic = is_generic(power);
+    const double of_chunks = power.key_size ? 1.1 : generic ? 1.5 : 0.17;
+    const double of_steps = step.key_size ? 0.26 : generic ? 0.45 : 0.085;
+    const double T = (double)p.longest(), G = (double)p.group(), row = (double)(p.K + p.V);
+    const double chunk = (double)power.chunk, all = std::ceil(T / chunk) * chunk, state = 2 * (double)p.D * (double)(p.V + 1);
+    const auto begun = [&](const Variant &v) { return v.key_size || generic ? 0 : 25e3; };  // as much time goes by first
+    const double steps = T * (state * (G + 0.5) / of_steps + begun(step));
+    const double chunks = all * ((state * (G + 1) + G * chunk * row) / of_chunks + begun(power));
+    const double at_end = p.final_state.rank || p.final_sum.rank ? all * (state / of_chunks + begun(power)) : 0;
+    const double weights = G * all * (all + chunk) * row + at_end;
+    if (!p.initial_state.rank && weights <= std::min(steps, chunks)) return HOLDFAST_FORM_PARALLEL;
+    return steps <= chunks ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
 /// The form that p is computed in.
@@ -74,10 +97,8 @@ holdfast_form choose_form(const Problem &p, const Choice &choice) {
     if (p.states.rank) return HOLDFAST_FORM_CHUNKWISE;
     if (p.form != HOLDFAST_FORM_AUTO) return p.form;
     if (choice.backend != Backend::cpu || p.chunk_size) return HOLDFAST_FORM_CHUNKWISE;
-    if (weights_are_less(p)) return HOLDFAST_FORM_PARALLEL;
-    const bool few = is_power(p) ? p.longest() <= power_variant("power", p, choice, p.V).chunk / least_share_of_power
-                                 : few_tokens_or_small_states(p, choice);
-    return few ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
+    if (is_power(p)) return fastest_of_power(p, choice);
+    return few_tokens_or_small_states(p, choice) ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
 /// The same, of a form that has states where they are of a size for it.
@@ -123,11 +144,18 @@ void forward(holdfast_context &c, Problem p, const Choice &choice) {
 }
 
 /// Whether the gradient of `p` is computed from all T x T weights. Its kernel knows no states, and no degree 1 without normalization,
-/// where chunks are always less work; nor, on a GPU, no queries.
+/// where chunks are always less work; nor, on a GPU, no queries. HOLDFAST_FORM_AUTO counts T (K + V) for a token and head of queries
+/// against reading a state, D (V + 1), and a G-th of that for adding to it. One core of Zen 4: the two meet at 2.5 times that (K = V =
+/// 64, degree 2), in groups of 4 at 2.1, 16 x 64, degree 3, at 2.5; beside chunks for any size, not tuned, at 7 and more; generic ones
+/// at 2.0 to 2.6.
 bool backward_from_weights(const BackwardProblem &p, const Choice &choice) {
     const bool cpu = choice.backend == Backend::cpu;
     if (!is_power(p) || p.has_states() || (!cpu && p.H == 0)) return false;
-    return p.form == HOLDFAST_FORM_AUTO ? cpu && p.chunk_size == 0 && weights_are_less(p) : p.form == HOLDFAST_FORM_PARALLEL;
+    if (p.form != HOLDFAST_FORM_AUTO) return p.form == HOLDFAST_FORM_PARALLEL;
+    if (!cpu || p.chunk_size) return false;
+    const Variant &chunks = power_variant("power_backward", p, choice, p.V);
+    const double worth = chunks.key_size || is_generic(chunks) ? 2 : 6, key_side = p.H ? (double)p.Hk / (double)p.H : 1;
+    return (double)p.longest() * (double)(p.K + p.V) <= worth * (1 + key_side) * (double)p.D * (double)(p.V + 1);
 }
 
 /// Where dout is not given, and zero all the same: `p` without queries, from which nothing comes. Their gradient is zero, which only

@@ -16,7 +16,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -138,15 +137,14 @@ void run_heads(const Problem &p, const Plan &plan, Workspace &workspace, int64_t
 
 void run_chunkwise(holdfast_context &c, const Problem &whole, const Variant &variant, const char *why) {
     // Threads that have no head of their own share one's columns of values, and its tokens.
-    const int64_t heads = whole.N * whole.Hk,
-                  threads_of_head = heads ? c.threads_for(std::numeric_limits<int64_t>::max()) / heads : 1;
+    const int64_t heads = whole.N * whole.Hk, threads = threads_of_head(whole, c);
     const Variant *run = &variant;
     int64_t strips = 1;
-    for (int64_t n = worth_sharing(whole) ? threads_of_head : 0; n > 1 && strips == 1; n--)
+    for (int64_t n = worth_sharing(whole) ? threads : 0; n > 1 && strips == 1; n--)
         if (whole.V % (n * least_columns) == 0)
             if (const Variant *narrow = narrower(variant, whole.V / n)) strips = n, run = narrow;
     const int64_t columns = whole.V / strips;
-    const Plan plan(columns_of(whole, 0, columns), *run, c, threads_of_head / strips);
+    const Plan plan(columns_of(whole, 0, columns), *run, c, threads / strips);
     check_kernel_strides(whole, plan.segment);
     const int64_t spans = plan.spans.count, pieces = heads == 0 ? 0 : whole.N * plan.groups.count * strips * spans;
     std::string how = "chunks of " + std::to_string(plan.chunk);

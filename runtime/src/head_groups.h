@@ -15,9 +15,10 @@ public:
 
     /// As few as give all threads the same number of pieces, or several each, and have their states in cache.
     HeadGroups(const Problem &p, const holdfast_context &context) : heads(p.Hk) {
-        const int64_t threads = context.threads_for(p.N * heads), most = std::max<int64_t>(heads, 1);
+        const int64_t sequences = p.long_sequences();  // those beside them are little work, or none
+        const int64_t threads = context.threads_for(sequences * heads), most = std::max<int64_t>(heads, 1);
         count = std::min(most, heads * p.state_bytes() / in_cache + 1);
-        while (count < most && p.N * count % threads != 0 && p.N * count < 4 * threads) count++;
+        while (count < most && sequences * count % threads != 0 && sequences * count < 4 * threads) count++;
     }
     /// The first head of a group, or of that after the last.
     int64_t begin(int64_t group) const { return group * heads / count; }

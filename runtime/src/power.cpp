@@ -267,15 +267,15 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     }
     // Where threads are idle: halves of the values, as long as there is a variant for them, and spans of the tokens.
     int64_t parts = 1;
-    const int64_t heads = p.N * p.Hk, threads_of_head = heads ? c.threads_for(std::numeric_limits<int64_t>::max()) / heads : 1;
-    while (variant->value_size && p.V % (2 * parts) == 0 && 2 * parts <= threads_of_head) {
+    const int64_t heads = p.N * p.Hk, threads = threads_of_head(p, c);
+    while (variant->value_size && p.V % (2 * parts) == 0 && 2 * parts <= threads) {
         const Variant *half = narrower(*variant, p.V / (2 * parts));
         if (!half) break;
         variant = half, parts *= 2;
     }
     const int64_t chunk = p.chunk_size ? std::min<int64_t>(p.chunk_size, variant->chunk) : variant->chunk;
     check_kernel_strides(p, chunk);
-    const Spans spans(p, chunk, threads_of_head / parts);
+    const Spans spans(p, chunk, threads / parts);
     const int64_t pieces = heads * parts * spans.count;
     std::string how = "chunks of " + std::to_string(chunk);
     if (spans.count > 1) how += ", tokens in " + std::to_string(spans.count) + " spans";

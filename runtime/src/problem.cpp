@@ -363,6 +363,11 @@ int64_t Problem::longest() const {
     return longest;
 }
 
+int64_t Problem::long_sequences() const {
+    const int64_t tokens = longest();
+    return packed() && tokens ? T / tokens : N;
+}
+
 RowAlignment Problem::row_alignment(Backend backend) const {
     RowAlignment rows;
     for (const Tensor *t : {&q, &k, &v, &out}) {

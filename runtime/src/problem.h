@@ -47,7 +47,9 @@ struct Problem {
     int64_t first_state(int64_t s) const;
 
     int64_t longest() const;  // of the sequences, in tokens
-    Backend home() const;     // where all tensors are
+    /// How many of the longest would have all tokens, rounded down: N where all are alike, fewer where some are short or empty.
+    int64_t long_sequences() const;
+    Backend home() const;  // where all tensors are
 
     /// All that a kernel has, first q; those not given have rank 0.
     std::vector<const Tensor *> tensors() const {

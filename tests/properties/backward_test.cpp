@@ -1021,6 +1021,8 @@ TEST(PowerBackwardForms, AutoIsParallelWhereThatIsLess) {
         EXPECT_EQ(kernel_of(other), "backward: power");
     Backward few_features{1, 70, 1, 1, 5, 5, 1, true, Gates::weak, f32, Layout::compact, false, false};
     EXPECT_EQ(kernel_of(few_features), "backward: power");
+    Backward no_size_of_ours{1, 250, 1, 1, 8, 8, 3, true, Gates::weak, f32, Layout::compact, false, false};
+    EXPECT_EQ(kernel_of(no_size_of_ours), "backward: parallel");
 }
 
 TEST(PowerBackwardStates, EveryLayoutAndOrder) {

@@ -161,14 +161,20 @@ void expect_sequences_apart(Context &context, int64_t C, Size size, const Dtype 
 
 // Rows in parts, and the state in place: the same bits as on one thread, which has one part of a head.
 TEST_P(Parallel, SameBitsForAnyNumberOfThreads) {
-    Call one{1, 1000, 1, size.K, size.V, 2}, three = one;
-    ASSERT_EQ(holdfast_context_set_threads(context, 1), HOLDFAST_OK);
-    one.run(context);
-    ASSERT_EQ(holdfast_context_set_threads(context, 3), HOLDFAST_OK);
-    three.run(context);
-    EXPECT_NE(context.messages.back().find("3 parts"), std::string::npos) << context.messages.back();
-    EXPECT_TRUE(same_bits(one.out, three.out));
-    EXPECT_TRUE(same_bits(one.final_state, three.final_state));
+    for (const std::vector<int64_t> &starts : {std::vector<int64_t>{}, {0, 0, 1000}, {0, 1, 1000}}) {
+        Call one{1, 1000, 1, size.K, size.V, 2, 1, false, true, false, starts};
+        ASSERT_EQ(holdfast_context_set_threads(context, 1), HOLDFAST_OK);
+        one.run(context);
+        for (int threads : {2, 3}) {
+            Call many = one;
+            ASSERT_EQ(holdfast_context_set_threads(context, threads), HOLDFAST_OK);
+            many.run(context);
+            const std::string &message = context.messages.back();
+            EXPECT_NE(message.find(std::to_string(threads) + " parts"), std::string::npos) << message;
+            EXPECT_TRUE(same_bits(one.out, many.out));
+            EXPECT_TRUE(same_bits(one.final_state, many.final_state));
+        }
+    }
 }
 
 TEST_P(Parallel, PackedSequencesKeepApart) { expect_sequences_apart(context, C, size, f32); }

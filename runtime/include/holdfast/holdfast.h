@@ -287,6 +287,7 @@ typedef struct holdfast_forward_args {
                                                tokens and after all, one sequence after the other, each T / state_interval, rounded up,
                                                and one more. For degree 1 without normalization, on the CPU, and not for the parallel and
                                                the recurrent form. What holdfast_backward need not compute again; or to go on from anywhere.
+                                               Threads beyond heads then share columns of values at most, not a head's tokens.
                                                NULL: not wanted */
     int64_t state_interval; /**< tokens from one of `states` to the next, at least 1; 0 where there are none. What
                                                holdfast_state_interval says is best for gradients */
@@ -317,10 +318,11 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  gives the same outputs to rounding; the same call on the same machine and target gives the same bits, for any number of
  *  threads.
  *
- *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU, unless chunk_size is set: for a degree above 1 or normalization parallel where no
- *  state is given or wanted and no sequence is longer than 3 D (V + 1) / (K + V) (at K = V = 64 and degree 2 3168 tokens); and recurrent
- *  where none is longer than a quarter of a chunk (an eighth for a degree above 1 or normalization), or, where a kernel was compiled
- *  for K and V and H = Hk, than three quarters of one, or where then K V is at most 1024 and T K V below 2^22.
+ *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU, unless chunk_size is set. For degree 1 without normalization recurrent where no
+ *  sequence is longer than a quarter of a chunk, or, where a kernel was compiled for K and V, than three quarters of one, or a half where
+ *  H > Hk, or where H = Hk, K V is at most 1024 and T K V below 2^22. For a degree above 1 or normalization whichever form takes least
+ *  time by a count of its operations and what its kernels reach; parallel never where there is an initial state. For degree 2 and K =
+ *  V = 64 on AVX-512 and AVX2 parallel up to 3776 tokens without states, and with a final one alone from 11 to 1856 (H = Hk).
  *
  *  Power retention (Kumar et al. 2025, arXiv:2507.04239) is degree 2 to 4 and normalization, whose out does not depend on scale. An odd
  *  degree keeps the sign of q.k, and the sum of weights may vanish: out is then infinite or not a number, as a division by it is; so it
@@ -527,8 +529,9 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *
  *  What is computed, where: the gradient is the same in every form, so it is computed from all T x T weights, without any state, for
  *  HOLDFAST_FORM_PARALLEL and a degree above 1 or normalization where no state, sum of keys, or gradient of one is given or
- *  wanted, and for HOLDFAST_FORM_AUTO where holdfast_forward would take that form; else chunk by chunk from the last to the first, also
- *  for HOLDFAST_FORM_RECURRENT.
+ *  wanted, and for HOLDFAST_FORM_AUTO on the CPU, unless chunk_size is set, where besides no sequence is longer than
+ *  2 D (V + 1) (1 + Hk / H) / (K + V), three times that on AVX-512 and AVX2 where no kernel was compiled for K, V and the degree (at K =
+ *  V = 64, degree 2 and H = Hk 4225 tokens); else chunk by chunk from the last to the first, also for HOLDFAST_FORM_RECURRENT.
  *
  *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is on a CPU. States are
  *  computed again, first of all, and kept in workspace until the walk back is done: for degree 1 without normalization one for some
