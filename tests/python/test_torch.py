@@ -195,7 +195,7 @@ def test_few_tokens(T):
     check(*problem(T=T, state=True))
 
 
-@pytest.mark.parametrize("T", [1, 256, 257, 600])
+@pytest.mark.parametrize("T", [1, 128, 256, 257, 600])
 @pytest.mark.parametrize("state_layout", ["kv", "vk"])
 def test_states_are_kept_for_gradients(T, state_layout):
     given, _ = problem(T=T, K=6, V=6, state=True)  # of equal sizes: a state in either layout
