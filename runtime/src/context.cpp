@@ -106,15 +106,15 @@ Workspace::~Workspace() {
 }
 
 void *Workspace::allocate(size_t bytes) {
-    Block *best = nullptr;
-    for (Block &block : blocks)
-        if (!block.used && block.bytes >= bytes && (!best || block.bytes < best->bytes)) best = &block;
-    if (!best) {
+    const auto least = std::lower_bound(blocks.begin(), blocks.end(), bytes,
+                                        [](const Block &block, size_t bytes) { return block.bytes < bytes; });
+    auto best = std::find_if(least, blocks.end(), [](const Block &block) { return !block.used; });
+    if (best == blocks.end()) {
+        const ptrdiff_t at = least - blocks.begin();
         blocks.reserve(blocks.size() + 1);  // so that nothing throws once there is memory to lose
         void *memory = allocator.allocate(allocator.user, bytes, alignment);
         if (!memory) return nullptr;
-        blocks.push_back({memory, bytes, false});
-        best = &blocks.back();
+        best = blocks.insert(blocks.begin() + at, {memory, bytes, false});
     }
     best->used = true;
     return best->memory;

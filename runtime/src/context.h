@@ -43,7 +43,7 @@ private:
         bool used;
     };
     Allocator allocator;
-    std::vector<Block> blocks;
+    std::vector<Block> blocks;  // by size
 };
 
 }  // namespace holdfast

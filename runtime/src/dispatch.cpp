@@ -246,7 +246,7 @@ int64_t holdfast_state_interval(int64_t key_size, int64_t value_size, DLDataType
         if (!(known == Dtype{"", dtype})) continue;
         const double state = 4.0 * (double)key_size * (double)value_size;
         const double rows = 4 * ((double)key_size + (double)value_size) * (double)known.bytes() / 8;  // an eighth of a token's
-        int64_t interval = 128;
+        int64_t interval = state > 32 * 1024 ? 128 : 256;  // as many as the gradient's kernel takes at once, or half as many
         while (state > rows * (double)interval) interval *= 2;
         return interval;
     }

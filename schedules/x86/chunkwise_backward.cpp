@@ -19,9 +19,15 @@
 // of L2's sets or fewer: 3.4 and 2.4%. Blocks of 16 x 16 turned over in registers instead of 4 x 16: 1.5% at both, also from cache.
 //
 // At 64 from cache, products take 69% of the time, at the peak: those with states 52%, inside chunks 18%. Transposing 6%, rows in 5%,
-// results out 2%, products of gates 5%, adding to states and their gradients 3%, the mask's exp 2%, memory for stages 2%. From memory
-// it is 1.1 times the time, in rows, results, and the loops that ask. At 128 products are three quarters: of the 37 ms that two
-// threads take for T 4096 of 8 heads 26 are products at the peak.
+// results out 2%, products of gates 5%, adding to states and their gradients 3%, the mask's exp 2%, memory for stages 1%: what is no
+// product moves lines between L2 and L1, two or three cycles each. At 128 products are three quarters: of the 37 ms that two threads
+// take for T 4096 of 8 heads 26 are products at the peak.
+//
+// From memory, two threads at 64, 10.2 ms of T 4096 and 8 heads, from cache, become 11.2 with tensors on pages of 2 MiB, 12.0 on pages
+// of 4 KiB, the forward's 4.0 become 4.1 and 4.3: in loops that ask, rows in, results out, and 2% in products. NumPy's arrays of 8
+// MiB are three quarters on pages of 2 MiB. Results alone on pages of 4 KiB: 3%; one of q, k, dout or states: 1% or nothing; workspace:
+// nothing. Rows 256 bytes or 2304 apart instead of 2048: 1%. States kept every 256 tokens, as many as a call has, instead of 128: the
+// forward 3%, both 1 to 2% faster at 64; every 64: 4% slower; at 128 every 128 and 256 the same, 512 8% slower.
 //
 // Tried: copies for each product by the chunk, the next chunk's rows asked for ahead, as chunkwise.cpp does: 5% slower from cache, no
 // faster from L3. Nothing asked for behind rows: 8% slower at 64; into L1 instead of L2: the same; a line every 8 terms of a product
@@ -29,6 +35,10 @@
 // registers. Chunks of 64: 9% slower at 64, 4% at 128. Calls of 1, 2, 3, 4 chunks, which recompute fewer states: 20, 10, 6, 4% slower at
 // 64; of 6 to 16 there, and of 3 to 8 at 128: the same. Rows of states a line further apart, and a strip of columns of theirs for all
 // rows of a chunk, to read them from L1: the same at 128, 1 to 3% slower at 64.
+// Results stored past the caches (vmovntps put into the assembly) and not asked for: 2% faster from memory with pages of 2 MiB, 4% with
+// 4 KiB, 1 to 2% slower with tensors in L3, and whoever reads results next waits for memory; asked for all the same: 1 and 3%; neither:
+// 6 and 4% slower. Products of gates summed in registers, and those of 16 rows turned over at once; keys and values transposed by
+// the chunk; no exp in the mask's block that is zero: 1% fewer samples in these loops, the whole no faster.
 #include "../schedule.h"
 #include "chunkwise_backward.h"
 

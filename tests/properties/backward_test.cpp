@@ -1181,12 +1181,14 @@ TEST(BackwardMemory, ShortMemoryIsAStatus) {
 TEST(StateInterval, IsAnEighthOfTheTensors) {
     const DLDataType wide = {kDLFloat, 32, 1}, half = {kDLFloat, 16, 1}, brain = {kDLBfloat, 16, 1};
     for (const auto &[K, V, dtype, want] :
-         std::vector<std::tuple<int64_t, int64_t, DLDataType, int64_t>>{{64, 64, wide, 128},
+         std::vector<std::tuple<int64_t, int64_t, DLDataType, int64_t>>{{64, 64, wide, 256},
                                                                         {128, 128, wide, 128},
                                                                         {256, 256, wide, 256},
                                                                         {256, 512, wide, 512},
-                                                                        {1, 1, wide, 128},
-                                                                        {64, 64, half, 128},
+                                                                        {1, 1, wide, 256},
+                                                                        {64, 128, wide, 256},
+                                                                        {64, 129, wide, 128},
+                                                                        {64, 64, half, 256},
                                                                         {128, 128, brain, 256},
                                                                         {0, 64, wide, 0},
                                                                         {64, -1, wide, 0},

@@ -189,8 +189,8 @@ def test_states_that_are_refused(gradients_of):
 
 
 def test_the_interval_that_suits_gradients():
-    assert [holdfast.state_interval(n, n) for n in (1, 64, 128, 256)] == [128, 128, 128, 256]
-    assert [holdfast.state_interval(n, n, "f2") for n in (64, 128, 256)] == [128, 256, 512]
+    assert [holdfast.state_interval(n, n) for n in (1, 64, 128, 256)] == [256, 256, 128, 256]
+    assert [holdfast.state_interval(n, n, "f2") for n in (64, 128, 256)] == [256, 256, 512]
     assert holdfast.state_interval(256, 512, np.float32) == 512
     with pytest.raises(ValueError, match="key_size is 0 and value_size 4; expected at least 1"):
         holdfast.state_interval(0, 4)

@@ -135,8 +135,8 @@ def retention(
         and form in ("auto", "chunkwise")
         and cu_seqlens is None
         and state_layout == "kv"
-        and (torch.compiler.is_compiling() or q.ndim < 2 or q.shape[1] > 128)  # few tokens: there are none to keep
         and q.device.type == "cpu"
+        and (torch.compiler.is_compiling() or min(q.ndim, v.ndim) < 4 or _has_states_inside(q, v))
     )
     out, state, sum_of_keys, weights, _ = torch.ops.holdfast.retention(
         q, k, v, log_decay, initial_state, initial_sum_of_keys, cu_seqlens, _number("scale", scale), degree, normalized,
@@ -526,6 +526,11 @@ def _retention_results(
         q.new_empty((B, H, T, T) if return_weights else (0,)),
         q.new_empty((kept, *state) if keep_states else (0,), dtype=torch.float32),
     )
+
+
+def _has_states_inside(q: Tensor, v: Tensor) -> bool:
+    """Whether there are tokens enough for a state to be kept between the first and the last one."""
+    return q.shape[1] > 128 and q.shape[1] > _interval(q, v)
 
 
 def _interval(q: Tensor, v: Tensor) -> int:

@@ -384,9 +384,9 @@ HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const h
 HOLDFAST_API int64_t holdfast_state_size(int64_t key_size, int32_t degree, int32_t expansion);
 
 /** The state_interval of holdfast_forward that suits gradients of rows of K = `key_size` and V = `value_size` elements of `dtype`: the
- *  least power of two from 128 on with which `states` are at most an eighth of what q, k, v, out and their gradients take, where all
- *  heads have keys of their own. 128 for float32 at K = V = 64 (a 16th) and 128. 0 for sizes below 1, of 2^31 or more, or another
- *  dtype. */
+ *  least power of two with which `states` are at most an eighth of what q, k, v, out and their gradients take, where all heads have
+ *  keys of their own, but at least 256, or 128 where a state takes more than 32 KiB. 256 for float32 at K = V = 64 (a 32nd), 128 at
+ *  128. 0 for sizes below 1, of 2^31 or more, or another dtype. */
 HOLDFAST_API int64_t holdfast_state_interval(int64_t key_size, int64_t value_size, DLDataType dtype);
 
 /** Copy states [N, Hk, D, V] or sums of keys [N, Hk, D] of degree 2 from the order `from_expansion` of features to the order
