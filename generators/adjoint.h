@@ -1,5 +1,4 @@
-// What autodiff derived, by name. For a stage that it finds no way to, Halide has an undefined Func, or one that is zero: a gradient
-// that misses a term, in silence. Here both end the build of the generator.
+// What autodiff derived, by name, and without its guards.
 #pragma once
 #include <Halide.h>
 
@@ -7,7 +6,8 @@
 
 namespace holdfast {
 
-/// The adjoint of a stage, or of one of its updates, which is called `name`.
+/// The adjoint of a stage, or of one of its updates, which is called `name`. For a stage that it finds no way to, Halide has an
+/// undefined Func, or one that is zero: a gradient that misses a term, in silence. Here both end the build of the generator.
 inline Halide::Func adjoint_of(const Halide::Derivative &derivative, const std::string &name, const Halide::Func &stage,
                                int update = -1) {
     Halide::Func adjoint = derivative(stage, update);
@@ -16,5 +16,37 @@ inline Halide::Func adjoint_of(const Halide::Derivative &derivative, const std::
     _halide_user_assert(there) << "autodiff has no adjoint of " << name << "\n";
     return adjoint;
 }
+
+/// Takes away the clamps and selects that autodiff puts around every access, by the bounds that it found for it: for kernels in which
+/// nothing leaves them.
+class Unguard : public Halide::Internal::IRMutator {
+protected:
+    using IRMutator::visit;
+
+    Halide::Expr visit(const Halide::Internal::Max *op) override {
+        using namespace Halide::Internal;
+        const auto *upper = op->a.as<Min>();
+        if (!upper || !is_const_zero(op->b)) return IRMutator::visit(op);
+        for (Halide::Expr x : {upper->a, upper->b}) {
+            if (const auto *likely = Call::as_intrinsic(x, {Call::likely})) x = likely->args[0];
+            if (is_index(x)) return x;
+        }
+        return IRMutator::visit(op);
+    }
+    Halide::Expr visit(const Halide::Internal::Select *op) override {
+        const bool guard = Halide::Internal::is_const_zero(op->false_value) && compares(op->condition);
+        return guard ? mutate(op->true_value) : IRMutator::visit(op);
+    }
+
+private:
+    static bool is_index(const Halide::Expr &x) {
+        const auto *variable = x.as<Halide::Internal::Variable>();
+        return variable && !variable->param.defined();
+    }
+    static bool compares(const Halide::Expr &x) {
+        const auto *both = x.as<Halide::Internal::And>();
+        return both ? compares(both->a) && compares(both->b) : x.as<Halide::Internal::LE>() || x.as<Halide::Internal::LT>();
+    }
+};
 
 }  // namespace holdfast

@@ -2,6 +2,7 @@
 #pragma once
 #include "chunks.h"
 #include "dtypes.h"
+#include "padded.h"
 
 namespace holdfast {
 
@@ -10,20 +11,6 @@ struct ChunkInputs {
     Halide::Func q_stored, k_stored, v_stored;  // in the type that they are stored in
     Halide::Func q, k, v, log_decay, state_in;  // log_decay is 0 past the end of the chunk
 };
-
-/// Rows (x, t, ..), of which x has `size`: zero past the last one, as schedules may round the size up.
-template<class Rows>
-Halide::Func padded_rows(Rows &rows, const Halide::Expr &size) {
-    Halide::Region region(rows.dimensions());
-    region[0] = {0, size};
-    return Halide::BoundaryConditions::constant_exterior(rows, Halide::cast(rows.type(), 0), region);
-}
-
-/// The same of states (e, d, s, h, b).
-template<class States>
-Halide::Func padded_states(States &states, const Halide::Expr &D, const Halide::Expr &E) {
-    return Halide::BoundaryConditions::constant_exterior(states, 0.0f, {{0, E}, {0, D}, {}, {}, {}});
-}
 
 /// Of a generator's inputs: q (d,t,g,h,b), k (d,t,h,b), v (e,t,h,b), log_decay (t,h,b), state_in (e,d,s,h,b).
 template<class Queries, class Rows, class Gates, class States>

@@ -27,28 +27,17 @@ Func hole_for(const Func &f) {
     return hole;
 }
 
-/// Takes away the clamps and selects that autodiff puts around every access, by the bounds that it found for it: nothing here is
-/// read past its end but for features, and those are 0 there. And gives `placeholder` its value.
-struct Unguard : Internal::IRMutator {
+/// Nothing here is read past its end but for features, and those are 0 there. And gives `placeholder` its value.
+class UnguardAndPut : public Unguard {
+public:
+    UnguardAndPut(const Param<int> &placeholder, const Expr &value) : placeholder(placeholder), value(value) {}
+
+private:
     const Param<int> placeholder;
     const Expr value;
-    Unguard(const Param<int> &placeholder, const Expr &value) : placeholder(placeholder), value(value) {}
-    using IRMutator::visit;
+    using Unguard::visit;
 
     Expr visit(const Internal::Variable *op) override { return op->name == placeholder.name() ? value : op; }
-    Expr visit(const Internal::Select *op) override {
-        return Internal::is_const_zero(op->false_value) ? mutate(op->true_value) : IRMutator::visit(op);
-    }
-    Expr visit(const Internal::Max *op) override {
-        const auto *upper = op->a.as<Internal::Min>();
-        if (!upper || !Internal::is_const_zero(op->b)) return IRMutator::visit(op);
-        for (Expr x : {upper->a, upper->b}) {
-            if (const auto *likely = Internal::Call::as_intrinsic(x, {Internal::Call::likely})) x = likely->args[0];
-            const auto *var = x.as<Internal::Variable>();
-            if (var && !var->param.defined()) return x;
-        }
-        return IRMutator::visit(op);
-    }
 };
 
 /// The update of `f` that reads `factor`.
@@ -152,7 +141,7 @@ ChunkwiseBackwardFuncs chunkwise_backward(const Func &q, const Func &k, const Fu
         propagate_adjoints(loss, one, {{0, chunks.count - 1}, {0, extents.heads - 1}, {0, extents.batch - 1}});
 
     // The adjoint of a sum that the stages before it read is that of its update.
-    Unguard unguard(value_extent, extents.value);
+    UnguardAndPut unguard(value_extent, extents.value);
     auto adjoint = [&](const char *name, const Func &of, int update = -1) {
         Func derived = adjoint_of(grad, name, of, update);
         derived.function().mutate(&unguard);

@@ -12,31 +12,12 @@ using namespace Halide;
 namespace holdfast {
 namespace {
 
-/// What autodiff derived, as Funcs with names, for schedules. Those that it made clamp what they read to the bounds of out, and ask
-/// whether an index is within them. Nothing here leaves these bounds: both are taken off.
-class Adjoints : Internal::IRMutator {
+/// What autodiff derived, as Funcs with names, for schedules. Nothing here leaves the bounds of out.
+class Adjoints : Unguard {
     const Derivative derived;
     std::map<std::string, Func> named;  // by the name that autodiff gave
 
-    using Internal::IRMutator::visit;
-    static bool is_index(const Expr &e) {
-        const Internal::Variable *index = e.as<Internal::Variable>();
-        return index && !index->param.defined();
-    }
-    Expr visit(const Internal::Max *op) override {
-        if (const Internal::Min *least = op->a.as<Internal::Min>(); least && op->type == Int(32))
-            for (Expr index : {least->a, least->b}) {
-                if (const Internal::Call *likely = index.as<Internal::Call>(); likely && likely->is_intrinsic())
-                    index = likely->args[0];
-                if (is_index(index)) return index;
-            }
-        return Internal::IRMutator::visit(op);
-    }
-    Expr visit(const Internal::Select *op) override {
-        const Internal::And *within = op->condition.as<Internal::And>();
-        const Internal::LE *from = within ? within->a.as<Internal::LE>() : nullptr;
-        return from && is_index(from->b) ? mutate(op->true_value) : Internal::IRMutator::visit(op);
-    }
+    using Unguard::visit;
     Expr visit(const Internal::Call *op) override {
         if (op->call_type != Internal::Call::Halide) return Internal::IRMutator::visit(op);
         std::vector<Expr> args;

@@ -2,6 +2,7 @@
 #include "../schedules/schedule.h"
 #include "decay.h"
 #include "dtypes.h"
+#include "padded.h"
 #include "parallel_backward.h"
 
 namespace {
@@ -42,21 +43,15 @@ public:
         const Expr E = value_size ? Expr(value_size.value()) : v.dim(0).extent();
         const Expr tokens = k.dim(1).extent(), R = q.dim(2).extent(), blocks = (tokens + C - 1) / C;
 
-        // Tokens past the end repeat the last one, with a gradient of 0. Zero past the last feature: schedules may round the
-        // sizes up.
-        auto padded = [](auto &rows, const Expr &size) {
-            Region bounds(rows.dimensions(), {Expr(), Expr()});
-            bounds[0] = {0, size};
-            return BoundaryConditions::constant_exterior(rows, cast(rows.type(), 0), bounds);
-        };
+        // Tokens past the end repeat the last one, with a gradient of 0.
         auto token = [&](const Expr &i, const Expr &c) { return clamp(c * C + i, 0, tokens - 1); };
         Func bq("q_blocks"), bk("k_blocks"), bv("v_blocks"), bg("log_decay_blocks"), bo("out_blocks"), bd("dout_blocks");
-        bq(d, i, c, g, h, b) = widen(dtype, padded(q, D)(d, token(i, c), g, h, b));
-        bk(d, j, n, h, b) = widen(dtype, padded(k, D)(d, token(j, n), h, b));
-        bv(e, j, n, h, b) = widen(dtype, padded(v, E)(e, token(j, n), h, b));
+        bq(d, i, c, g, h, b) = widen(dtype, padded_rows(q, D)(d, token(i, c), g, h, b));
+        bk(d, j, n, h, b) = widen(dtype, padded_rows(k, D)(d, token(j, n), h, b));
+        bv(e, j, n, h, b) = widen(dtype, padded_rows(v, E)(e, token(j, n), h, b));
         bg(j, n, h, b) = select(n * C + j < tokens, log_decay(token(j, n), h, b), 0.0f);
-        bo(e, i, c, g, h, b) = widen(dtype, padded(out, E)(e, token(i, c), g, h, b));
-        bd(e, i, c, g, h, b) = select(c * C + i < tokens, widen(dtype, padded(dout, E)(e, token(i, c), g, h, b)), 0.0f);
+        bo(e, i, c, g, h, b) = widen(dtype, padded_rows(out, E)(e, token(i, c), g, h, b));
+        bd(e, i, c, g, h, b) = select(c * C + i < tokens, widen(dtype, padded_rows(dout, E)(e, token(i, c), g, h, b)), 0.0f);
         f = parallel_backward(bq, bk, bv, bg, bo, bd, E, R, {tokens, degree, normalized, scale, D, D, 0},
                               {want_dq, want_dk, want_dv, want_dlog_decay}, sizes());
 

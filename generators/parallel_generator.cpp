@@ -1,6 +1,7 @@
 // Parallel forward kernel: declares the ABI, calls parallel(), and scatters rows and weights back to the caller's layout.
 #include "../schedules/schedule.h"
 #include "dtypes.h"
+#include "padded.h"
 #include "parallel.h"
 
 namespace {
@@ -49,22 +50,16 @@ public:
         const Expr row_blocks = (rows + C - 1) / C, blocks = (tokens + C - 1) / C;
 
         // Tokens past the end repeat the last one, so that they hold numbers of the same sequence; what they give is
-        // multiplied by zero or not stored. Zero past the last feature: schedules may round the sizes up.
-        auto padded = [](auto &rows, const Expr &size) {
-            Region bounds(rows.dimensions(), {Expr(), Expr()});
-            bounds[0] = {0, size};
-            return BoundaryConditions::constant_exterior(rows, cast(rows.type(), 0), bounds);
-        };
+        // multiplied by zero or not stored.
         auto row = [&](const Expr &i, const Expr &c) { return clamp((c - first_block) * C + i, 0, rows - 1); };
         auto token = [&](const Expr &j, const Expr &n) { return clamp(n * C + j, 0, tokens - 1); };
         Func bq("q_blocks"), bk("k_blocks"), bv("v_blocks"), bg("log_decay_blocks"), bs("state_start"), bz("keys_start");
-        bq(d, i, c, g, h, b) = widen(dtype, padded(q, D)(d, row(i, c), g, h, b));
-        bk(d, j, n, h, b) = widen(dtype, padded(k, D)(d, token(j, n), h, b));
-        bv(e, j, n, h, b) = widen(dtype, padded(v, E)(e, token(j, n), h, b));
+        bq(d, i, c, g, h, b) = widen(dtype, padded_rows(q, D)(d, row(i, c), g, h, b));
+        bk(d, j, n, h, b) = widen(dtype, padded_rows(k, D)(d, token(j, n), h, b));
+        bv(e, j, n, h, b) = widen(dtype, padded_rows(v, E)(e, token(j, n), h, b));
         bg(j, n, h, b) = select(n * C + j < tokens, log_decay(token(j, n), h, b), 0.0f);
-        bs(e, d, s, h, b) =
-            BoundaryConditions::constant_exterior(state_in, 0.0f, {{0, E}, {0, features}, {}, {}, {}})(e, d, s, h, b);
-        bz(d, s, h, b) = BoundaryConditions::constant_exterior(keys_in, 0.0f, {{0, features}, {}, {}, {}})(d, s, h, b);
+        bs(e, d, s, h, b) = padded_states(state_in, features, E)(e, d, s, h, b);
+        bz(d, s, h, b) = padded_rows(keys_in, features)(d, s, h, b);
         f = parallel(bq, bk, bv, bg, bs, bz, {tokens, degree, normalized, scale, D, features, N}, sizes());
 
         f.over_result = RDom(0, C, first_block, row_blocks, "over_result");

@@ -41,15 +41,21 @@ PowerStepFuncs power_step(const Func &q, const Func &k, const Func &v, const Fun
     const Expr weight = p.phi.power(p.score(g, h), options.degree);
 
     // The state, and what queries read of it before. Of sums of two products the second is rounded, as in recurrent.cpp.
-    p.over_feature = RDom(0, W, "over_feature");
-    RVar row = p.over_feature;
     p.state_and_sum = Func("state_and_sum");
     p.state_and_sum(e, w, g, u, h) = Tuple(undef<float>(), undef<float>());  // what the buffers hold
-    Expr before = p.state_and_sum(e, row, g, u, h)[0];
-    Expr sum = select(likely(row > 0), p.state_and_sum(e, max(row - 1, 0), g, u, h)[1], 0.0f);
-    Expr after = decayed(p.decay(h), before, strict_float(p.phi_k(u * W + row, h) * v(e, h)));
-    p.state_and_sum(e, row, g, u, h) =
-        Tuple(select(likely(g == options.group - 1), after, before), sum + p.phi_q(u * W + row, g, h) * before);
+    auto read = [&](const RVar &row, const Expr &query) {
+        Expr before = p.state_and_sum(e, row, query, u, h)[0];
+        Expr sum = select(likely(row > 0), p.state_and_sum(e, max(row - 1, 0), query, u, h)[1], 0.0f);
+        return Tuple(before, sum + p.phi_q(u * W + row, query, h) * before);
+    };
+    const Expr last = options.group - 1;
+    p.over_others = RDom(0, W, 0, last, "over_others");
+    p.state_and_sum(e, p.over_others.x, p.over_others.y, u, h) = read(p.over_others.x, p.over_others.y);
+    p.over_feature = RDom(0, W, "over_feature");
+    RVar row = p.over_feature;
+    Tuple of_last = read(row, last);
+    of_last[0] = decayed(p.decay(h), of_last[0], strict_float(p.phi_k(u * W + row, h) * v(e, h)));
+    p.state_and_sum(e, row, last, u, h) = of_last;
     p.over_block = RDom(0, U, "over_block");
     p.num = Func("num");
     p.num(e, g, h) += p.state_and_sum(e, W - 1, g, p.over_block, h)[1];

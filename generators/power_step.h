@@ -4,8 +4,8 @@
 //   S <- exp(g) S + phi(k)^T v,   s <- exp(g) s + phi(k)
 //
 // Outputs read the state before the token: of its own key and value (q . k)^p is a small rest of many large features' products, which
-// must not be taken from their sum. In one pass over S for each query that shares it, of which the last one writes, block by block
-// of features: each has a sum of its own, or the sum over all D of them would lose digits.
+// must not be taken from their sum. In one pass over S, block by block of features: each has a sum of its own, or the sum over all D
+// of them would lose digits. Of queries that share a state, that pass serves the last; the others read it before.
 #pragma once
 #include "Halide.h"
 #include "expansion.h"
@@ -27,18 +27,19 @@ struct PowerStepFuncs {
     Halide::Func queries;        // (d,g,h): q * unit. Schedules store it
     Halide::Func phi_q, phi_k;   // (f,g,h) (f,h)
     Halide::Func score;          // (g,h): queries . k
-    Halide::Func
-        state_and_sum;  // (e,w,g,u,h): {state, sum}, the state the same for all g, the sum for all w. Update 0 goes down the
-                        // rows over_feature of a block, for one query after the other: the sum of its part of the
-                        // product until there, and for the last query the new state in place
-    Halide::Func num;   // (e,g,h): phi_q . state before the token
-    Halide::Func keys;  // (f,h): {the sum of keys, what it was}. Update 0 is in place
+    // (e,w,g,u,h): {state, sum}, the state the same for all g, the sum for all w. Both updates go down the rows w of a block, with the sum
+    // of its part of the product until there: 0 for other queries, over_others, 1 for the last one, over_feature, with the state in
+    // place.
+    Halide::Func state_and_sum;
+    Halide::Func num;             // (e,g,h): phi_q . state before the token
+    Halide::Func keys;            // (f,h): {the sum of keys, what it was}. Update 0 is in place
     Halide::Func den_block, den;  // (g,u,h) (g,h): phi_q . keys before the token
     Halide::Func out;             // (e,g,h)
 
     Halide::RDom over_element;                   // largest: d in [0, K)
     Halide::RDom over_key_element;               // score: d
-    Halide::RDom over_feature;                   // state_and_sum: w in the block, in that order
+    Halide::RDom over_others;                    // state_and_sum: w in the block, in that order, and g
+    Halide::RDom over_feature;                   // state_and_sum: w
     Halide::RDom over_feature_weight;            // den_block: w
     Halide::RDom over_block, over_block_weight;  // num, den: u
 

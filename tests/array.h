@@ -147,10 +147,10 @@ inline Array slice(const Array &a, int axis, int64_t from, int64_t length) {
     Index shape = a.shape;
     shape[axis] = length;
     Array b(shape);
-    each(shape, [&](Index i) {
-        float &element = b(i);
-        i[axis] += from;
-        element = a(i);
+    Index there = shape;  // not one for each element: allocations take longer than copies
+    each(shape, [&](const Index &i) {
+        there = i, there[axis] += from;
+        b(i) = a(there);
     });
     return b;
 }

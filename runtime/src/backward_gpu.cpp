@@ -136,9 +136,9 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p, int
             };
             auto advance = [&](int64_t s, int64_t n, int64_t t) {
                 const int32_t tokens = (int32_t)at_once, count = table(at_once);
-                View q = row_for_all(unwanted_row, p, K, 0, tokens, H, B), k = rows_of(x.k, b, t, h, tokens, H, B),
+                View q = row_for_all(unwanted_row, p, K, tokens, 0, H, B), k = rows_of(x.k, b, t, h, tokens, H, B),
                      v = rows_of(x.v, b, t, h, tokens, H, B);
-                View out = row_for_all(unwanted_row, p, V, 0, tokens, H, B);
+                View out = row_for_all(unwanted_row, p, V, tokens, 0, H, B);
                 View log_decay = decays_from(t, tokens), chunks = columns(count);
                 View state_in = state_before(s, n), state_out = states(kept[n], 0, 0);
                 run.check(forward->name,

@@ -61,7 +61,7 @@ void issue(const Run &run, const Problem &p, int64_t chunk) {
         auto rows = [&](const OnDevice &r) { return rows_of(r, b, t, h, tokens, H, B); };
         auto groups = [&](const OnDevice &r) { return groups_of(r, p.group(), b, t, h, tokens, H, B); };
         View q = groups(x.q), k = rows(x.k), v = rows(x.v);
-        View out = unwanted_row ? row_for_all(*unwanted_row, p, p.V, p.group(), tokens, H, B) : groups(x.out);
+        View out = unwanted_row ? row_for_all(*unwanted_row, p, p.V, tokens, p.group(), H, B) : groups(x.out);
         View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, t, h, tokens, H, B);
         auto states = [&](const OnDevice &state) {
             return View(*state.memory, state.at(b + s, h), float32,

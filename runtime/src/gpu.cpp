@@ -507,12 +507,6 @@ View groups_of(const OnDevice &r, int64_t group, int64_t b, int64_t t, int64_t h
                  {0, entries, narrow(r.t, 0, entries)}});
 }
 
-View row_for_all(const Memory &row, const Problem &p, int64_t size, int64_t group, int32_t tokens, int32_t heads,
-                 int32_t entries) {
-    return View(row, 0, halide_type(p.q.dtype),
-                {{0, (int32_t)size, 1}, {0, tokens, 0}, {0, (int32_t)group, 0}, {0, heads, 0}, {0, entries, 0}});
-}
-
 View decays_of(const OnDevice &g, const Zeros *none, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
                int32_t entries) {
     if (none) return View(none->memory, none->offset, float32, {{0, tokens, 0}, {0, heads, 0}, {0, entries, 0}});

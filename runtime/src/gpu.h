@@ -212,10 +212,12 @@ View rows_of(const OnDevice &rows, int64_t b, int64_t t, int64_t h, int32_t toke
 View groups_of(const OnDevice &rows, int64_t group, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,
                int32_t entries);
 
-/// Rows of queries or outputs of `p`, `group` heads for each of keys, all of them one of `size` elements: of outputs that are not
-/// wanted, and where there are no heads.
-View row_for_all(const Memory &row, const Problem &p, int64_t size, int64_t group, int32_t tokens, int32_t heads,
-                 int32_t entries);
+/// Rows of queries or outputs of `p`, so many along each of the axes that follow, all of them one of `size` elements: of outputs that
+/// are not wanted, and where there are no heads.
+template<class... Extents>
+View row_for_all(const Memory &row, const Problem &p, int64_t size, Extents... along) {
+    return View(row, 0, halide_type(p.q.dtype), {{0, (int32_t)size, 1}, {0, (int32_t)along, 0}...});
+}
 
 /// Log decays (t, h, b) from token t of head h of batch entry b on, or `none`.
 View decays_of(const OnDevice &log_decay, const Zeros *none, int64_t b, int64_t t, int64_t h, int32_t tokens, int32_t heads,

@@ -54,7 +54,7 @@ void issue(const Run &run, const Problem &p, int64_t start) {
             auto rows = [&](const OnDevice &r) { return rows_of(r, b, 0, h, tokens, H, B); };
             auto groups = [&](const OnDevice &r) { return groups_of(r, G, b, 0, h, tokens, H, B); };
             View q = groups(x.q), k = rows(x.k), v = rows(x.v);
-            View out = unwanted_row ? row_for_all(*unwanted_row, p, V, G, tokens, H, B) : groups(x.out);
+            View out = unwanted_row ? row_for_all(*unwanted_row, p, V, tokens, G, H, B) : groups(x.out);
             View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, 0, h, tokens, H, B);
             // What is absent has no elements, but is in memory that is there: Halide's runtime allocates none for it.
             auto states = [&](const OnDevice &s, int64_t at, bool there, int32_t rows) {

@@ -135,7 +135,8 @@ public:
                    (!p.normalized || p.final_sum.rank) && fits(p.D, s.stride[2]);
         const bool near = fits(p.H, p.q.stride[2]) && fits(p.Hk, p.k.stride[2]) && fits(p.Hk, p.v.stride[2]) &&
                           fits(p.H, p.out.stride[2]) && (!g.rank || fits(p.Hk, g.stride[g.rank - 1])) && in_place &&
-                          fits(p.Hk, s.stride[1]) && (!p.normalized || fits(p.Hk, p.final_sum.stride[1]));
+                          fits(p.Hk, s.stride[1]) && fits(p.H, p.D * p.V) &&
+                          (!p.normalized || fits(p.Hk, p.final_sum.stride[1]));
         at_once = near ? p.Hk : 1;
     }
 
@@ -251,6 +252,10 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     const Variant *variant = &power_variant("power", p, choice, p.V);
     if (p.form == HOLDFAST_FORM_RECURRENT) {
         check_kernel_strides(p, 1);
+        if (!fits(p.group(), p.D * p.V))
+            fail(HOLDFAST_UNSUPPORTED, "H / Hk is ", p.group(), " and D V ", p.D * p.V,
+                 ", of a state that so many heads of queries read token by token; expected a product of less than ",
+                 std::numeric_limits<int32_t>::max() / 2);
         const Variant &step = power_variant("power_step", p, choice, p.V);
         const StepPieces pieces(p, c, {&step});
         announce(c, call, step, choice.why, p, c.verbose ? pieces.how() : "", pieces.count());

@@ -189,7 +189,7 @@ private:
         const int64_t t = n * chunk;
         const int32_t tokens = tokens_of(n);
         View k = rows(x.k, t, tokens), v = rows(x.v, t, tokens);
-        View q = row_for_all(unwanted_row, p, p.K, 0, tokens, H, B), out = row_for_all(unwanted_row, p, p.V, 0, tokens, H, B);
+        View q = row_for_all(unwanted_row, p, p.K, tokens, 0, H, B), out = row_for_all(unwanted_row, p, p.V, tokens, 0, H, B);
         View log_decay = log_decays(t, tokens);
         View state_in = states(from), sum_in = sums(from), state_out = states(to), sum_out = sums(to);
         run.check(kernels.forward.name,

@@ -110,7 +110,7 @@ void issue_chunks(const Run &run, const Problem &p) {
                 auto rows = [&](const OnDevice &r) { return rows_of(r, b, t, h, tokens, H, B); };
                 auto groups = [&](const OnDevice &r) { return groups_of(r, G, b, t, h, tokens, H, B); };
                 View q = groups(x.q), k = rows(x.k), v = rows(x.v);
-                View out = unwanted_row ? row_for_all(*unwanted_row, p, V, G, tokens, H, B) : groups(x.out);
+                View out = unwanted_row ? row_for_all(*unwanted_row, p, V, tokens, G, H, B) : groups(x.out);
                 View log_decay = decays_of(x.log_decay, x.log_decay.t.rank ? nullptr : &zeros, b, t, h, tokens, H, B);
                 // The first chunk reads what the caller gives where it lies.
                 const bool first = t == 0 && !carried.converted();
@@ -174,7 +174,8 @@ void issue_tokens(const Run &run, Problem p) {
     // Beside the tensors: a row of sums for each block of features and query; what a sum of keys was; a decay where none is given; what
     // is carried.
     const int64_t bytes_of_sums = G * blocks * V * (int64_t)sizeof(float), bytes_of_keys = D * (int64_t)sizeof(float);
-    const int64_t bytes_of_state = std::max(V * bytes_of_keys, bytes_of_sums);
+    const int64_t bytes_of_state =
+        std::max(V * bytes_of_keys, G * D * V);  // a kernel's buffer counts its elements for each query
     Part part = largest_part(p, x, 1, bytes_of_state);
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "the state of one head, with a stride of ", x.final.t.stride[2],
@@ -212,10 +213,8 @@ void issue_tokens(const Run &run, Problem p) {
                     return View(*r.memory, r.at(b, t, h * G), halide_type(r.t.dtype),
                                 {{0, (int32_t)r.t.shape[3], 1}, {0, (int32_t)G, head}, {0, H, H > 1 ? head * (int32_t)G : 0}});
                 };
-                auto row_for_all = [&] {
-                    return View(*unwanted_row, 0, halide_type(p.q.dtype), {{0, (int32_t)V, 1}, {0, (int32_t)G, 0}, {0, H, 0}});
-                };
-                View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = unwanted_row ? row_for_all() : groups(x.out);
+                View q = groups(x.q), k = rows(x.k), v = rows(x.v);
+                View out = unwanted_row ? row_for_all(*unwanted_row, p, V, G, H) : groups(x.out);
                 View log_decay(g.t.rank ? *g.memory : *no_decay,
                                g.t.rank == 3 ? g.at(b, of_each_token ? t : 0, h)
                                : g.t.rank    ? g.at(h)

@@ -76,11 +76,8 @@ void issue(const Run &run, const Problem &p) {
                                  {0, H, narrow(r.t, 2, H) * G},
                                  {0, B, narrow(r.t, 0, B)}});
                 };
-                auto row_for_all = [&] {
-                    return View(*unwanted_row, 0, halide_type(p.q.dtype),
-                                {{0, V, 1}, one, {0, N, 0}, {0, G, 0}, {0, H, 0}, {0, B, 0}});
-                };
-                View q = groups(x.q), k = rows(x.k), v = rows(x.v), out = unwanted_row ? row_for_all() : groups(x.out);
+                View q = groups(x.q), k = rows(x.k), v = rows(x.v);
+                View out = unwanted_row ? row_for_all(*unwanted_row, p, V, 1, N, G, H, B) : groups(x.out);
                 const bool of_token = g.t.rank == 3;
                 View log_decay(g.t.rank ? *g.memory : *no_decay,
                                of_token   ? g.at(b, t, h)

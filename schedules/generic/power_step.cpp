@@ -12,7 +12,8 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &, const Target &target) {
     const int vec = target.natural_vector_size<float>();
     const TailStrategy tail = TailStrategy::GuardWithIf;  // neither beyond the row nor anything twice: the state is in place
 
-    p.state_and_sum.update().split(e, eo, ei, vec, tail).reorder(ei, p.over_feature, eo, g, u, h).vectorize(ei);
+    p.state_and_sum.update(0).split(e, eo, ei, vec, tail).reorder(ei, p.over_others.x, eo, p.over_others.y, u, h).vectorize(ei);
+    p.state_and_sum.update(1).split(e, eo, ei, vec, tail).reorder(ei, p.over_feature, eo, u, h).vectorize(ei);
     p.decay.compute_root();
     p.v.compute_root().vectorize(p.v.args()[0], vec, tail);
     p.result.reorder(e, g, h).vectorize(e, vec, tail);

@@ -25,9 +25,16 @@ void apply(PowerStepFuncs &p, const PowerStepSizes &, const Target &) {
     p.phi_k.compute_root().split(f, fo, ft, 64, guard).gpu_blocks(fo, h).gpu_threads(ft);
 
     p.state_and_sum.gpu_single_thread();  // undefined at first, so that nothing is run; but Halide would want it in host memory
-    p.state_and_sum.update()
+    const RVar row = p.over_others.x, other = p.over_others.y, tile("tile");  // none of one query: then it is not launched
+    p.state_and_sum.update(0)
         .split(e, eo, et, columns, guard)
-        .reorder(p.over_feature, g, et, eo, u, h)
+        .fuse(other, eo, tile)
+        .reorder(row, et, tile, u, h)
+        .gpu_blocks(tile, u, h)
+        .gpu_threads(et);
+    p.state_and_sum.update(1)
+        .split(e, eo, et, columns, guard)
+        .reorder(p.over_feature, et, eo, u, h)
         .gpu_blocks(eo, u, h)
         .gpu_threads(et);
     p.decay.compute_root().gpu_blocks(h);

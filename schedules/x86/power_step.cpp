@@ -19,12 +19,17 @@ int columns(int value, const Target &t) {
 }
 
 void apply(PowerStepFuncs &p, const PowerStepSizes &sizes, const Target &target) {
-    Var h("h"), g("g"), f("f"), e("e"), u("u"), eo("eo"), ei("ei");
+    Var h("h"), g("g"), f("f"), e("e"), u("u"), eo("eo"), ei("ei"), strip("strip");
     const int vec = target.natural_vector_size<float>(), wide = columns(sizes.value, target) * vec;
 
-    p.state_and_sum.update().split(e, eo, ei, wide).reorder(ei, p.over_feature, eo, g, u, h).vectorize(ei, vec).unroll(ei);
+    p.state_and_sum.update(0)
+        .split(e, eo, ei, wide)
+        .reorder(ei, p.over_others.x, eo, p.over_others.y, u, h)
+        .vectorize(ei, vec)
+        .unroll(ei);
+    p.state_and_sum.update(1).split(e, strip, ei, wide).reorder(ei, p.over_feature, strip, u, h).vectorize(ei, vec).unroll(ei);
     Func values = p.v.in(p.state_and_sum);
-    values.compute_at(p.state_and_sum, eo).vectorize(values.args()[0], vec).unroll(values.args()[0]);
+    values.compute_at(p.state_and_sum, strip).vectorize(values.args()[0], vec).unroll(values.args()[0]);
     p.decay.compute_root();
     p.result.split(e, eo, ei, wide).reorder(ei, eo, g, h).vectorize(ei, vec).unroll(ei);
     p.num.compute_at(p.result, eo).vectorize(e, vec).unroll(e);

@@ -211,6 +211,18 @@ TEST(Power, LargeStates) {
     expect_close("out", p.out, want.out, want.out_spread, p.share());
 }
 
+// Token by token a buffer counts a state for each query that shares it.
+TEST(Power, ManyQueriesOfALargeState) {
+    Context context;
+    Problem p{1, 2, 8, 64, 129000};
+    Tensor rows[] = {p.q, Tensor(p.k).part(2, 0, 1), Tensor(p.v).part(2, 0, 1), p.out};
+    DLTensor q = rows[0].dl(), k = rows[1].dl(), v = rows[2].dl(), out = rows[3].dl();
+    holdfast_forward_args args = forward_args(&q, &k, &v, nullptr, nullptr, &out, nullptr);
+    args.degree = 2, args.form = HOLDFAST_FORM_RECURRENT;
+    EXPECT_EQ(holdfast_forward(context, &args), HOLDFAST_UNSUPPORTED);
+    EXPECT_NE(context.error().find("H / Hk is 8 and D V 268320000"), std::string::npos) << context.error();
+}
+
 // Of any size where there are none.
 TEST(Power, NoStates) {
     Context context;

@@ -78,6 +78,7 @@ def test_wheel(tmp_path):
         "build-dir": SOURCE / "build" / "wheel",
         "cmake.define.HOLDFAST_TARGETS": "generic",
         "cmake.define.HOLDFAST_SIZES": "any",
+        "cmake.define.HOLDFAST_COSTLY": "none",
         "cmake.define.holdfast-halide_generators_ROOT": BUILD / "cmake",
     }
     options = [f"--config-settings={name}={value}" for name, value in settings.items()]

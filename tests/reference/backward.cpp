@@ -25,7 +25,7 @@ public:
         for (size_t n = 0; n < S.size(); n++) final_product += S[n] * dS[n];
     }
 
-    /// Adds to `r`, whose log_decay has the closed form.
+    /// Sets its own of `r`: that of log_decay by the closed form.
     void run(Gradients &r) {
         const int64_t K = in.K, V = in.V, Hk = in.H / in.group;
         std::vector<std::vector<double>> before(segment + 1);
@@ -39,23 +39,33 @@ public:
             const double decay = std::exp(in.log_decay(b, t, h));
             for (int64_t m = h * in.group; m < (h + 1) * in.group; m++) {
                 double *dq = &r.q[((b * in.T + t) * in.H + m) * K];
-                for (int64_t e = 0; e < V; e++) {
-                    const double from_out = dout.data ? in.scale * dout(b, t, m, e) : 0;
-                    for (int64_t d = 0; d < K; d++) {
-                        dq[d] += S[d * V + e] * from_out;
-                        dS[d * V + e] += in.q(b, t, m, d) * from_out;
+                const std::vector<double> q = row_of(in.q, t, m, K);
+                std::vector<double> from_out(V);
+                for (int64_t e = 0; e < V; e++) from_out[e] = dout.data ? in.scale * dout(b, t, m, e) : 0;
+                for (int64_t d = 0; d < K; d++) {
+                    double sum = 0;
+                    for (int64_t e = 0; e < V; e++) {
+                        sum += S[d * V + e] * from_out[e];
+                        dS[d * V + e] += q[d] * from_out[e];
                     }
+                    dq[d] = sum;
                 }
             }
             const int64_t row = (b * in.T + t) * Hk + h;
-            for (int64_t d = 0; d < K; d++)
+            const std::vector<double> k = row_of(in.k, t, h, K), v = row_of(in.v, t, h, V);
+            double dgate = 0;
+            for (int64_t d = 0; d < K; d++) {
+                double sum = 0;
                 for (int64_t e = 0; e < V; e++) {
                     double &gradient = dS[d * V + e];
-                    r.k[row * K + d] += gradient * in.v(b, t, h, e);
-                    r.v[row * V + e] += gradient * in.k(b, t, h, d);
-                    r.log_decay[row] += decay * gradient * S_before[d * V + e];
+                    sum += gradient * v[e];
+                    r.v[row * V + e] += gradient * k[d];
+                    dgate += decay * gradient * S_before[d * V + e];
                     gradient *= decay;
                 }
+                r.k[row * K + d] = sum;
+            }
+            r.log_decay[row] = dgate;
         }
         std::copy(dS.begin(), dS.end(), r.initial_state.begin() + (b * Hk + h) * K * V);
     }
@@ -72,8 +82,14 @@ private:
 
     void advance(std::vector<double> &S, int64_t t) const {
         const double decay = std::exp(in.log_decay(b, t, h));
+        const std::vector<double> k = row_of(in.k, t, h, in.K), v = row_of(in.v, t, h, in.V);
         for (int64_t d = 0; d < in.K; d++)
-            for (int64_t e = 0; e < in.V; e++) S[d * in.V + e] = decay * S[d * in.V + e] + in.k(b, t, h, d) * in.v(b, t, h, e);
+            for (int64_t e = 0; e < in.V; e++) S[d * in.V + e] = decay * S[d * in.V + e] + k[d] * v[e];
+    }
+    std::vector<double> row_of(const Strided &x, int64_t t, int64_t head, int64_t size) const {
+        std::vector<double> row(size);
+        for (int64_t n = 0; n < size; n++) row[n] = x(b, t, head, n);
+        return row;
     }
 };
 

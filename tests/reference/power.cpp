@@ -33,6 +33,7 @@ std::vector<double> phi(const std::vector<double> &x, int degree) {
 PowerResult power(const PowerInputs &in) {
     const int64_t B = in.B, T = in.T, H = in.H, G = in.G, K = in.K, V = in.V;
     const int p = in.degree;
+    const double scale = std::pow(in.scale, p);
     const int64_t D = (int64_t)phi(std::vector<double>(K), p).size();
     PowerResult r{D, {}, {}, {}, {}, {}, {}};
     r.out.resize(B * T * H * G * V), r.state.resize(B * H * D * V), r.keys.resize(B * H * D);
@@ -77,7 +78,7 @@ PowerResult power(const PowerInputs &in) {
                     }
                     const int64_t at = ((b * T + t) * H * G + h * G + g) * V;
                     for (int64_t e = 0; e < V; e++) {
-                        const double factor = in.normalize ? 1 / den : std::pow(in.scale, p), out = num[e] * factor;
+                        const double factor = in.normalize ? 1 / den : scale, out = num[e] * factor;
                         r.out[at + e] = out;
                         r.out_spread[at + e] = std::abs(factor) * (std::sqrt(num_spread[e]) + std::abs(num[e]) / 2);
                         if (in.normalize) r.out_spread[at + e] += std::abs(out) * (std::sqrt(den_spread) / std::abs(den) + 0.5);

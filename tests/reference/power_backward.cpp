@@ -43,6 +43,7 @@ PowerGradients power_backward(const PowerInputs &in, const Strided &dout, const 
                               const Strided &out, int64_t chunk) {
     const int64_t B = in.B, T = in.T, H = in.H, G = in.G, K = in.K, V = in.V;
     const int p = in.degree;
+    const double scale = std::pow(in.scale, p);
     const std::vector<Monomial> features = monomials(K, p);
     const int64_t D = (int64_t)features.size();
     PowerGradients r;
@@ -102,7 +103,7 @@ PowerGradients power_backward(const PowerInputs &in, const Strided &dout, const 
                     std::vector<double> dnum(V);
                     double dden = 0, of_dden = 0, wrong_by = 1;  // what all of the row's gradients have in common, relative
                     for (int64_t e = 0; e < V; e++) {
-                        dnum[e] = in.normalize ? given[e] / den : given[e] * std::pow(in.scale, p);
+                        dnum[e] = in.normalize ? given[e] / den : given[e] * scale;
                         if (!in.normalize) continue;
                         const double value = out.data ? out(b, t, head, e) : computed.out[((b * T + t) * H * G + head) * V + e];
                         dden -= value * dnum[e], of_dden += square(value * dnum[e]);
@@ -114,22 +115,23 @@ PowerGradients power_backward(const PowerInputs &in, const Strided &dout, const 
                     std::vector<double> through(t + 1), of_through(t + 1), den_by_q(K), unused(K);
                     for (int64_t j = 0; j <= t; j++) {
                         double by_value = 0, of_dweight = square(of_dden);
+                        const double weight_of_j = weight(j), of_dv = of_weight(j) + std::abs(weight_of_j) * wrong_by;
                         for (int64_t e = 0; e < V; e++) {
                             by_value += dnum[e] * v[j][e], of_dweight += square(dnum[e] * v[j][e]);
-                            dv(j).add(e, weight(j) * dnum[e], (of_weight(j) + std::abs(weight(j)) * wrong_by) * dnum[e]);
+                            dv(j).add(e, weight_of_j * dnum[e], of_dv * dnum[e]);
                         }
                         const double dweight = by_value + dden;  // it may be nothing beside its halves
                         of_dweight = std::sqrt(of_dweight) + std::abs(by_value) / 2;
-                        const double ddot = p * std::pow(dot[j], p - 1) * since[j] * dweight;
+                        const double slope = p * std::pow(dot[j], p - 1) * since[j], ddot = slope * dweight;
                         double of_ddot = p * most(j, p - 1) * since[j] * of_dweight * wrong_by;
                         if (p > 1) of_ddot += p * (p - 1) * of_dot[j] * most(j, p - 2) * since[j] * std::abs(dweight);
                         for (int64_t d = 0; d < K; d++) {
                             dq.add(d, ddot * k[j][d], of_ddot * k[j][d]);
-                            den_by_q[d] += p * std::pow(dot[j], p - 1) * since[j] * k[j][d];
+                            den_by_q[d] += slope * k[j][d];
                             dk(j).add(d, ddot * q[d], of_ddot * q[d]);
                         }
-                        through[j] = weight(j) * dweight;
-                        of_through[j] = of_weight(j) * std::abs(dweight) + std::abs(weight(j)) * of_dweight * wrong_by;
+                        through[j] = weight_of_j * dweight;
+                        of_through[j] = of_weight(j) * std::abs(dweight) + std::abs(weight_of_j) * of_dweight * wrong_by;
                     }
                     // The initial state: on that of all gates up to the row.
                     double passing = 0, of_passing = 0;

@@ -357,8 +357,8 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of
  *  this build, an extent of 2^31 or more, D V above 2^25, or a stride along T or K that a few chunks carry beyond 2^31
- *  elements; of a degree above 1 on the CPU, D V above 2^28 or D degree! of 2^31 or more, and in the parallel form neither where
- *  no state is given or wanted; on a GPU, that one chunk of one head, or its state, carries beyond 2^31 bytes);
+ *  elements; of a degree above 1 on the CPU, D V above 2^28, in the recurrent form D V H / Hk of 2^30 or more, or D degree! of
+ *  2^31 or more, and in the parallel form none of these where no state is given or wanted; on a GPU, that one chunk of one head, or its state, carries beyond 2^31 bytes);
  *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
  *  Tensors as a whole may be larger than 2^31 bytes, but not those on the CPU that a GPU computes, each of which is copied to one
  *  buffer. Thread-safety: that of the context. */
@@ -434,8 +434,8 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *  Aliasing: q, k, v and log_decay may share memory with one another. state, sum_of_keys and out overlap no other tensor.
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of this
- *  build, an extent of 2^31 or more, D V above 2^25, of a degree above 1 on the CPU above 2^28 or D degree! of 2^31 or more, or
- *  a stride along D that carries a state beyond 2^31 elements, on a GPU 2^31 bytes); HOLDFAST_TARGET_UNAVAILABLE;
+ *  build, an extent of 2^31 or more, D V above 2^25, of a degree above 1 on the CPU above 2^28, D V H / Hk of 2^30 or more or
+ *  D degree! of 2^31 or more, or a stride along D that carries a state beyond 2^31 elements, on a GPU 2^31 bytes); HOLDFAST_TARGET_UNAVAILABLE;
  *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text. On the last three the state may have been advanced in part. Thread-safety: that
  *  of the context. */
 HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args);
