@@ -1,10 +1,25 @@
-// What autodiff derived, by name, and without its guards.
+// Around autodiff: what it shall not look behind, what it derived, by name, and without its guards.
 #pragma once
 #include <Halide.h>
 
 #include <string>
+#include <vector>
 
 namespace holdfast {
+
+/// Stands for `f` where autodiff shall not look behind it.
+inline Halide::Func hole_for(const Halide::Func &f) {
+    Halide::Func hole(f.name() + "_hole");
+    hole(f.args()) = 0.0f;
+    return hole;
+}
+
+/// Calls of `from` in what `roots` depend on become calls of `to`; but not its own, of itself.
+inline void replace(const std::vector<Halide::Func> &roots, const Halide::Func &from, const Halide::Func &to) {
+    for (const Halide::Func &root : roots)
+        for (auto &called : Halide::Internal::find_transitive_calls(root.function()))
+            if (called.first != from.name()) called.second.substitute_calls(from.function(), to.function());
+}
 
 /// The adjoint of a stage, or of one of its updates, which is called `name`. For a stage that it finds no way to, Halide has an
 /// undefined Func, or one that is zero: a gradient that misses a term, in silence. Here both end the build of the generator.

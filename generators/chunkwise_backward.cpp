@@ -13,20 +13,6 @@ using namespace Halide;
 namespace holdfast {
 namespace {
 
-/// Calls of `from` in what `roots` depend on become calls of `to`; but not its own, of itself.
-void replace(const std::vector<Func> &roots, const Func &from, const Func &to) {
-    for (const Func &root : roots)
-        for (auto &called : Internal::find_transitive_calls(root.function()))
-            if (called.first != from.name()) called.second.substitute_calls(from.function(), to.function());
-}
-
-/// Stands for `f` where autodiff shall not look behind it.
-Func hole_for(const Func &f) {
-    Func hole(f.name() + "_hole");
-    hole(f.args()) = 0.0f;
-    return hole;
-}
-
 /// Nothing here is read past its end but for features, and those are 0 there. And gives `placeholder` its value.
 class UnguardAndPut : public Unguard {
 public:

@@ -191,7 +191,7 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
     x.dv(e, j, n, h, b) = 0.0f;
     x.dv(e, j, to(at.y, wanted.dv), h, b) += x.dvalues(e, j, at.y, at.z, at.w, h, b);
 
-    // Log decays. The sequence is summed from its end, block by block.
+    // Log decays. Of a row's own block the sum of p dG; of those after it, all that pairs have that pass by its end.
     x.over_feature_of_q = RDom(0, call.key_extent, 0, group, "over_feature_of_q");
     x.over_feature_of_k = RDom(0, call.key_extent, "over_feature_of_k");
     RVar feature = x.over_feature_of_q.x, query = x.over_feature_of_q.y;
@@ -204,14 +204,27 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
     x.ddecay_after = Func("ddecay_after");
     x.ddecay_after(i, c, h, b) +=
         select(x.over_after >= i, x.q_dq(x.over_after, c, h, b) - x.k_dk(x.over_after, c, h, b), 0.0f);
-    x.over_distance = RDom(1, blocks, "over_distance");
-    RVar distance = x.over_distance;
-    x.ddecay_of_end = Func("ddecay_of_end");
-    const Var s("s");
-    x.ddecay_of_end(s, h, b) = 0.0f;
-    x.ddecay_of_end(distance, h, b) = x.ddecay_of_end(distance - 1, h, b) + x.ddecay_after(0, blocks - distance, h, b);
+    x.over_key = RDom(0, C, "over_key_of_row");
+    x.ddecay_of_row = Func("ddecay_of_row");
+    x.ddecay_of_row(i, n, c, g, h, b) +=
+        x.pair.scores(i, x.over_key, n, c, g, h, b) * x.dscores(i, x.over_key, n, c, g, h, b);
+    x.over_row = RDom(0, C, "over_row_of_pair");
+    x.ddecay_of_pair = Func("ddecay_of_pair");
+    x.ddecay_of_pair(n, c, g, h, b) += x.ddecay_of_row(x.over_row, n, c, g, h, b);
+    x.over_gates = over_pairs(gates);
+    at = x.over_gates;
+    x.ddecay = Func("ddecay_sum");
+    x.ddecay(n, c, h, b) = 0.0f;
+    x.ddecay(to(at.y, gates), to(at.z, gates), h, b) += x.ddecay_of_pair(at.y, at.z, at.w, h, b);
+    x.over_before = RDom(1, blocks - 1, "over_before");
+    x.ddecay_before = Func("ddecay_before");
+    x.ddecay_before(n, c, h, b) = x.ddecay(n, c, h, b);
+    x.ddecay_before(x.over_before, c, h, b) += x.ddecay_before(x.over_before - 1, c, h, b);
+    x.over_later = RDom(0, blocks, "over_later");
+    x.ddecay_of_later = Func("ddecay_of_later");
+    x.ddecay_of_later(c, h, b) += select(x.over_later > c, x.ddecay_before(c, x.over_later, h, b), 0.0f);
     x.dlog_decay = Func("dlog_decay_of_rows");
-    x.dlog_decay(i, c, h, b) = (x.ddecay_after(i, c, h, b) + x.ddecay_of_end(blocks - 1 - c, h, b)) / cast<float>(call.degree);
+    x.dlog_decay(i, c, h, b) = (x.ddecay_after(i, c, h, b) + x.ddecay_of_later(c, h, b)) / cast<float>(call.degree);
     return x;
 }
 

@@ -11,6 +11,11 @@
 //
 //   dG_i = (<q_i, dq_i> - <k_i, dk_i>) / p,   d log_decay_t = sum_{s >= t} dG_s
 //
+// In that sum nearly all of a long sequence cancels: a pair of a row and a key after t has its term twice, with both signs. So only
+// a row's own block is summed like this. What later blocks add are the pairs of a later row and a key up to the block's end:
+//
+//   sum_{s > end} dG_s = sum_{i > end >= j} w_ij dw_ij = sum_{i > end >= j} s_ij ds_ij / p       s: scores
+//
 // What is wanted are arguments of a call: what is not are loops of no turns.
 #pragma once
 #include "parallel.h"
@@ -47,11 +52,17 @@ struct ParallelBackwardFuncs {
     Halide::RDom over_dq, over_dk, over_dv;  // (once or never, n, c, g), n <= c: the same names, for one loop
     Halide::Func q_dq, k_dk;  // (i,c,h,b): <q_i, dq_i> of all queries that share a key, and <k_i, dk_i>; p dG is the difference
     Halide::Func ddecay_after;                          // (i,c,h,b): sum of p dG from row i to the end of its block
-    Halide::Func ddecay_of_end;                         // (s,h,b): sum of p dG of the last s blocks
+    Halide::Func ddecay_of_row;                         // (i,n,c,g,h,b): <scores, dscores> of a row and a block of keys
+    Halide::Func ddecay_of_pair;                        // (n,c,g,h,b): of all rows of the block
+    Halide::Func ddecay;                                // (n,c,h,b): of all queries that share a key, update 0
+    Halide::Func ddecay_before;                         // (n,c,h,b): with all blocks of keys up to n; in place, a serial scan
+    Halide::Func ddecay_of_later;                       // (c,h,b): sum of p dG of all blocks after c
     Halide::Func dlog_decay;                            // (i,c,h,b)
     Halide::RDom over_feature_of_q, over_feature_of_k;  // q_dq: (d, g); k_dk: d
     Halide::RDom over_after;                            // ddecay_after: row
-    Halide::RDom over_distance;                         // ddecay_of_end: s, a serial scan
+    Halide::RDom over_key, over_row;                    // ddecay_of_row; ddecay_of_pair
+    Halide::RDom over_gates;                            // ddecay: as over_dq
+    Halide::RDom over_before, over_later;               // ddecay_before: n; ddecay_of_later: c
 
     // set by the generator: what leaves the kernel, in the caller's layout and type, each with update 0 over (i, c)
     Halide::Func result_dq, result_dk, result_dv, result_dlog_decay;

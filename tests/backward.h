@@ -75,6 +75,7 @@ struct Backward {
     int64_t state_interval = 0;    // of the states that the forward keeps; 0: none
     bool rounds_operands = false;  // by a variant that does
     bool has_dout = true;
+    bool has_dstate = true, has_dsum = true;  // of the gradients of the final ones
     std::string target = "";  // where a test makes a context for it
 
     Random random{};
@@ -129,7 +130,8 @@ struct Backward {
         args.q = a.rows(q), args.k = a.rows(k), args.v = a.rows(v), args.log_decay = decays(a);
         if (has_dout) args.dout = a.rows(dout);
         args.initial_state = given(a, initial_state, initial), args.initial_sum_of_keys = sums(a, initial_keys, initial);
-        args.dfinal_state = given(a, dfinal_state, final), args.dfinal_sum_of_keys = sums(a, dfinal_keys, final);
+        args.dfinal_state = given(a, dfinal_state, final && has_dstate);
+        args.dfinal_sum_of_keys = sums(a, dfinal_keys, final && has_dsum);
         if (normalize) args.out = a.rows(out);
         if (wants('q')) args.dq = a.rows(dq, true);
         if (wants('k')) args.dk = a.rows(dk, true);
@@ -176,8 +178,8 @@ struct Backward {
             const int64_t length = starts.empty() ? T : starts[s + 1] - from;
             const Array state = in_tight_order(initial ? initial_state : zeros(initial_state), s, Of::states);
             const Array sum = in_tight_order(initial ? initial_keys : zeros(initial_keys), s, Of::states);
-            const Array dstate = in_tight_order(final ? dfinal_state : zeros(dfinal_state), s, Of::gradients);
-            const Array dsum = in_tight_order(final ? dfinal_keys : zeros(dfinal_keys), s, Of::gradients);
+            const Array dstate = in_tight_order(final && has_dstate ? dfinal_state : zeros(dfinal_state), s, Of::gradients);
+            const Array dsum = in_tight_order(final && has_dsum ? dfinal_keys : zeros(dfinal_keys), s, Of::gradients);
             auto rows = [&](const Array &a) { return strided(a, b * a.stride[0] + from * a.stride[1]); };
             BackwardReference one;
             const double used_scale = scale != 0 ? scale : 1 / std::sqrt((double)K);

@@ -32,10 +32,14 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &, const Target &target
         of_pairs.update().reorder(x, y, over.x, over.y, over.z, over.w, h, b).vectorize(x, vec, tail).never_partition_all();
         if (sum.name() != f.dq.name()) of_pairs.update().compute_with(f.dq.update(), over.y);
     }
+    const RDom &over = f.over_gates;
+    f.ddecay.compute_root().update().reorder(over.x, over.y, over.z, over.w, h, b).compute_with(f.dq.update(), over.y);
     const LoopLevel pair(f.dq, f.over_dq.y), rows(f.dq, f.over_dq.z);
     product(f.dqueries, pair), product(f.dkeys, pair), product(f.dvalues, pair);
     product(f.dweights, pair);
     for (Func by_row : {f.pair.weights.in(f.dvalues), f.dscores}) by_row.compute_at(pair).vectorize(i, vec, tail);
+    f.ddecay_of_row.compute_at(pair).vectorize(i, vec, tail).update().reorder(i, f.over_key).vectorize(i, vec, tail);
+    f.ddecay_of_pair.compute_at(pair);
 
     // Of a block of rows: what it is, its scores on all keys, and what follows from these.
     for (Func once : {w.row_decay, w.decay_before, f.sum, f.factor, f.out_dout, f.dden}) once.compute_at(rows);
@@ -52,7 +56,7 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &, const Target &target
     f.sum.update().reorder(i, f.over_block);
     f.pair.sum.compute_at(f.sum, f.over_block).update().reorder(i, f.pair.over_summed_key.x).vectorize(i, vec, tail);
 
-    for (Func gates : {f.q_dq, f.k_dk, f.ddecay_after, f.ddecay_of_end}) gates.compute_root();
+    for (Func gates : {f.q_dq, f.k_dk, f.ddecay_after, f.ddecay_before, f.ddecay_of_later}) gates.compute_root();
     const std::pair<Func, RDom> results[] = {
         {f.result_dq, f.over_result_dq}, {f.result_dk, f.over_result_dk}, {f.result_dv, f.over_result_dv}};
     for (const auto &[result, over] : results) {

@@ -101,14 +101,27 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &, const Target &) {
     sum(f.dk, f.dkeys, f.over_dk, f.over_dk.y, {f.over_dk.z, f.over_dk.w}, false);
     sum(f.dv, f.dvalues, f.over_dv, f.over_dv.y, {f.over_dv.z, f.over_dv.w}, false);
 
-    // Gates: blocks from the end, a thread per head.
+    // Gates. Of pairs a thread for each row, then for each pair; of a block of rows a thread, from key to key.
     for (Func gates : {f.q_dq, f.k_dk, f.ddecay_after}) sums_of_rows(gates);
-    f.ddecay_of_end.compute_root().split(h, co, ci, 32, guard).reorder(s, ci, co, b).gpu_blocks(co, b).gpu_threads(ci);
-    f.ddecay_of_end.update().split(h, co, ci, 32, guard).reorder(f.over_distance, ci, co, b).gpu_blocks(co, b).gpu_threads(ci);
+    Func of_row = f.ddecay_of_row.in(), of_pair = f.ddecay_of_pair.in(), of_later = f.ddecay_of_later.in();
+    of_row.compute_root().bound(i, 0, block).reorder(i, n, c, h, b, g).gpu_blocks(n, c, h).gpu_threads(i);
+    f.ddecay_of_row.compute_at(of_row, i).store_in(MemoryType::Register);
+    of_pair.compute_root().split(n, co, ci, 32, guard).reorder(ci, co, c, h, b, g).gpu_blocks(co, c, h).gpu_threads(ci);
+    f.ddecay_of_pair.compute_at(of_pair, ci).store_in(MemoryType::Register);
+    const RDom &pairs_of_gates = f.over_gates;
+    RVar ro("ro"), rt("rt");
+    f.ddecay.compute_root().split(n, co, ci, 32, guard).gpu_blocks(co, c, h).gpu_threads(ci);
+    Stage sum_of_pairs = f.ddecay.update();
+    sum_of_pairs.allow_race_conditions().split(pairs_of_gates.y, ro, rt, 32, guard);
+    sum_of_pairs.reorder(rt, ro, pairs_of_gates.z, h, b, pairs_of_gates.w, pairs_of_gates.x);
+    sum_of_pairs.gpu_blocks(ro, pairs_of_gates.z, h).gpu_threads(rt);
+    f.ddecay_before.compute_root().split(n, co, ci, 32, guard).gpu_blocks(co, c, h).gpu_threads(ci);
+    f.ddecay_before.update().split(c, co, ci, 32, guard).reorder(f.over_before, ci, co, h, b).gpu_blocks(co, h, b).gpu_threads(ci);
+    of_later.compute_root().split(c, co, ci, 32, guard).gpu_blocks(co, h, b).gpu_threads(ci);
+    f.ddecay_of_later.compute_at(of_later, ci).store_in(MemoryType::Register);
 
     // Results: a thread per element of some rows. Undefined at first, as in chunkwise_backward.cpp.
     auto result = [&](Func rows, const RDom &over) {
-        RVar ro("ro"), rt("rt");
         rows.gpu_single_thread();
         Stage update = rows.update();
         update.allow_race_conditions();  // each row is written once

@@ -67,10 +67,14 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &sizes, const Target &t
             .never_partition_all();
         if (sum.name() != f.dq.name()) of_pairs.update().compute_with(f.dq.update(), over.y);
     }
+    const RDom &over = f.over_gates;
+    f.ddecay.compute_root().update().reorder(over.x, over.y, over.z, over.w, h, b).compute_with(f.dq.update(), over.y);
     const LoopLevel pair(f.dq, f.over_dq.y), rows(f.dq, f.over_dq.z);
     registers(f.dqueries, {f.dq, xo}), registers(f.dkeys, {f.dk, xo}), registers(f.dvalues, {f.dv, xo});
     weights(f.dscores, pair, f.dweights);
     f.pair.weights.in(f.dvalues).compute_at(pair).vectorize(i, vec);
+    f.ddecay_of_row.compute_at(pair).vectorize(i, vec).update().reorder(i, f.over_key).vectorize(i, vec).unroll(i);
+    f.ddecay_of_pair.compute_at(pair).update().atomic().vectorize(f.over_row, vec);
 
     // Of a block of rows.
     w.unit.compute_root().vectorize(i, vec);
@@ -96,7 +100,7 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &sizes, const Target &t
     for (Func sum : {f.q_dq, f.k_dk})
         sum.compute_root().vectorize(i, vec).update().atomic().vectorize(sum.rvars()[0], vec, guard);
     f.ddecay_after.compute_root().vectorize(i, vec).update().reorder(i, f.over_after, c, h, b).vectorize(i, vec);
-    f.ddecay_of_end.compute_root();
+    f.ddecay_before.compute_root(), f.ddecay_of_later.compute_root();
 
     const std::pair<Func, RDom> results[] = {
         {f.result_dq, f.over_result_dq}, {f.result_dk, f.over_result_dk}, {f.result_dv, f.over_result_dv}};

@@ -3,6 +3,7 @@
 #include "../../generators/parallel_backward.h"
 #include "../../schedules/schedule.h"
 #include "../parallel_backward_call.h"
+#include "produced.h"
 #include "targets.h"
 
 namespace {
@@ -61,5 +62,32 @@ TEST_P(ParallelBackward, MatchesReference) {
 }
 
 INSTANTIATE_TEST_SUITE_P(, ParallelBackward, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+
+TEST(ParallelBackwardStages, AreComputedForWhatIsWantedAlone) {
+    const Target target = targets().back().target.with_feature(Target::JIT).with_feature(Target::TraceStores);
+    const Callable kernel = create_callable_from_generator(
+        GeneratorContext(target), "parallel_backward",
+        {{"chunk", "4"}, {"key_size", "0"}, {"value_size", "0"}, {"forced_schedule", "generic"}});
+    for (const bool normalized : {false, true})
+        for (int wanted = 0; wanted < 16; wanted++) {
+            SCOPED_TRACE(testing::Message() << "normalized " << normalized << ", wanted " << wanted);
+            const bool dq = wanted & 1, dk = wanted & 2, dv = wanted & 4, gates = wanted & 8;
+            Produced produced;
+            ParallelBackwardCall({"", 1, 6, 1, 1, Layout::compact, Gates::weak, 2, normalized, dq, dk, dv, gates}, {3, 5})
+                .expect_reference([&](auto &&...arguments) { return kernel(produced.context(), arguments...); });
+            auto expect = [&](const char *stage, bool needed) {
+                EXPECT_EQ(produced.stages.count(stage), needed) << stage << " of " << testing::PrintToString(produced.stages);
+            };
+            const bool scores = dq || dk || gates;
+            expect("pair_scores", wanted != 0), expect("dnum", wanted != 0);
+            expect("sum", normalized && wanted != 0), expect("out_dout", normalized && scores);
+            // Derived ones have the names that Halide gave them.
+            expect("pair_weights_d_def__", scores), expect("pair_scores_d_def__", scores);
+            expect("queries_of_pair_d_def__", dq || gates), expect("keys_of_pair_d_def__", dk || gates);
+            expect("values_of_pair_d_def__", dv);
+            for (const char *of_gates : {"q_dq", "k_dk", "ddecay_of_row", "ddecay_of_pair", "ddecay_of_later"})
+                expect(of_gates, gates);
+        }
+}
 
 }  // namespace

@@ -975,6 +975,18 @@ TEST(PowerBackwardStates, GoThroughWithoutQueries) {
     }
 }
 
+TEST(PowerBackwardStates, OneGradientOfTheFinalOnesIsEnough) {
+    Context context;
+    for (int degree : {1, 2})
+        for (bool of_states : {false, true}) {
+            SCOPED_TRACE(testing::Message() << "degree " << degree << (of_states ? ", of states" : ", of sums of keys"));
+            Backward p{2, 70, 1, 2, 5, 7, degree, true};
+            (of_states ? p.has_dsum : p.has_dstate) = false;
+            ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+            p.expect_reference(64);
+        }
+}
+
 TEST(PowerBackwardStates, KeptInPartGiveTheSameBits) {
     // More threads, each with all of its states, would take too much: some are then computed again.
     for (const auto &[V, kept] : {std::make_pair(9, "7"), {64, "5"}}) {
@@ -1100,21 +1112,27 @@ TEST(PowerBackwardAccuracy, RelativeErrors) {
         Case c;
         int64_t T;
         bool states, best = false;  // where the reference takes long, for the best target alone
+        Gates gates = Gates::weak;
     };
     for (const std::string &target : targets_of("power_backward")) {
         Context context(target);
-        for (const auto &[c, T, states, best] : {Problem{{2, true, 8, 8}, 512, true},
+        for (const auto &[c, T, states, best, gates] : {Problem{{2, true, 8, 8}, 512, true},
                                                  {{2, false, 8, 8}, 512, true},
                                                  {{2, true, 8, 8}, 512, false},
                                                  {{2, true, 64, 64}, 256, true, true},
                                                  {{3, true, 16, 64}, 128, true, true},
                                                  {{4, true, 4, 3}, 512, true},
-                                                 {{2, true, 2, 2}, 2048, false, true}}) {
+                                                 {{2, true, 2, 2}, 2048, false, true},
+                                                 // The gradient of a decay per head is the sum of all tokens' errors.
+                                                 {{2, true, 16, 16}, 3072, false, true, Gates::per_head},
+                                                 {{2, true, 8, 8}, 4096, false, true, Gates::per_head},
+                                                 {{1, false, 64, 64}, 4096, false, true, Gates::per_head},
+                                                 {{1, false, 64, 64}, 4096, false, true, Gates::weak}}) {
             if (best && target != targets_of("power_backward").front()) continue;
-            Backward p{1, T, 1, 1, c.K, c.V, c.degree, c.normalize, Gates::weak, f32, Layout::compact, states, states};
+            Backward p{1, T, 1, 1, c.K, c.V, c.degree, c.normalize, gates, f32, Layout::compact, states, states};
             if (!states) p.form = HOLDFAST_FORM_PARALLEL;
             ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
-            SCOPED_TRACE(context.messages.back());
+            SCOPED_TRACE(testing::Message() << context.messages.back() << ", T " << T << ", gates " << name(gates));
             const BackwardReference want = p.reference(64);
             const BackwardReference::Values *of[] = {&want.q, &want.k, &want.v, &want.log_decay, &want.state, &want.keys};
             for (size_t n = 0; n < p.wanted.size(); n++)
@@ -1227,6 +1245,7 @@ TEST(BackwardMemory, IsAShareOfTheTensors) {
     for (const auto &[T, H, size, degree, parallel, most] : {Problem{4096, 8, 64, 1, false, 0.3},
                                                              {4096, 8, 128, 1, false, 0.3},
                                                              {1024, 4, 64, 2, false, 1.3},
+                                                             {4096, 8, 64, 2, false, 0.3},
                                                              {1024, 8, 64, 2, true, 0.25},
                                                              {2048, 8, 64, 2, true, 0.25}}) {
         SCOPED_TRACE(testing::Message() << "T " << T << ", size " << size << ", degree " << degree);

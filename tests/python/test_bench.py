@@ -70,6 +70,36 @@ def test_a_wrong_result_fails(brief, nothing_installed, monkeypatch, capsys):
     assert "WRONG RESULT" in captured.out and "Holdfast" in captured.err
 
 
+def test_gradients_beside_autograd(brief, monkeypatch, tmp_path):
+    pytest.importorskip("torch")
+    autograd = peers.torch_gradients
+    without = Absent(peers.COMPILED, "takes minutes")
+    monkeypatch.setattr(peers, "torch_gradients", lambda *a: without if a[3] else autograd(*a))
+    path = tmp_path / "bench.json"
+    options = ("--gradients", "--repeats", "1", "--threads", "1", "--json", str(path))
+    assert run_bench(*options, "--shapes", "2,40,3,8,4", "1,40,2,16,8,2") == 0
+    for result in json.loads(path.read_text())["results"]:
+        assert {row["name"] for row in result["times"]} == {peers.OURS, peers.FORWARD, peers.BACKWARD, peers.EAGER}
+        assert all(row["correct"] and row["relative_error"] < bench.TOLERANCE for row in result["times"])
+        assert result["absent"] == [{"name": peers.COMPILED, "reason": without.reason}]
+        backward = next(row["how"] for row in result["times"] if row["name"] == peers.BACKWARD)
+        assert backward.startswith("parallel_backward_f32_" if result["shape"]["degree"] == 2 else "chunkwise_backward_f32_")
+
+
+def test_a_wrong_gradient_fails(brief, nothing_installed, monkeypatch, capsys):
+    right = peers.retention_backward
+
+    def wrong(*a, gradients, **b):
+        right(*a, gradients=gradients, **b)
+        gradients.k[:] *= 1.001
+
+    monkeypatch.setattr(peers, "retention_backward", wrong)
+    assert run_bench("--gradients", "--shapes", "1,40,2,8,8", "--repeats", "1") == 1
+    captured = capsys.readouterr()
+    assert f"wrong results: {peers.OURS}, {peers.BACKWARD}" in captured.err
+    assert captured.out.count("not installed; pip install torch") == 2
+
+
 @pytest.mark.parametrize(
     "text", ["1,2,3,4", "1,2,3,4,x", "0,1,1,1,1", "1,1,1,1,-1", "1,1,1,1,1,5", "1,1,1,1,1,1,1", ""]
 )

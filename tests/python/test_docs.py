@@ -109,3 +109,9 @@ def test_adding_hardware(tmp_path: Path) -> None:
     example = "\n".join(line for line in example.splitlines() if "_backward(" not in line)
     del environment["HOLDFAST_TARGET"]
     assert float(run([sys.executable, "-c", example], tree, **environment)) < 1e-4
+
+
+def test_the_gradient_for_free_is_the_tested_one():
+    tested = (ROOT / "tests" / "algorithm" / "adjoint_test.cpp").read_text()
+    shown = [text for _, _, text in blocks("docs/autodiff.md", "cpp")]
+    assert len(shown) == 1 and shown[0] in tested

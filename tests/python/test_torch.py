@@ -1040,6 +1040,16 @@ def test_errors(error, text, changes):
     assert type(caught.value) is error and text in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_wrong_type_is_said_where_states_are_kept_too(name):
+    p, _ = problem(T=129)
+    for changed in (p[name].double(), p[name].double().requires_grad_(), p[name].int()):
+        tensors = {**p, name: changed, "log_decay": p["log_decay"].clone().requires_grad_()}
+        with pytest.raises(NotImplementedError) as caught:
+            ht.retention(**tensors)
+        assert str(caught.value).startswith(f"{name} has dtype {str(changed.dtype)[6:]}; expected float32")
+
+
 @pytest.mark.parametrize(
     "error, text, call",
     [

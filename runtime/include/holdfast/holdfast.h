@@ -384,9 +384,9 @@ HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const h
 HOLDFAST_API int64_t holdfast_state_size(int64_t key_size, int32_t degree, int32_t expansion);
 
 /** The state_interval of holdfast_forward that suits gradients of rows of K = `key_size` and V = `value_size` elements of `dtype`: the
- *  least power of two with which `states` are at most an eighth of what q, k, v, out and their gradients take, where all heads have
- *  keys of their own, but at least 256, or 128 where a state takes more than 32 KiB. 256 for float32 at K = V = 64 (a 32nd), 128 at
- *  128. 0 for sizes below 1, of 2^31 or more, or another dtype. */
+ *  least power of two with which `states`, but for two of a head, are at most an eighth of what q, k, v, out and their gradients take,
+ *  where all heads have keys of their own, and at least 256, or 128 where a state takes more than 32 KiB. 256 for float32 at
+ *  K = V = 64 (a 32nd), 128 at 128. 0 for sizes below 1, of 2^31 or more, or another dtype. */
 HOLDFAST_API int64_t holdfast_state_interval(int64_t key_size, int64_t value_size, DLDataType dtype);
 
 /** Copy states [N, Hk, D, V] or sums of keys [N, Hk, D] of degree 2 from the order `from_expansion` of features to the order
@@ -521,7 +521,8 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  some 1.5e-7 sqrt(C) / exp(g) of itself, C the tokens of a chunk.
  *
  *  Inputs of 16 bits are widened as they are read, sums are in fp32, and each gradient is rounded once; that of a decay per head is
- *  summed in fp64. Variants with round_operands also round, for products, weights within a chunk and their gradients, and states and
+ *  summed in fp64. A normalized `out` of 16 bits is read as it was rounded: what is made of dm_t is wrong by as much, also dlog_decay,
+ *  which is stored in fp32 (in bf16 by 2e-3 to 3e-3 of the gradient's root mean square). Variants with round_operands also round, for products, weights within a chunk and their gradients, and states and
  *  theirs, one factor of each term: dq, dk and dv are then within twice the rounding of their type, dlog_decay within one of the terms
  *  that it is a sum of, and dinitial_state stays fp32. A sequence cut in two, the gradients of the second part's initial state and
  *  sum of keys given to the first part as those of its final ones, has the gradients of the whole to rounding. The same call on the
@@ -541,7 +542,7 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  normalization as many of the states between chunks as with those of all threads fit into a quarter of the call's tensors, but at
  *  least about sqrt(2 T / chunk) a thread; the others are computed a second time, which takes up to a sixth longer; and two gradients of
  *  states. The parallel form keeps rows in fp32 and the scores of a block of them, about T ((2 + G) K + 2 V + 64) floats a thread, G
- *  heads of queries to one of keys. Threads beyond one for each sequence and head of keys have nothing to do.
+ *  heads of queries to one of keys, and two for each pair of blocks of 64 tokens. Threads beyond one for each sequence and head of keys have nothing to do.
  *
  *  T = 0: dinitial_state = dfinal_state, and dlog_decay per head is 0. Not-a-numbers and infinities stay in their sequence and group of
  *  heads, but for dlog_decay per head, which is of all sequences.
@@ -550,8 +551,10 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  dfinal_state (the same elements in the same places), and dinitial_sum_of_keys dfinal_sum_of_keys.
  *
  *  On a GPU, for degree 1 without normalization: a launch sequence for all batch entries, heads and chunks, as far as 2^31 bytes and
- *  2^15 batch entries or heads of queries reach, else for as many as they do. The states between all chunks and their gradients are
- *  memory of the call, which so grows with T, and nothing is computed twice. A head that is too large for that takes several such
+ *  2^15 batch entries or heads of queries reach, else for as many as they do. States between all chunks, what each adds to them,
+ *  their gradients, and the weights and rows of all chunks are memory of the call, up to 4 K V (T / C + 1) + T (G (2 C + K) + 2 K + V)
+ *  floats for each sequence and head of keys, G heads of queries to it, C = 64 tokens of a chunk for float32 at K = V = 64, else 32; and
+ *  nothing is computed twice. A head that is too large for that takes several such
  *  sequences, of some of its tokens each, from the last to the first, and before them, for dq and dlog_decay, one like those of
  *  holdfast_forward for each to make the state that it begins with. For a degree above 1 or normalization: a launch sequence for each
  *  chunk, forward and back, with states kept or computed again as above, of all heads at a time in the place of threads; packed
