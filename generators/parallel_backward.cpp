@@ -206,8 +206,7 @@ ParallelBackwardFuncs parallel_backward(const Func &q, const Func &k, const Func
         select(x.over_after >= i, x.q_dq(x.over_after, c, h, b) - x.k_dk(x.over_after, c, h, b), 0.0f);
     x.over_key = RDom(0, C, "over_key_of_row");
     x.ddecay_of_row = Func("ddecay_of_row");
-    x.ddecay_of_row(i, n, c, g, h, b) +=
-        x.pair.scores(i, x.over_key, n, c, g, h, b) * x.dscores(i, x.over_key, n, c, g, h, b);
+    x.ddecay_of_row(i, n, c, g, h, b) += x.pair.scores(i, x.over_key, n, c, g, h, b) * x.dscores(i, x.over_key, n, c, g, h, b);
     x.over_row = RDom(0, C, "over_row_of_pair");
     x.ddecay_of_pair = Func("ddecay_of_pair");
     x.ddecay_of_pair(n, c, g, h, b) += x.ddecay_of_row(x.over_row, n, c, g, h, b);

@@ -445,10 +445,10 @@ def state_size(key_size: int, degree: int = 1, expansion: Literal["tight", "tile
 
 
 def state_interval(key_size: int, value_size: int, dtype: Any = np.float32) -> int:
-    """The `state_interval` that suits gradients of `retention`: the least power of two with which `states`, but for two of
-    a head, are at most an eighth of what q, k, v, out and their gradients take, and at least 256, or 128 where a state
-    takes more than 32 KiB. For keys and values of such sizes and rows of `dtype`, of 32 or 16 bits: NumPy's, PyTorch's,
-    or what makes one of NumPy's.
+    """The `state_interval` that suits gradients of `retention`: the least power of two with which `states`, but for two
+    of a head, are at most an eighth of what q, k, v, out and their gradients take, and at least 256, or 128 where a
+    state takes more than 32 KiB. For keys and values of such sizes and rows of `dtype`, of 32 or 16 bits: NumPy's,
+    PyTorch's, or what makes one of NumPy's.
 
     Raises: ValueError for sizes below 1 and other types."""
     size = getattr(dtype, "itemsize", None)
