@@ -116,7 +116,11 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &, const Target &) {
     sum_of_pairs.reorder(rt, ro, pairs_of_gates.z, h, b, pairs_of_gates.w, pairs_of_gates.x);
     sum_of_pairs.gpu_blocks(ro, pairs_of_gates.z, h).gpu_threads(rt);
     f.ddecay_before.compute_root().split(n, co, ci, 32, guard).gpu_blocks(co, c, h).gpu_threads(ci);
-    f.ddecay_before.update().split(c, co, ci, 32, guard).reorder(f.over_before, ci, co, h, b).gpu_blocks(co, h, b).gpu_threads(ci);
+    f.ddecay_before.update()
+        .split(c, co, ci, 32, guard)
+        .reorder(f.over_before, ci, co, h, b)
+        .gpu_blocks(co, h, b)
+        .gpu_threads(ci);
     of_later.compute_root().split(c, co, ci, 32, guard).gpu_blocks(co, h, b).gpu_threads(ci);
     f.ddecay_of_later.compute_at(of_later, ci).store_in(MemoryType::Register);
 
