@@ -1117,17 +1117,17 @@ TEST(PowerBackwardAccuracy, RelativeErrors) {
     for (const std::string &target : targets_of("power_backward")) {
         Context context(target);
         for (const auto &[c, T, states, best, gates] : {Problem{{2, true, 8, 8}, 512, true},
-                                                 {{2, false, 8, 8}, 512, true},
-                                                 {{2, true, 8, 8}, 512, false},
-                                                 {{2, true, 64, 64}, 256, true, true},
-                                                 {{3, true, 16, 64}, 128, true, true},
-                                                 {{4, true, 4, 3}, 512, true},
-                                                 {{2, true, 2, 2}, 2048, false, true},
-                                                 // The gradient of a decay per head is the sum of all tokens' errors.
-                                                 {{2, true, 16, 16}, 3072, false, true, Gates::per_head},
-                                                 {{2, true, 8, 8}, 4096, false, true, Gates::per_head},
-                                                 {{1, false, 64, 64}, 4096, false, true, Gates::per_head},
-                                                 {{1, false, 64, 64}, 4096, false, true, Gates::weak}}) {
+                                                        {{2, false, 8, 8}, 512, true},
+                                                        {{2, true, 8, 8}, 512, false},
+                                                        {{2, true, 64, 64}, 256, true, true},
+                                                        {{3, true, 16, 64}, 128, true, true},
+                                                        {{4, true, 4, 3}, 512, true},
+                                                        {{2, true, 2, 2}, 2048, false, true},
+                                                        // The gradient of a decay per head is the sum of all tokens' errors.
+                                                        {{2, true, 16, 16}, 3072, false, true, Gates::per_head},
+                                                        {{2, true, 8, 8}, 4096, false, true, Gates::per_head},
+                                                        {{1, false, 64, 64}, 4096, false, true, Gates::per_head},
+                                                        {{1, false, 64, 64}, 4096, false, true, Gates::weak}}) {
             if (best && target != targets_of("power_backward").front()) continue;
             Backward p{1, T, 1, 1, c.K, c.V, c.degree, c.normalize, gates, f32, Layout::compact, states, states};
             if (!states) p.form = HOLDFAST_FORM_PARALLEL;
