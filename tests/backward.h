@@ -76,7 +76,7 @@ struct Backward {
     bool rounds_operands = false;  // by a variant that does
     bool has_dout = true;
     bool has_dstate = true, has_dsum = true;  // of the gradients of the final ones
-    std::string target = "";  // where a test makes a context for it
+    std::string target = "";                  // where a test makes a context for it
 
     Random random{};
     int64_t N = starts.empty() ? B : (int64_t)starts.size() - 1;

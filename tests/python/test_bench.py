@@ -83,7 +83,9 @@ def test_gradients_beside_autograd(brief, monkeypatch, tmp_path):
         assert all(row["correct"] and row["relative_error"] < bench.TOLERANCE for row in result["times"])
         assert result["absent"] == [{"name": peers.COMPILED, "reason": without.reason}]
         backward = next(row["how"] for row in result["times"] if row["name"] == peers.BACKWARD)
-        assert backward.startswith("parallel_backward_f32_" if result["shape"]["degree"] == 2 else "chunkwise_backward_f32_")
+        assert backward.startswith(
+            "parallel_backward_f32_" if result["shape"]["degree"] == 2 else "chunkwise_backward_f32_"
+        )
 
 
 def test_a_wrong_gradient_fails(brief, nothing_installed, monkeypatch, capsys):

@@ -82,6 +82,6 @@ def info_text(report: dict[str, Any]) -> str:
             *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
             "",
             "* runs here on its backend's arrays of its dtype and sizes (any: those that no other * of the kernel has)",
-            "whose rows start at multiples of that many bytes; of recurrent for single tokens, or for blocks of chunk of them",
+            "whose rows start at multiples of that many bytes; of recurrent for single tokens, or for blocks of chunk",
         ]
     )

@@ -12,9 +12,9 @@ autocast q, k and v are cast to its type, and what is float32 always to float32.
 Gradients are those of `holdfast.retention_backward` and `holdfast.head_norm_gate_backward`: of every argument that is a
 tensor of floating point, but theta; what needs no gradient costs none. Where that of q or of log_decay is needed, of
 degree 1 without normalization on the CPU, `retention` keeps a state every `holdfast.state_interval` tokens for it (not
-of packed sequences, nor in state_layout "vk"): but for two a head, at most an eighth of the memory that q, k, v, out and
-their gradients take. `rotate`, which is linear, is differentiated any number of times and in forward mode too; to differentiate the
-gradients of the others, or them in forward mode, raises NotImplementedError.
+of packed sequences, nor in state_layout "vk"): but for two a head, at most an eighth of the memory that q, k, v, out
+and their gradients take. `rotate`, which is linear, is differentiated any number of times and in forward mode too; to
+differentiate the gradients of the others, or them in forward mode, raises NotImplementedError.
 
 Errors name the argument, say what it was and what was expected, as those of `holdfast` do. PyTorch may be missing:
 `import holdfast` does not need it.
