@@ -14,7 +14,7 @@ struct PowerProblem {
     Dtype dtype = f32;
     holdfast_form form = HOLDFAST_FORM_AUTO;
     holdfast_expansion expansion = HOLDFAST_EXPANSION_TIGHT;
-    bool value_major = false, initial = true, final = true;
+    bool value_major = false, initial = true;
     bool in_place = false;  // the final state and sum of keys are where the initial ones are
     int64_t chunk_size = 0;
     float scale = 0;

@@ -20,7 +20,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <string>
 
@@ -62,6 +64,16 @@ bool few_tokens_or_small_states(const Problem &p, const Choice &choice) {
     return tokens <= chunk / 4 * 3 || (small && !worth_sharing(p));
 }
 
+/// Whether HOLDFAST_FORM_AUTO may compute `p` from all T x T weights: a thread keeps T^2 / 32 floats beside them, 128 MiB at most here,
+/// and the kernel reaches all of these rows.
+bool may_have_weights(const Problem &p, std::initializer_list<const Tensor *> rows) {
+    constexpr int64_t most_tokens = 1 << 15;
+    return p.longest() <= most_tokens && std::all_of(rows.begin(), rows.end(), [&](const Tensor *t) {
+               return t->rank < 3 ||
+                      std::llabs(t->stride[1]) <= std::numeric_limits<int32_t>::max() / std::max<int64_t>(p.T, 1);
+           });
+}
+
 /// The fastest form of power retention, by the operations for a head of keys and its G heads of queries in the longest sequence, a
 /// multiply and an add being two. All T x T weights and their products: T (K + V) for a token and head of queries, of whole blocks.
 /// A state of D features: 2 D (V + 1) to read it, for each head of queries, and as many to add a token, in chunks whose tokens all
@@ -86,8 +98,10 @@ holdfast_form fastest_of_power(const Problem &p, const Choice &choice) {
     const double chunks = all * ((state * (G + 1) + G * chunk * row) / of_chunks + begun(power));
     const double at_end = p.final_state.rank || p.final_sum.rank ? all * (state / of_chunks + begun(power)) : 0;
     const double weights = G * all * (all + chunk) * row + at_end;
-    if (!p.initial_state.rank && weights <= std::min(steps, chunks)) return HOLDFAST_FORM_PARALLEL;
-    return steps <= chunks ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
+    if (!p.initial_state.rank && weights <= std::min(steps, chunks) &&
+        may_have_weights(p, {&p.q, &p.k, &p.v, &p.out, &p.log_decay}))
+        return HOLDFAST_FORM_PARALLEL;
+    return steps <= chunks && can_step(p) ? HOLDFAST_FORM_RECURRENT : HOLDFAST_FORM_CHUNKWISE;
 }
 
 /// The form that p is computed in.
@@ -153,6 +167,7 @@ bool backward_from_weights(const BackwardProblem &p, const Choice &choice) {
     if (!is_power(p) || p.has_states() || (!cpu && p.H == 0)) return false;
     if (p.form != HOLDFAST_FORM_AUTO) return p.form == HOLDFAST_FORM_PARALLEL;
     if (!cpu || p.chunk_size) return false;
+    if (!may_have_weights(p, {&p.q, &p.k, &p.v, &p.log_decay, &p.dout, &p.dq, &p.dk, &p.dv, &p.dlog_decay})) return false;
     const Variant &chunks = power_variant("power_backward", p, choice, p.V);
     const double worth = chunks.key_size || is_generic(chunks) ? 2 : 6, key_side = p.H ? (double)p.Hk / (double)p.H : 1;
     return (double)p.longest() * (double)(p.K + p.V) <= worth * (1 + key_side) * (double)p.D * (double)(p.V + 1);

@@ -234,6 +234,8 @@ const Variant &power_variant(const char *kernel, const Problem &p, const Choice 
     return select_variant(kernel, p.q.dtype.name, p.K, value_size, p.chunk_size, choice.backend, choice.forced, {}, p.degree);
 }
 
+bool can_step(const Problem &p) { return fits(p.group(), p.D * p.V); }
+
 int64_t feature_block(int64_t D) {
     constexpr int64_t good = 64;  // loses no digits; the divisor that is nearest
     for (int64_t n = 0; n < D; n++) {
@@ -251,7 +253,7 @@ void run_power(holdfast_context &c, const char *call, const Problem &p, const Ch
     const Variant *variant = &power_variant("power", p, choice, p.V);
     if (p.form == HOLDFAST_FORM_RECURRENT) {
         check_kernel_strides(p, 1);
-        if (!fits(p.group(), p.D * p.V))
+        if (!can_step(p))
             fail(HOLDFAST_UNSUPPORTED, "H / Hk is ", p.group(), " and D V ", p.D * p.V,
                  ", of a state that so many heads of queries read token by token; expected a product of less than ",
                  std::numeric_limits<int32_t>::max() / 2);

@@ -14,6 +14,9 @@ void run_power_states(holdfast_context &context, const char *call, const Problem
 /// The variant of the kernel "power" or "power_step" for `p` and so many of its values.
 const Variant &power_variant(const char *kernel, const Problem &p, const Choice &choice, int64_t value_size);
 
+/// Whether the recurrent form takes it: a kernel's buffer counts a state once for each head of queries that shares it.
+bool can_step(const Problem &p);
+
 /// Features in a block of a step, of the D of a state: a divisor of that.
 int64_t feature_block(int64_t D);
 

@@ -175,7 +175,7 @@ void issue_tokens(const Run &run, Problem p) {
     // is carried.
     const int64_t bytes_of_sums = G * blocks * V * (int64_t)sizeof(float), bytes_of_keys = D * (int64_t)sizeof(float);
     const int64_t bytes_of_state =
-        std::max(V * bytes_of_keys, G * D * V);  // a kernel's buffer counts its elements for each query
+        std::max({V * bytes_of_keys, G * D * V, bytes_of_sums});  // a kernel's buffer counts its elements for each query
     Part part = largest_part(p, x, 1, bytes_of_state);
     if (!part.batch)
         fail(HOLDFAST_UNSUPPORTED, "the state of one head, with a stride of ", x.final.t.stride[2],

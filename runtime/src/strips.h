@@ -53,7 +53,8 @@ struct StepPieces {
                                [&](const Variant *v) { return !v->value_size || (V % n == 0 && narrower(*v, V / n)); });
         };
         const double threads = context.threads_for(std::numeric_limits<int64_t>::max());
-        strips = std::min((int64_t)std::min(threads, 1 + bytes / worth_a_strip) / heads, V / least_columns);
+        const int64_t long_heads = p.long_sequences() * p.Hk;  // those beside them are little work, or none
+        strips = std::min((int64_t)std::min(threads, 1 + bytes / worth_a_strip) / long_heads, V / least_columns);
         while (strips > 1 && !narrow(strips)) strips--;
         strips = std::max<int64_t>(strips, 1);
     }

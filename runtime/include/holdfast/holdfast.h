@@ -320,9 +320,10 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *
  *  HOLDFAST_FORM_AUTO is chunkwise, but on the CPU, unless chunk_size is set. For degree 1 without normalization recurrent where no
  *  sequence is longer than a quarter of a chunk, or, where a kernel was compiled for K and V, than three quarters of one, or a half where
- *  H > Hk, or where H = Hk, K V is at most 1024 and T K V below 2^22. For a degree above 1 or normalization whichever form takes least
- *  time by a count of its operations and what its kernels reach; parallel never where there is an initial state. For degree 2 and K =
- *  V = 64 on AVX-512 and AVX2 parallel up to 3776 tokens without states, and with a final one alone from 11 to 1856 (H = Hk).
+ *  H > Hk (three eighths where H = 2 Hk and K V is at most 1024), or where H = Hk, K V is at most 1024 and T K V below 2^22. For a
+ *  degree above 1 or normalization whichever form takes least time by a count of its operations and what its kernels reach; parallel
+ *  never where there is an initial state or a sequence is longer than 32768 tokens. For degree 2 and K = V = 64 on AVX-512 and AVX2
+ *  parallel up to 3776 tokens without states, and with a final one alone from 11 to 1856 (H = Hk).
  *
  *  Power retention (Kumar et al. 2025, arXiv:2507.04239) is degree 2 to 4 and normalization, whose out does not depend on scale. An odd
  *  degree keeps the sign of q.k, and the sum of weights may vanish: out is then infinite or not a number, as a division by it is; so it
@@ -422,7 +423,8 @@ typedef struct holdfast_step_args {
 } holdfast_step_args;
 
 /** Bytes of workspace that holdfast_step needs for these arguments, as holdfast_workspace_size says it of holdfast_forward: some
- *  V floats for each batch entry and head; for a degree above 1 or normalization about D V / 64, and D V for the tiled expansion. */
+ *  V floats for each batch entry and head; for a degree above 1 or normalization about D (V H / Hk / 64 + 1) for each batch entry and
+ *  head of keys, and D V for the tiled expansion. */
 HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *context, const holdfast_step_args *args,
                                                           size_t *bytes);
 
@@ -435,8 +437,8 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *      out = phi(q) S / phi(q) s                   where out is normalized
  *
  *  The same as holdfast_forward with T = 1 and `state` as both states, on the CPU to the bit; as holdfast_forward of many tokens
- *  at once to rounding. Each state is read and written once; of heads of queries that share it, all but the first read it
- *  again, from cache. On the CPU a value-major state is turned over and back, in workspace. After the first call a context
+ *  at once to rounding. Each state is read and written once; of heads of queries that share it, all but one read it
+ *  again, block by block from cache for a degree above 1 or normalization. On the CPU a value-major state is turned over and back, in workspace. After the first call a context
  *  allocates nothing more on the CPU, where one thread works on up to half a megabyte of states; the same call on the same
  *  machine and target gives the same bits, for any number of threads.
  *
@@ -450,8 +452,8 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *
  *  @returns HOLDFAST_OK; HOLDFAST_INVALID_ARGUMENT; HOLDFAST_UNSUPPORTED (another dtype, a device of no backend of this
  *  build, an extent of 2^31 or more, D V above 2^25, of a degree above 1 on the CPU above 2^28, D V H / Hk of 2^30 or more or
- *  D degree! of 2^31 or more, a stride along D that carries a state beyond 2^31 elements, on a GPU 2^31 bytes, or one between heads that
- *  share keys as for holdfast_forward); HOLDFAST_TARGET_UNAVAILABLE;
+ *  D degree! of 2^31 or more, a stride along D that carries a state beyond 2^31 elements, on a GPU 2^31 bytes, or D V H / Hk of
+ *  2^31 or more there, or one between heads that share keys as for holdfast_forward); HOLDFAST_TARGET_UNAVAILABLE;
  *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text. On the last three the state may have been advanced in part. Thread-safety: that
  *  of the context. */
 HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args);
