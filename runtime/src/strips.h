@@ -49,8 +49,9 @@ struct StepPieces {
         const double bytes = (double)heads * (double)p.state_bytes() * tokens;
         of_heads = (int64_t)std::min((double)heads, 1 + bytes / worth_a_thread);
         auto narrow = [&](int64_t n) {
-            return std::all_of(variants.begin(), variants.end(),
-                               [&](const Variant *v) { return !v->value_size || (V % n == 0 && narrower(*v, V / n)); });
+            return std::all_of(variants.begin(), variants.end(), [&](const Variant *v) {
+                return !v->value_size || (V % (n * least_columns) == 0 && narrower(*v, V / n));
+            });
         };
         const double threads = context.threads_for(std::numeric_limits<int64_t>::max());
         const int64_t long_heads = p.long_sequences() * p.Hk;  // those beside them are little work, or none

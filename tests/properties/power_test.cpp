@@ -226,9 +226,11 @@ TEST(Power, AutoTakesTheFastestForm) {
                                  {2, 48, 48, 1, 64, final_alone, "parallel"},
                                  {2, 48, 48, 1, 16, given, "power_step"},
                                  {2, 48, 48, 1, 320, given, "power"}};
+    bool ran = false;
     for (const std::string target : {"avx512", "avx2"}) {
         const auto tuned = variant_for(target, {64, 64}, f32, "power");
         if (!tuned || !tuned->runs_here || !tuned->key_size) continue;
+        ran = true;
         Context context(target, 1);
         for (const Of &c : all) {
             SCOPED_TRACE(testing::Message() << target << ", degree " << c.degree << ", K " << c.K << ", groups of " << c.G
@@ -243,6 +245,7 @@ TEST(Power, AutoTakesTheFastestForm) {
                 << message;
         }
     }
+    if (!ran) GTEST_SKIP() << "no kernel of this build for K = V = 64 runs here";
 }
 
 // T x T is more than 32 bits count.
