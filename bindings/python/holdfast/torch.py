@@ -507,9 +507,6 @@ def _retention_results(
     for name, x, axes in (("q", q, "H, K"), ("k", k, "Hk, K"), ("v", v, "Hk, V")):
         if x.ndim != 4:
             raise ValueError(f"{name} has {x.ndim} dimensions; expected 4, [B, T, {axes}]")
-    if keep_states and q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        dtype = str(q.dtype).removeprefix("torch.")
-        raise NotImplementedError(f"q has dtype {dtype}; expected float32, float16 or bfloat16")
     B, T, H, K = q.shape
     Hk, V = v.shape[2:]
     if cu_seqlens is not None and cu_seqlens.ndim != 1:
@@ -533,11 +530,14 @@ def _retention_results(
 
 def _has_states_inside(q: Tensor, v: Tensor) -> bool:
     """Whether there are tokens enough for a state to be kept between the first and the last one."""
-    return q.shape[1] > 128 and q.shape[1] > _interval(q, v)
+    return q.shape[1] > 128 and q.shape[1] > _interval(q, v)  # none is shorter; the library refuses odd shapes itself
 
 
 def _interval(q: Tensor, v: Tensor) -> int:
     """Tokens from one state that is kept for the gradient to the next."""
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        dtype = str(q.dtype).removeprefix("torch.")
+        raise NotImplementedError(f"q has dtype {dtype}; expected float32, float16 or bfloat16")
     return holdfast.state_interval(int(q.shape[3]), int(v.shape[3]), q.dtype)
 
 
