@@ -95,7 +95,4 @@ std::vector<Instance<Sizes>> instances_of_any_size(const std::string &kernel) {
     return list;
 }
 
-#define HOLDFAST_INSTANCES(Suite, instances) \
-    INSTANTIATE_TEST_SUITE_P(, Suite, testing::ValuesIn(instances), [](const auto &info) { return name(info.param); })
-
 }  // namespace test
