@@ -149,7 +149,7 @@ foreach(called buffer_offset metal_function vulkan_memory)
   target_sources(holdfast_kernels INTERFACE ${PROJECT_SOURCE_DIR}/runtime/src/${called}.cpp)
 endforeach()
 
-set(targets_inc "// Made by cmake/variants.cmake: HOLDFAST_TARGET(name, backend, CPU features needed, chunk_table, packed_chunk_table, convert_state, sum_decays), best first.\n")
+set(targets_inc "// Made by cmake/variants.cmake: HOLDFAST_TARGET(name, backend, CPU features needed, chunk_table, packed_chunk_table, convert_state, sum_decays, clear_16), best first.\n")
 set(gpu_backends "")
 set(about_variants "// Made by cmake/variants.cmake: HOLDFAST_VARIANT(kernel, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree), best first.\n")
 set(variants_inc "${about_variants}")
@@ -162,8 +162,9 @@ foreach(target IN LISTS holdfast_targets)
   list(JOIN holdfast_needs_${target} " " needs)
   set(backend ${holdfast_backend_${target}})
   set(row "HOLDFAST_TARGET(${target}, ${backend}, \"${needs}\"")
-  foreach(kernel chunk_table packed_chunk_table convert_state sum_decays)  # what calls on a GPU need beside the kernels of the table
-    if(backend STREQUAL "cpu")
+  foreach(kernel chunk_table packed_chunk_table convert_state sum_decays clear_16)  # what calls on a GPU need beside the kernels of the table
+    # clear_16 is for memory of a caller's, of which there is none on Vulkan.
+    if(backend STREQUAL "cpu" OR (backend STREQUAL "vulkan" AND kernel STREQUAL "clear_16"))
       string(APPEND row ", nullptr")
       continue()
     endif()

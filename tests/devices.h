@@ -179,6 +179,10 @@ public:
     void fetch(const std::vector<size_t> &outputs) {
         for (size_t n : outputs) device.read(memory, offsets[n], stored[n].data(), bytes[n]), stored[n].load();
     }
+    /// Of what has been fetched.
+    bool gaps_intact() const {
+        return std::all_of(stored.begin(), stored.end(), [](const Stored &s) { return s.gaps_intact(); });
+    }
     /// The library does not hold on to the buffer. (PoCL lets go a little later than it says so.)
     void expect_released() const {
         unsigned count = 2;

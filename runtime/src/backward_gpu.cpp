@@ -198,8 +198,7 @@ const Variant &variant_of(const BackwardProblem &p, const Choice &choice) {
 }
 
 GpuCall call_of(const BackwardProblem &p, const Kernels &kernels, int64_t most_calls = 0) {
-    return {kernels.gradient, p.all_tensors(), [&, most_calls](const Run &run) { issue(run, kernels, p, most_calls); },
-            p.workspace, "holdfast_backward_workspace_size"};
+    return gradient_call(kernels.gradient, p, [&, most_calls](const Run &run) { issue(run, kernels, p, most_calls); });
 }
 
 }  // namespace

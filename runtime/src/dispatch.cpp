@@ -173,28 +173,50 @@ bool backward_from_weights(const BackwardProblem &p, const Choice &choice) {
     return (double)p.longest() * (double)(p.K + p.V) <= worth * (1 + key_side) * (double)p.D * (double)(p.V + 1);
 }
 
-/// Where dout is not given, and zero all the same: `p` without queries, from which nothing comes. Their gradient is zero, which only
-/// its kernel writes into a GPU's own tensor.
-BackwardProblem without_idle_queries(BackwardProblem p, const Choice &choice) {
+constexpr Tensor BackwardProblem::*all_gradients[] = {&BackwardProblem::dq,
+                                                      &BackwardProblem::dk,
+                                                      &BackwardProblem::dv,
+                                                      &BackwardProblem::dlog_decay,
+                                                      &BackwardProblem::dinitial_state,
+                                                      &BackwardProblem::dinitial_sum};
+
+/// `p` without what is zero since nothing comes to it: where dout is not given, queries and their gradient; where no gradient of a
+/// result is, all gradients.
+BackwardProblem without_zeros(BackwardProblem p) {
     if (p.dout.rank) return p;
-    if (choice.backend != Backend::cpu && ((p.dq.rank && !p.dq.on_host()) || backward_from_weights(p, choice))) return p;
     p.H = p.q.shape[2] = 0;
-    p.out = p.dq = {};
+    p.out = {};
+    const bool all = !p.dfinal_state.rank && !p.dfinal_sum.rank;
+    for (Tensor BackwardProblem::*gradient : all_gradients) {
+        Tensor &zero = p.*gradient;
+        if (!zero.rank || !(all || gradient == &BackwardProblem::dq)) continue;
+        if (!zero.on_host()) p.zeros.push_back(zero);
+        zero = {};
+    }
     return p;
 }
 
-void clear_rows(const Tensor &rows) {
-    for (int64_t b = 0; b < rows.shape[0]; b++)
-        for (int64_t t = 0; t < rows.shape[1]; t++)
-            for (int64_t h = 0; h < rows.shape[2]; h++)
-                std::memset(rows.at<char>(b, t, h), 0, rows.shape[3] * rows.dtype.bytes());
+/// Make all elements of a tensor on the CPU zero.
+void clear(const Tensor &t) {
+    if (t.empty()) return;
+    int64_t shape[Tensor::max_rank] = {1, 1, 1, 1}, stride[Tensor::max_rank] = {};
+    std::copy_backward(t.shape, t.shape + t.rank, std::end(shape));
+    std::copy_backward(t.stride, t.stride + t.rank, std::end(stride));
+    const int64_t bytes = t.dtype.bytes(), pieces = stride[3] == 1 ? 1 : shape[3], piece = stride[3] == 1 ? shape[3] : 1;
+    for (int64_t i = 0; i < shape[0]; i++)
+        for (int64_t j = 0; j < shape[1]; j++)
+            for (int64_t k = 0; k < shape[2]; k++)
+                for (int64_t n = 0; n < pieces; n++)
+                    std::memset(t.data + (i * stride[0] + j * stride[1] + k * stride[2] + n * stride[3]) * bytes, 0,
+                                piece * bytes);
 }
 
 void backward(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
     check_states(given, choice);
-    const BackwardProblem p = without_idle_queries(given, choice);
-    if (given.dq.rank && !p.dq.rank) clear_rows(given.dq);
-    if (!p.wants_any()) return;
+    const BackwardProblem p = without_zeros(given);
+    for (Tensor BackwardProblem::*gradient : all_gradients)
+        if (const Tensor &zero = given.*gradient; zero.rank && zero.on_host() && !(p.*gradient).rank) clear(zero);
+    if (!p.wants_any()) return clear_on_gpu(c, p, choice);
     const bool cpu = choice.backend == Backend::cpu;
     if (backward_from_weights(p, choice))
         return cpu ? run_parallel_backward(c, p, choice) : parallel_backward_on_gpu(c, p, choice);
@@ -205,8 +227,9 @@ void backward(holdfast_context &c, const BackwardProblem &given, const Choice &c
 
 size_t backward_workspace(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
     check_states(given, choice);
-    const BackwardProblem p = without_idle_queries(given, choice);
-    if (!p.wants_any() || choice.backend == Backend::cpu) return 0;
+    const BackwardProblem p = without_zeros(given);
+    if (!p.wants_any()) return clear_workspace_on_gpu(c, p, choice);
+    if (choice.backend == Backend::cpu) return 0;
     if (backward_from_weights(p, choice)) return parallel_backward_workspace_on_gpu(c, p, choice);
     check_state_size(p, max_state);
     return is_power(p) ? power_backward_workspace_on_gpu(c, p, choice) : backward_workspace_on_gpu(c, p, choice);

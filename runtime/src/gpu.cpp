@@ -369,6 +369,55 @@ void DecaysPerHead::finish() {
 
 bool writes_nothing(const BackwardProblem &p) { return !p.Hk || (!p.N && p.dlog_decay.rank != 1); }
 
+/// Make all elements of a tensor on the device zero.
+static void clear(const Run &run, const Tensor &tensor) {
+    if (tensor.empty()) return;
+    OnDevice x(run, tensor, false);
+    Tensor &t = x.t;  // with four axes, of which the first two are the tensor's where it has more than one
+    while (t.rank < Tensor::max_rank) {
+        const int axis = t.rank > 1 ? t.rank - 1 : 0;
+        std::copy_backward(t.shape + axis, t.shape + t.rank, t.shape + t.rank + 1);
+        std::copy_backward(t.stride + axis, t.stride + t.rank, t.stride + t.rank + 1);
+        t.shape[axis] = 1, t.stride[axis] = 0, t.rank++;
+    }
+    const halide_type_t type = t.dtype == f32 ? float32 : halide_type_t(halide_type_uint, 16);
+    each_part({&x}, [&](int64_t i, int64_t j, int64_t entries, int64_t rows) {
+        clear(run, View(*x.memory, x.at(i, j), type,
+                        {{0, (int32_t)t.shape[3], narrow(t, 3, t.shape[3])},
+                         {0, (int32_t)t.shape[2], narrow(t, 2, t.shape[2])},
+                         {0, (int32_t)rows, narrow(t, 1, rows)},
+                         {0, (int32_t)entries, narrow(t, 0, entries)}}));
+    });
+}
+
+GpuCall gradient_call(const Variant &variant, const BackwardProblem &p, std::function<void(const Run &)> issue) {
+    return {variant, p.all_tensors(),
+            [&p, issue = std::move(issue)](const Run &run) {
+                for (const Tensor &zero : p.zeros) clear(run, zero);
+                issue(run);
+            },
+            p.workspace, "holdfast_backward_workspace_size"};
+}
+
+/// Of zeros alone: any variant will do, whose target has what clears them.
+static GpuCall clear_call(const BackwardProblem &p, const Choice &choice) {
+    const std::vector<Variant> &all = variants();
+    const auto variant = std::find_if(all.begin(), all.end(), [&](const Variant &v) {
+        return choice.forced ? v.target == choice.forced : v.target->backend == choice.backend;
+    });
+    return gradient_call(*variant, p, [](const Run &) {});
+}
+
+void clear_on_gpu(holdfast_context &c, const BackwardProblem &p, const Choice &choice) {
+    if (!p.zeros.empty()) clear_call(p, choice).run(c);
+}
+
+size_t clear_workspace_on_gpu(holdfast_context &c, const BackwardProblem &given, const Choice &choice) {
+    if (given.zeros.empty()) return 0;
+    const BackwardProblem p = nearest(given);
+    return clear_call(p, choice).workspace(c);
+}
+
 std::vector<int64_t> longest_first(const BackwardProblem &p) {
     std::vector<int64_t> order(p.packed() ? p.N : 0);
     std::iota(order.begin(), order.end(), 0);
@@ -541,6 +590,7 @@ void convert(const Run &run, View &&from, holdfast_expansion order, View &&to, h
 }
 
 void clear(const Run &run, View &&to) {
+    if (to.type.bits == 16) return run.check("clear_16", run.variant.target->clear_16(&run.workspace, &to));
     Memory zero(run, Arena::alignment);
     fill_chunk_table(run, zero, Arena::alignment, 0, 1, 0);  // of no chunks: zeros
     View from(zero, 0, float32,
@@ -573,6 +623,7 @@ BackwardProblem nearest(const BackwardProblem &given) {
     static_cast<Problem &>(p) = nearest(static_cast<const Problem &>(given));
     for (Tensor *t : {&p.dout, &p.dfinal_state, &p.dfinal_sum, &p.dq, &p.dk, &p.dv, &p.dinitial_state, &p.dinitial_sum})
         bring_near(*t);
+    for (Tensor &zero : p.zeros) bring_near(zero);
     bring_near(p.dlog_decay, true);
     return p;
 }

@@ -163,6 +163,13 @@ private:
 /// Whether a gradient's call has nothing to write.
 bool writes_nothing(const BackwardProblem &p);
 
+/// A gradient's call: `issue` launches all but what clears its zeros.
+GpuCall gradient_call(const Variant &variant, const BackwardProblem &p, std::function<void(const Run &)> issue);
+
+/// That of zeros alone; nothing where there are none.
+void clear_on_gpu(holdfast_context &context, const BackwardProblem &p, const Choice &choice);
+size_t clear_workspace_on_gpu(holdfast_context &context, const BackwardProblem &p, const Choice &choice);
+
 /// All packed sequences, none for others, the longest first: what is too large is known before anything is written.
 std::vector<int64_t> longest_first(const BackwardProblem &p);
 
@@ -229,7 +236,7 @@ View sums_of(const OnDevice &sums, int64_t b, int64_t h, int32_t heads, int32_t 
 
 /// Copy all elements of `to`, by the kernel `convert_state`, from one order of features to another.
 void convert(const Run &run, View &&from, holdfast_expansion order, View &&to, holdfast_expansion wanted, Of of = Of::states);
-/// Make all elements of `to` zero.
+/// Make all elements of `to` zero, which are of fp32, or integers for any type of 16 bits.
 void clear(const Run &run, View &&to);
 
 }  // namespace holdfast

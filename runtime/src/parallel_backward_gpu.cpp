@@ -35,12 +35,11 @@ void issue(const Run &run, const BackwardProblem &p, const DecaysPerHead &decays
             const int32_t K = (int32_t)p.K, V = (int32_t)p.V;
             auto keys = [&](const OnDevice &r, int32_t size) {
                 if (r.t.rank) return rows_of(r, b, 0, h, tokens, H, B);
-                return View(unwanted_row, 0, halide_type(p.q.dtype), {{0, size, 1}, {0, tokens, 0}, {0, H, 0}, {0, B, 0}});
+                return row_for_all(unwanted_row, p, size, tokens, H, B);
             };
             auto queries = [&](const OnDevice &r, int32_t size) {
                 if (r.t.rank) return groups_of(r, G, b, 0, h, tokens, H, B);
-                return View(&r == &x.dout ? memory_of_zeros : unwanted_row, 0, halide_type(p.q.dtype),
-                            {{0, size, 1}, {0, tokens, 0}, {0, group, 0}, {0, H, 0}, {0, B, 0}});
+                return row_for_all(unwanted_row, p, size, tokens, group, H, B);
             };
             View q = queries(x.q, K), k = keys(x.k, K), v = keys(x.v, V), dout = queries(x.dout, V);
             View out = queries(p.normalized ? x.out : x.dout, V);  // not looked at where it is not normalized
@@ -60,14 +59,12 @@ const Variant &variant_of(const BackwardProblem &p, const Choice &choice) {
 }
 
 GpuCall call_of(const BackwardProblem &p, const Variant &variant) {
-    return {variant, p.all_tensors(),
-            [&p](const Run &run) {
-                DecaysPerHead decays(run, p);
-                if (!p.packed() && p.N) issue(run, p, decays, 0);
-                for (int64_t s : longest_first(p)) issue(run, sequence_of(p, s), decays, p.start(s));
-                decays.finish();
-            },
-            p.workspace, "holdfast_backward_workspace_size"};
+    return gradient_call(variant, p, [&p](const Run &run) {
+        DecaysPerHead decays(run, p);
+        if (!p.packed() && p.N) issue(run, p, decays, 0);
+        for (int64_t s : longest_first(p)) issue(run, sequence_of(p, s), decays, p.start(s));
+        decays.finish();
+    });
 }
 
 }  // namespace

@@ -228,8 +228,7 @@ void issue(const Run &run, const Kernels &kernels, const BackwardProblem &p) {
 }
 
 GpuCall call_of(const BackwardProblem &p, const Kernels &kernels) {
-    return {kernels.gradient, p.all_tensors(), [&](const Run &run) { issue(run, kernels, p); }, p.workspace,
-            "holdfast_backward_workspace_size"};
+    return gradient_call(kernels.gradient, p, [&](const Run &run) { issue(run, kernels, p); });
 }
 
 }  // namespace

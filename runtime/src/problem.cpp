@@ -301,7 +301,7 @@ BackwardProblem checked_problem(const holdfast_backward_args *args) {
     same.degree = call.degree, same.normalize = call.normalize, same.form = call.form;
     same.state_layout = call.state_layout, same.expansion = call.expansion, same.cu_seqlens = call.cu_seqlens;
     same.states = const_cast<DLTensor *>(call.states), same.state_interval = call.state_interval;  // an input here
-    BackwardProblem p{checked(same, Call::backward), {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    BackwardProblem p{checked(same, Call::backward), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
 
     constexpr TensorSpec::Types floats = TensorSpec::floats;
     if (call.dout) p.dout = checked_rows(p.q, {"dout", "BTHV", floats}, call.dout, {p.B, p.T, p.H, p.V}, "that of out");

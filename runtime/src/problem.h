@@ -67,6 +67,8 @@ struct BackwardProblem : Problem {
     Tensor dout, dfinal_state, dfinal_sum;
     // Gradients of arguments; of rank 0: not wanted. States are value-major by their strides.
     Tensor dq, dk, dv, dlog_decay, dinitial_state, dinitial_sum;
+    // Those on a GPU that are zero, since nothing comes to them: none of the above, and cleared by themselves.
+    std::vector<Tensor> zeros;
 
     /// A state or sum of keys, or a gradient of one, is given or wanted.
     bool has_states() const {
@@ -76,6 +78,7 @@ struct BackwardProblem : Problem {
         std::vector<const Tensor *> all = tensors();
         for (const Tensor *t : {&dout, &dfinal_state, &dfinal_sum, &dq, &dk, &dv, &dlog_decay, &dinitial_state, &dinitial_sum})
             all.push_back(t);
+        for (const Tensor &t : zeros) all.push_back(&t);
         return all;
     }
     /// The gradient of an initial state or sum of keys is wanted.

@@ -14,7 +14,7 @@ namespace holdfast {
 
 const std::vector<Target> &targets() {
     static const std::vector<Target> list = {
-#define HOLDFAST_TARGET(name, backend, needs, chunk_table, packed_chunk_table, convert_state, sum_decays) \
+#define HOLDFAST_TARGET(name, backend, needs, chunk_table, packed_chunk_table, convert_state, sum_decays, clear_16) \
     {#name, \
      Backend::backend, \
      missing_cpu_features(needs), \
@@ -22,7 +22,8 @@ const std::vector<Target> &targets() {
      chunk_table, \
      packed_chunk_table, \
      convert_state, \
-     sum_decays},
+     sum_decays, \
+     clear_16},
 #include "targets.inc"
 #undef HOLDFAST_TARGET
     };

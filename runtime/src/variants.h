@@ -95,6 +95,7 @@ struct Target {
     ChunkTableKernel<packed_at_once> *packed_chunk_table;
     int (*convert_state)(const void *user_context, halide_buffer_t *from, int32_t order, halide_buffer_t *to);
     int (*sum_decays)(const void *user_context, halide_buffer_t *gradients, halide_buffer_t *sums);
+    int (*clear_16)(const void *user_context, halide_buffer_t *cleared);
 };
 
 struct Variant {

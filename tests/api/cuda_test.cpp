@@ -1665,6 +1665,32 @@ TEST(Cuda, GradientsLaunchWhatTheWantedOnesNeedAlone) {
     }
 }
 
+TEST(Cuda, GradientsThatNothingComesToAreClearedAndNothingElse) {
+    Driver driver;
+    Context context;
+    ASSERT_EQ(holdfast_context_set_stream(context, driver.stream(driver.context(0))), HOLDFAST_OK);
+    for (const Dtype &dtype : {f32, bf16})
+        for (const auto &[degree, form] :
+             {std::pair{1, HOLDFAST_FORM_CHUNKWISE}, {2, HOLDFAST_FORM_CHUNKWISE}, {2, HOLDFAST_FORM_PARALLEL}}) {
+            SCOPED_TRACE(testing::Message() << dtype.name << ", degree " << degree << ", form " << form);
+            GradientCall call(degree, form);
+            for (int n : {0, 1, 2, 3, 4, 9, 10, 11}) call.t[n].dtype = dl_type(dtype);
+            call.args.dout = call.args.dfinal_state = call.args.dfinal_sum_of_keys = nullptr;
+            call.give_workspace(context);
+            EXPECT_LT(call.bytes, 1 << 12);
+            ASSERT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
+            driver.capture(true);
+            driver.clear();
+            EXPECT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
+            driver.capture(false);
+            EXPECT_EQ(others(driver.record()), std::set<std::string>());
+            // Those of fp32 take a zero, and a kernel that copies it.
+            const size_t rows = 3, floats = 1 + (call.args.dinitial_state ? 1 : 0) + (call.args.dinitial_sum_of_keys ? 1 : 0);
+            EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), rows * (dtype == f32 ? 2 : 1) + 2 * floats);
+            EXPECT_TRUE(context.messages.empty()) << context.messages.back();
+        }
+}
+
 TEST(Cuda, RotationsAndNormsOfTheHostAreCopiedWhenAskedFor) {
     Driver driver;
     Context context;

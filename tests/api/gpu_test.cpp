@@ -964,6 +964,48 @@ TEST_P(Tensors, OfPowerRetentionAreUsedWhereTheyLie) {
         }
 }
 
+/// A call of holdfast_backward, with all that `p` has.
+struct BackwardOnDevice : OnDevice {
+    holdfast_backward_args args = {};
+    BackwardOnDevice(Device &device, Backward &p)
+        : OnDevice(device,
+                   {p.q, p.k, p.v, decays(p, p.log_decay), state(p, p.initial_state), p.initial_keys, p.out, p.dout,
+                    state(p, p.dfinal_state), p.dfinal_keys, p.dq, p.dk, p.dv, p.dlog_decay, state(p, p.dinitial_state),
+                    p.dinitial_keys},
+                   p.dtype, {0, 1, 2, 6, 7, 10, 11, 12}) {
+        auto &t = tensors;
+        args.struct_size = sizeof args, args.degree = p.degree, args.form = p.form, args.chunk_size = p.chunk_size;
+        args.normalize = p.normalize ? HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS : HOLDFAST_NORMALIZE_NONE;
+        args.state_layout = p.value_major ? HOLDFAST_STATE_VALUE_MAJOR : HOLDFAST_STATE_KEY_MAJOR;
+        args.q = &t[0], args.k = &t[1], args.v = &t[2], args.log_decay = &t[3];
+        args.dq = &t[10], args.dk = &t[11], args.dv = &t[12], args.dlog_decay = &t[13];
+        if (p.has_dout) args.dout = &t[7];
+        if (p.normalize) args.out = &t[6];
+        if (p.initial) args.initial_state = &t[4], args.initial_sum_of_keys = sum(p, 5);
+        if (p.final && p.has_dstate) args.dfinal_state = &t[8];
+        if (p.final && p.has_dsum) args.dfinal_sum_of_keys = sum(p, 9);
+        if (p.final) args.dinitial_state = &t[14], args.dinitial_sum_of_keys = sum(p, 15);
+        if (p.starts.empty()) return;
+        length = (int64_t)p.starts.size();
+        cu_seqlens = {p.starts.data(), {kDLCPU, 0}, 1, {kDLInt, 64, 1}, &length, nullptr, 0}, args.cu_seqlens = &cu_seqlens;
+    }
+    void fetch() { OnDevice::fetch({10, 11, 12, 13, 14, 15}); }
+
+private:
+    int64_t length = 0;
+    DLTensor cu_seqlens = {};
+
+    static Tensor decays(const Backward &p, Array &a) {
+        return p.gates == Gates::per_head ? Tensor(a.data(), {p.H}, {a.stride.back()}) : Tensor(a);
+    }
+    static Tensor state(const Backward &p, Array &a) {
+        Tensor t(a);
+        if (p.value_major) std::swap(t.shape[2], t.shape[3]), std::swap(t.stride[2], t.stride[3]);
+        return t;
+    }
+    DLTensor *sum(const Backward &p, size_t n) { return p.normalize ? &tensors[n] : nullptr; }
+};
+
 TEST_P(Tensors, OfGradientsAreUsedWhereTheyLie) {
     for (const auto &[degree, dtype, in_place] :
          {std::make_tuple(1, f32, true), {1, bf16, false}, {2, f32, true}, {2, f16, false}}) {
@@ -973,33 +1015,83 @@ TEST_P(Tensors, OfGradientsAreUsedWhereTheyLie) {
         SCOPED_TRACE(testing::Message() << "degree " << degree << ", " << dtype.name << ", in place " << in_place);
         const Gates gates = in_place ? Gates::weak : Gates::per_head;
         Backward p{2, 19, 2, 2, 6, 5, degree, degree > 1, gates, dtype, in_place ? Layout::compact : Layout::padded};
+        p.chunk_size = 8;
         Context cpu;
         ASSERT_EQ(p.forward(cpu), HOLDFAST_OK) << cpu.error();
-        auto decay = [&](Array &a) { return in_place ? Tensor(a) : Tensor(a.data(), {p.H}, {a.stride.back()}); };
-        OnDevice d(*device,
-                   {p.q, p.k, p.v, decay(p.log_decay), p.initial_state, p.initial_keys, p.out, p.dout, p.dfinal_state,
-                    p.dfinal_keys, p.dq, p.dk, p.dv, p.dlog_decay, p.dinitial_state, p.dinitial_keys},
-                   dtype, {0, 1, 2, 6, 7, 10, 11, 12});
+        BackwardOnDevice d(*device, p);
         for (size_t n : {14, 15})
             if (in_place && (n == 14 || p.normalize)) d.tensors[n].byte_offset = d.offsets[n] = d.offsets[n - 6];
-        auto &t = d.tensors;
-        holdfast_backward_args args = {};
-        args.struct_size = sizeof args, args.degree = degree, args.chunk_size = 8;
-        args.q = &t[0], args.k = &t[1], args.v = &t[2], args.log_decay = &t[3], args.initial_state = &t[4];
-        args.dout = &t[7], args.dfinal_state = &t[8], args.dq = &t[10], args.dk = &t[11], args.dv = &t[12];
-        args.dlog_decay = &t[13], args.dinitial_state = &t[14];
-        if (p.normalize) {
-            args.out = &t[6], args.initial_sum_of_keys = &t[5], args.dfinal_sum_of_keys = &t[9];
-            args.dinitial_sum_of_keys = &t[15];
-        }
         size_t bytes = 1;
-        EXPECT_EQ(holdfast_backward_workspace_size(context, &args, &bytes), HOLDFAST_OK) << context.error();
+        EXPECT_EQ(holdfast_backward_workspace_size(context, &d.args, &bytes), HOLDFAST_OK) << context.error();
         EXPECT_EQ(bytes, 0u);
-        ASSERT_EQ(holdfast_backward(context, &args), HOLDFAST_OK) << context.error();
-        d.fetch({10, 11, 12, 13, 14, 15});
+        ASSERT_EQ(holdfast_backward(context, &d.args), HOLDFAST_OK) << context.error();
+        d.fetch();
         p.expect_reference(8);
         d.expect_released();
         expect_message(std::string("chunks of 8, on ") + device->name);
+    }
+}
+
+TEST_P(Tensors, OfGradientsAreClearedWhereNothingComesToThem) {
+    struct Case {
+        int degree;
+        Dtype dtype;
+        bool dstate, states;  // a gradient of the final state; any, else the parallel form
+        Layout layout = Layout::padded;
+        Gates gates = Gates::weak;
+        Index starts = {};
+        bool value_major = false;
+    };
+    for (const auto &[degree, dtype, dstate, states, layout, gates, starts, value_major] :
+         {Case{1, f32, true, true},
+          {1, bf16, true, true, Layout::compact, Gates::per_head},
+          {2, f32, true, true, Layout::padded, Gates::weak, {0, 3, 3, 11}},
+          {2, f16, true, true},
+          {1, f32, false, true, Layout::padded, Gates::weak, {0, 11, 11}, true},
+          {2, bf16, false, true, Layout::padded, Gates::per_head},
+          {2, f16, false, false},
+          {1, f32, false, false, Layout::swapped, Gates::per_head}}) {
+        // What is given, whatever that is of, is enough to clear what is of the same type.
+        const char *kernel = degree == 1 && states ? "chunkwise_backward" : "power_backward";
+        if (dstate && !variant_for(GetParam(), {5, 7}, dtype, kernel)) continue;
+        SCOPED_TRACE(testing::Message() << "degree " << degree << ", " << dtype.name << ", dstate " << dstate << ", states "
+                                        << states << ", packed " << !starts.empty());
+        Backward p{starts.empty() ? 2 : 1,
+                   starts.empty() ? 11 : starts.back(),
+                   2,
+                   2,
+                   5,
+                   7,
+                   degree,
+                   degree > 1 || !states,
+                   gates,
+                   dtype,
+                   layout,
+                   states,
+                   states,
+                   starts,
+                   states ? HOLDFAST_FORM_CHUNKWISE : HOLDFAST_FORM_PARALLEL,
+                   HOLDFAST_EXPANSION_TIGHT,
+                   value_major};
+        p.chunk_size = 8, p.has_dout = false, p.has_dstate = p.has_dsum = dstate;
+        p.dout.fill(0), p.out.fill(0);
+        for (Array *x : {&p.k, &p.v}) round_to(dtype, *x);
+        Backward call = p;  // which has no numbers where nothing is looked at
+        call.q.fill(NAN), call.out.forget(), call.dout.forget();
+        if (!dstate) call.k.forget(), call.v.forget();
+        const size_t said = context.messages.size();
+        {
+            BackwardOnDevice d(*device, call);
+            ASSERT_EQ(holdfast_backward(context, &d.args), HOLDFAST_OK) << context.error();
+            d.fetch();
+            EXPECT_TRUE(d.gaps_intact()) << "memory between the elements was written";
+            d.expect_released();
+        }
+        EXPECT_EQ(context.messages.size() - said, (size_t)dstate) << "kernels that are announced";
+        const Array *from[] = {&call.dq, &call.dk, &call.dv, &call.dlog_decay, &call.dinitial_state, &call.dinitial_keys};
+        for (size_t n = 0; n < 6; n++) *p.gradients()[n] = *from[n];
+        p.expect_reference(8);
+        each(p.dq.shape, [&](const Index &i) { EXPECT_EQ(p.dq(i), 0) << text(i); });
     }
 }
 

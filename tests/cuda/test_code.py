@@ -38,7 +38,7 @@ def code_of(kernels, part):
 # Kernels, by the beginning of their names, with so many bytes of memory for each thread: the outputs of power
 # retention, which are not tuned.
 LOCAL_BYTES = {("power", "_kernel_out_s0"): 64}
-BESIDE_THE_TABLE = ["chunk_table", "packed_chunk_table", "convert_state", "sum_decays"]
+BESIDE_THE_TABLE = ["chunk_table", "packed_chunk_table", "convert_state", "sum_decays", "clear_16"]
 
 
 @pytest.mark.parametrize("library", [*(row.name for row in ALL), *(f"{name}_cuda" for name in BESIDE_THE_TABLE)])

@@ -166,6 +166,19 @@ def test_convert_gradient_of_state(device, order):
     assert (made != 7).all()
 
 
+@pytest.mark.parametrize(
+    "part",
+    [lambda a: a[:2, :, ::2, 1:36], lambda a: a[:, :1, :, ::3].swapaxes(-1, -2)],
+    ids=["rows", "columns"],
+)
+def test_rows_of_16_bits_are_cleared(device, part):
+    """And nothing between them; of more elements than a block of threads has."""
+    memory, between = np.full((3, 2, 19, 40), 7, np.uint16), np.ones((3, 2, 19, 40), bool)
+    part(between)[...] = False
+    device.call_there("clear_16_cuda", part(memory))
+    assert (part(memory) == 0).all() and (memory[between] == 7).all()
+
+
 def test_what_is_run_is_what_readme_says():
     """TESTED in cmake/targets.cmake; the recurrent kernels are in test_steps.py, parallel in test_parallel.py, those of
     gradients in test_gradients.py."""

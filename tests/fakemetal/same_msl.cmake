@@ -4,7 +4,7 @@ file(GLOB texts RELATIVE ${BUILT} ${BUILT}/*_metal.device_code)
 file(STRINGS ${BUILT}/generated/kernels.h kernels REGEX "_metal\\.h")
 list(TRANSFORM kernels REPLACE "^#include \"(.*)\\.h\"$" "\\1.device_code")
 list(APPEND kernels chunk_table_metal.device_code packed_chunk_table_metal.device_code convert_state_metal.device_code
-  sum_decays_metal.device_code)
+  sum_decays_metal.device_code clear_16_metal.device_code)
 list(REMOVE_DUPLICATES kernels)
 foreach(kernel IN LISTS kernels)
   if(NOT kernel IN_LIST texts)

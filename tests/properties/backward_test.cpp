@@ -390,6 +390,12 @@ TEST_P(BackwardTest, WhatIsNotWantedCostsTheOthersNothing) {
     }
 }
 
+/// How many calls of kernels of gradients have been announced.
+int64_t calls_of_kernels(const Context &context) {
+    return std::count_if(context.messages.begin(), context.messages.end(),
+                         [](const std::string &message) { return message.find("backward: ") == 0; });
+}
+
 /// Without a gradient of out: as of zeros, and queries are not looked at.
 void expect_right_without_dout(Backward p, const std::function<void(Backward &)> &expect_right) {
     p.dout.fill(0), p.has_dout = false;
@@ -797,7 +803,13 @@ TEST_P(PowerBackward, WithoutGradientOfOut) {
         Backward p{1, chunk() + 7, 2, 2, c.K, c.V, c.degree, c.normalize, Gates::weak, f32, Layout::padded, states, states};
         p.target = std::get<0>(GetParam());
         if (!states) p.form = HOLDFAST_FORM_PARALLEL;
-        expect_right_without_dout(p, [&](Backward &p) { expect_right(p, states ? "power_backward" : "parallel_backward"); });
+        expect_right_without_dout(p, [&](Backward &p) {
+            if (states) return expect_right(p);
+            const int64_t before = calls_of_kernels(context);
+            ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+            EXPECT_EQ(calls_of_kernels(context), before) << "all is zero";
+            p.expect_reference(p.T);
+        });
     }
 }
 
@@ -935,8 +947,11 @@ TEST_P(PowerBackwardOnGpu, ParallelFormWithoutStates) {
     expect_right({2, 67, 1, 2, 5, 7, 2, true, Gates::weak, f32, Layout::padded, false, false});
     expect_right({1, 5, 2, 1, 5, 7, 3, false, Gates::none, f32, Layout::compact, false, false});
     Backward no_dout{1, 5, 1, 2, 5, 7, 2, true, Gates::weak, f32, Layout::compact, false, false};
-    no_dout.dout.fill(0), no_dout.has_dout = false;
-    expect_right(no_dout);
+    no_dout.form = HOLDFAST_FORM_PARALLEL, no_dout.dout.fill(0), no_dout.has_dout = false;
+    const int64_t before = calls_of_kernels(context);
+    ASSERT_EQ(no_dout.run(context), HOLDFAST_OK) << context.error();
+    EXPECT_EQ(calls_of_kernels(context), before) << "all is zero";
+    no_dout.expect_reference(no_dout.T);
     expect_right({0, 5, 2, 1, 5, 7, 1, true, Gates::per_head, f32, Layout::compact, false, false});
     expect_right({1, 40, 2, 1, 5, 7, 1, true, Gates::per_head, f32, Layout::padded, false, false, {0, 0, 3, 37, 40}});
     const Dtype dtype = variant_for(GetParam(), {5, 7}, bf16, "parallel_backward") ? bf16 : f32;

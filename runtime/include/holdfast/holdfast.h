@@ -518,9 +518,9 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *
  *  dS_t, ds_t and with them dk, dv and dlog_decay are sums over the heads of queries that share a key. A gradient that is NULL is not
  *  wanted: it costs nothing, and the others keep their bits; for dq alone no gradient of states is carried back over the sequence.
- *  Without dout nothing is computed of queries, but where a GPU has a dq of its own to clear, or computes from all weights. Where
- *  log_decay is -infinity dlog_decay is 0. It is as exact as the terms that it is made of: where all log decays are strong, g, within
- *  some 1.5e-7 sqrt(C) / exp(g) of itself, C the tokens of a chunk.
+ *  Without dout nothing is computed of queries, and dq is zero; without dfinal_state and dfinal_sum_of_keys too all gradients are zero,
+ *  and no kernel computes any. Where log_decay is -infinity dlog_decay is 0. It is as exact as the terms that it is made of: where all
+ *  log decays are strong, g, within some 1.5e-7 sqrt(C) / exp(g) of itself, C the tokens of a chunk.
  *
  *  Inputs of 16 bits are widened as they are read, sums are in fp32, and each gradient is rounded once; that of a decay per head is
  *  summed in fp64. A normalized `out` of 16 bits is read as it was rounded: what is made of dm_t is wrong by as much, also dlog_decay,
