@@ -67,7 +67,7 @@ struct PowerBackwardFuncs {
     Halide::Func result_dq, result_dk, result_dv, result_dlog_decay;  // (d,i,g,h,b) (d,j,h,b) (e,j,h,b) (i,h,b)
     Halide::RDom wanted_dq, wanted_dk, wanted_dv, wanted_dlog_decay;  // d, d, e, i
     Halide::Func dstate_in, dkeys_in;                                 // (e,f,h,b) (f,h,b)
-    Halide::RDom wanted_dstate;                                       // b, of both
+    Halide::RDom wanted_dstate, wanted_dkeys;                         // b
 };
 
 /// Extents of the query heads in a group, of heads, batch entries and values beside those of power().

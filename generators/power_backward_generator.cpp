@@ -34,8 +34,8 @@ public:
     Input<float> scale{"scale"};                       // counts where normalize is 0
     // 1, or 0: it costs nothing, and its buffer is not written.
     Input<int> want_dq{"want_dq"}, want_dk{"want_dk"}, want_dv{"want_dv"}, want_dlog_decay{"want_dlog_decay"};
-    Input<int> want_dstate{"want_dstate"};              // of both dstate_in and dkeys_in
-    Output<Buffer<void, 5>> dq{"dq"};                   // (d, t, g, h, b)
+    Input<int> want_dstate{"want_dstate"}, want_dkeys{"want_dkeys"};  // of dstate_in, dkeys_in
+    Output<Buffer<void, 5>> dq{"dq"};                                 // (d, t, g, h, b)
     Output<Buffer<void, 4>> dk{"dk"}, dv{"dv"};         // (d, t, h, b) (e, t, h, b): of a group together, as dlog_decay
     Output<Buffer<float, 3>> dlog_decay{"dlog_decay"};  // (t, h, b)
     Output<Buffer<float, 4>> dstate_in{"dstate_in"};    // (e, f, h, b)
@@ -91,11 +91,10 @@ public:
         dlog_decay(i, h, b) = undef<float>();
         const RVar t = w.wanted_dlog_decay.x;  // what keeps nothing has gradient 0, not the rounding of a sum
         dlog_decay(t, h, b) = select(decays(t, h, b) > least_log_decay, w.dgates(t, h, b), 0.0f);
-        w.wanted_dstate = wanted(want_dstate, B, "wanted_dstate");
-        const RVar entry = w.wanted_dstate.x;
+        w.wanted_dstate = wanted(want_dstate, B, "wanted_dstate"), w.wanted_dkeys = wanted(want_dkeys, B, "wanted_dkeys");
         dstate_in(e, f, h, b) = undef<float>(), dkeys_in(f, h, b) = undef<float>();
-        dstate_in(e, f, h, entry) = w.dstate(e, f, h, entry);
-        dkeys_in(f, h, entry) = w.dkeys_sum(f, h, entry);
+        dstate_in(e, f, h, w.wanted_dstate) = w.dstate(e, f, h, w.wanted_dstate);
+        dkeys_in(f, h, w.wanted_dkeys) = w.dkeys_sum(f, h, w.wanted_dkeys);
         w.result_dq = dq, w.result_dk = dk, w.result_dv = dv, w.result_dlog_decay = dlog_decay;
         w.dstate_in = dstate_in, w.dkeys_in = dkeys_in;
 

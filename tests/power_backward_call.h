@@ -14,7 +14,7 @@ struct PowerBackwardCase {
     Layout layout;
     Gates gates;
     bool normalize;
-    bool want_dq = true, want_dk = true, want_dv = true, want_dlog_decay = true, want_dstate = true;
+    bool want_dq = true, want_dk = true, want_dv = true, want_dlog_decay = true, want_dstate = true, want_dkeys = true;
     PowerCase::Contents contents = PowerCase::Contents::random;
     double size_of_keys = 1;
 };
@@ -30,7 +30,7 @@ inline std::vector<PowerBackwardCase> power_backward_cases(int C, const Dtype &d
         cases.push_back(
             {std::string("layout_") + name(layout), {C - 1, 1}, 2, 1, 2, layout, Gates::weak, layout != Layout::swapped});
     cases.push_back({"plain_resets", {C, C / 2 + 1}, 1, 1, 2, Layout::padded, Gates::resets, false});
-    // One of five, all of rows, all but dq.
+    // One of five, all of rows, all but dq; in two of them the sum of keys the other way than the state.
     for (int unwanted = 0; unwanted < 7; unwanted++)
         cases.push_back({"unwanted_" + std::to_string(unwanted),
                          {C / 2},
@@ -44,7 +44,8 @@ inline std::vector<PowerBackwardCase> power_backward_cases(int C, const Dtype &d
                          unwanted != 1 && unwanted < 5,
                          unwanted != 2 && unwanted < 5,
                          unwanted != 3 && unwanted < 5,
-                         unwanted != 4 && unwanted != 6});
+                         unwanted != 4 && unwanted != 6,
+                         unwanted != 0 && unwanted != 6});
     cases.push_back({"positive", {C, C}, 1, 1, 3, Layout::compact, Gates::weak, true});
     cases.back().contents = PowerCase::Contents::positive;
     cases.push_back({"ones", {C, C, 2}, 1, 1, 1, Layout::compact, Gates::none, true});
@@ -69,8 +70,8 @@ public:
     }
 
     /// kernel(q, k, v, log_decay, state_in, keys_in, out, dout, dstate_out, dkeys_out, degree, normalize, scale, want_dq, want_dk,
-    /// want_dv, want_dlog_decay, want_dstate, dq, dk, dv, dlog_decay, dstate_in, dkeys_in) returns 0 for every chunk, and together
-    /// they do what the reference does.
+    /// want_dv, want_dlog_decay, want_dstate, want_dkeys, dq, dk, dv, dlog_decay, dstate_in, dkeys_in) returns 0 for every chunk, and
+    /// together they do what the reference does.
     template<class Kernel>
     void expect_reference(const Kernel &kernel) {
         SCOPED_TRACE(c.name + ", degree " + std::to_string(degree));
@@ -113,8 +114,8 @@ public:
             for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bc, &bo, &bdo, &bds, &bdc, &bdq, &bdk, &bdv, &bdg, &bnds, &bndc})
                 buffer->set_host_dirty();
             ASSERT_EQ(kernel(bq, bk, bv, bg, bs, bc, bo, bdo, bds, bdc, degree, (int)c.normalize, scale, (int)c.want_dq,
-                             (int)c.want_dk, (int)c.want_dv, (int)c.want_dlog_decay, (int)(n || c.want_dstate), bdq, bdk, bdv,
-                             bdg, bnds, bndc),
+                             (int)c.want_dk, (int)c.want_dv, (int)c.want_dlog_decay, (int)(n || c.want_dstate),
+                             (int)(n || c.want_dkeys), bdq, bdk, bdv, bdg, bnds, bndc),
                       0);
             for (Buffer *buffer : {&bdq, &bdk, &bdv, &bdg, &bnds, &bndc}) ASSERT_EQ(buffer->copy_to_host(), 0);
             std::swap(dstate, next_dstate), std::swap(dkeys, next_dkeys);
@@ -135,7 +136,7 @@ public:
         expect("dv", c.want_dv, dv, &sdv, want.dv, want.dv_spread);
         expect("dlog_decay", c.want_dlog_decay, dlog_decay, nullptr, want.dlog_decay, want.dlog_decay_spread);
         expect("dstate", c.want_dstate, dstate, nullptr, want.dstate, want.dstate_spread);
-        if (c.normalize) expect("dkeys", c.want_dstate, dkeys, nullptr, want.dkeys, want.dkeys_spread);
+        if (c.normalize) expect("dkeys", c.want_dkeys, dkeys, nullptr, want.dkeys, want.dkeys_spread);
         EXPECT_TRUE(dq.gaps_intact() && dk.gaps_intact() && dv.gaps_intact() && sdq.gaps_intact() && sdk.gaps_intact() &&
                     sdv.gaps_intact() && dlog_decay.gaps_intact() && dstate.gaps_intact() && dkeys.gaps_intact())
             << "memory between the rows was written";

@@ -125,8 +125,8 @@ private:
         const auto run = std::get<PowerBackwardKernel *>(plan.variant.run);
         check_returned(run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &state_in, &sum_in, &rows.out, &rows.dout,
                            &dstate_out, &dsum_out, p.degree, p.normalized, p.scale, rows.want_dq, rows.want_dk, rows.want_dv,
-                           rows.want_dlog_decay, p.needs_dstate(chunk), &rows.dq, &rows.dk, &rows.dv, &rows.dlog_decay,
-                           &dstate_in, &dsum_in),
+                           rows.want_dlog_decay, p.needs_dstate(chunk), p.needs_dsum(chunk), &rows.dq, &rows.dk, &rows.dv,
+                           &rows.dlog_decay, &dstate_in, &dsum_in),
                        plan.variant, workspace);
         rows.done();
     }

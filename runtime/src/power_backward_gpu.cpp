@@ -212,7 +212,7 @@ private:
                   std::get<PowerBackwardKernel *>(kernels.gradient.run)(
                       &run.workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, &out, &dout, &dstate_out, &dsum_out, p.degree,
                       p.normalized, p.scale, p.dq.rank > 0 && G, p.dk.rank > 0, p.dv.rank > 0, p.dlog_decay.rank > 0,
-                      p.needs_dstate(n), &dq, &dk, &dv, &dlog_decay, &dstate_in, &dsum_in));
+                      p.needs_dstate(n), p.needs_dsum(n), &dq, &dk, &dv, &dlog_decay, &dstate_in, &dsum_in));
     }
 };
 

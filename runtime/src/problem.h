@@ -81,14 +81,15 @@ struct BackwardProblem : Problem {
         for (const Tensor &t : zeros) all.push_back(&t);
         return all;
     }
-    /// The gradient of an initial state or sum of keys is wanted.
-    bool wants_dinitial() const { return dinitial_state.rank || dinitial_sum.rank; }
-    /// Gradients of states between tokens are needed: by all but dq. Those of states before all tokens only where they are wanted.
-    bool needs_dstates() const { return dk.rank || dv.rank || dlog_decay.rank || wants_dinitial(); }
+    /// Gradients of states between tokens are needed: by all but dq and those of sums of keys. Those of states before all tokens only
+    /// where they are wanted.
+    bool needs_dstates() const { return dk.rank || dv.rank || dlog_decay.rank || dinitial_state.rank; }
     /// That of the state that call n of a kernel begins with, of calls in the order of their tokens, is needed.
-    bool needs_dstate(int64_t n) const { return n ? needs_dstates() : wants_dinitial(); }
+    bool needs_dstate(int64_t n) const { return n ? needs_dstates() : dinitial_state.rank > 0; }
+    /// The same of the sum of keys, where it counts: dv does without.
+    bool needs_dsum(int64_t n) const { return normalized && (dinitial_sum.rank || (n && (dk.rank || dlog_decay.rank))); }
     /// A gradient is wanted.
-    bool wants_any() const { return dq.rank || needs_dstates(); }
+    bool wants_any() const { return dq.rank || needs_dstates() || dinitial_sum.rank; }
 };
 
 /// Check all arguments. Throws a Failure that names the first that is wrong.

@@ -62,8 +62,8 @@ using PowerBackwardKernel = int(const void *user_context, halide_buffer_t *q, ha
                                 halide_buffer_t *out, halide_buffer_t *dout, halide_buffer_t *dstate_out,
                                 halide_buffer_t *dkeys_out, int32_t degree, int32_t normalize, float scale, int32_t want_dq,
                                 int32_t want_dk, int32_t want_dv, int32_t want_dlog_decay, int32_t want_dstate,
-                                halide_buffer_t *dq, halide_buffer_t *dk, halide_buffer_t *dv, halide_buffer_t *dlog_decay,
-                                halide_buffer_t *dstate_in, halide_buffer_t *dkeys_in);
+                                int32_t want_dkeys, halide_buffer_t *dq, halide_buffer_t *dk, halide_buffer_t *dv,
+                                halide_buffer_t *dlog_decay, halide_buffer_t *dstate_in, halide_buffer_t *dkeys_in);
 
 using PowerStepKernel = int(const void *user_context, halide_buffer_t *q, halide_buffer_t *k, halide_buffer_t *v,
                             halide_buffer_t *log_decay, int32_t block, int32_t blocks, int32_t degree, int32_t normalize,

@@ -117,7 +117,7 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &target)
     w.dstate_in.update().split(f, fo, fi, rows, tail).reorder(e, fi, fo, h, w.wanted_dstate.x).vectorize(e, vec, tail);
     product(w.from_queries, 0, {w.dstate_in, fo}, e, f, vec);
     p.phi_q.compute_at(w.dstate_in, fo).reorder_storage(i, f).reorder(i, f).vectorize(i, lanes);
-    w.dkeys_in.update().reorder(f, h, w.wanted_dstate.x);
+    w.dkeys_in.update().reorder(f, h, w.wanted_dkeys.x);
     keys_lanes.compute_at(w.dkeys_in, f).vectorize(u);
     keys_lanes.update().reorder(u, blocks).vectorize(u);
     w.keys_from_queries.compute_at(w.dkeys_in, f);

@@ -125,7 +125,7 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &) {
     dvalues_block.bound_extent(e, 1).bound_extent(j, high).unroll(j);
     dvalues_block.update().reorder(j, in_block).unroll(j);
 
-    const RVar entry = w.wanted_dstate.x;
+    RVar entry = w.wanted_dstate.x;
     w.dstate_in.update()
         .allow_race_conditions()
         .split(e, eo, et, threads, guard)
@@ -137,6 +137,7 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &) {
     in_registers(w.from_queries, {w.dstate_in, et});
     w.from_queries.bound_extent(e, 1).bound_extent(f, high).unroll(f);
     w.from_queries.update().reorder(f, w.from_queries.rvars(0)[0], w.from_queries.rvars(0)[1]).unroll(f);
+    entry = w.wanted_dkeys.x;
     w.dkeys_in.update()
         .allow_race_conditions()
         .split(f, fo, fi, 32, guard)

@@ -103,7 +103,7 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &target)
     transposed(values, values.args()[1], values.args()[0]);
 
     // Numerators and denominators.
-    p.phi_q.clone_in(w.den_block);  // a small part, formed where it is looked at
+    p.phi_q.clone_in({w.den_block, keys_lanes});  // a small part, formed where it is looked at
     w.den_inter.compute_root().bound(i, 0, C).vectorize(i, vec);
     w.den_inter.update().reorder(i, w.over_block.x).vectorize(i, vec);
     w.den_block.compute_at(w.den_inter, w.over_block.x).vectorize(i, vec).unroll(i);
@@ -169,22 +169,20 @@ void apply(PowerBackwardFuncs &w, const PowerSizes &sizes, const Target &target)
     p.phi_k.compute_at(w.dvalues, blocks).reorder_storage(j, f).reorder(j, f).vectorize(j, vec).unroll(j);
 
     // The initial state.
-    const RVar entry = w.wanted_dstate.x;
     w.dstate_in.update()
         .split(f, fo, fi, features)
         .split(fi, ft, fi, rows)
         .split(e, eo, ei, columns, TailStrategy::GuardWithIf)
-        .reorder(ei, fi, eo, ft, fo, h, entry)
+        .reorder(ei, fi, eo, ft, fo, h, w.wanted_dstate.x)
         .vectorize(ei, vec)
         .unroll(ei)
         .unroll(fi);
     tile(w.from_queries, {w.dstate_in, eo}, e, f);
     p.phi_q.compute_at(w.dstate_in, fo).reorder_storage(i, f).reorder(i, f).vectorize(i, vec).unroll(i);
-    w.dkeys_in.update().split(f, fo, fi, features).reorder(fi, fo, h, entry).vectorize(fi, some);
-    w.dkeys_in.update().compute_with(w.dstate_in.update(), fo);
-    w.keys_from_queries.compute_at(w.dstate_in, fo).vectorize(f, some);
+    w.dkeys_in.update().split(f, fo, fi, features).reorder(fi, fo, h, w.wanted_dkeys.x).vectorize(fi, some);
+    w.keys_from_queries.compute_at(w.dkeys_in, fo).vectorize(f, some);
     w.keys_from_queries.update().reorder(in_group, f).vectorize(f, some).atomic().vectorize(in_group);
-    keys_lanes.compute_at(w.dstate_in, fo).reorder_storage(lane, f).vectorize(lane);
+    keys_lanes.compute_at(w.dkeys_in, fo).reorder_storage(lane, f).vectorize(lane);
     keys_lanes.update().reorder(order(keys_lanes, 0, {lane}, {f})).vectorize(lane);
 
     // Gates.

@@ -69,14 +69,16 @@ TEST(PowerBackwardStages, AreComputedForWhatIsWantedAlone) {
         for (int wanted = 0; wanted < 32; wanted++) {
             SCOPED_TRACE(testing::Message() << "normalize " << normalize << ", wanted " << wanted);
             const bool dq = wanted & 1, dk = wanted & 2, dv = wanted & 4, gates = wanted & 8, dstate = wanted & 16;
+            const bool dkeys = dstate != dq;  // all four of both
             Produced produced;
-            PowerBackwardCall({"", {5}, 1, 1, 1, Layout::compact, Gates::weak, normalize, dq, dk, dv, gates, dstate}, {3, 5}, 2)
+            PowerBackwardCall({"", {5}, 1, 1, 1, Layout::compact, Gates::weak, normalize, dq, dk, dv, gates, dstate, dkeys},
+                              {3, 5}, 2)
                 .expect_reference([&](auto &&...arguments) { return kernel(produced.context(), arguments...); });
             auto expect = [&](const char *stage, bool needed) {
                 EXPECT_EQ(produced.stages.count(stage), needed) << stage << " of " << testing::PrintToString(produced.stages);
             };
             expect("dqueries_state", dq || gates), expect("dkeys_state", dk || gates);
-            expect("derived of state_start", dstate);
+            expect("derived of state_start", dstate), expect("derived of keys_start", dkeys);
             const bool phi_k = produced.stages.count("phi_k") || produced.stages.count("derived of phi_k");
             EXPECT_EQ(phi_k, dv || dk || gates) << testing::PrintToString(produced.stages);
             expect("dnum", wanted != 0);

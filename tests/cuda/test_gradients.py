@@ -161,7 +161,7 @@ def power_backward(device, row, degree, normalized, **how):
     state, keys, dstate, dkeys, of_state, of_keys = (
         x[:, :, 0] for x in (call.state, call.keys, call.dstate, call.dkeys, *call.results[4:])
     )
-    numbers = [ctypes.c_int(degree), ctypes.c_int(normalized), *call.numbers()]
+    numbers = [ctypes.c_int(degree), ctypes.c_int(normalized), *call.numbers("qkvgss")]
     rows = [call.q, call.k, call.v, call.log_decay, state, keys, call.out, call.dout, dstate, dkeys]
     device.call(row.name, *rows, *numbers, *call.results[:4], of_state, of_keys)
     return call

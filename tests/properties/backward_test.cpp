@@ -909,6 +909,12 @@ TEST_P(PowerBackwardOnGpu, StatesInEveryOrderAndKeptInPart) {
     expect_right(no_dout);
     // Of five chunks the states of the first and the fourth are kept.
     expect_right(with_states(9, 1, 3, true, HOLDFAST_EXPANSION_TILED, true), 2);
+    for (const char *alone : {"s", "z"}) {
+        SCOPED_TRACE(alone);
+        Backward p{1, chunk + 3, 1, 2, 5, 7, 2, true};
+        p.wanted = alone;
+        expect_right(p);
+    }
 }
 
 TEST_P(PowerBackwardOnGpu, WhatIsNotWantedCostsTheOthersNothing) {
