@@ -7,9 +7,12 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <functional>
 #include <map>
 #include <mutex>
+#include <regex>
 #include <set>
+#include <sstream>
 #include <thread>
 
 #ifdef __GLIBC__
@@ -963,6 +966,128 @@ TEST_P(Tensors, OfPowerRetentionAreUsedWhereTheyLie) {
             expect_right(p, p.want());
         }
 }
+
+#if HOLDFAST_TEST_METAL && !defined(__APPLE__)
+/// Stages that a call launches kernels for, as the stand-in says: without what Halide adds to their names, "x'" for what it derives
+/// of x.
+std::set<std::string> launched(const std::function<void()> &call) {
+    setenv("FAKEMETAL_TRACE", "1", 1);
+    testing::internal::CaptureStderr();
+    call();
+    std::istringstream trace(testing::internal::GetCapturedStderr());
+    unsetenv("FAKEMETAL_TRACE");
+    static const std::regex kernel(R"(fakemetal: _kernel_(.*?)_s\d+_[a-z].* groups .*)"),
+        added(R"((_global|_wrapper|_+\d+)*$)"), derived(R"((_+\d+)?(_hole)?(_\d+)?_d_def_+)");
+    std::set<std::string> stages;
+    for (std::string line; std::getline(trace, line);) {
+        std::smatch match;
+        if (!std::regex_match(line, match, kernel)) continue;
+        const std::string name = std::regex_replace(match[1].str(), added, "", std::regex_constants::format_first_only);
+        stages.insert(std::regex_replace(name, derived, "'"));
+    }
+    return stages;
+}
+
+/// Stages, and the gradients that need them, as Backward::wanted has them; "Q" of those with an axis of queries, of which there are
+/// none without dout.
+using Needs = std::vector<std::pair<std::string, std::string>>;
+
+std::set<std::string> needed(const Needs &needs, const std::string &wanted, bool dout) {
+    std::set<std::string> stages;
+    for (const auto &[names, by] : needs) {
+        if (by.find_first_of(wanted) == std::string::npos || (!dout && by[0] == 'Q')) continue;
+        std::istringstream words(names);
+        for (std::string name; words >> name;) stages.insert(name);
+    }
+    return stages;
+}
+
+Needs of_chunkwise() {
+    return {{"table decay_steps decay_rest row_decay", "qkvgs"},
+            {"key_decay", "qkvg"},
+            {"contribution state", "qg"},
+            {"q_chunks'", "Qqg"},
+            {"dq", "Qq"},
+            {"scores'", "Qqkg"},
+            {"state' dstate", "kvgs"},
+            {"keys_decayed' k_chunks'", "kg"},
+            {"dk", "k"},
+            {"weights", "Qv"},
+            {"v_chunks' dv", "v"},
+            {"row_product key_product state_product added_product end_product dlog_decay_chunks dlog_decay", "g"},
+            {"dstate_in", "s"}};
+}
+Needs of_power(bool normalize) {
+    const std::string all = "qkvgsz";
+    auto or_sums = [&](const std::string &by) { return normalize ? by + all : by; };
+    return {{"table decay_steps decay_rest factor weight", all},
+            {"unit queries row", "Q" + all},
+            {"queries_decayed phi_q", or_sums("Qsz")},
+            {"keys", or_sums("qkvg")},
+            {"scores", or_sums("Qqkvg")},
+            {"weights", or_sums("Qv")},
+            {"dnum", "Qqkvgs"},
+            {"dden", "Qqkgz"},
+            {"phi_q' dqueries_state queries'", "Qqg"},
+            {"dq", "Qq"},
+            {"weights' scores'", "Qqkg"},
+            {"v_chunk", "qkg"},
+            {"phi_k' dkeys_state keys'", "kg"},
+            {"dk", "k"},
+            {"keys_decayed phi_k v_chunk' dv", "v"},
+            {"along_row along_key along_end along_state kept dgates dlog_decay", "g"},
+            {"dstate_in", "s"},
+            {"dkeys_in", "z"},
+            {"to", "sz"}};
+}
+Needs of_parallel(bool normalize) {
+    return {{"table decay_steps decay_rest decay_before unit pair_scores factor_of_row", "Qqkvg"},
+            {"pair_weights", normalize ? "Qqkvg" : "Qv"},
+            {"dden pair_scores'", "Qqkg"},
+            {"dq_sum", "Qqg"},
+            {"dq", "Qq"},
+            {"dk_sum", "Qkg"},
+            {"dk", "Qk"},
+            {"dv_sum dv", "Qv"},
+            {"q_dq k_dk ddecay_after ddecay_of_row ddecay_of_pair ddecay_sum ddecay_before ddecay_of_later dlog_decay", "Qg"}};
+}
+
+// Of each gradient alone, and of all but it.
+TEST(Launches, OfGradientsAreThoseThatTheWantedOnesNeed) {
+    if (!runs("metal")) GTEST_SKIP() << backend("metal").missing;
+    for (const auto &[degree, normalize, states] :
+         {std::make_tuple(1, false, true), {2, false, true}, {2, true, true}, {2, false, false}, {2, true, false}}) {
+        Context context;
+        ASSERT_EQ(holdfast_context_set_backend(context, "metal"), HOLDFAST_OK) << context.error();
+        Backward p{1, 35, 1, 1, 3, 5, degree, normalize, Gates::weak, f32, Layout::compact, states, states};
+        if (!states) p.form = HOLDFAST_FORM_PARALLEL;
+        ASSERT_EQ(p.forward(context), HOLDFAST_OK) << context.error();
+        const Needs needs = degree == 1 ? of_chunkwise() : states ? of_power(normalize) : of_parallel(normalize);
+        const std::string all = p.wanted;
+        std::vector<std::string> some = {all};
+        for (char one : all) {
+            some.emplace_back(1, one), some.push_back(all);
+            some.back().erase(all.find(one), 1);
+        }
+        for (const std::string &wanted : some)
+            for (bool dout : {true, false})
+                for (bool dfinal : {true, false}) {
+                    if (!states && dfinal) continue;
+                    SCOPED_TRACE(testing::Message()
+                                 << "degree " << degree << ", normalize " << normalize << ", states " << states << ", wanted "
+                                 << wanted << ", dout " << dout << ", dfinal " << dfinal);
+                    p.wanted = wanted, p.has_dout = dout, p.has_dstate = p.has_dsum = dfinal;
+                    const std::set<std::string> stages =
+                        launched([&] { ASSERT_EQ(p.backward(context), HOLDFAST_OK) << context.error(); });
+                    // What nothing comes to is zero: queries without dout, and without gradients of the final state all.
+                    std::string computed = wanted;
+                    if (!dout) computed.erase(std::remove(computed.begin(), computed.end(), 'q'), computed.end());
+                    if (!dout && !dfinal) computed = "";
+                    EXPECT_EQ(stages, needed(needs, computed, dout));
+                }
+    }
+}
+#endif
 
 /// A call of holdfast_backward, with all that `p` has.
 struct BackwardOnDevice : OnDevice {
