@@ -61,7 +61,7 @@ void expect_reference(const Variant<Kernel> &variant, int chunk, const Call &cal
     for (int degree : degrees)
         for (Size size : sizes) {
             if (!variant.size.K && size.K > 8 && degree > 2) continue;
-            for (const PowerCase &c : power_cases(chunk, variant.dtype, backend != "cpu"))
+            for (const PowerCase &c : power_cases(chunk, variant.dtype))
                 if ((of_chunks || !c.no_queries) && (all || enough.find(c.name) != std::string::npos) &&
                     not_on(backend, c.layout).empty())
                     call(PowerCall(c, size, degree, variant.dtype, of_chunks && variant.size.V));
