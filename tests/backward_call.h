@@ -27,18 +27,18 @@ inline std::vector<Wants> some_wants() {
     return list;
 }
 
-class BackwardCall {
+class BackwardCall : KernelTensors {
+    const Wants wants;
+    Array dout, dstate_out, dq, dk, dv, dlog_decay, dstate_in;
+
 public:
     BackwardCall(const KernelCase &c, int C, Size size, const Dtype &dtype = f32, const Wants &wants = {},
                  bool rounds_operands = false)
-        : c(c), dtype(dtype), wants(wants), rounds_operands(rounds_operands), K(size.K), V(size.V),
-          chunk(c.longest_chunk ? c.longest_chunk : C), starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()),
-          N((int64_t)c.lengths.size()), q(rows_of(c.group, K)), k(rows_of(1, K)), v(rows_of(1, V)),
-          log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)), state_in(states()), dout(rows_of(c.group, V)),
-          dstate_out(states()), dq(rows_of(c.group, K)), dk(rows_of(1, K)), dv(rows_of(1, V)),
+        : KernelTensors(c, C, size, dtype, {1, rounds_operands}), wants(wants), dout(rows_of(c.group, V)), dstate_out(states()),
+          dq(rows_of(c.group, K)), dk(rows_of(1, K)), dv(rows_of(1, V)),
           dlog_decay({c.B, T, c.H}, strides({c.B, T, c.H}, c.layout, false)), dstate_in(states()) {
         for (Array *x : {&dq, &dk, &dv, &dlog_decay, &dstate_in}) x->forget();
-        for (Array *x : {&q, &k, &v, &dout}) round_to(dtype, *x);
+        round_to(dtype, dout);
     }
 
     /// kernel(q, k, v, log_decay, state_in, dout, dstate_out, chunks, count, scale, want_dq, want_dk, want_dv, want_dlog_decay,
@@ -49,7 +49,7 @@ public:
         run(kernel);
         const double of_state = tolerance::of_gradient_spread(K, V, c.group * chunk, table.count);
         double share = of_state, absolute = 0;
-        if (rounds_operands) {
+        if (operands.rounded) {
             absolute = tolerance::between_operands(dtype, K * V + K + V + c.group * chunk);
             share += tolerance::of_rounded_gradients(dtype);
         }
@@ -84,29 +84,16 @@ public:
     }
 
 private:
-    const KernelCase c;
-    const Dtype dtype;
-    const Wants wants;
-    const bool rounds_operands;
-    const int64_t K, V, chunk;
-    const Index starts;
-    ChunkTable table;
-    const int64_t T, N;
-    Random random;
-    Array q, k, v, log_decay, state_in, dout, dstate_out, dq, dk, dv, dlog_decay, dstate_in;
-    const float scale = 0.25f;
-
     template<class Kernel>
     void run(const Kernel &kernel) {
-        using Buffer = Halide::Runtime::Buffer<void>;
         Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, dout), tq(dtype, dq), tk(dtype, dk), tv(dtype, dv);
         Buffer bq = in_groups(rows(sq, q), 2, c.group), bk = rows(sk, k), bv = rows(sv, v), bg = gates(log_decay),
                bs = states(state_in), bo = in_groups(rows(so, dout), 2, c.group), bz = states(dstate_out);
         Buffer rq = in_groups(rows(tq, dq), 2, c.group), rk = rows(tk, dk), rv = rows(tv, dv), rg = gates(dlog_decay),
                rs = states(dstate_in);
-        Halide::Runtime::Buffer<int32_t> chunks(table.columns.data(), ChunkTable::fields, table.slots);
-        const Array *inputs[] = {&q, &k, &v, &log_decay, &state_in, &dout, &dstate_out};
-        const std::vector<Array> inputs_before = {q, k, v, log_decay, state_in, dout, dstate_out};
+        Halide::Runtime::Buffer<int32_t> chunks = this->chunks();
+        const Array *after[] = {&q, &k, &v, &log_decay, &state_in, &dout, &dstate_out};
+        const std::vector<Array> before = {q, k, v, log_decay, state_in, dout, dstate_out};
         const std::vector<Array> results_before = {dq, dk, dv, dlog_decay, dstate_in};
         // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
         for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bo, &bz, &rq, &rk, &rv, &rg, &rs}) buffer->set_host_dirty();
@@ -127,40 +114,8 @@ private:
             EXPECT_TRUE(results[n]->gaps_intact()) << "memory between the rows of gradient " << n << " was written";
             EXPECT_TRUE(wanted[n] || results[n]->same_memory(results_before[n])) << "gradient " << n << " was written";
         }
-        for (int n = 0; n < 7; n++) EXPECT_TRUE(inputs[n]->same_memory(inputs_before[n])) << "input " << n << " was written";
+        for (int n = 0; n < 7; n++) EXPECT_TRUE(after[n]->same_memory(before[n])) << "input " << n << " was written";
         for (const Stored *x : {&sq, &sk, &sv, &so}) EXPECT_TRUE(x->unchanged()) << "an input was written";
-    }
-
-    reference::Inputs inputs(int64_t s) {
-        reference::Inputs in{c.B, c.lengths[s], c.H * c.group, K, V, c.group};
-        in.q = rows(q, starts[s]), in.k = rows(k, starts[s]), in.v = rows(v, starts[s]);
-        in.log_decay = rows(log_decay, starts[s]);
-        in.initial_state = states(state_in, s);
-        in.scale = scale;
-        return in;
-    }
-
-    static Index starts_of(const Index &lengths) {
-        Index starts = {0};
-        for (int64_t length : lengths) starts.push_back(starts.back() + length);
-        return starts;
-    }
-    Array rows_of(int64_t group, int64_t size) { return Array({c.B, T, c.H * group, size}, c.layout).fill(random); }
-    Array states() { return Array({c.B, N, c.H, K, V}, c.layout).fill(random); }
-
-    Halide::Runtime::Buffer<void> rows(Stored &stored, const Array &a) const {
-        return view(stored.data(), dtype, a, {3, 1, 2, 0});
-    }
-    static Halide::Runtime::Buffer<void> gates(Array &a) { return view(a.data(), f32, a, {1, 2, 0}); }
-    static Halide::Runtime::Buffer<void> states(Array &a) { return view(a.data(), f32, a, {4, 3, 1, 2, 0}); }
-
-    static reference::Strided rows(const Array &a, int64_t from) {
-        const Index &s = a.stride;
-        return {a.data() + from * s[1], {s[0], s[1], s[2], s.size() > 3 ? s[3] : 0}};
-    }
-    static reference::Strided states(const Array &a, int64_t sequence) {
-        const Index &s = a.stride;
-        return {a.data() + sequence * s[1], {s[0], s[2], s[3], s[4]}};
     }
 };
 

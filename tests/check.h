@@ -50,3 +50,7 @@ double relative_rms(const std::vector<A> &got, const std::vector<B> &want) {
 }
 
 }  // namespace test
+
+/// A suite of parametrized tests of every element of a container, by its name().
+#define HOLDFAST_INSTANCES(Suite, ...) \
+    INSTANTIATE_TEST_SUITE_P(, Suite, testing::ValuesIn(__VA_ARGS__), [](const auto &info) { return name(info.param); })

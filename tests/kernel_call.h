@@ -56,16 +56,74 @@ struct Operands {
     bool rounded = false;
 };
 
-class KernelCall {
-public:
-    KernelCall(const KernelCase &c, int C, Size size, const Dtype &dtype = f32, const Operands &operands = {})
+/// What a call of the case `c` reads.
+class KernelTensors {
+protected:
+    using Buffer = Halide::Runtime::Buffer<void>;
+    const KernelCase c;
+    const Dtype dtype;
+    const Operands operands;
+    const int64_t K, V, chunk;
+    const Index starts;
+    ChunkTable table;
+    const int64_t T, N;
+    Random random;
+    Array q, k, v, log_decay, state_in;
+    const float scale = 0.25f;
+
+    KernelTensors(const KernelCase &c, int C, Size size, const Dtype &dtype, const Operands &operands)
         : c(c), dtype(dtype), operands(operands), K(size.K), V(size.V), chunk(c.longest_chunk ? c.longest_chunk : C),
           starts(starts_of(c.lengths)), table(starts, chunk), T(starts.back()), N((int64_t)c.lengths.size()),
           q(rows_of(c.group, K)), k(rows_of(1, K)), v(rows_of(1, V)),
-          log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)), state_in(array({c.B, N, c.H, K, V})),
-          out(rows_of(c.group, V)), state_out(array({c.B, N, c.H, K, V})) {
-        out.forget(), state_out.forget();
+          log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)), state_in(states()) {
         for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
+    }
+
+    reference::Inputs inputs(int64_t s) {
+        reference::Inputs in{c.B, c.lengths[s], c.H * c.group, K, V, c.group};
+        in.q = rows(q, starts[s]), in.k = rows(k, starts[s]), in.v = rows(v, starts[s]);
+        in.log_decay = rows(log_decay, starts[s]);
+        in.initial_state = states(state_in, s);
+        in.scale = scale;
+        return in;
+    }
+
+    Array rows_of(int64_t group, int64_t size) {
+        return Array({c.B, T, c.H * group, size}, c.layout, 3 * operands.row_alignment).fill(random);
+    }
+    Array states() { return Array({c.B, N, c.H, K, V}, c.layout).fill(random); }
+
+    Buffer rows(Stored &stored, const Array &a) const { return view(stored.data(), dtype, a, {3, 1, 2, 0}); }
+    static Buffer gates(Array &a) { return view(a.data(), f32, a, {1, 2, 0}); }
+    static Buffer states(Array &a) { return view(a.data(), f32, a, {4, 3, 1, 2, 0}); }
+    Halide::Runtime::Buffer<int32_t> chunks() {
+        return Halide::Runtime::Buffer<int32_t>(table.columns.data(), ChunkTable::fields, table.slots);
+    }
+
+    static reference::Strided rows(const Array &a, int64_t from) {
+        const Index &s = a.stride;
+        return {a.data() + from * s[1], {s[0], s[1], s[2], s.size() > 3 ? s[3] : 0}};
+    }
+    static reference::Strided states(const Array &a, int64_t sequence) {
+        const Index &s = a.stride;
+        return {a.data() + sequence * s[1], {s[0], s[2], s[3], s[4]}};
+    }
+
+private:
+    static Index starts_of(const Index &lengths) {
+        Index starts = {0};
+        for (int64_t length : lengths) starts.push_back(starts.back() + length);
+        return starts;
+    }
+};
+
+class KernelCall : KernelTensors {
+    Array out, state_out;
+
+public:
+    KernelCall(const KernelCase &c, int C, Size size, const Dtype &dtype = f32, const Operands &operands = {})
+        : KernelTensors(c, C, size, dtype, operands), out(rows_of(c.group, V)), state_out(states()) {
+        out.forget(), state_out.forget();
     }
 
     /// kernel(q, k, v, log_decay, state_in, chunks, count, scale, out, state_out) returns 0 and what the reference does.
@@ -94,28 +152,15 @@ public:
     }
 
 private:
-    const KernelCase c;
-    const Dtype dtype;
-    const Operands operands;
-    const int64_t K, V, chunk;
-    const Index starts;
-    ChunkTable table;
-    const int64_t T, N;
-    Random random;
-    Array q, k, v, log_decay, state_in, out, state_out;
-    const float scale = 0.25f;
-
     template<class Kernel>
     void run(const Kernel &kernel) {
-        using Buffer = Halide::Runtime::Buffer<void>;
         Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out);
-        Buffer bq = in_groups(rows(sq, q), 2, c.group), bk = rows(sk, k), bv = rows(sv, v),
-               bg = view(log_decay.data(), f32, log_decay, {1, 2, 0});
+        Buffer bq = in_groups(rows(sq, q), 2, c.group), bk = rows(sk, k), bv = rows(sv, v), bg = gates(log_decay);
         Buffer bs = states(state_in), bo = in_groups(rows(so, out), 2, c.group), bz = states(state_out);
-        Halide::Runtime::Buffer<int32_t> chunks(table.columns.data(), ChunkTable::fields, table.slots);
+        Halide::Runtime::Buffer<int32_t> chunks = this->chunks();
         if (c.states_alone)
             for (Buffer *rows : {&bq, &bo}) rows->raw_buffer()->dim[2].extent = 0;
-        const Array inputs[] = {q, k, v, log_decay, state_in};
+        const Array before[] = {q, k, v, log_decay, state_in};
         // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
         for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bo, &bz}) buffer->set_host_dirty();
         chunks.set_host_dirty();
@@ -127,42 +172,9 @@ private:
             so.load();
         EXPECT_TRUE(out.gaps_intact() && so.gaps_intact() && state_out.gaps_intact()) << "memory between the rows was written";
         const Array *after[] = {&q, &k, &v, &log_decay, &state_in};
-        for (int n = 0; n < 5; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
+        for (int n = 0; n < 5; n++) EXPECT_TRUE(after[n]->same_memory(before[n])) << "input " << n << " was written";
         const Stored *stored[] = {&sq, &sk, &sv};
         for (int n = 0; n < 3; n++) EXPECT_TRUE(stored[n]->unchanged()) << "input " << n << " was written";
-    }
-
-    reference::Inputs inputs(int64_t s) {
-        reference::Inputs in{c.B, c.lengths[s], c.H * c.group, K, V, c.group};
-        in.q = rows(q, starts[s]), in.k = rows(k, starts[s]), in.v = rows(v, starts[s]),
-        in.log_decay = rows(log_decay, starts[s]);
-        in.initial_state = states(state_in, s);
-        in.scale = scale;
-        return in;
-    }
-
-    static Index starts_of(const Index &lengths) {
-        Index starts = {0};
-        for (int64_t length : lengths) starts.push_back(starts.back() + length);
-        return starts;
-    }
-    Array rows_of(int64_t group, int64_t size) {
-        return Array({c.B, T, c.H * group, size}, c.layout, 3 * operands.row_alignment).fill(random);
-    }
-    Array array(const Index &shape) { return Array(shape, c.layout).fill(random); }
-
-    Halide::Runtime::Buffer<void> rows(Stored &stored, const Array &a) const {
-        return view(stored.data(), dtype, a, {3, 1, 2, 0});
-    }
-    static Halide::Runtime::Buffer<void> states(Array &a) { return view(a.data(), f32, a, {4, 3, 1, 2, 0}); }
-
-    static reference::Strided rows(const Array &a, int64_t from) {
-        const Index &s = a.stride;
-        return {a.data() + from * s[1], {s[0], s[1], s[2], s.size() > 3 ? s[3] : 0}};
-    }
-    static reference::Strided states(const Array &a, int64_t sequence) {
-        const Index &s = a.stride;
-        return {a.data() + sequence * s[1], {s[0], s[2], s[3], s[4]}};
     }
 };
 

@@ -1,15 +1,8 @@
 // Calls of power_backward by its own C signature, chunk by chunk from the last to the first, against the reference: for kernels compiled
 // ahead of time or just in time.
 #pragma once
-#include "check.h"
+#include "power_call.h"
 #include "reference/power_backward.h"
-#include "shapes.h"
-#include "stored.h"
-#include "view.h"
-
-#include <algorithm>
-#include <limits>
-#include <string>
 
 namespace test {
 
@@ -22,7 +15,7 @@ struct PowerBackwardCase {
     Gates gates;
     bool normalize;
     bool want_dq = true, want_dk = true, want_dv = true, want_dlog_decay = true, want_dstate = true;
-    enum class Contents { random, positive, ones } contents = Contents::random;
+    PowerCase::Contents contents = PowerCase::Contents::random;
     double size_of_keys = 1;
     bool in_place = false;  // the gradients of states are read and written where they lie
 };
@@ -54,31 +47,28 @@ inline std::vector<PowerBackwardCase> power_backward_cases(int C, const Dtype &d
                          unwanted != 3 && unwanted < 5,
                          unwanted != 4 && unwanted != 6});
     cases.push_back({"positive", {C, C}, 1, 1, 3, Layout::compact, Gates::weak, true});
-    cases.back().contents = Case::Contents::positive;
+    cases.back().contents = PowerCase::Contents::positive;
     cases.push_back({"ones", {C, C, 2}, 1, 1, 1, Layout::compact, Gates::none, true});
-    cases.back().contents = Case::Contents::ones;
+    cases.back().contents = PowerCase::Contents::ones;
     cases.push_back({"in_place", {C, 5}, 1, 2, 1, Layout::padded, Gates::weak, true});
     cases.back().in_place = true;
     for (double size : {dtype == f16 ? 1e-2 : 1e-8, dtype == f16 ? 1e2 : 1e6}) {
         cases.push_back({size < 1 ? "tiny" : "huge", {C, C / 2}, 1, 1, 1, Layout::compact, Gates::weak, true});
-        cases.back().contents = Case::Contents::positive, cases.back().size_of_keys = size;
+        cases.back().contents = PowerCase::Contents::positive, cases.back().size_of_keys = size;
     }
     return cases;
 }
 
-class PowerBackwardCall {
+class PowerBackwardCall : PowerTensors<PowerBackwardCase> {
+    Array dout, dstate, dkeys;
+
 public:
-    /// Kernels for a known V want states without gaps between rows.
     PowerBackwardCall(const PowerBackwardCase &c, Size size, int degree, const Dtype &dtype = f32, bool dense_states = false)
-        : c(c), degree(degree), dtype(dtype), K(size.K), V(size.V), D((int64_t)reference::monomials(K, degree).size()),
-          T(total(c.calls)), q(array({c.B, T, c.H * c.G, K}, c.size_of_keys)), k(array({c.B, T, c.H, K}, c.size_of_keys)),
-          v(array({c.B, T, c.H, V}, 1)), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
-          state(array({c.B, c.H, D, V}, std::pow(c.size_of_keys, degree), dense_states)), keys(sums_of_keys()),
-          out(array({c.B, T, c.H * c.G, V}, 1).forget()), dout(array(out.shape, 1)),
+        : PowerTensors(c, size, degree, dtype, dense_states, degree % 2 && c.normalize ? 0.5 : -1), dout(array(out.shape, 1)),
           // of a size that is lost neither behind what the rows give, nor they behind it
           dstate(array(state.shape, std::pow(c.size_of_keys, -degree), dense_states)),
           dkeys(array(keys.shape, std::pow(c.size_of_keys, -degree))) {
-        for (Array *x : {&q, &k, &v, &dout}) round_to(dtype, *x);
+        round_to(dtype, dout);
     }
 
     /// kernel(q, k, v, log_decay, state_in, keys_in, out, dout, dstate_out, dkeys_out, degree, normalize, scale, want_dq, want_dk,
@@ -105,7 +95,7 @@ public:
 
         // What does not count is NaN.
         if (!c.normalize) keys.forget(), dkeys.forget(), out.forget();
-        const Array inputs[] = {q, k, v, log_decay, out, dout};
+        const Array before[] = {q, k, v, log_decay, out, dout};
         Array dq(q.shape, c.layout), dk(k.shape, c.layout), dv(v.shape, c.layout), dlog_decay(log_decay.shape, c.layout);
         Array next_dstate = dstate, next_dkeys = dkeys;
         for (Array *x : {&dq, &dk, &dv, &dlog_decay, &next_dstate, &next_dkeys}) x->forget();
@@ -120,11 +110,8 @@ public:
             Buffer bdq = rows(sdq, dq, t, tokens, c.G), bdk = rows(sdk, dk, t, tokens), bdv = rows(sdv, dv, t, tokens);
             Buffer bg = gates(log_decay, t, tokens), bdg = gates(dlog_decay, t, tokens);
             if (!c.normalize) sums[n].forget();
-            Buffer bs = view(states[n].data(), f32, states[n], {3, 2, 1, 0}),
-                   bc = view(sums[n].data(), f32, sums[n], {2, 1, 0});
-            Buffer bds = view(dstate.data(), f32, dstate, {3, 2, 1, 0}), bdc = view(dkeys.data(), f32, dkeys, {2, 1, 0});
-            Buffer bnds = view(next_dstate.data(), f32, next_dstate, {3, 2, 1, 0});
-            Buffer bndc = view(next_dkeys.data(), f32, next_dkeys, {2, 1, 0});
+            Buffer bs = state_of(states[n]), bc = keys_of(sums[n]), bds = state_of(dstate), bdc = keys_of(dkeys);
+            Buffer bnds = state_of(next_dstate), bndc = keys_of(next_dkeys);
             // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
             for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bc, &bo, &bdo, &bds, &bdc, &bdq, &bdk, &bdv, &bdg, &bnds, &bndc})
                 buffer->set_host_dirty();
@@ -157,76 +144,9 @@ public:
                     sdv.gaps_intact() && dlog_decay.gaps_intact() && dstate.gaps_intact() && dkeys.gaps_intact())
             << "memory between the rows was written";
         const Array *after[] = {&q, &k, &v, &log_decay, &out, &dout};
-        for (int n = 0; n < 6; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
+        for (int n = 0; n < 6; n++) EXPECT_TRUE(after[n]->same_memory(before[n])) << "input " << n << " was written";
         const Stored *stored[] = {&sq, &sk, &sv, &so, &sdo};
         for (int n = 0; n < 5; n++) EXPECT_TRUE(stored[n]->unchanged()) << "input " << n << " was written";
-    }
-
-private:
-    using Buffer = Halide::Runtime::Buffer<void>;
-    const PowerBackwardCase c;
-    const int degree;
-    const Dtype dtype;
-    const int64_t K, V, D, T;
-    Random random;
-    Array q, k, v, log_decay, state, keys, out, dout, dstate, dkeys;
-    const float scale = 0.25f;
-
-    static int64_t total(const Index &lengths) {
-        int64_t sum = 0;
-        for (int64_t n : lengths) sum += n;
-        return sum;
-    }
-    Array array(const Index &shape, double size, bool dense = false) {
-        const double low = c.contents == PowerBackwardCase::Contents::random && !(degree % 2 && c.normalize) ? -1 : 0.5;
-        const Layout layout = dense ? Layout::compact : c.layout;
-        if (c.contents == PowerBackwardCase::Contents::ones) return Array(shape, layout).fill(1);
-        return Array(shape, layout).fill(random, low * size, size);
-    }
-    /// Of many keys, as in power_call.h.
-    Array sums_of_keys() {
-        Array sums(Index{c.B, c.H, D}, c.layout);
-        each({c.B, c.H}, [&](const Index &i) {
-            std::vector<double> sum(D);
-            for (int n = 0; n < 8; n++) {
-                std::vector<double> key(K);
-                for (double &x : key)
-                    x = c.contents == PowerBackwardCase::Contents::ones ? 1 : random(degree % 2 ? 0.5 : -1, 1) * c.size_of_keys;
-                const std::vector<double> features = reference::phi(key, degree);
-                for (int64_t f = 0; f < D; f++) sum[f] += features[f];
-            }
-            for (int64_t f = 0; f < D; f++) sums({i[0], i[1], f}) = (float)sum[f];
-        });
-        return sums;
-    }
-    reference::PowerInputs inputs(int64_t t, int64_t tokens, const Array &from, const Array &sum) const {
-        reference::PowerInputs in{c.B, tokens, c.H, c.G, K, V, degree, c.normalize};
-        in.q = strided(q, t), in.k = strided(k, t), in.v = strided(v, t), in.log_decay = strided(log_decay, t);
-        in.initial_state = strided(from), in.initial_keys = strided(sum);
-        in.scale = scale;
-        return in;
-    }
-
-    /// Halide's view of tokens t .. t + n - 1: (d or e, t, [g,] h, b).
-    Buffer rows(Stored &stored, const Array &a, int64_t t, int64_t n, int64_t group = 0) const {
-        const int64_t bytes = dtype == f32 ? sizeof(float) : sizeof(uint16_t);
-        Array part({a.shape[0], n, a.shape[2], a.shape[3]}, Index{0, 0, 0, 0});  // its extents alone count
-        part.stride = a.stride;
-        char *first = (char *)stored.data() + t * a.stride[1] * bytes;
-        if (!group) return view(first, dtype, part, {3, 1, 2, 0});
-        part.shape = {a.shape[0], n, a.shape[2] / group, group, a.shape[3]};
-        part.stride = {a.stride[0], a.stride[1], a.stride[2] * group, a.stride[2], a.stride[3]};
-        return view(first, dtype, part, {4, 1, 3, 2, 0});
-    }
-    static Buffer gates(Array &a, int64_t t, int64_t n) {
-        Buffer buffer = view(a.data() + t * a.stride[1], f32, a, {1, 2, 0});
-        buffer.raw_buffer()->dim[0].extent = (int32_t)n;
-        return buffer;
-    }
-    static reference::Strided strided(const Array &a, int64_t t = 0) {
-        reference::Strided x{a.data() + (t ? t * a.stride[1] : 0), {}};
-        std::copy(a.stride.begin(), a.stride.end(), x.stride.begin());
-        return x;
     }
 };
 

@@ -8,6 +8,7 @@
 #include "view.h"
 
 #include <algorithm>
+#include <numeric>
 #include <string>
 
 namespace test {
@@ -63,18 +64,93 @@ inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype) {
     return cases;
 }
 
-class PowerCall {
-public:
+/// What a call of `c` reads, and `out`, with which a gradient begins.
+template<class Case>
+class PowerTensors {
+protected:
+    using Buffer = Halide::Runtime::Buffer<void>;
+    using Contents = PowerCase::Contents;
+    const Case c;
+    const int degree;
+    const Dtype dtype;
+    const int64_t K, V, D, T;
+    const double lowest;  // of random elements; the highest is 1
+    Random random;
+    Array q, k, v, log_decay, state, keys, out;
+    const float scale = 0.25f;
+
     /// Kernels for a known V want states without gaps between rows.
-    PowerCall(const PowerCase &c, Size size, int degree, const Dtype &dtype = f32, bool dense_states = false)
-        : c(c), degree(degree), dtype(dtype), K(size.K), V(size.V),
-          D((int64_t)reference::phi(std::vector<double>(K), degree).size()), T(total(c.calls)),
+    PowerTensors(const Case &c, Size size, int degree, const Dtype &dtype, bool dense_states, double lowest)
+        : c(c), degree(degree), dtype(dtype), K(size.K), V(size.V), D((int64_t)reference::monomials(K, degree).size()),
+          T(std::accumulate(c.calls.begin(), c.calls.end(), int64_t(0))), lowest(lowest),
           q(array({c.B, T, c.H * c.G, K}, c.size_of_keys)), k(array({c.B, T, c.H, K}, c.size_of_keys)),
           v(array({c.B, T, c.H, V}, 1)), log_decay(log_decays(c.gates, c.B, T, c.H, c.layout, random)),
           state(array({c.B, c.H, D, V}, std::pow(c.size_of_keys, degree), dense_states)), keys(sums_of_keys()),
           out(array({c.B, T, c.H * c.G, V}, 1).forget()) {
-        if (!c.size_of_queries.empty()) each(q.shape, [&](const Index &i) { q(i) *= (float)c.size_of_queries[i[2] % c.G]; });
         for (Array *x : {&q, &k, &v}) round_to(dtype, *x);
+    }
+
+    Array array(const Index &shape, double size, bool dense = false) {
+        const Layout layout = dense ? Layout::compact : c.layout;
+        if (c.contents == Contents::ones) return Array(shape, layout).fill(1);
+        return Array(shape, layout).fill(random, (c.contents == Contents::random ? lowest : 0.5) * size, size);
+    }
+    /// Of many keys: far from 0 on every side that queries look from, so that quotients are not wrong by cancellation alone.
+    Array sums_of_keys() {
+        Array sums(Index{c.B, c.H, D}, c.layout);
+        each({c.B, c.H}, [&](const Index &i) {
+            std::vector<double> sum(D);
+            for (int n = 0; n < 8; n++) {
+                std::vector<double> key(K);
+                for (double &x : key) x = c.contents == Contents::ones ? 1 : random(degree % 2 ? 0.5 : -1, 1) * c.size_of_keys;
+                const std::vector<double> features = reference::phi(key, degree);
+                for (int64_t f = 0; f < D; f++) sum[f] += features[f];
+            }
+            for (int64_t f = 0; f < D; f++) sums({i[0], i[1], f}) = (float)sum[f];
+        });
+        return sums;
+    }
+    /// Of tokens t .. t + tokens - 1, from such states.
+    reference::PowerInputs inputs(int64_t t, int64_t tokens, const Array &from, const Array &sum) const {
+        reference::PowerInputs in{c.B, tokens, c.H, c.G, K, V, degree, c.normalize};
+        in.q = strided(q, t), in.k = strided(k, t), in.v = strided(v, t), in.log_decay = strided(log_decay, t);
+        in.initial_state = strided(from), in.initial_keys = strided(sum);
+        in.scale = scale;
+        return in;
+    }
+
+    /// Halide's view of tokens t .. t + n - 1: (d or e, t, [g,] h, b).
+    Buffer rows(Stored &stored, const Array &a, int64_t t, int64_t n, int64_t group = 0) const {
+        const int64_t bytes = dtype == f32 ? sizeof(float) : sizeof(uint16_t);
+        Array part({a.shape[0], n, a.shape[2], a.shape[3]}, Index{0, 0, 0, 0});  // its extents alone count
+        part.stride = a.stride;
+        char *first = (char *)stored.data() + t * a.stride[1] * bytes;
+        if (!group) return view(first, dtype, part, {3, 1, 2, 0});
+        part.shape = {a.shape[0], n, a.shape[2] / group, group, a.shape[3]};
+        part.stride = {a.stride[0], a.stride[1], a.stride[2] * group, a.stride[2], a.stride[3]};
+        return view(first, dtype, part, {4, 1, 3, 2, 0});
+    }
+    static Buffer gates(Array &a, int64_t t, int64_t n) {
+        Buffer buffer = view(a.data() + t * a.stride[1], f32, a, {1, 2, 0});
+        buffer.raw_buffer()->dim[0].extent = (int32_t)n;
+        return buffer;
+    }
+    static Buffer state_of(Array &a) { return view(a.data(), f32, a, {3, 2, 1, 0}); }
+    static Buffer keys_of(Array &a) { return view(a.data(), f32, a, {2, 1, 0}); }
+    static reference::Strided strided(const Array &a, int64_t t = 0) {
+        reference::Strided x{a.data() + (t ? t * a.stride[1] : 0), {}};
+        std::copy(a.stride.begin(), a.stride.end(), x.stride.begin());
+        return x;
+    }
+};
+
+class PowerCall : PowerTensors<PowerCase> {
+public:
+    PowerCall(const PowerCase &c, Size size, int degree, const Dtype &dtype = f32, bool dense_states = false)
+        : PowerTensors(c, size, degree, dtype, dense_states, -1) {
+        if (c.size_of_queries.empty()) return;
+        each(q.shape, [&](const Index &i) { q(i) *= (float)c.size_of_queries[i[2] % c.G]; });
+        round_to(dtype, q);
     }
 
     /// kernel(q, k, v, log_decay, state_in, keys_in, degree, normalize, scale, out, state_out, keys_out) returns 0 for every chunk,
@@ -82,25 +158,17 @@ public:
     template<class Kernel>
     void expect_reference(const Kernel &kernel) {
         SCOPED_TRACE(c.name + ", degree " + std::to_string(degree));
-        reference::PowerInputs in{c.B, T, c.H, c.G, K, V, degree, c.normalize};
-        const Array initial_state = state, initial_keys = keys;
-        in.q = strided(q), in.k = strided(k), in.v = strided(v), in.log_decay = strided(log_decay);
-        in.initial_state = strided(initial_state), in.initial_keys = strided(initial_keys);
-        in.scale = scale;
-        const reference::PowerResult want = reference::power(in);
+        const reference::PowerResult want = reference::power(inputs(0, T, state, keys));
 
-        const Array inputs[] = {q, k, v, log_decay};
+        const Array before[] = {q, k, v, log_decay};
         Stored sq(dtype, q), sk(dtype, k), sv(dtype, v), so(dtype, out);
         Array next_state = state, next_keys = keys;
         int64_t t = 0;
         for (int64_t n : c.calls) {
             Buffer bq = rows(sq, q, t, n, c.G), bk = rows(sk, k, t, n), bv = rows(sv, v, t, n), bo = rows(so, out, t, n, c.G);
             if (c.no_queries) bq.raw_buffer()->dim[2].extent = bo.raw_buffer()->dim[2].extent = 0;
-            Buffer bg = view(log_decay.data() + t * log_decay.stride[1], f32, log_decay, {1, 2, 0});
-            bg.raw_buffer()->dim[0].extent = (int32_t)n;
-            Buffer bs = view(state.data(), f32, state, {3, 2, 1, 0}),
-                   bz = view(next_state.data(), f32, next_state, {3, 2, 1, 0});
-            Buffer bc = view(keys.data(), f32, keys, {2, 1, 0}), by = view(next_keys.data(), f32, next_keys, {2, 1, 0});
+            Buffer bg = gates(log_decay, t, n), bs = state_of(state), bz = state_of(next_state);
+            Buffer bc = keys_of(keys), by = keys_of(next_keys);
             // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
             for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bc, &bo, &bz, &by}) buffer->set_host_dirty();
             Buffer &to = c.in_place ? bs : bz, &keys_to = c.in_place ? bc : by;
@@ -121,64 +189,9 @@ public:
         EXPECT_TRUE(out.gaps_intact() && so.gaps_intact() && state.gaps_intact() && keys.gaps_intact())
             << "memory between the rows was written";
         const Array *after[] = {&q, &k, &v, &log_decay};
-        for (int n = 0; n < 4; n++) EXPECT_TRUE(after[n]->same_memory(inputs[n])) << "input " << n << " was written";
+        for (int n = 0; n < 4; n++) EXPECT_TRUE(after[n]->same_memory(before[n])) << "input " << n << " was written";
         const Stored *stored[] = {&sq, &sk, &sv};
         for (int n = 0; n < 3; n++) EXPECT_TRUE(stored[n]->unchanged()) << "input " << n << " was written";
-    }
-
-private:
-    using Buffer = Halide::Runtime::Buffer<void>;
-    const PowerCase c;
-    const int degree;
-    const Dtype dtype;
-    const int64_t K, V, D, T;
-    Random random;
-    Array q, k, v, log_decay, state, keys, out;
-    const float scale = 0.25f;
-
-    static int64_t total(const Index &lengths) {
-        int64_t sum = 0;
-        for (int64_t n : lengths) sum += n;
-        return sum;
-    }
-    Array array(const Index &shape, double size, bool dense = false) {
-        const double low = c.contents == PowerCase::Contents::random ? -1 : 0.5;
-        const Layout layout = dense ? Layout::compact : c.layout;
-        if (c.contents == PowerCase::Contents::ones) return Array(shape, layout).fill(1);
-        return Array(shape, layout).fill(random, low * size, size);
-    }
-    /// Of many keys: far from 0 on every side that queries look from, so that quotients are not wrong by cancellation alone.
-    Array sums_of_keys() {
-        Array sums(Index{c.B, c.H, D}, c.layout);
-        each({c.B, c.H}, [&](const Index &i) {
-            std::vector<double> sum(D);
-            for (int n = 0; n < 8; n++) {
-                std::vector<double> key(K);
-                for (double &x : key)
-                    x = c.contents == PowerCase::Contents::ones ? 1 : random(degree % 2 ? 0.5 : -1, 1) * c.size_of_keys;
-                const std::vector<double> features = reference::phi(key, degree);
-                for (int64_t f = 0; f < D; f++) sum[f] += features[f];
-            }
-            for (int64_t f = 0; f < D; f++) sums({i[0], i[1], f}) = (float)sum[f];
-        });
-        return sums;
-    }
-
-    /// Halide's view of tokens t .. t + n - 1: (d or e, t, [g,] h, b).
-    Buffer rows(Stored &stored, const Array &a, int64_t t, int64_t n, int64_t group = 0) const {
-        const int64_t bytes = dtype == f32 ? sizeof(float) : sizeof(uint16_t);
-        Array part({a.shape[0], n, a.shape[2], a.shape[3]}, Index{0, 0, 0, 0});  // its extents alone count
-        part.stride = a.stride;
-        char *first = (char *)stored.data() + t * a.stride[1] * bytes;
-        if (!group) return view(first, dtype, part, {3, 1, 2, 0});
-        part.shape = {a.shape[0], n, a.shape[2] / group, group, a.shape[3]};
-        part.stride = {a.stride[0], a.stride[1], a.stride[2] * group, a.stride[2], a.stride[3]};
-        return view(first, dtype, part, {4, 1, 3, 2, 0});
-    }
-    static reference::Strided strided(const Array &a) {
-        reference::Strided x{a.data(), {}};
-        std::copy(a.stride.begin(), a.stride.end(), x.stride.begin());
-        return x;
     }
 };
 

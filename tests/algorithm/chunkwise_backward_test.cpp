@@ -1,10 +1,9 @@
 // The gradient of the chunkwise algorithm compiled just in time: without any schedule, and with every registered one, for each
 // target of cmake/targets.cmake that this machine runs. Small chunks and sizes, where every index is an edge.
 #include "../../generators/chunkwise_backward.h"
-#include "../../schedules/schedule.h"
 #include "../backward_call.h"
+#include "instance.h"
 #include "produced.h"
-#include "targets.h"
 
 namespace {
 using namespace Halide;
@@ -12,22 +11,7 @@ using namespace test;
 using holdfast::ChunkwiseBackwardFuncs;
 using holdfast::ChunkwiseSizes;
 using Schedules = holdfast::Schedule<ChunkwiseBackwardFuncs, ChunkwiseSizes>;
-
-struct Instance {
-    std::string schedule;
-    NamedTarget target;
-    ChunkwiseSizes sizes;
-    Size size;  // what the kernel is called with
-    Dtype dtype;
-};
-bool rounded(const ChunkwiseSizes &sizes) { return sizes.operands != holdfast::Dtype::f32; }
-std::string name(const Instance &i) {
-    auto extent = [](int n) { return n ? std::to_string(n) : std::string("any"); };
-    return i.schedule + "_" + i.target.name + "_C" + extent(i.sizes.chunk) + "_K" + extent(i.sizes.key) + "_V" +
-           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile) + "_" + i.dtype.name +
-           (rounded(i.sizes) ? "_rounded" : "");
-}
-void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+using Instance = test::Instance<ChunkwiseSizes>;
 
 std::vector<Instance> instances() {
     std::vector<Instance> list = {
@@ -60,17 +44,7 @@ class ChunkwiseBackward : public testing::TestWithParam<Instance> {};
 TEST_P(ChunkwiseBackward, MatchesReference) {
     const Instance &instance = GetParam();
     const ChunkwiseSizes &sizes = instance.sizes;
-    if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
-    try {
-        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
-        const Callable kernel = create_callable_from_generator(context, "chunkwise_backward",
-                                                               {{"dtype", instance.dtype.name},
-                                                                {"chunk", std::to_string(sizes.chunk)},
-                                                                {"key_size", std::to_string(sizes.key)},
-                                                                {"value_size", std::to_string(sizes.value)},
-                                                                {"causal_tile", std::to_string(sizes.causal_tile)},
-                                                                {"round_operands", rounded(sizes) ? "true" : "false"},
-                                                                {"forced_schedule", instance.schedule}});
+    compile_and("chunkwise_backward", instance, [&](const Callable &kernel) {
         for (const KernelCase &c : kernel_cases(sizes.chunk)) {
             if (c.states_alone) continue;
             auto expect = [&](const Wants &wants) {
@@ -80,13 +54,10 @@ TEST_P(ChunkwiseBackward, MatchesReference) {
             if (c.name == "groups")
                 for (const Wants &wants : some_wants()) expect(wants);
         }
-    } catch (const Halide::Error &e) {
-        FAIL() << e.what();
-    }
+    });
 }
 
-INSTANTIATE_TEST_SUITE_P(, ChunkwiseBackward, testing::ValuesIn(instances()),
-                         [](const auto &info) { return name(info.param); });
+HOLDFAST_INSTANCES(ChunkwiseBackward, instances());
 
 TEST(ChunkwiseBackwardStages, AreComputedForWhatIsWantedAlone) {
     const Target target = targets().back().target.with_feature(Target::JIT).with_feature(Target::TraceStores);

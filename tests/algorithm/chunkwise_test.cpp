@@ -1,9 +1,7 @@
 // The chunkwise algorithm compiled just in time: without any schedule, and with every registered one, for each target of
 // cmake/targets.cmake that this machine runs. Small chunks and sizes, where every index is an edge.
-#include "../../generators/chunkwise.h"
-#include "../../schedules/schedule.h"
 #include "../kernel_call.h"
-#include "targets.h"
+#include "instance.h"
 
 namespace {
 using namespace Halide;
@@ -11,22 +9,7 @@ using namespace test;
 using holdfast::ChunkwiseFuncs;
 using holdfast::ChunkwiseSizes;
 using Schedules = holdfast::Schedule<ChunkwiseFuncs, ChunkwiseSizes>;
-
-struct Instance {
-    std::string schedule;
-    NamedTarget target;
-    ChunkwiseSizes sizes;
-    Size size;  // what the kernel is called with
-    Dtype dtype;
-};
-bool rounded(const ChunkwiseSizes &sizes) { return sizes.operands != holdfast::Dtype::f32; }
-std::string name(const Instance &i) {
-    auto extent = [](int n) { return n ? std::to_string(n) : std::string("any"); };
-    return i.schedule + "_" + i.target.name + "_C" + extent(i.sizes.chunk) + "_K" + extent(i.sizes.key) + "_V" +
-           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile) + "_" + i.dtype.name +
-           (rounded(i.sizes) ? "_rounded" : "");
-}
-void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+using Instance = test::Instance<ChunkwiseSizes>;
 
 std::vector<Instance> instances() {
     const std::vector<Instance> unscheduled = {
@@ -59,24 +42,12 @@ class Chunkwise : public testing::TestWithParam<Instance> {};
 TEST_P(Chunkwise, MatchesReference) {
     const Instance &instance = GetParam();
     const ChunkwiseSizes &sizes = instance.sizes;
-    if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
-    try {
-        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
-        const Callable kernel = create_callable_from_generator(context, "chunkwise",
-                                                               {{"dtype", instance.dtype.name},
-                                                                {"chunk", std::to_string(sizes.chunk)},
-                                                                {"key_size", std::to_string(sizes.key)},
-                                                                {"value_size", std::to_string(sizes.value)},
-                                                                {"causal_tile", std::to_string(sizes.causal_tile)},
-                                                                {"round_operands", rounded(sizes) ? "true" : "false"},
-                                                                {"forced_schedule", instance.schedule}});
+    compile_and("chunkwise", instance, [&](const Callable &kernel) {
         for (const KernelCase &c : kernel_cases(sizes.chunk))
             KernelCall(c, sizes.chunk, instance.size, instance.dtype, {1, rounded(sizes)}).expect_reference(kernel);
-    } catch (const Halide::Error &e) {
-        FAIL() << e.what();
-    }
+    });
 }
 
-INSTANTIATE_TEST_SUITE_P(, Chunkwise, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+HOLDFAST_INSTANCES(Chunkwise, instances());
 
 }  // namespace

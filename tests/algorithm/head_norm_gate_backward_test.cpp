@@ -1,46 +1,21 @@
 // The algorithm of the gradient of norm and gate compiled just in time: without any schedule, and with every registered one, for each target of
 // cmake/targets.cmake that this machine runs.
-#include "../../generators/head_norm_gate_backward.h"
-#include "../../schedules/schedule.h"
 #include "../head_norm_gate_backward_call.h"
-#include "targets.h"
+#include "instance.h"
 
 namespace {
 using namespace Halide;
 using namespace test;
-using Schedules = holdfast::Schedule<holdfast::HeadNormGateBackwardFuncs, holdfast::HeadNormGateBackwardSizes>;
-
-struct Instance {
-    std::string schedule;
-    NamedTarget target;
-    Dtype dtype;
-};
-std::string name(const Instance &i) { return i.schedule + "_" + i.target.name + "_" + i.dtype.name; }
-void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
-
-std::vector<Instance> instances() {
-    std::vector<Instance> list = {{"none", targets().back(), f32}};  // other types: variants/
-    for (const auto &schedule : Schedules::all())
-        for (const NamedTarget &named : targets())
-            if (compiled_for("head_norm_gate_backward", schedule.rank, named) && schedule.matches(named.target, {}))
-                list.push_back({schedule.name, named, f32});
-    return list;
-}
+using Instance = test::Instance<holdfast::HeadNormGateBackwardSizes>;
 
 class HeadNormGateBackward : public testing::TestWithParam<Instance> {};
 
 TEST_P(HeadNormGateBackward, MatchesReference) {
     const Instance &instance = GetParam();
-    if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
-    try {
-        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
-        const Callable kernel = create_callable_from_generator(
-            context, "head_norm_gate_backward", {{"dtype", instance.dtype.name}, {"forced_schedule", instance.schedule}});
+    compile_and("head_norm_gate_backward", instance, [&](const Callable &kernel) {
         for (const NormBackwardCase &c : norm_backward_cases(true))
             NormBackwardCall(c, instance.dtype).expect_reference(kernel);
-    } catch (const Halide::Error &e) {
-        FAIL() << e.what();
-    }
+    });
 }
 
 // The reference itself is the slope of the forward one, by differences in double.
@@ -75,7 +50,8 @@ TEST(HeadNormGateBackwardReference, IsTheSlopeOfTheForwardOne) {
         }
 }
 
-INSTANTIATE_TEST_SUITE_P(, HeadNormGateBackward, testing::ValuesIn(instances()),
-                         [](const auto &info) { return name(info.param); });
+HOLDFAST_INSTANCES(
+    HeadNormGateBackward,
+    instances_of_any_size<holdfast::HeadNormGateBackwardFuncs, holdfast::HeadNormGateBackwardSizes>("head_norm_gate_backward"));
 
 }  // namespace

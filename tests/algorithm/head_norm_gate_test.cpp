@@ -1,51 +1,26 @@
 // The algorithm of norm and gate compiled just in time: without any schedule, and with every registered one, for each target of
 // cmake/targets.cmake that this machine runs.
-#include "../../generators/head_norm_gate.h"
-#include "../../schedules/schedule.h"
 #include "../head_norm_gate_call.h"
-#include "targets.h"
+#include "instance.h"
 
 namespace {
 using namespace Halide;
 using namespace test;
-using Schedules = holdfast::Schedule<holdfast::HeadNormGateFuncs, holdfast::HeadNormGateSizes>;
-
-struct Instance {
-    std::string schedule;
-    NamedTarget target;
-    Dtype dtype;
-};
-std::string name(const Instance &i) { return i.schedule + "_" + i.target.name + "_" + i.dtype.name; }
-void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
-
-std::vector<Instance> instances() {
-    std::vector<Instance> list;
-    for (const Dtype &dtype : all_dtypes) list.push_back({"none", targets().back(), dtype});
-    for (const auto &schedule : Schedules::all())
-        for (const NamedTarget &named : targets())
-            if (compiled_for("head_norm_gate", schedule.rank, named) && schedule.matches(named.target, {}))
-                list.push_back({schedule.name, named, f32});  // other types: variants/
-    return list;
-}
+using Instance = test::Instance<holdfast::HeadNormGateSizes>;
 
 class HeadNormGate : public testing::TestWithParam<Instance> {};
 
 TEST_P(HeadNormGate, MatchesReference) {
     const Instance &instance = GetParam();
-    if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
-    try {
-        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
-        const Callable kernel = create_callable_from_generator(
-            context, "head_norm_gate", {{"dtype", instance.dtype.name}, {"forced_schedule", instance.schedule}});
+    compile_and("head_norm_gate", instance, [&](const Callable &kernel) {
         for (const NormCase &c : norm_cases(true)) {
             if (instance.schedule == "none" && c.where == NormCase::is_x) continue;  // schedules see to it
             NormCall(c, instance.dtype).expect_reference(kernel);
         }
-    } catch (const Halide::Error &e) {
-        FAIL() << e.what();
-    }
+    });
 }
 
-INSTANTIATE_TEST_SUITE_P(, HeadNormGate, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+HOLDFAST_INSTANCES(HeadNormGate,
+                   instances_of_any_size<holdfast::HeadNormGateFuncs, holdfast::HeadNormGateSizes>("head_norm_gate"));
 
 }  // namespace

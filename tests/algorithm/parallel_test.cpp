@@ -1,9 +1,7 @@
 // The parallel algorithm compiled just in time with every registered schedule, for one target of cmake/targets.cmake. Without any
 // schedule, sums within sums are inlined: that takes Halide half a minute. Small blocks and sizes, where every index is an edge.
-#include "../../generators/parallel.h"
-#include "../../schedules/schedule.h"
 #include "../parallel_call.h"
-#include "targets.h"
+#include "instance.h"
 
 namespace {
 using namespace Halide;
@@ -11,20 +9,7 @@ using namespace test;
 using holdfast::ParallelFuncs;
 using holdfast::ParallelSizes;
 using Schedules = holdfast::Schedule<ParallelFuncs, ParallelSizes>;
-
-struct Instance {
-    std::string schedule;
-    NamedTarget target;
-    ParallelSizes sizes;
-    Size size;  // what the kernel is called with
-    Dtype dtype;
-};
-std::string name(const Instance &i) {
-    auto extent = [](int n) { return n ? std::to_string(n) : std::string("any"); };
-    return i.schedule + "_" + i.target.name + "_C" + extent(i.sizes.block) + "_K" + extent(i.sizes.key) + "_V" +
-           extent(i.sizes.value) + "_tile" + extent(i.sizes.causal_tile) + "_" + i.dtype.name;
-}
-void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+using Instance = test::Instance<ParallelSizes>;
 
 std::vector<Instance> instances() {
     std::vector<Instance> list;
@@ -48,22 +33,12 @@ class Parallel : public testing::TestWithParam<Instance> {};
 TEST_P(Parallel, MatchesReference) {
     const Instance &instance = GetParam();
     const ParallelSizes &sizes = instance.sizes;
-    try {
-        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
-        const Callable kernel = create_callable_from_generator(context, "parallel",
-                                                               {{"dtype", instance.dtype.name},
-                                                                {"chunk", std::to_string(sizes.block)},
-                                                                {"key_size", std::to_string(sizes.key)},
-                                                                {"value_size", std::to_string(sizes.value)},
-                                                                {"causal_tile", std::to_string(sizes.causal_tile)},
-                                                                {"forced_schedule", instance.schedule}});
+    compile_and("parallel", instance, [&](const Callable &kernel) {
         for (const ParallelCase &c : parallel_cases(sizes.block, instance.size.K))
             ParallelCall(c, sizes.block, instance.size, instance.dtype).expect_reference(kernel);
-    } catch (const Halide::Error &e) {
-        FAIL() << e.what();
-    }
+    });
 }
 
-INSTANTIATE_TEST_SUITE_P(, Parallel, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+HOLDFAST_INSTANCES(Parallel, instances());
 
 }  // namespace

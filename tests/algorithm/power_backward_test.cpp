@@ -2,10 +2,9 @@
 // cmake/targets.cmake that this machine runs. Small chunks and sizes, where every index is an edge.
 #include "../../generators/adjoint.h"
 #include "../../generators/power_backward.h"
-#include "../../schedules/schedule.h"
 #include "../power_backward_call.h"
+#include "instance.h"
 #include "produced.h"
-#include "targets.h"
 
 namespace {
 using namespace Halide;
@@ -13,26 +12,12 @@ using namespace test;
 using holdfast::PowerBackwardFuncs;
 using holdfast::PowerSizes;
 using Schedules = holdfast::Schedule<PowerBackwardFuncs, PowerSizes>;
-
-struct Instance {
-    std::string schedule;
-    NamedTarget target;
-    PowerSizes sizes;
-    Size size;                 // what the kernel is called with,
-    std::vector<int> degrees;  // one after the other
-    Dtype dtype;
-};
-std::string name(const Instance &i) {
-    auto extent = [](int n) { return n ? std::to_string(n) : std::string("any"); };
-    return i.schedule + "_" + i.target.name + "_p" + extent(i.sizes.degree) + "_C" + extent(i.sizes.chunk) + "_K" +
-           extent(i.sizes.key) + "_V" + extent(i.sizes.value) + "_block" + extent(i.sizes.block) + "_" + i.dtype.name;
-}
-void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+using Instance = test::Instance<PowerSizes>;
 
 std::vector<Instance> instances() {
     const NamedTarget plain = targets().back();
     std::vector<Instance> list = {
-        {"none", plain, {2, 2, 2, 2, 3, 2}, {2, 2}, {2}, f32},  // degree, chunk, K, V, block, causal tile
+        {"none", plain, {2, 2, 2, 2, 3, 2}, {2, 2}, f32, {2}},  // degree, chunk, K, V, block, causal tile
     };
     const std::vector<std::pair<PowerSizes, Size>> scheduled = {
         {{0, 8, 0, 0, 16, 8}, {5, 17}}, {{2, 64, 16, 32, 34, 64}, {16, 32}}, {{3, 64, 16, 64, 48, 64}, {16, 64}}};
@@ -48,7 +33,7 @@ std::vector<Instance> instances() {
                     if (sizes.degree == 3 && !best_here("power_backward", named)) continue;  // it takes seconds to compile
                     std::vector<int> degrees = {sizes.degree};
                     if (!sizes.degree) degrees = dtype == f32 ? std::vector<int>{1, 2, 3, 4} : std::vector<int>{2};
-                    list.push_back({schedule.name, named, sizes, size, degrees, dtype});
+                    list.push_back({schedule.name, named, sizes, size, dtype, degrees});
                 }
     return list;
 }
@@ -60,28 +45,15 @@ TEST_P(PowerBackward, MatchesReference) {
     const PowerSizes &sizes = instance.sizes;
     // Without a schedule, where all stages are computed again for every element that looks at them.
     const std::string few = "gates_weak layout_padded plain_resets unwanted_5";
-    if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
-    try {
-        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
-        const Callable kernel = create_callable_from_generator(context, "power_backward",
-                                                               {{"dtype", instance.dtype.name},
-                                                                {"degree", std::to_string(sizes.degree)},
-                                                                {"chunk", std::to_string(sizes.chunk)},
-                                                                {"key_size", std::to_string(sizes.key)},
-                                                                {"value_size", std::to_string(sizes.value)},
-                                                                {"block", std::to_string(sizes.block)},
-                                                                {"causal_tile", std::to_string(sizes.causal_tile)},
-                                                                {"forced_schedule", instance.schedule}});
+    compile_and("power_backward", instance, [&](const Callable &kernel) {
         for (int degree : instance.degrees)
             for (const PowerBackwardCase &c : power_backward_cases(sizes.chunk, instance.dtype))
                 if (instance.schedule != "none" || few.find(c.name) != std::string::npos)
                     PowerBackwardCall(c, instance.size, degree, instance.dtype, sizes.value > 0).expect_reference(kernel);
-    } catch (const Halide::Error &e) {
-        FAIL() << e.what();
-    }
+    });
 }
 
-INSTANTIATE_TEST_SUITE_P(, PowerBackward, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+HOLDFAST_INSTANCES(PowerBackward, instances());
 
 TEST(PowerBackwardStages, AreComputedForWhatIsWantedAlone) {
     const Target target = targets().back().target.with_feature(Target::JIT).with_feature(Target::TraceStores);

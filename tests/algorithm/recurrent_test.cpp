@@ -1,9 +1,7 @@
 // The recurrent algorithm compiled just in time: without any schedule, and with every registered one, for each target of
 // cmake/targets.cmake that this machine runs.
-#include "../../generators/recurrent.h"
-#include "../../schedules/schedule.h"
 #include "../step_call.h"
-#include "targets.h"
+#include "instance.h"
 
 namespace {
 using namespace Halide;
@@ -11,21 +9,7 @@ using namespace test;
 using holdfast::RecurrentFuncs;
 using holdfast::RecurrentSizes;
 using Schedules = holdfast::Schedule<RecurrentFuncs, RecurrentSizes>;
-
-struct Instance {
-    std::string schedule;
-    NamedTarget target;
-    RecurrentSizes sizes;
-    Size size;  // what the kernel is called with
-    Dtype dtype;
-};
-std::string name(const Instance &i) {
-    auto extent = [](int n) { return n ? std::to_string(n) : std::string("any"); };
-    const std::string blocks = i.sizes.tokens == 1 ? "" : "_C" + std::to_string(i.sizes.tokens);
-    return i.schedule + "_" + i.target.name + blocks + "_K" + extent(i.sizes.key) + "_V" + extent(i.sizes.value) + "_" +
-           i.dtype.name;
-}
-void PrintTo(const Instance &i, std::ostream *stream) { *stream << name(i); }
+using Instance = test::Instance<RecurrentSizes>;
 
 std::vector<Instance> instances() {
     const std::pair<RecurrentSizes, Size> sizes[] = {{{1, 1, 1}, {1, 1}},   {{3, 5, 1}, {3, 5}},     {{0, 0, 1}, {9, 17}},
@@ -50,22 +34,12 @@ class Recurrent : public testing::TestWithParam<Instance> {};
 
 TEST_P(Recurrent, MatchesReference) {
     const Instance &instance = GetParam();
-    if (!missing(instance.target.target).empty()) GTEST_SKIP() << "this CPU lacks" << missing(instance.target.target);
-    try {
-        const GeneratorContext context(instance.target.target.with_feature(Target::JIT));
-        const Callable kernel = create_callable_from_generator(context, "recurrent",
-                                                               {{"dtype", instance.dtype.name},
-                                                                {"key_size", std::to_string(instance.sizes.key)},
-                                                                {"value_size", std::to_string(instance.sizes.value)},
-                                                                {"chunk", std::to_string(instance.sizes.tokens)},
-                                                                {"forced_schedule", instance.schedule}});
+    compile_and("recurrent", instance, [&](const Callable &kernel) {
         for (const StepCase &c : step_cases(instance.sizes.tokens))
             StepCall(c, instance.size, instance.dtype).expect_reference(kernel);
-    } catch (const Halide::Error &e) {
-        FAIL() << e.what();
-    }
+    });
 }
 
-INSTANTIATE_TEST_SUITE_P(, Recurrent, testing::ValuesIn(instances()), [](const auto &info) { return name(info.param); });
+HOLDFAST_INSTANCES(Recurrent, instances());
 
 }  // namespace

@@ -265,12 +265,14 @@ TEST_P(Workspace, IsWhatTheHeaderSays) {
     // form of generic, which copies nothing.
     auto rounded = [](int64_t size, int64_t to) { return (size + to - 1) / to * to; };
     const auto [K, V] = GetParam().size;
+    const bool tuned = GetParam().target != "generic";
     for (int degree : {1, 2, 3})
         for (int64_t G : {1, 4})
             for (holdfast_form form : {HOLDFAST_FORM_CHUNKWISE, HOLDFAST_FORM_RECURRENT, HOLDFAST_FORM_PARALLEL})
                 for (const auto &[initial, final] : {std::pair(false, false), {false, true}, {true, true}})
                     for (int64_t T : form == HOLDFAST_FORM_PARALLEL ? Index{1, 256, 2048} : Index{1, 70}) {
                         if (degree == 3 && (K > 40 || T > 256)) continue;  // large
+                        if (!tuned && T > 256) continue;                   // slow, and nothing grows with T
                         SCOPED_TRACE(testing::Message() << "degree " << degree << ", G " << G << ", form " << form
                                                         << ", initial " << initial << ", final " << final << ", T " << T);
                         Memory memory;
@@ -294,7 +296,7 @@ TEST_P(Workspace, IsWhatTheHeaderSays) {
                         }
                         const double taken = (double)memory.most / sizeof(float);
                         EXPECT_LE(taken, floats);
-                        if (GetParam().target != "generic" && T > 1) {
+                        if (tuned && T > 1) {
                             EXPECT_GE(taken, floats / 5);
                         }
                     }
