@@ -13,17 +13,11 @@
 #include <HalideRuntime.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 #include <optional>
 
 namespace holdfast {
 namespace {
-
-/// Whether so many steps of `stride` elements are within 32 bits.
-bool fits(int64_t extent, int64_t stride) {
-    return std::llabs(stride) <= std::numeric_limits<int32_t>::max() / 2 / std::max<int64_t>(extent, 1);
-}
 
 /// Part of a problem: a sequence, a head of keys, some columns of its values, and the tokens whose outputs are wanted.
 struct Part {

@@ -1,8 +1,8 @@
 // The kernel power_backward, of a chunk: a sequence is a chain of calls for each head, from the last chunk to the first, with the
 // gradients of its state and sum of keys taken back in place. The states that the chunks begin with come from the forward kernel,
 // power. Where all of them are too much memory some are kept, the first of which is the caller's, and those between are made again, from
-// the last one kept, in place but for what is kept on the way. So s states are enough for (s + 1) (s + 2) / 2 chunks of which none is made
-// more than twice, and for (s + 1) (s + 2) (s + 3) / 6 with one more walk.
+// the last one kept, in place but for what is kept on the way. So s states are enough for (s + 1) (s + 2) / 2 chunks of which none is
+// made more than twice, and for (s + 1) (s + 2) (s + 3) / 6 with one more walk.
 #include "power_backward.h"
 
 #include "backward_head.h"
@@ -134,8 +134,8 @@ private:
 
 }  // namespace
 
-/// Chunks that can be walked back with so many places where no state is made more than so many times: between two walks over the places
-/// that are left, those of one place less, and before them those of one walk less.
+/// Chunks that can be walked back with so many places if no state is made more than so many times: those from the next one kept on, with
+/// a place less, and those before it, which are walked over once more.
 static double reach(int64_t places, int times) {
     double chunks = 1;
     for (int n = 1; n <= times; n++) chunks = chunks * (double)(places + n) / n;
