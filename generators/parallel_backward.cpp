@@ -35,9 +35,9 @@ struct Inside {
 /// see through: they are left out for variables that stay inside.
 void fill(const std::vector<Func> &roots, const std::vector<Filling> &fillings, const std::vector<Inside> &inside) {
     using namespace Internal;
-    struct Unguard : IRGraphMutator {
+    struct WithoutBounds : IRGraphMutator {
         const std::vector<Inside> &inside;
-        explicit Unguard(const std::vector<Inside> &inside) : inside(inside) {}
+        explicit WithoutBounds(const std::vector<Inside> &inside) : inside(inside) {}
         using IRGraphMutator::visit;
         bool never(const Expr &x, const Expr &bound, bool above) const {
             const auto *variable = x.as<Variable>();
@@ -73,7 +73,7 @@ void fill(const std::vector<Func> &roots, const std::vector<Filling> &fillings, 
             const Expr filled = IRGraphMutator::mutate(x);
             inner = false;
             return common_subexpression_elimination(
-                simplify(Unguard(inside).mutate(substitute_in_all_lets(remove_likelies(filled)))));
+                simplify(WithoutBounds(inside).mutate(substitute_in_all_lets(remove_likelies(filled)))));
         }
         Expr visit(const Call *op) override {
             for (const Filling &f : fillings) {

@@ -2,7 +2,7 @@
 //
 // Autodiff gives the adjoint of one pair, a block of rows against a block of keys: (queries, keys, values) -> (values of the rows,
 // their sums of weights). What the pair has of its neighbours are sums over pairs, whose reverse needs no autodiff. Weights are
-// made once more, and nothing of T x T is stored.
+// made once more, and nothing of T x T is stored but two numbers of each pair of blocks, for log decays.
 //
 //   o_i = num_i / den_i:   dnum_i = do_i / den_i,   dden_i = -<o_i, do_i> / den_i;   not normalized: dnum_i = scale^p do_i
 //   dq_i, dk_j, dv_j: sums of the adjoints of pairs, over blocks of keys, and over blocks of rows and the queries that share a key
@@ -51,13 +51,13 @@ struct ParallelBackwardFuncs {
     Halide::Func dk, dv;                     // (d,j,n,h,b) (e,j,n,h,b): sums of dkeys and dvalues, update 0
     Halide::RDom over_dq, over_dk, over_dv;  // (once or never, n, c, g), n <= c: the same names, for one loop
     Halide::Func q_dq, k_dk;  // (i,c,h,b): <q_i, dq_i> of all queries that share a key, and <k_i, dk_i>; p dG is the difference
-    Halide::Func ddecay_after;                          // (i,c,h,b): sum of p dG from row i to the end of its block
-    Halide::Func ddecay_of_row;                         // (i,n,c,g,h,b): <scores, dscores> of a row and a block of keys
-    Halide::Func ddecay_of_pair;                        // (n,c,g,h,b): of all rows of the block
-    Halide::Func ddecay;                                // (n,c,h,b): of all queries that share a key, update 0
-    Halide::Func ddecay_before;                         // (n,c,h,b): with all blocks of keys up to n; in place, a serial scan
-    Halide::Func ddecay_of_later;                       // (c,h,b): sum of p dG of all blocks after c
-    Halide::Func dlog_decay;                            // (i,c,h,b)
+    Halide::Func ddecay_after;     // (i,c,h,b): sum of p dG from row i to the end of its block
+    Halide::Func ddecay_of_row;    // (i,n,c,g,h,b): <scores, dscores> of a row and a block of keys
+    Halide::Func ddecay_of_pair;   // (n,c,g,h,b): of all rows of the block
+    Halide::Func ddecay;           // (n,c,h,b): of all queries that share a key, update 0
+    Halide::Func ddecay_before;    // (n,c,h,b): with all blocks of keys up to n; a copy, and a serial scan of that
+    Halide::Func ddecay_of_later;  // (c,h,b): sum of p dG of all blocks after c
+    Halide::Func dlog_decay;       // (i,c,h,b)
     Halide::RDom over_feature_of_q, over_feature_of_k;  // q_dq: (d, g); k_dk: d
     Halide::RDom over_after;                            // ddecay_after: row
     Halide::RDom over_key, over_row;                    // ddecay_of_row; ddecay_of_pair

@@ -38,8 +38,8 @@ public:
     Output<Buffer<void, 5>> dq{"dq"};                                 // (d, t, g, h, b)
     Output<Buffer<void, 4>> dk{"dk"}, dv{"dv"};         // (d, t, h, b) (e, t, h, b): of a group together, as dlog_decay
     Output<Buffer<float, 3>> dlog_decay{"dlog_decay"};  // (t, h, b)
-    Output<Buffer<float, 4>> dstate_in{"dstate_in"};    // (e, f, h, b)
-    Output<Buffer<float, 3>> dkeys_in{"dkeys_in"};      // (f, h, b): 0 where keys_in does not count
+    Output<Buffer<float, 4>> dstate_in{"dstate_in"};  // (e, f, h, b); it may be dstate_out: Halide makes outputs in this order
+    Output<Buffer<float, 3>> dkeys_in{"dkeys_in"};    // (f, h, b): 0 where keys_in does not count; it may be dkeys_out
 
     void configure() {
         const Type stored = stored_type(dtype);

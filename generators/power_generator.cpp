@@ -30,8 +30,8 @@ public:
     Input<int> normalize{"normalize"};                // 1, or 0
     Input<float> scale{"scale"};                      // counts where normalize is 0
     Output<Buffer<void, 5>> out{"out"};               // (e, t, g, h, b)
-    Output<Buffer<float, 4>> state_out{"state_out"};  // (e, f, h, b); on GPUs it may be state_in
-    Output<Buffer<float, 3>> keys_out{"keys_out"};    // (f, h, b); on GPUs it may be keys_in
+    Output<Buffer<float, 4>> state_out{"state_out"};  // (e, f, h, b); it may be state_in
+    Output<Buffer<float, 3>> keys_out{"keys_out"};    // (f, h, b); it may be keys_in
 
     void configure() {
         q.set_type(stored_type(dtype)), k.set_type(stored_type(dtype)), v.set_type(stored_type(dtype));

@@ -17,6 +17,7 @@ struct PowerBackwardCase {
     bool want_dq = true, want_dk = true, want_dv = true, want_dlog_decay = true, want_dstate = true, want_dkeys = true;
     PowerCase::Contents contents = PowerCase::Contents::random;
     double size_of_keys = 1;
+    bool in_place = false;  // the gradients of states are read and written where they lie
 };
 
 /// Everything that a kernel with chunks of C tokens may meet.
@@ -50,6 +51,8 @@ inline std::vector<PowerBackwardCase> power_backward_cases(int C, const Dtype &d
     cases.back().contents = PowerCase::Contents::positive;
     cases.push_back({"ones", {C, C, 2}, 1, 1, 1, Layout::compact, Gates::none, true});
     cases.back().contents = PowerCase::Contents::ones;
+    cases.push_back({"in_place", {C, 5}, 1, 2, 1, Layout::padded, Gates::weak, true});
+    cases.back().in_place = true;
     for (double size : {dtype == f16 ? 1e-2 : 1e-8, dtype == f16 ? 1e2 : 1e6}) {
         cases.push_back({size < 1 ? "tiny" : "huge", {C, C / 2}, 1, 1, 1, Layout::compact, Gates::weak, true});
         cases.back().contents = PowerCase::Contents::positive, cases.back().size_of_keys = size;
@@ -113,12 +116,13 @@ public:
             // A GPU's kernel copies what it reads, and all of an output: what it does not write there stays as it is.
             for (Buffer *buffer : {&bq, &bk, &bv, &bg, &bs, &bc, &bo, &bdo, &bds, &bdc, &bdq, &bdk, &bdv, &bdg, &bnds, &bndc})
                 buffer->set_host_dirty();
+            Buffer &to = c.in_place ? bds : bnds, &keys_to = c.in_place ? bdc : bndc;
             ASSERT_EQ(kernel(bq, bk, bv, bg, bs, bc, bo, bdo, bds, bdc, degree, (int)c.normalize, scale, (int)c.want_dq,
                              (int)c.want_dk, (int)c.want_dv, (int)c.want_dlog_decay, (int)(n || c.want_dstate),
-                             (int)(n || c.want_dkeys), bdq, bdk, bdv, bdg, bnds, bndc),
+                             (int)(n || c.want_dkeys), bdq, bdk, bdv, bdg, to, keys_to),
                       0);
-            for (Buffer *buffer : {&bdq, &bdk, &bdv, &bdg, &bnds, &bndc}) ASSERT_EQ(buffer->copy_to_host(), 0);
-            std::swap(dstate, next_dstate), std::swap(dkeys, next_dkeys);
+            for (Buffer *buffer : {&bdq, &bdk, &bdv, &bdg, &to, &keys_to}) ASSERT_EQ(buffer->copy_to_host(), 0);
+            if (!c.in_place) std::swap(dstate, next_dstate), std::swap(dkeys, next_dkeys);
         }
         const double share = tolerance::of_power_gradient_spread(K, V, D, c.G * longest, (int64_t)c.calls.size());
         auto expect = [&](const char *what, bool wanted, Array &got, Stored *stored, const std::vector<double> &value,

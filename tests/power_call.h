@@ -28,8 +28,8 @@ struct PowerCase {
     std::vector<double> size_of_queries = {};  // beside that of keys, for each of a group; {}: 1
 };
 
-/// Everything that a kernel with chunks of C tokens may meet; `gpu`: also what only those of GPUs promise.
-inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype, bool gpu = false) {
+/// Everything that a kernel with chunks of C tokens may meet.
+inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype) {
     std::vector<PowerCase> cases;
     for (Gates gates : all_gates)
         cases.push_back(
@@ -58,9 +58,9 @@ inline std::vector<PowerCase> power_cases(int C, const Dtype &dtype, bool gpu = 
     cases.back().size_of_queries = {1, 0, faint};
     cases.push_back({"no_queries", {C, C / 2 + 1}, 2, 2, 1, Layout::padded, Gates::resets, true});
     cases.back().no_queries = true;
-    if (gpu)
-        cases.push_back(
-            {"in_place", {C, 5, C}, 2, 2, 2, Layout::padded, Gates::weak, true, PowerCase::Contents::random, 1, true});
+    cases.push_back({"in_place", {C, 5, C}, 2, 2, 2, Layout::padded, Gates::weak, true, PowerCase::Contents::random, 1, true});
+    cases.push_back(cases.back());
+    cases.back().name = "in_place_no_queries", cases.back().no_queries = true;
     return cases;
 }
 

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 #include <string>
 
 namespace holdfast {
@@ -33,6 +34,11 @@ inline Backend home_of(const Tensor &t) {
 /// An axis of a kernel's buffer. That of a single element may have any stride, and need not fit.
 inline halide_dimension_t axis(int64_t extent, int64_t stride) {
     return {0, (int32_t)extent, extent > 1 ? (int32_t)stride : 0};
+}
+
+/// Whether so many steps of `stride` elements are within 32 bits, with as many again to spare.
+inline bool fits(int64_t extent, int64_t stride) {
+    return std::llabs(stride) <= std::numeric_limits<int32_t>::max() / 2 / std::max<int64_t>(extent, 1);
 }
 
 /// A halide_buffer_t with its dimensions, innermost first, all starting at 0.

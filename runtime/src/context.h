@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstddef>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -63,6 +64,8 @@ struct holdfast_context {
 
     /// Threads that a call with `items` pieces of work uses.
     int threads_for(int64_t items) const;
+    /// The same, of one with work for all of them.
+    int all_threads() const { return threads_for(std::numeric_limits<int64_t>::max()); }
 
     /// Call work(workspace, item) once for each of `items`, on threads_for(items) threads. The first failure ends the call.
     void for_each(int64_t items, const std::function<void(holdfast::Workspace &, int64_t)> &work);

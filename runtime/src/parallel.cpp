@@ -28,7 +28,7 @@ public:
     int64_t parts;  // of the rows of a head of keys
 
     Work(const Problem &p, const Variant &variant, const holdfast_context &context) : p(p), variant(variant) {
-        const int64_t heads = p.long_sequences() * p.Hk, threads = context.threads_for(std::numeric_limits<int32_t>::max());
+        const int64_t heads = p.long_sequences() * p.Hk, threads = context.all_threads();
         parts = 1;
         while (heads * parts % threads != 0 && heads * parts < 4 * threads && p.T / (parts + 1) >= least_rows) parts++;
         // What a kernel's 32 bits reach of the weights.

@@ -13,46 +13,37 @@
 #include <HalideRuntime.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 #include <optional>
 
 namespace holdfast {
 namespace {
 
-/// Whether so many steps of `stride` elements are within 32 bits.
-bool fits(int64_t extent, int64_t stride) {
-    return std::llabs(stride) <= std::numeric_limits<int32_t>::max() / 2 / std::max<int64_t>(extent, 1);
-}
-
 /// Part of a problem: a sequence, a head of keys, some columns of its values, and the tokens whose outputs are wanted.
 struct Part {
     int64_t sequence, head, column, columns, from, to;
 };
 
-/// The state and sum of keys of a part, in the kernels' order: where the caller has them, if that order is his and a step is to
-/// advance them in place, else copied.
+/// The state and sum of keys of a part, in the kernels' order.
 class Carried {
 public:
     Carried(const Problem &p, const Part &part, Workspace &workspace) : p(p), part(part), V(part.columns) {
         tight = expanded_size(p.K, p.degree, HOLDFAST_EXPANSION_TIGHT, std::numeric_limits<int32_t>::max());
-        memory.emplace(workspace, 2 * tight * (V + 1));
-        for (int n : {0, 1}) states[n] = memory->floats() + n * tight * V, sums[n] = memory->floats() + tight * (2 * V + n);
-        std::fill_n(memory->floats(), 2 * tight * (V + 1), 0.0f);
+        memory.emplace(workspace, tight * (V + 1));
+        state = memory->floats(), sum = state + tight * V;
+        std::fill_n(state, tight * (V + 1), 0.0f);
         constexpr auto order = HOLDFAST_EXPANSION_TIGHT;
-        if (p.initial_state.rank) convert(of_caller(p.initial_state), p.expansion, {states[0], V, 1}, order, p.D, p.K, V);
-        if (p.initial_sum.rank) convert(of_caller(p.initial_sum), p.expansion, {sums[0], 1, 1}, order, p.D, p.K, 1);
+        if (p.initial_state.rank) convert(of_caller(p.initial_state), p.expansion, {state, V, 1}, order, p.D, p.K, V);
+        if (p.initial_sum.rank) convert(of_caller(p.initial_sum), p.expansion, {sum, 1, 1}, order, p.D, p.K, 1);
     }
     void finish() const {
         constexpr auto order = HOLDFAST_EXPANSION_TIGHT;
-        if (p.final_state.rank) convert({states[0], V, 1}, order, of_caller(p.final_state), p.expansion, p.D, p.K, V);
-        if (p.final_sum.rank && part.column == 0)
-            convert({sums[0], 1, 1}, order, of_caller(p.final_sum), p.expansion, p.D, p.K, 1);
+        if (p.final_state.rank) convert({state, V, 1}, order, of_caller(p.final_state), p.expansion, p.D, p.K, V);
+        if (p.final_sum.rank && part.column == 0) convert({sum, 1, 1}, order, of_caller(p.final_sum), p.expansion, p.D, p.K, 1);
     }
-    void swap() { std::swap(states[0], states[1]), std::swap(sums[0], sums[1]); }
 
-    float *states[2], *sums[2];  // at the start of the next call, and at its end
-    int64_t tight;               // D
+    float *state, *sum;  // advanced in place
+    int64_t tight;       // D
 
 private:
     const Problem &p;
@@ -107,20 +98,17 @@ void run_chunks(const Problem &p, const Variant &variant, int64_t chunk, const P
     const int64_t stride = p.log_decay.rank == 3 ? p.log_decay.stride[1] : 0;
     const int32_t V = (int32_t)part.columns, D = (int32_t)carried.tight;
     Buffer log_decay(nullptr, float32, {{0, 0, 0}, {0, 1, 0}, {0, 1, 0}});
-    const auto state = [&](float *data) { return Buffer(data, float32, {{0, V, 1}, {0, D, V}, {0, 1, 0}, {0, 1, 0}}); };
-    const auto sum = [&](float *data) { return Buffer(data, float32, {{0, D, 1}, {0, 1, 0}, {0, 1, 0}}); };
+    Buffer state(carried.state, float32, {{0, V, 1}, {0, D, V}, {0, 1, 0}, {0, 1, 0}});
+    Buffer sum(carried.sum, float32, {{0, D, 1}, {0, 1, 0}, {0, 1, 0}});
     for (int64_t t = 0; t < part.to; t += chunk) {
         const int64_t tokens = std::min(chunk, part.to - t);
         for (Rows *rows : {&q, &k, &v, &out}) rows->look_at(t, tokens);
         for (Rows *rows : {&q, &out}) rows->axes[2].extent = t < part.from ? 0 : (int32_t)p.group();
         for (const Rows *rows : {&q, &k, &v}) rows->fetch(t + tokens, std::min(chunk, part.to - t - tokens));
         log_decay.host = (uint8_t *)log_decay_of(p, part, t), log_decay.axes[0] = axis(tokens, stride);
-        Buffer state_in = state(carried.states[0]), state_out = state(carried.states[1]);
-        Buffer sum_in = sum(carried.sums[0]), sum_out = sum(carried.sums[1]);
-        check_returned(std::get<PowerKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, &state_in, &sum_in, p.degree,
-                                                            p.normalized, p.scale, &out, &state_out, &sum_out),
+        check_returned(std::get<PowerKernel *>(variant.run)(&workspace, &q, &k, &v, &log_decay, &state, &sum, p.degree,
+                                                            p.normalized, p.scale, &out, &state, &sum),
                        variant, workspace);
-        carried.swap();
     }
     if (part.to == p.length(part.sequence)) carried.finish();
 }
@@ -170,7 +158,7 @@ private:
             for (int64_t m = 0; m < heads; m++) start(part, h + m);
         } else {
             carried.emplace(p, part, workspace);
-            state = carried->states[0], sum = carried->sums[0];
+            state = carried->state, sum = carried->sum;
         }
         const int64_t D = in_place ? p.D : carried->tight, block = feature_block(D), blocks = D / block;
         const int64_t of_blocks = G * blocks * V * heads, of_keys = D * heads;

@@ -1,8 +1,8 @@
 // The kernel power_backward, of a chunk: a sequence is a chain of calls for each head, from the last chunk to the first, with the
-// gradients of its state and sum of keys going from one call to the next. The states that the chunks begin with come from the forward
-// kernel, power. Where all of them are too much memory, one is kept for each segment of some chunks, and those between are made again,
-// segment by segment. Later segments are shorter: while they are walked back more states are kept. So s states are enough for
-// s (s + 1) / 2 - 1 chunks, with one more walk forward, of states alone.
+// gradients of its state and sum of keys taken back in place. The states that the chunks begin with come from the forward kernel,
+// power. Where all of them are too much memory some are kept, the first of which is the caller's, and those between are made again, from
+// the last one kept, in place but for what is kept on the way. So s states are enough for (s + 1) (s + 2) / 2 chunks of which none is
+// made more than twice, and for (s + 1) (s + 2) (s + 3) / 6 with one more walk.
 #include "power_backward.h"
 
 #include "backward_head.h"
@@ -10,12 +10,11 @@
 #include "power.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
-#include <optional>
+#include <numeric>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace holdfast {
@@ -38,11 +37,10 @@ struct Plan {
         chunk = std::min(variant.chunk, forward.chunk);
         if (p.chunk_size) chunk = std::min(chunk, p.chunk_size);
         D = expanded_size(p.K, p.degree, tight, std::numeric_limits<int32_t>::max());
-        constexpr int64_t line = 16;  // floats
-        slot = (D * (p.V + 1) + line - 1) / line * line;
+        slot = D * (p.V + 1);
         states = p.dq.rank || p.dlog_decay.rank || (p.normalized && p.group());
-        // All threads together a quarter of the tensors, at most.
-        most_states = bytes_of_rows(p) / 4 / ((double)slot * sizeof(float) * context.threads_for(p.N * p.Hk));
+        // All threads together a quarter of the tensors, at most, with a gradient.
+        most_states = bytes_of_tensors(p) / 4 / ((double)slot * sizeof(float) * context.threads_for(p.N * p.Hk)) - 1;
     }
     int64_t chunks(int64_t T) const { return (T + chunk - 1) / chunk; }
     KeptStates kept(int64_t T) const { return {states ? chunks(T) : 1, most_states}; }
@@ -53,25 +51,28 @@ class Chain {
 public:
     Chain(const BackwardProblem &p, const Plan &plan, Workspace &workspace, int64_t s, int64_t h)
         : p(p), plan(plan), workspace(workspace), s(s), h(h), T(p.length(s)), chunks(plan.chunks(T)),
-          rows(p, workspace, s, h, plan.chunk), kept(plan.kept(T)), states(workspace, plan.slot * kept.places()),
-          gradient_memory(workspace, plan.slot * 2) {
-        std::fill_n(states.floats(), plan.slot, 0.0f);
-        std::fill_n(gradient_memory.floats(), 2 * plan.slot, 0.0f);
-        put(p.initial_state, p.initial_sum, states.floats(), Of::states);
+          rows(p, workspace, s, h, plan.chunk), kept(plan.kept(T)),
+          states(workspace, plan.slot * std::max<int64_t>(kept.places(), 1)), gradient_memory(workspace, plan.slot) {
         put(p.dfinal_state, p.dfinal_sum, gradient_memory.floats(), Of::gradients);
     }
 
     void run() {
-        float *gradient = gradient_memory.floats(), *next = gradient + plan.slot;
-        auto retreat_from = [&](int64_t chunk, int64_t place) {
-            retreat(chunk, state(place), gradient, next);
-            std::swap(gradient, next);
+        // In the first place there is nothing, but what the caller gave is made where it is wanted.
+        auto state = [&](int64_t place, int64_t first_at) {
+            float *const at = states.floats() + ((place ? place : first_at) - 1) * plan.slot;
+            if (place == 0) put(p.initial_state, p.initial_sum, at, Of::states);
+            return at;
         };
+        float *const gradient = gradient_memory.floats();
         if (plan.states)
-            kept.walk_back([&](int64_t chunk, int64_t from, int64_t to) { advance(chunk, state(from), state(to)); },
-                           retreat_from);
-        else
-            for (int64_t i = chunks; i-- > 0;) retreat_from(i, 0);
+            kept.walk_back(
+                [&](int64_t chunk, int64_t from, int64_t to) {
+                    float *const before = state(from, to);
+                    advance(chunk, before, state(to, 1));
+                },
+                [&](int64_t chunk, int64_t from) { retreat(chunk, state(from, 1), gradient); });
+        else if (float *const any = state(0, 1))
+            for (int64_t i = chunks; i-- > 0;) retreat(i, any, gradient);
         if (p.dinitial_state.rank)
             convert({gradient, p.V, 1}, tight, of_caller(p.dinitial_state), p.expansion, p.D, p.K, p.V, Of::gradients);
         if (p.dinitial_sum.rank)
@@ -88,10 +89,10 @@ private:
     const KeptStates kept;
     const Scratch states, gradient_memory;
 
-    float *state(int64_t place) const { return states.floats() + place * plan.slot; }
-
     Features of_caller(const Tensor &t) const { return {t.at(s, h), t.stride[2], t.rank == 4 ? t.stride[3] : 1}; }
+    /// What the caller gave, zeros where that is nothing.
     void put(const Tensor &state, const Tensor &sum, float *slot, Of of) const {
+        std::fill_n(slot, plan.slot, 0.0f);
         if (state.rank) convert(of_caller(state), p.expansion, {slot, p.V, 1}, tight, p.D, p.K, p.V, of);
         if (sum.rank) convert(of_caller(sum), p.expansion, {slot + plan.D * p.V, 1, 1}, tight, p.D, p.K, 1, of);
     }
@@ -117,16 +118,15 @@ private:
         rows.with_queries(true);
     }
 
-    /// The gradients of a chunk, from its state and the gradient of that at its end; and that of the state.
-    void retreat(int64_t chunk, float *state, float *gradient, float *next) {
+    /// The gradients of a chunk, from its state and the gradient of that at its end, which becomes that of the state.
+    void retreat(int64_t chunk, float *state, float *gradient) {
         look_at(chunk);
-        Buffer state_in = state_of(state), sum_in = sum_of(state), dstate_out = state_of(gradient), dsum_out = sum_of(gradient);
-        Buffer dstate_in = state_of(next), dsum_in = sum_of(next);
+        Buffer state_in = state_of(state), sum_in = sum_of(state), dstate = state_of(gradient), dsum = sum_of(gradient);
         const auto run = std::get<PowerBackwardKernel *>(plan.variant.run);
         check_returned(run(&workspace, &rows.q, &rows.k, &rows.v, &rows.log_decay, &state_in, &sum_in, &rows.out, &rows.dout,
-                           &dstate_out, &dsum_out, p.degree, p.normalized, p.scale, rows.want_dq, rows.want_dk, rows.want_dv,
+                           &dstate, &dsum, p.degree, p.normalized, p.scale, rows.want_dq, rows.want_dk, rows.want_dv,
                            rows.want_dlog_decay, p.needs_dstate(chunk), p.needs_dsum(chunk), &rows.dq, &rows.dk, &rows.dv,
-                           &rows.dlog_decay, &dstate_in, &dsum_in),
+                           &rows.dlog_decay, &dstate, &dsum),
                        plan.variant, workspace);
         rows.done();
     }
@@ -134,57 +134,44 @@ private:
 
 }  // namespace
 
-KeptStates::KeptStates(int64_t chunks, double most_states) : chunks(chunks), count(1) {
-    while (count < chunks && (count * (count + 1) / 2 - 1 < chunks || (double)(count + 1) <= most_states)) count++;
+/// Chunks that can be walked back with so many places if no state is made more than so many times: those from the next one kept on, with
+/// a place less, and those before it, which are walked over once more.
+static double reach(int64_t places, int times) {
+    double chunks = 1;
+    for (int n = 1; n <= times; n++) chunks = chunks * (double)(places + n) / n;
+    return chunks;
+}
+
+KeptStates::KeptStates(int64_t chunks, double most_states) : chunks(chunks), count(0) {
+    constexpr int most_times = 3;
+    while (count + 1 < chunks && (reach(count, most_times) < (double)chunks || (double)(count + 1) <= most_states)) count++;
 }
 
 void KeptStates::walk_back(const std::function<void(int64_t, int64_t, int64_t)> &advance,
                            const std::function<void(int64_t, int64_t)> &retreat) const {
-    // The chunks that segments begin with, of which there are as many as places: each segment as long as what those before it leave
-    // allows, but for a chunk of each of those behind. The last but one has one: what makes a state from another has both.
-    std::vector<int64_t> begins;
-    for (int64_t n = 0, chunk = 0; n < count && chunk < chunks; n++) {
-        begins.push_back(chunk);
-        chunk += n + 2 == count ? 1 : std::min(count - n, chunks - chunk - (count - n - 1));
-    }
-    std::vector<int64_t> spare, first = {0};  // places; those of the first states of segments
-    for (int64_t place = count; place-- > 1;) spare.push_back(place);
-    auto take = [&] {
-        const int64_t place = spare.back();
-        spare.pop_back();
-        return place;
-    };
-    // The last segment's other states are made when it is walked back.
-    for (int64_t n = 0; n + 1 < (int64_t)begins.size(); n++) {
-        int64_t from = first[n];
-        for (int64_t chunk = begins[n]; chunk < begins[n + 1]; chunk++) {
-            const int64_t to = take();
-            advance(chunk, from, to);
-            if (from != first[n]) spare.push_back(from);
-            from = to;
+    std::vector<int64_t> kept = {0};  // the chunks that the states in places 0, 1, .. are at the start of
+    for (int64_t end = chunks; end > 0;) {
+        const int64_t place = (int64_t)kept.size() - 1, begin = kept.back(), left = count - place;
+        if (begin + 1 == end) {
+            retreat(begin, place);
+            kept.pop_back(), end = begin;
+            continue;
         }
-        first.push_back(from);
-    }
-    int64_t end = chunks;
-    for (int64_t n = (int64_t)begins.size(); n-- > 0; end = begins[n]) {
-        std::vector<int64_t> states = {first[n]};
-        for (int64_t chunk = begins[n]; chunk + 1 < end; chunk++) {
-            const int64_t to = take();
-            advance(chunk, states.back(), to);
-            states.push_back(to);
-        }
-        for (int64_t chunk = end; chunk-- > begins[n];) {
-            retreat(chunk, states.back());
-            spare.push_back(states.back());
-            states.pop_back();
-        }
+        // What is before the next one is walked over once more often than what is behind it, in which there is a place less.
+        int times = 1;
+        while (reach(left, times) < (double)(end - begin)) times++;
+        const double behind = reach(left - 1, times), before = times > 1 ? reach(left, times - 2) : 1;
+        const int64_t next = begin + (int64_t)std::max((double)(end - begin) - behind, before);
+        for (int64_t chunk = begin; chunk < next; chunk++) advance(chunk, chunk == begin ? place : place + 1, place + 1);
+        kept.push_back(next);
     }
 }
 
-double bytes_of_rows(const BackwardProblem &p) {
+double bytes_of_tensors(const BackwardProblem &p) {
     double bytes = 0;
-    for (const Tensor *t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv})
-        if (t->rank) bytes += (double)t->shape[0] * t->shape[1] * t->shape[2] * t->shape[3] * t->dtype.bytes();
+    for (const Tensor *t : p.all_tensors())
+        if (t->rank)
+            bytes += std::accumulate(t->shape, t->shape + t->rank, (double)t->dtype.bytes(), std::multiplies<double>());
     return bytes;
 }
 
@@ -194,7 +181,7 @@ void run_power_backward(holdfast_context &c, const BackwardProblem &p, const Cho
     const int64_t heads = p.N * p.Hk;
     std::string how = "chunks of " + std::to_string(plan.chunk);
     if (plan.states) {
-        const int64_t chunks = plan.chunks(p.longest()), kept = plan.kept(p.longest()).places();
+        const int64_t chunks = plan.chunks(p.longest()), kept = plan.kept(p.longest()).places() + 1;
         how +=
             kept >= chunks ? ", all states kept" : ", states kept of " + std::to_string(kept) + " of " + std::to_string(chunks);
     }

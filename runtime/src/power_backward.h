@@ -8,16 +8,18 @@
 
 namespace holdfast {
 
-/// The states that chunks begin with, while these are walked back: the first chunk of each segment has one that is kept, those between
-/// are made a second time, in what segments behind them have left.
+/// The states that chunks begin with, while these are walked back: some are kept, those behind one are made again from it, in what has
+/// become free behind them.
 class KeptStates {
 public:
-    /// Memory for as many as `most_states`, since fewer are made twice, or for what two walks forward need. Of no chunks for one.
+    /// Memory for as many as `most_states`, since what is not kept is made again, but for so many that none is made more than three
+    /// times. The first one, from which all can be made, is not among them.
     KeptStates(int64_t chunks, double most_states);
     int64_t places() const { return count; }
 
-    /// advance(chunk, from, to) makes the state at the end of a chunk from that at its start, retreat(chunk, from) is for each chunk
-    /// from the last to the first. Places are 0, where the first state is, to places() - 1.
+    /// advance(chunk, from, to) makes the state at the end of a chunk from that at its start, where `to` may be `from`; retreat(chunk,
+    /// from) is for each chunk from the last to the first. Place 0 is that of the first state, which is never written, others are 1 to
+    /// places().
     void walk_back(const std::function<void(int64_t chunk, int64_t from, int64_t to)> &advance,
                    const std::function<void(int64_t chunk, int64_t from)> &retreat) const;
 
@@ -25,8 +27,8 @@ private:
     int64_t chunks, count;
 };
 
-/// Bytes of the rows that the call has: what the memory for its states is measured by.
-double bytes_of_rows(const BackwardProblem &p);
+/// Bytes of the call's tensors: what the memory for its states is measured by.
+double bytes_of_tensors(const BackwardProblem &p);
 
 /// Compute the gradients of `p` chunk by chunk, of any degree, normalized or not.
 void run_power_backward(holdfast_context &context, const BackwardProblem &p, const Choice &choice);

@@ -56,14 +56,14 @@ public:
             fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, its state of D V = ", D * p.V,
                  " or its features need a buffer beyond 2^31 bytes; expected less");
         const bool states = p.dq.rank || p.dlog_decay.rank || (p.normalized && p.group());
-        // All that are kept a quarter of the rows, at most; of as many heads as there can be at a time, whatever the strides, by which
+        // All that are kept, and a gradient, a quarter of the tensors, at most; of as many heads as there can be at a time, whatever the strides, by which
         // memory, that a workspace has been sized for, must not grow.
         const Part most = largest_part({p.B, p.Hk}, [&](int64_t batch, int64_t heads) {
             return (double)scratch * (double)batch * (double)heads <= (double)most_bytes;
         });
         const double bytes_of_states = (double)(D * (p.V + 1)) * sizeof(float) * (double)(most.batch * most.of_each);
-        const KeptStates kept(states ? chunks : 1, bytes_of_rows(p) / 4 / bytes_of_states);
-        make(between, kept.places() - 1), make(gradients, 2);
+        const KeptStates kept(states ? chunks : 1, bytes_of_tensors(p) / 4 / bytes_of_states - 1);
+        make(between, kept.places()), make(gradients, 1);
         if (p.expansion != tight && p.initial_state.rank) make(initial, 1);
         for (b = 0; b < p.B; b += part.batch)
             for (h = 0; h < p.Hk; h += part.of_each) {
@@ -96,7 +96,7 @@ private:
     Memory memory_of_zeros, unwanted_row;
     Part part{};
     std::vector<Slot> between;             // states, but the first
-    std::vector<Slot> gradients, initial;  // one to be read, one to be written; the initial ones in the kernels' order
+    std::vector<Slot> gradients, initial;  // one each, in the kernels' order
     int64_t b = 0, h = 0;                  // the heads that are looked at
     int32_t B = 0, H = 0;
     bool advanced = false, retreated = false;
@@ -133,8 +133,7 @@ private:
         auto state = [&](int64_t place) { return place ? in(between[place - 1]) : before; };
         Where gradient = of_caller(x.dfinal, x.dfinal_sum, gradients, Of::gradients);
         auto retreat_from = [&](int64_t n, const Where &state) {
-            const bool in_first = gradient.state == &gradients[0].state || gradient.sum == &gradients[0].sum;
-            const Where next = in(gradients[in_first]);
+            const Where next = in(gradients[0]);
             retreat(n, state, gradient, next);
             gradient = next;
         };

@@ -10,9 +10,7 @@
 #include <HalideRuntime.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <functional>
-#include <limits>
 #include <optional>
 
 namespace holdfast {
@@ -145,16 +143,11 @@ private:
 
     /// Whether all tokens of a call are.
     bool tokens_fit() const {
-        auto fits = [&](const Tensor &x) {
-            return x.rank < 3 || std::llabs(x.stride[1]) <= std::numeric_limits<int32_t>::max() / 2 / tokens_at_once;
-        };
-        return fits(p.q) && fits(p.k) && fits(p.v) && fits(p.out) && fits(p.log_decay);
+        auto near = [&](const Tensor &x) { return x.rank < 3 || fits(tokens_at_once, x.stride[1]); };
+        return near(p.q) && near(p.k) && near(p.v) && near(p.out) && near(p.log_decay);
     }
     /// Whether all heads of a batch entry are within 32 bits of one another.
     bool heads_fit() const {
-        auto fits = [](int64_t extent, int64_t stride) {
-            return std::llabs(stride) <= std::numeric_limits<int32_t>::max() / 2 / std::max<int64_t>(extent, 1);
-        };
         const Tensor &g = p.log_decay, &s = p.final_state;
         return p.Hk > 0 && fits(p.H, p.q.stride[2]) && fits(p.Hk, p.k.stride[2]) && fits(p.Hk, p.v.stride[2]) &&
                fits(p.H, p.out.stride[2]) && (!g.rank || fits(p.Hk, g.stride[g.rank - 1])) && fits(p.Hk, s.stride[1]) &&

@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
-#include <limits>
 
 namespace holdfast {
 
@@ -21,7 +20,7 @@ inline bool worth_sharing(const Problem &p) { return (double)p.T * (double)p.D *
 /// Threads to a head of the longest sequence: what its tokens are of all, to the nearest, and not more than sequences as long as it
 /// leave each. Short ones beside it fill threads that would be idle.
 inline int64_t threads_of_head(const Problem &p, const holdfast_context &context) {
-    const int64_t threads = context.threads_for(std::numeric_limits<int64_t>::max()), heads = p.long_sequences() * p.Hk;
+    const int64_t threads = context.all_threads(), heads = p.long_sequences() * p.Hk;
     if (!p.packed() || p.T == 0 || heads == 0) return heads ? threads / heads : 1;
     return std::min<int64_t>(threads / heads, std::llround((double)threads * (double)p.longest() / (double)(p.T * p.Hk)));
 }

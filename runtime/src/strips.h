@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
-#include <limits>
 #include <string>
 
 namespace holdfast {
@@ -53,7 +52,7 @@ struct StepPieces {
                 return !v->value_size || (V % (n * least_columns) == 0 && narrower(*v, V / n));
             });
         };
-        const double threads = context.threads_for(std::numeric_limits<int64_t>::max());
+        const double threads = context.all_threads();
         const int64_t long_heads = p.long_sequences() * p.Hk;  // those beside them are little work, or none
         strips = std::min((int64_t)std::min(threads, 1 + bytes / worth_a_strip) / long_heads, V / least_columns);
         while (strips > 1 && !narrow(strips)) strips--;

@@ -100,8 +100,9 @@ void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &target) {
     p.den_intra.update().reorder(i, p.over_key_weight.x).vectorize(i, vec).unroll(i);
     p.row.compute_at(p.out, is).vectorize(i, vec);
 
-    // State.
-    p.state_out.split(f, fo, fi, phi_features)
+    // State. It may be that which is read: no element of it is made twice.
+    const TailStrategy once = TailStrategy::GuardWithIf;
+    p.state_out.split(f, fo, fi, phi_features, once)
         .split(fi, ft, fi, rows)
         .split(e, eo, ei, wide)
         .reorder(ei, fi, eo, ft, fo, h, b)
@@ -110,7 +111,7 @@ void apply(PowerFuncs &p, const PowerSizes &sizes, const Target &target) {
         .unroll(fi);
     tile(p.contribution, {p.state_out, eo}, p.over_token, e, f);
     p.phi_k.compute_at(p.state_out, fo).reorder_storage(j, f).reorder(j, f).vectorize(j, vec).unroll(j);
-    p.keys_out.split(f, fo, fi, phi_features).reorder(fi, fo, h, b).vectorize(fi, vec).compute_with(p.state_out, fo);
+    p.keys_out.split(f, fo, fi, phi_features, once).reorder(fi, fo, h, b).vectorize(fi, vec).compute_with(p.state_out, fo);
     p.keys_contribution.compute_at(p.state_out, fo).vectorize(f, vec);
     p.keys_contribution.update().reorder(in_group, f).vectorize(f, vec).atomic().vectorize(in_group);
     keys_lanes.compute_at(p.state_out, fo).reorder_storage(lane, f).vectorize(lane);

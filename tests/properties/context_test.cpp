@@ -282,12 +282,12 @@ TEST_P(Workspace, IsWhatTheHeaderSays) {
                         p.form = form, p.initial = initial, p.final = final;
                         ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
                         context.destroy();
-                        const int64_t D = p.D, chunks = 2 * D * (V + 1) + 5 * D + 64 * (1 + G) * (3 * K + 2 * V + 8);
+                        const int64_t D = p.D, chunks = D * (V + 1) + 5 * D + 64 * (1 + G) * (3 * K + 2 * V + 8);
                         double floats = (double)chunks;
                         if (form == HOLDFAST_FORM_RECURRENT) {
                             const int64_t heads = std::clamp<int64_t>(512 * 1024 / 4 / (D * V), 1, 2);
                             floats = (double)heads * ((double)G * V * (D / 64.0 + 1) + (3.0 + G) * D + G * (K + V)) + 6 * D;
-                            if (!final) floats += 2 * D * (V + 1);
+                            if (!final) floats += D * (V + 1);
                         } else if (form == HOLDFAST_FORM_PARALLEL) {
                             const int64_t k = rounded(K, 32), v = rounded(V, 32), t = rounded(T, 64);
                             floats = (double)(t * (k + v) + t * t / 32 + k * v + 64 * (2 * k + 3 * v + 128));

@@ -296,6 +296,7 @@ TEST_P(ParallelOnGpu, TakesTiledStates) {
          {std::pair{&tiled.out, &want.out}, {&tiled.final_state, &want.final_state}, {&tiled.final_sum, &want.final_sum}})
         EXPECT_LE(relative_rms(got->values(), expected->values()), tolerance::relative_rms_between_forms);
 }
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(ParallelOnGpu);
 INSTANTIATE_TEST_SUITE_P(, ParallelOnGpu, testing::ValuesIn(parallel_instances({{5, 7}}, true)),
                          [](const auto &info) { return name(info.param); });
 

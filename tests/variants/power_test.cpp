@@ -28,13 +28,13 @@ void expect_reference(const Variant &variant, int chunk, const Call &call) {
     if (variant.size.K) sizes = {variant.size};
     // Of a size that is tuned, where the reference takes long, those that the others are part of; and of 16 bits on a stand-in.
     const std::string enough =
-        "gates_weak gates_resets layout_padded ones huge no_queries in_place faint_queries queries_of_zero";
+        "gates_weak gates_resets layout_padded ones huge in_place in_place_no_queries faint_queries queries_of_zero";
     const bool all = variant.size.K == 0 && (variant.on_cpu() || variant.dtype == f32);
     if (!variant.on_cpu() && !all) degrees = {2};
     for (int degree : degrees)
         for (Size size : sizes) {
             if (!variant.size.K && size.K > 8 && degree > 2) continue;
-            for (const PowerCase &c : power_cases(chunk, variant.dtype, !variant.on_cpu()))
+            for (const PowerCase &c : power_cases(chunk, variant.dtype))
                 if ((of_chunks || !c.no_queries) && (all || enough.find(c.name) != std::string::npos) &&
                     not_on(variant.backend, c.layout).empty())
                     call(PowerCall(c, size, degree, variant.dtype, of_chunks && variant.size.V));

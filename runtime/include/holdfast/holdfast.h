@@ -337,15 +337,15 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  one, one state more, and what the kernel has of up to 8 chunks of a head (12 of 16 bits): their states and a few copies of their
  *  rows. Recurrent: V floats for each of up to 256 tokens, of 32 KiB in all but at least one, for T = 1 of each head; and where
  *  final_state is not wanted or value-major, states, for T > 1 as many as 512 KiB hold but at least one.
- *  A degree above 1 or normalization, chunkwise: 2 D (V + 1) floats, two states and sums of keys; 5 D for the table of features; and for
+ *  A degree above 1 or normalization, chunkwise: D (V + 1) floats, a state and its sum of keys; 5 D for the table of features; and for
  *  the rows of a chunk 64 (1 + G) (3 K + 2 V + 8) at most. Recurrent: G V for each block of features, D / 64 or about as many (for a
  *  prime D above 127 D), (3 + G) D and G (K + V), for as many heads as have 512 KiB of states but at least one; 6 D for the table; and
- *  2 D (V + 1) where states are not advanced in place: final_state or, if normalized, final_sum_of_keys is not wanted, or states are
+ *  D (V + 1) where states are not advanced in place: final_state or, if normalized, final_sum_of_keys is not wanted, or states are
  *  value-major or tiled.
  *  Parallel, K and V rounded up to 32, T to 64: T (K + V) floats, a copy of one head's keys and values; T^2 / 32 for decays, of blocks
  *  of tokens; K V + 64 (2 K + 3 V + 128). With an initial state D (V + 71) more, the state and a block of rows expanded; with a final
  *  state K (V + 1) more, for a degree above 1 as much as chunkwise. At K = V = 64, degree 2 and T = 256 that is 0.2 MiB, with a final
- *  state 1.3 and with both 2.3.
+ *  state 0.7 and with both 1.8.
  *
  *  T = 0: final_state = initial_state. Not-a-numbers and infinities in q, k, v stay in their sequence and head (those of k and v
  *  reach all heads of queries that share it), but may reach earlier tokens of the same chunk.
@@ -536,15 +536,16 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  2 D (V + 1) (1 + Hk / H) / (K + V), three times that on AVX-512 and AVX2 where no kernel was compiled for K, V and the degree (at K =
  *  V = 64, degree 2 and H = Hk 4225 tokens); else chunk by chunk from the last to the first, also for HOLDFAST_FORM_RECURRENT.
  *
- *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is on a CPU. States are
- *  computed again, first of all, and kept in workspace until the walk back is done: for degree 1 without normalization one for some
- *  chunks (at K = V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. `states` that are
+ *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is on a CPU, but two floats for
+ *  each pair of blocks of 64 tokens in the parallel form. States are computed again, first of all, and kept in workspace until the
+ *  walk back is done: for degree 1 without normalization one for some chunks (at K = V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. `states` that are
  *  given save that (a fifth of the time), where their rows are contiguous along V, and state_interval is at most so many tokens or a
- *  multiple of a chunk; others are not looked at. For a degree above 1 or
- *  normalization as many of the states between chunks as with those of all threads fit into a quarter of the call's tensors, but at
- *  least about sqrt(2 T / chunk) a thread; the others are computed a second time, which takes up to a sixth longer; and two gradients of
- *  states. The parallel form keeps rows in fp32 and the scores of a block of them, about T ((2 + G) K + 2 V + 64) floats a thread, G
- *  heads of queries to one of keys, and two for each pair of blocks of 64 tokens. Threads beyond one for each sequence and head of keys have nothing to do.
+ *  multiple of a chunk; others are not looked at. For a degree above 1 or normalization a gradient of states and as many of the states
+ *  between chunks as with those of all threads fit into a quarter of the call's tensors, but s a thread, at least, for up to
+ *  (s + 1) (s + 2) (s + 3) / 6 chunks; others are computed a second time, and where that is not enough a third, which takes 6 to 8%
+ *  longer. The parallel form keeps rows in fp32 and the scores of a block of them, about T ((2 + G) K + 2 V + 64) floats a thread, G
+ *  heads of queries to one of keys, K + V less of 16 bits on AVX-512 and AVX2, and what it has of pairs of blocks. Threads beyond one
+ *  for each sequence and head of keys have nothing to do.
  *
  *  T = 0: dinitial_state = dfinal_state, and dlog_decay per head is 0. Not-a-numbers and infinities stay in their sequence and group of
  *  heads, but for dlog_decay per head, which is of all sequences.
@@ -560,9 +561,9 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *  sequences, of some of its tokens each, from the last to the first, and before them, for dq and dlog_decay, one like those of
  *  holdfast_forward for each to make the state that it begins with. For a degree above 1 or normalization: a launch sequence for each
  *  chunk, forward and back, with states kept or computed again as above, of all heads at a time in the place of threads; packed
- *  sequences one after the other. From all weights: three times T x T floats a head, of as many heads at a time as 2^31 bytes hold of
- *  one of these; HOLDFAST_FORM_AUTO goes by chunks. A decay per head has its gradient summed by blocks of 256 tokens, in fp32. What
- *  holdfast_forward says of log_decay, of tensors there and of streams goes for this call too.
+ *  sequences one after the other. From all weights: three times T x T floats a head and sums of a 32nd of T x T, of as many heads at a
+ *  time as 2^31 bytes hold of T x T; HOLDFAST_FORM_AUTO goes by chunks. A decay per head has its gradient summed by blocks of 256
+ *  tokens, in fp32. What holdfast_forward says of log_decay, of tensors there and of streams goes for this call too.
  *
  *  HOLDFAST_UNSUPPORTED so far: on a GPU the parallel form where the T x T floats of a group of heads are more than 2^31 bytes, and
  *  dlog_decay per head where those of all tokens are.
