@@ -7,9 +7,9 @@ namespace {
 using namespace test;
 using Buffer = halide_buffer_t;
 
-const std::vector variants = {
+const std::vector variants = rows({
 #include <variants/chunkwise_backward.inc>
-};
+});
 using Variant = decltype(variants)::value_type;
 using Instance = Called<Variant, KernelCase>;
 

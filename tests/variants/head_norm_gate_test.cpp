@@ -6,9 +6,9 @@
 namespace {
 using namespace test;
 
-const std::vector variants = {
+const std::vector variants = rows({
 #include <variants/head_norm_gate.inc>
-};
+});
 using Variant = decltype(variants)::value_type;
 
 class HeadNormGate : public OfVariants<Variant> {};

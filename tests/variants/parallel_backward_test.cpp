@@ -6,9 +6,9 @@
 namespace {
 using namespace test;
 
-const std::vector variants = {
+const std::vector variants = rows({
 #include <variants/parallel_backward.inc>
-};
+});
 using Variant = decltype(variants)::value_type;
 using Instance = Called<Variant, ParallelBackwardCase>;
 

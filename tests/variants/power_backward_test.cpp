@@ -7,9 +7,9 @@ namespace {
 using namespace test;
 
 using Buffer = halide_buffer_t;
-const std::vector variants = {
+const std::vector variants = rows({
 #include <variants/power_backward.inc>
-};
+});
 using Variant = decltype(variants)::value_type;
 
 constexpr Size sizes_of_any[] = {{1, 1}, {5, 7}, {16, 33}};  // D grows with the degree

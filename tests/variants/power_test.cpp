@@ -6,12 +6,12 @@
 namespace {
 using namespace test;
 
-const std::vector chunk_variants = {
+const std::vector chunk_variants = rows({
 #include <variants/power.inc>
-};
-const std::vector step_variants = {
+});
+const std::vector step_variants = rows({
 #include <variants/power_step.inc>
-};
+});
 using ChunkVariant = decltype(chunk_variants)::value_type;
 using StepVariant = decltype(step_variants)::value_type;
 

@@ -8,9 +8,9 @@
 namespace {
 using namespace test;
 
-const std::vector variants = {
+const std::vector variants = rows({
 #include <variants/recurrent.inc>
-};
+});
 using Variant = decltype(variants)::value_type;
 using Instance = Called<Variant>;
 

@@ -39,7 +39,9 @@ inline std::string missing_here(const std::string &variant) {
     return "(not listed by holdfast_variant_at)";
 }
 
-/// A row of cmake/kernels.cmake. All of a kernel's are in a vector's list of `#include <variants/KERNEL.inc>`.
+using NoKernel = void();  // of a kernel that a build has no variants of
+
+/// A row of cmake/kernels.cmake. All of a kernel's are rows({..}) of `#include <variants/KERNEL.inc>`.
 template<class Kernel>
 struct Variant {
     const char *name;
@@ -55,12 +57,23 @@ struct Variant {
     bool on_cpu() const { return backend == std::string_view("cpu"); }
     /// Calls it with everything but a context.
     auto run() const {
-        return [kernel = kernel](auto &&...arguments) { return kernel(nullptr, arguments...); };
+        return [kernel = kernel](auto &&...arguments) {
+            if constexpr (std::is_same_v<Kernel, NoKernel>)
+                return -1;
+            else
+                return kernel(nullptr, arguments...);
+        };
     }
 };
 #define HOLDFAST_VARIANT(of, name, dtype, chunk, key_size, value_size, target, row_alignment, round_operands, degree) \
     Variant<decltype(name)>{#name,          dtype,  chunk, {key_size, value_size}, backend_of(#target), row_alignment, \
                             round_operands, degree, name},
+
+template<class Kernel>
+std::vector<Variant<Kernel>> rows(std::initializer_list<Variant<Kernel>> list) {
+    return list;
+}
+inline std::vector<Variant<NoKernel>> rows(std::initializer_list<Variant<NoKernel>>) { return {}; }
 
 template<class Kernel>
 std::string name(const Variant<Kernel> &v) {
