@@ -25,18 +25,16 @@ void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, cons
         Func lanes = sum.update().rfactor(ri, lane);
         lanes.compute_at(sum, h).vectorize(lane).update().reorder(lane, ro).vectorize(lane);
         sum.update().atomic().vectorize(ri, vec, tail);
-        return lanes;
     };
     const Expr whole_vectors = y.value_extent >= vec;  // the sums of lanes are then added up by shuffling
     y.sum.compute_root(), y.squares.compute_root(), y.factor.compute_root();
     for (Func sum : {y.sum, y.squares}) sum_over_row(sum), sum.update().specialize(whole_vectors);
 
-    y.power.compute_root().vectorize(e, vec, tail);  // most of the work: once for all three
+    f.through_gate.compute_root().vectorize(e, vec, tail);  // most of the work: once for all three
+    f.through_gate.specialize(y.gated);
 
     for (Func of_row : {f.dfactor, f.dsquares, f.dsum}) of_row.compute_at(f.result_dx, h);
-    sum_over_row(f.dsum);
-    Func row = f.dnormed.clone_in({sum_over_row(f.dfactor), f.dcentered});  // the exponentials of a row once
-    row.compute_at(f.result_dx, h).vectorize(e, vec, tail);
+    sum_over_row(f.dsum), sum_over_row(f.dfactor);
     f.result_dx.update().reorder(e, f.want_dx, h, t, b).vectorize(e, vec, tail);
     f.result_dx.update().specialize(whole_vectors && y.gated);
     f.result_dx.update().specialize(whole_vectors);
