@@ -1,9 +1,9 @@
-// Every CPU that Halide has, any sizes: each gradient a row at a time, from what is known of all rows, a mean and a factor each, and
-// from the exponentials of all gates. The sums over tokens go through the rows as they lie. Calls of as many tokens as L2 holds
-// read memory once. Not parallel: the runtime spreads tokens over threads.
+// Every CPU that Halide has, any sizes: each gradient a row at a time, from what is known of all rows, a mean and a factor
+// each, and of all gates. The sums over tokens go through the rows as they lie. Calls of as many tokens as L2 holds read
+// memory once. Not parallel: the runtime spreads tokens over threads.
 //
-// AMD EPYC (Zen 4), one core, AVX-512, 51 tokens of 8 heads, V = 64, fp32, RMS norm: 2.0 ns an element for all three gradients, of
-// which dx 1.1, dgate 0.7 and dweight 0.6 alone; exponentials in each of them were 3.0.
+// AMD EPYC (Zen 4), one core, AVX-512, 51 tokens of 8 heads, V = 64, fp32, RMS norm: 2.0 ns an element for all three
+// gradients, of which dx 1.1, dgate 0.7 and dweight 0.6 alone; exponentials in each of them were 3.0.
 #include "../../generators/head_norm_gate_backward.h"
 #include "../schedule.h"
 
