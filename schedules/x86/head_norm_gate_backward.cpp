@@ -11,16 +11,18 @@
 // the generic schedule takes 0.6.
 #include "../../generators/head_norm_gate_backward.h"
 #include "../schedule.h"
+#include "prefetch.h"
 
 namespace {
 using namespace Halide;
 using namespace holdfast;
 
-constexpr int tokens = 2, rows = 8, vectors = 4;  // of a block, of each token of it, and of a row at a time
+constexpr int tokens = 1, rows = 8, vectors = 4;  // of a block, of each token of it, and of a row at a time
+constexpr int ahead = 2;                          // tokens, that lines of memory are asked for
 
 void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, const Target &target) {
     Var e("e"), h("h"), t("t"), b("b"), w("w"), lane("lane"), eo("eo"), em("em"), ei("ei"), to("to"), ti("ti"), ho("ho"),
-        hi("hi");
+        hi("hi"), ask(x86::ask_tokens_ahead(ahead));
     RVar ro("ro"), rm("rm"), ri("ri"), rto("rto"), rti("rti");
     const int vec = target.natural_vector_size<float>();
     const TailStrategy tail = TailStrategy::GuardWithIf;  // rows end where others, or the caller's other memory, begin
@@ -28,25 +30,25 @@ void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, cons
 
     y.weight_or_one.compute_root().vectorize(e, vec, tail).update().reorder(e, y.over_weight, h).vectorize(e, vec, tail);
     // First in vectors: of those behind the last, a condition on a number keeps all but one.
-    auto in_vectors = [&](Stage stage) {
-        return stage.split(e, eo, ei, vec, tail).split(eo, eo, em, vectors, tail).vectorize(ei).unroll(em);
+    auto in_vectors = [&](Stage stage, const Var &outer) {
+        return stage.split(e, outer, ei, vec, tail).split(outer, outer, em, vectors, tail).vectorize(ei).unroll(em);
     };
     const LoopLevel block(f.result_dx, ho);
     auto gradient_of_rows = [&](Stage gradient, const RDom &wanted) {
-        in_vectors(gradient).split(t, to, ti, tokens, tail).split(h, ho, hi, rows, tail);
-        gradient.reorder(ei, em, eo, wanted, hi, ti, ho, to, b);
+        in_vectors(gradient, ask).split(t, to, ti, tokens, tail).split(h, ho, hi, rows, tail);
+        gradient.reorder(ei, em, ask, wanted, hi, ti, ho, to, b);
     };
     gradient_of_rows(f.result_dx.update(), f.want_dx), gradient_of_rows(f.result_dgate.update(), f.want_dgate);
 
     f.dweight.compute_root().vectorize(e, vec, tail).update().split(f.over_tokens.x, rto, rti, tokens, tail);
     Func of_block = f.dweight.update().rfactor({{rto, to}, {f.over_tokens.y, b}});
-    in_vectors(f.dweight.update()).reorder(ei, em, eo, h, rto, f.over_tokens.y);
+    in_vectors(f.dweight.update(), eo).reorder(ei, em, eo, h, rto, f.over_tokens.y);
     of_block.compute_root().vectorize(e, vec, tail);
-    in_vectors(of_block.update()).split(h, ho, hi, rows, tail).reorder(ei, em, eo, hi, rti, ho, to, b);
+    in_vectors(of_block.update(), eo).split(h, ho, hi, rows, tail).reorder(ei, em, eo, hi, rti, ho, to, b);
     for (Stage other : {f.result_dgate.update(), of_block.update()}) other.compute_with(f.result_dx.update(), ho);
 
     auto in_block = [&](Func stage) { return stage.compute_at(block).hoist_storage_root(); };
-    for (Func of_element : {y.centered, f.through_gate}) in_vectors(in_block(of_element));
+    for (Func of_element : {y.centered, f.through_gate}) in_vectors(in_block(of_element), ask);
     y.sigmoid.compute_at(f.through_gate, em).bound_storage(e, vec).vectorize(e, vec, tail);  // else divided by twice
     y.centered.specialize(!y.layer_norm), f.through_gate.specialize(y.gated);
     for (Func sum : {y.sum, y.squares, f.dfactor, f.dsum}) {  // in the lanes of vectors
@@ -61,8 +63,8 @@ void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, cons
     for (Func of_row : {y.factor, f.dsquares}) in_block(of_row).vectorize(h, rows, tail);
     in_block(y.first);
 
-    in_vectors(f.result_dweight.update(0)).reorder(ei, em, eo, f.want_dweight, w);
-    in_vectors(f.result_dweight.update(1)).reorder(ei, em, eo, f.over_heads, w);
+    in_vectors(f.result_dweight.update(0), eo).reorder(ei, em, eo, f.want_dweight, w);
+    in_vectors(f.result_dweight.update(1), eo).reorder(ei, em, eo, f.over_heads, w);
 }
 
 bool matches(const Target &t, const HeadNormGateBackwardSizes &) {
