@@ -1,14 +1,15 @@
-// x86 with AVX-512 or AVX2: all gradients of some tokens and heads after one another, in one loop over such blocks, so that
-// what they have in common is computed once and stays in L1: elements without their mean, in fp32, what the gate lets through,
-// and its slope. Sums for the weight are made of each block's tokens, and these are added up at the end. Four vectors of a row
-// at a time, without a loop. Not parallel: the runtime spreads tokens over threads.
+// x86 with AVX-512 or AVX2: all gradients of a token's heads, some at a time, after one another, in one loop over such blocks,
+// so that what they have in common is computed once and stays in L1: elements without their mean, in fp32, what the gate lets
+// through, and its slope. Sums for the weight are of each block, and these are added up at the end. Four vectors of a row at a
+// time, without a loop. A block goes through a page of each tensor in a burst, which no hardware prefetcher sees coming: lines
+// of later tokens are asked for in between. Not parallel: the runtime spreads tokens over threads.
 //
-// AMD EPYC (Zen 4), one core, 8 heads, V = 64, RMS norm, all three gradients, ns an element, the generic schedule compiled for
-// the same processor behind it. 256 tokens: AVX-512 1.1 (2.3) in fp32, 1.2 (2.6) in bf16; AVX2 1.5 (2.5) and 1.6 (3.3). 4096:
-// AVX-512 2.0 (3.1) and 1.3 (2.8), where copying as many bytes takes 1.0 and 0.5. Exponentials and quotients are 0.4 of it.
-// Tried: blocks of one token, as fast; of 2 heads, up to 1.3 times as long; asking for the next block's lines while one is
-// computed, 1.15 times as fast from memory in fp32 and 1.2 times as long from cache. dgate or dweight alone takes 0.75, where
-// the generic schedule takes 0.6.
+// AMD EPYC (Zen 4), one core, AVX-512, 8 heads, V = 64, RMS norm, all three gradients, microseconds, the generic schedule
+// compiled for the same processor behind it (retention_bench): 256 tokens 184 (178) in fp32, 173 (208) in fp16, 173 (231) in
+// bf16; 4096 4099 (4923), 3170 (3725), 2995 (4002). From memory fp32 goes 0.4 to 0.6 times as fast as copying as many bytes.
+// Exponentials and quotients are 0.4 of the 1.2 ns of an element. Without asking for lines, and two tokens to a block: 157,
+// 140 and 167 for 256, 5218, 3485 and 3265 for 4096. Heads 2 at a time: up to 1.3 times as long. dgate or dweight alone may
+// take 1.25 times what it does by the generic schedule.
 #include "../../generators/head_norm_gate_backward.h"
 #include "../schedule.h"
 #include "prefetch.h"
