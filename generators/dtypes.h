@@ -33,19 +33,13 @@ inline Halide::Expr narrow(Dtype dtype, const Halide::Expr &x) {
     using namespace Halide;
     if (dtype == Dtype::f32) return x;
     const auto constant = [](uint32_t bits) { return Expr(bits); };
-    Expr bits = reinterpret<uint32_t>(x), rounded, quiet;
-    if (dtype == Dtype::f16) {
-        rounded = reinterpret<uint16_t>(cast<float16_t>(x));
-        quiet = cast<uint16_t>(constant(0x7e00));
-    } else {
-        Expr upper = bits >> 16;
-        rounded = cast<uint16_t>((bits + constant(0x7fff) + (upper & constant(1))) >> 16);
-        quiet = cast<uint16_t>(upper | constant(0x40));
-    }
     // Rounding up would carry a NaN of bf16 into infinity, and Halide's fp16 without hardware for it makes all NaN infinite:
     // compilers take what has been computed for numbers. The comparison is one of integers, which they leave alone.
-    Expr nan = (bits & constant(0x7fffffff)) > constant(0x7f800000);
-    return reinterpret(stored_type(dtype), select(nan, quiet, rounded));
+    Expr bits = reinterpret<uint32_t>(x), nan = (bits & constant(0x7fffffff)) > constant(0x7f800000);
+    if (dtype == Dtype::f16)
+        return reinterpret<float16_t>(select(nan, cast<uint16_t>(0x7e00), reinterpret<uint16_t>(cast<float16_t>(x))));
+    Expr rounded = bits + constant(0x7fff) + ((bits >> 16) & constant(1)), quiet = bits | constant(0x400000);
+    return cast<uint16_t>(select(nan, quiet, rounded) >> 16);  // chosen before there are two to make short
 }
 
 }  // namespace holdfast

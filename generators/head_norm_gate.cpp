@@ -34,17 +34,18 @@ HeadNormGateFuncs head_norm_gate(const Func &x, const Func &gate, const Func &we
     f.normed = Func("normed");
     f.normed(e, h, t, b) = f.centered(e, h, t, b) * f.factor(h, t, b) * f.weight_or_one(e, h);
     f.power = Func("power");
+    f.sigmoid = Func("sigmoid");
     f.swish = Func("swish");
     Expr g = gate(e, h, t, b), normed = f.normed(e, h, t, b);
     f.power(e, h, t, b) = exp(-g);
-    f.swish(e, h, t, b) = g / (1.0f + f.power(e, h, t, b));
+    f.sigmoid(e, h, t, b) = 1.0f / (1.0f + f.power(e, h, t, b));
+    f.swish(e, h, t, b) = g * f.sigmoid(e, h, t, b);
     f.out = Func("normed_and_gated");
     f.out(e, h, t, b) = select(gated, normed * f.swish(e, h, t, b), normed);
     return f;
 }
 
-Expr swish_slope(const Expr &gate, const Expr &power) {
-    Expr sigmoid = 1.0f / (1.0f + power);
+Expr swish_slope(const Expr &gate, const Expr &power, const Expr &sigmoid) {
     return sigmoid * (1.0f + gate * select(gate < 0, 1.0f - sigmoid, power * sigmoid));  // 1 - sigmoid, to its last bit
 }
 

@@ -25,7 +25,8 @@ struct HeadNormGateFuncs {
     Halide::Func factor;         // (h,t,b): 1 / sqrt(variance + eps)
     Halide::Func normed;         // (e,h,t,b): centered factor weight_or_one
     Halide::Func power;          // (e,h,t,b): exp(-gate)
-    Halide::Func swish;          // (e,h,t,b): gate / (1 + power)
+    Halide::Func sigmoid;        // (e,h,t,b): 1 / (1 + power)
+    Halide::Func swish;          // (e,h,t,b): gate sigmoid
     Halide::Func out;            // (e,h,t,b)
     Halide::RDom over_value;     // sum, squares: e in [0, V)
     Halide::RDom over_weight;    // weight_or_one: once, or not at all
@@ -40,8 +41,8 @@ HeadNormGateFuncs head_norm_gate(const Halide::Func &x, const Halide::Func &gate
                                  const Halide::Expr &value_extent, const Halide::Expr &layer_norm, const Halide::Expr &gated,
                                  const Halide::Expr &weighted, const Halide::Expr &eps);
 
-/// The derivative of swish, of a gate and its power. By hand, because autodiff would square 1 + power, which fp32 cannot hold for
+/// The derivative of swish, of a gate, its power and its sigmoid. By hand, because autodiff would square 1 + power, which fp32 cannot hold for
 /// gates below -44.
-Halide::Expr swish_slope(const Halide::Expr &gate, const Halide::Expr &power);
+Halide::Expr swish_slope(const Halide::Expr &gate, const Halide::Expr &power, const Halide::Expr &sigmoid);
 
 }  // namespace holdfast

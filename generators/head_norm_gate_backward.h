@@ -17,6 +17,7 @@ struct HeadNormGateBackwardFuncs {
     HeadNormGateFuncs forward;  // its stages, and inputs
     Halide::Func dout;          // (e,h,t,b): input
     Halide::Func dnormed;       // (e,h,t,b): dout swish, or dout
+    Halide::Func through_gate;  // (e,h,t,b): {dnormed, the slope of swish}: of one exponential
     Halide::Func dfactor;       // (h,t,b): a sum over e
     Halide::Func dsquares;      // (h,t,b)
     Halide::Func dcentered;     // (e,h,t,b)
@@ -25,6 +26,7 @@ struct HeadNormGateBackwardFuncs {
     Halide::Func dswish;        // (e,h,t,b)
     Halide::Func dweight;       // (e,h): a sum over t and b
     Halide::Func dx, dgate;     // (e,h,t,b)
+    Halide::RDom over_tokens;   // dweight: all t and b, or none
 
     // Set by the generator: what leaves the kernel, in the callers' types. Each in updates over an RDom, which is empty where the
     // gradient is not wanted: what only it needs is then not computed. result_dweight has two: where sums begin, and of the heads of w.
@@ -39,6 +41,6 @@ HeadNormGateBackwardFuncs head_norm_gate_backward(const Halide::Func &x, const H
                                                   const Halide::Expr &head_extent, const Halide::Expr &token_extent,
                                                   const Halide::Expr &batch_extent, const Halide::Expr &layer_norm,
                                                   const Halide::Expr &gated, const Halide::Expr &weighted,
-                                                  const Halide::Expr &eps);
+                                                  const Halide::Expr &eps, const Halide::Expr &want_dweight);
 
 }  // namespace holdfast

@@ -38,11 +38,12 @@ public:
         gradients(e, h, t, b) = widen(dtype, dout(e, h, t, b));
         const Expr V = x.dim(0).extent(), H = x.dim(1).extent(), T = x.dim(2).extent(), B = x.dim(3).extent();
         f = head_norm_gate_backward(rows, gates, weights, gradients, V, H, T, B, layer_norm != 0, gated != 0, weighted != 0,
-                                    eps);
+                                    eps, want_dweight != 0);
 
+        // Asked inside its own loop: what is computed with a gradient in one loop has a condition of its own.
         auto once_if = [](const char *name, const Expr &wanted) {
             RDom once(0, 1, name);
-            once.where(wanted != 0);
+            once.where(once < cast<int>(wanted != 0));
             return once;
         };
         f.want_dx = once_if("once_dx", want_dx), f.want_dgate = once_if("once_dgate", want_dgate);

@@ -31,6 +31,11 @@ inline std::vector<NormCase> norm_cases(bool cpu) {
                 cases.push_back({kind + "V" + std::to_string(V), 2, 3, 2, V, Layout::compact, layer_norm, gated});
             cases.push_back({kind + "padded", 2, 2, 3, 33, Layout::padded, layer_norm, gated});
         }
+    // More heads, and longer rows, than schedules take at once.
+    for (bool in_place : {false, true})
+        cases.push_back({std::string("many_heads") + (in_place ? "_in_place" : ""), 2, 3, 11, 72, Layout::padded, in_place,
+                         true, in_place ? NormCase::is_x : NormCase::apart});
+    cases.push_back({"long_rows", 1, 1, 1, 150, Layout::padded, false, true});
     cases.push_back({"far_from_zero", 1, 3, 2, 80, Layout::compact, true, true, NormCase::apart, 3000});
     cases.push_back({"out_is_x", 1, 3, 2, 80, Layout::padded, true, true, NormCase::is_x});
     cases.push_back({"out_is_gate", 1, 3, 2, 80, Layout::padded, false, true, NormCase::is_gate});

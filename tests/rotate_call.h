@@ -47,7 +47,7 @@ inline std::vector<RotateCase> rotate_cases(bool cpu) {
     for (bool interleaved : {false, true}) {
         const std::string pairs = interleaved ? "interleaved_" : "halves_";
         // One pair, less than a vector of them, some vectors, and one more.
-        for (int64_t K : {2, 6, 64, 66})
+        for (int64_t K : {2, 6, 64, 66, 150})
             cases.push_back({pairs + "K" + std::to_string(K), 3, 5, 3, K, Layout::compact, interleaved, false});
         for (Layout layout : {Layout::padded, Layout::reversed})
             if (cpu || layout != Layout::reversed)

@@ -1,9 +1,9 @@
-// Every CPU that Halide has, any sizes: each gradient a row at a time, from what is known of all rows, a mean and a factor each, and
-// from the exponentials of all gates. The sums over tokens go through the rows as they lie. Calls of as many tokens as L2 holds
-// read memory once. Not parallel: the runtime spreads tokens over threads.
+// Every CPU that Halide has, any sizes: each gradient a row at a time, from what is known of all rows, a mean and a factor
+// each, and of all gates. The sums over tokens go through the rows as they lie. Calls of as many tokens as L2 holds read
+// memory once. Not parallel: the runtime spreads tokens over threads.
 //
-// AMD EPYC (Zen 4), one core, AVX-512, 51 tokens of 8 heads, V = 64, fp32, RMS norm: 2.0 ns an element for all three gradients, of
-// which dx 1.1, dgate 0.7 and dweight 0.6 alone; exponentials in each of them were 3.0.
+// AMD EPYC (Zen 4), one core, AVX-512, 51 tokens of 8 heads, V = 64, fp32, RMS norm: 2.0 ns an element for all three
+// gradients, of which dx 1.1, dgate 0.7 and dweight 0.6 alone; exponentials in each of them were 3.0.
 #include "../../generators/head_norm_gate_backward.h"
 #include "../schedule.h"
 
@@ -25,18 +25,16 @@ void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, cons
         Func lanes = sum.update().rfactor(ri, lane);
         lanes.compute_at(sum, h).vectorize(lane).update().reorder(lane, ro).vectorize(lane);
         sum.update().atomic().vectorize(ri, vec, tail);
-        return lanes;
     };
     const Expr whole_vectors = y.value_extent >= vec;  // the sums of lanes are then added up by shuffling
     y.sum.compute_root(), y.squares.compute_root(), y.factor.compute_root();
     for (Func sum : {y.sum, y.squares}) sum_over_row(sum), sum.update().specialize(whole_vectors);
 
-    y.power.compute_root().vectorize(e, vec, tail);  // most of the work: once for all three
+    f.through_gate.compute_root().vectorize(e, vec, tail);  // most of the work: once for all three
+    f.through_gate.specialize(y.gated);
 
     for (Func of_row : {f.dfactor, f.dsquares, f.dsum}) of_row.compute_at(f.result_dx, h);
-    sum_over_row(f.dsum);
-    Func row = f.dnormed.clone_in({sum_over_row(f.dfactor), f.dcentered});  // the exponentials of a row once
-    row.compute_at(f.result_dx, h).vectorize(e, vec, tail);
+    sum_over_row(f.dsum), sum_over_row(f.dfactor);
     f.result_dx.update().reorder(e, f.want_dx, h, t, b).vectorize(e, vec, tail);
     f.result_dx.update().specialize(whole_vectors && y.gated);
     f.result_dx.update().specialize(whole_vectors);

@@ -4,7 +4,7 @@
 // iteration it asks for the rows after it, which a later call reads, or nobody: a prefetch of any address is harmless.
 //
 // Halide's own prefetch() does not serve: it asks for a whole region at once, where that is read, and only for L1 past L2
-// (prefetchnta). Left out: sizes known at run time only.
+// (prefetchnta). Left out: sizes known at run time only, but of rows that are gone through vector by vector.
 #include "prefetch.h"
 #include "../schedule.h"
 
@@ -83,6 +83,60 @@ public:
     std::map<std::string, Parameter> tensors;
 };
 
+Expr stride(const Parameter &tensor, int axis = 1) {
+    return Variable::make(Int(32), tensor.name() + ".stride." + std::to_string(axis));
+}
+
+Stmt prefetched(const Parameter &tensor, const Expr &index) {
+    const Expr address = reinterpret(UInt(64), Variable::make(type_of<void *>(), tensor.name())) +
+                         cast(UInt(64), cast(Int(64), simplify(index)) * tensor.type().bytes());
+    // LLVM's intrinsic by name: Halide's runtime, which is linked first, has declared it.
+    const Expr read = 0, data = 1;
+    return Evaluate::make(
+        Call::make(Int(32), "llvm.prefetch.p0", {reinterpret(type_of<void *>(), address), read, into_l2, data}, Call::Extern));
+}
+
+/// Puts before each store prefetches of the lines that are `tokens` behind what it reads and writes, each once.
+class AskForVectors : public IRMutator {
+    using IRMutator::visit;
+    const int tokens;
+    std::vector<std::pair<Parameter, Expr>> asked;
+    std::vector<Stmt> statements;
+    Scope<> inside;  // variables that a statement defines for itself
+
+    void found(const Parameter &p, const Expr &index, const Expr &predicate) {
+        const Ramp *ramp = index.as<Ramp>();
+        if (!p.defined() || p.dimensions() != 4 || !ramp || !is_const_one(ramp->stride) || !is_const_one(predicate)) return;
+        if (expr_uses_vars(ramp->base, inside)) return;
+        for (const auto &[tensor, other] : asked) {
+            const auto apart = as_const_int(simplify(ramp->base - other));
+            if (tensor.name() == p.name() && apart && std::abs(*apart) * p.type().bytes() < line_bytes) return;
+        }
+        asked.emplace_back(p, ramp->base);
+        statements.push_back(prefetched(p, ramp->base + tokens * stride(p, 2)));
+    }
+    Expr visit(const Let *op) override {
+        const Expr value = mutate(op->value);
+        ScopedBinding<> bound(inside, op->name);
+        return Let::make(op->name, value, mutate(op->body));
+    }
+    Expr visit(const Load *op) override {
+        found(op->param, op->index, op->predicate);
+        return op;
+    }
+    Stmt visit(const Store *op) override {
+        mutate(op->value);
+        found(op->param, op->index, op->predicate);
+        statements.push_back(op);
+        const Stmt all = Block::make(statements);
+        statements.clear();
+        return all;
+    }
+
+public:
+    explicit AskForVectors(int tokens) : tokens(tokens) {}
+};
+
 class PrefetchRows : public IRMutator {
     using IRMutator::visit;
 
@@ -101,10 +155,6 @@ class PrefetchRows : public IRMutator {
     Values lets;
     std::vector<Rows> found;  // by the loops around, so far
     std::map<std::string, Parameter> tensors;
-
-    static Expr stride(const Parameter &tensor, int axis = 1) {
-        return Variable::make(Int(32), tensor.name() + ".stride." + std::to_string(axis));
-    }
 
     void find(const For *op) {
         FindRows rows;
@@ -138,13 +188,8 @@ class PrefetchRows : public IRMutator {
         const int bytes = tensor.type().bytes(), in_row = (int)lines_in_row;
         for (int n = 0; n < each; n++) {
             const Expr line = iteration / fewer * each + n;
-            const Expr index = first + line / in_row * stride(tensor) + line % in_row * (line_bytes / bytes);
-            const Expr address = reinterpret(UInt(64), Variable::make(type_of<void *>(), tensor.name())) +
-                                 cast(UInt(64), cast(Int(64), simplify(index)) * bytes);
-            // LLVM's intrinsic by name: Halide's runtime, which is linked first, has declared it.
-            const Expr read = 0, data = 1;
-            statements.push_back(Evaluate::make(Call::make(
-                Int(32), "llvm.prefetch.p0", {reinterpret(type_of<void *>(), address), read, into_l2, data}, Call::Extern)));
+            statements.push_back(
+                prefetched(tensor, first + line / in_row * stride(tensor) + line % in_row * (line_bytes / bytes)));
         }
     }
 
@@ -184,9 +229,9 @@ class PrefetchRows : public IRMutator {
         if (is_named(op, x86::ask_ahead))
             for (const Rows &rows : found)
                 ask(rows.tensor, Variable::make(Int(32), rows.next), rows.lines, rows.lines_in_row, rows.depth, statements);
-        if (const std::string name = op->name.substr(op->name.rfind('.') + 1);
-            starts_with(name, x86::ask_this) || starts_with(name, x86::ask_behind))
-            ask_for(name, statements);
+        const std::string name = op->name.substr(op->name.rfind('.') + 1);
+        if (starts_with(name, x86::ask_tokens)) body = AskForVectors(std::stoi(name.substr(name.find('-') + 1))).mutate(body);
+        if (starts_with(name, x86::ask_this) || starts_with(name, x86::ask_behind)) ask_for(name, statements);
         if (!statements.empty()) {
             statements.push_back(body);
             body = Block::make(statements);

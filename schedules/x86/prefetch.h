@@ -22,4 +22,9 @@ inline std::string ask_for(const std::vector<std::string> &tensors, int chunk, b
     return name;
 }
 
+// The name of a loop over vectors of rows [.., tokens, heads, elements], of sizes known at run time only: each that it reads or writes
+// of the caller's tensors asks for the one of so many tokens further on. What Halide leaves over beside the loop's iterations does not.
+inline constexpr const char *ask_tokens = "ask_tokens-";
+inline std::string ask_tokens_ahead(int tokens) { return ask_tokens + std::to_string(tokens); }
+
 }  // namespace holdfast::x86

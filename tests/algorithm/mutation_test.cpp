@@ -204,6 +204,7 @@ const Mutation of_norm[] = {
     {"sign_of_squares", "dcentered", "dsquares", negated, "dx"},
     {"factor_of_another_head", "dcentered", "factor", off_by_one(0), "dx"},
     {"sign_of_swish", "dgate_of_row", "dswish", negated, "dgate"},
+    {"gate_of_another_head", "dfactor", "through_gate", off_by_one(1), "dx"},
 };
 
 class NormMutations : public testing::TestWithParam<Mutation> {};

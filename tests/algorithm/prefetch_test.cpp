@@ -92,4 +92,29 @@ TEST(Prefetch, AsksForEachLineOfAllRowsOnce) {
     }
 }
 
+// A loop over vectors, two of them to a line, that asks for what is some tokens behind; but not for vectors beside its iterations.
+TEST(Prefetch, AsksForEachLineOfLaterTokensOnce) {
+    constexpr int elements = 80, in_loop = 64, tokens = 5, heads = 2, stride = 200, ahead = 3;
+    const Target target("x86-64-linux-sse41");
+    if (get_host_target().arch != Target::X86) GTEST_SKIP() << "this CPU is no x86";
+    std::vector<float> memory(tokens * stride, 1.0f);
+    const halide_dimension_t shape[] = {{0, elements, 1}, {0, heads, 100}, {0, tokens, stride}, {0, 1, 0}};
+    ImageParam in(Float(32), 4, "rows");  // (e, h, t, b)
+    Var e("e"), h("h"), t("t"), ask(holdfast::x86::ask_tokens_ahead(ahead)), middle("middle"), lane("lane");
+    Func stage("stage"), out("out");
+    stage(e, h, t) = in(e, h, t, 0) * in(e, h, t, 0);
+    out(e, h, t) = stage(e, h, t) + 1;
+    stage.compute_root().split(e, ask, lane, 8, TailStrategy::GuardWithIf).vectorize(lane);
+    stage.split(ask, ask, middle, 4, TailStrategy::GuardWithIf).unroll(middle);
+    in.set(Buffer<float>(memory.data(), 4, shape));
+    run(out, target, {elements, heads, tokens});
+
+    std::multiset<const char *> expected;
+    for (int token = ahead; token < tokens + ahead; token++)
+        for (int head = 0; head < heads; head++)
+            for (int d = 0; d < in_loop; d += 16)
+                expected.insert((const char *)(memory.data() + token * stride + head * 100 + d));
+    EXPECT_EQ(asked, expected);
+}
+
 }  // namespace

@@ -1,6 +1,8 @@
 // The choice among schedules (schedules/schedule.h): with schedules made up here, and with those of the kernels.
 #include "../../generators/chunkwise.h"
+#include "../../generators/head_norm_gate_backward.h"
 #include "../../generators/recurrent.h"
+#include "../../generators/rotate.h"
 #include "../../schedules/schedule.h"
 
 #include <gtest/gtest.h>
@@ -137,6 +139,23 @@ TEST(RecurrentSchedules, X86TakesWholeVectors) {
     EXPECT_EQ(best_recurrent(avx2, 0, 0), "generic");
     EXPECT_EQ(best_recurrent(generic, 64, 64), "generic");
     EXPECT_EQ(best_recurrent(Target("arm-64-linux"), 64, 64), "generic");
+}
+
+template<class Funcs, class Sizes>
+std::string best_of_any_size(const Target &target) {
+    return holdfast::Schedule<Funcs, Sizes>::best({}, target).name;
+}
+
+TEST(SchedulesAroundRetention, X86TakesWhatHasVectors) {
+    for (const auto best : {best_of_any_size<holdfast::RotateFuncs, holdfast::RotateSizes>,
+                            best_of_any_size<holdfast::HeadNormGateFuncs, holdfast::HeadNormGateSizes>,
+                            best_of_any_size<holdfast::HeadNormGateBackwardFuncs, holdfast::HeadNormGateBackwardSizes>}) {
+        EXPECT_EQ(best(avx512), "x86");
+        EXPECT_EQ(best(avx2), "x86");
+        EXPECT_EQ(best(generic), "generic");
+        EXPECT_EQ(best(Target("arm-64-linux")), "generic");
+        EXPECT_EQ(best(Target("x86-64-linux-opencl")), "gpu");
+    }
 }
 
 }  // namespace
