@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
@@ -436,7 +437,8 @@ float scale_argument(py::handle scale) {
     const double value = PyFloat_AsDouble(scale.ptr());
     if (PyErr_Occurred())
         raise(PyExc_TypeError, "scale is of type ", type_name(scale), "; expected a number, or None for K^-1/2");
-    if ((float)value == 0) raise(PyExc_ValueError, "scale is ", value, "; expected a float32 other than 0, or None for K^-1/2");
+    if ((float)value == 0 || (std::isinf((float)value) && std::isfinite(value)))  // of NaN and infinity the library says it
+        raise(PyExc_ValueError, "scale is ", value, "; expected a float32 other than 0, or None for K^-1/2");
     return (float)value;
 }
 

@@ -135,11 +135,10 @@ Tensor checked_state(const Problem &p, const char *name, const DLTensor *tensor,
 }
 
 /// Sum of keys [N, Hk, D] of `p`; of letters [B, Hk, D] in a step.
-Tensor checked_sum(const Problem &p, const char *name, const DLTensor *tensor, int32_t normalize, bool step = false) {
+Tensor checked_sum(const Problem &p, const char *name, const DLTensor *tensor, bool step = false) {
     const TensorSpec spec{name, step ? "BhD" : "NhD"};
     if (!p.normalized)
-        fail(HOLDFAST_INVALID_ARGUMENT, name, " is given, and degree ", p.degree, " and normalize ", normalize,
-             " do not divide by a sum; expected NULL");
+        fail(HOLDFAST_INVALID_ARGUMENT, name, " is given and out, of degree ", p.degree, ", is not normalized; expected NULL");
     const Tensor sum = check_tensor(spec, tensor);
     check_extent(spec, sum, 0, p.N, p.packed() ? "the sequences of cu_seqlens" : "the B of q");
     check_extent(spec, sum, 1, p.Hk, "that of k");
@@ -216,11 +215,11 @@ Problem checked(const holdfast_forward_args &args, Call call) {
         p.final_state = checked_state(p, "final_state", args.final_state, value_major);
 
     if (args.initial_sum_of_keys || (step && p.normalized))
-        p.initial_sum = checked_sum(p, step ? "sum_of_keys" : "initial_sum_of_keys", args.initial_sum_of_keys, normalize, step);
+        p.initial_sum = checked_sum(p, step ? "sum_of_keys" : "initial_sum_of_keys", args.initial_sum_of_keys, step);
     if (step)
         p.final_sum = p.initial_sum;
     else if (args.final_sum_of_keys)
-        p.final_sum = checked_sum(p, "final_sum_of_keys", args.final_sum_of_keys, normalize);
+        p.final_sum = checked_sum(p, "final_sum_of_keys", args.final_sum_of_keys);
     if (p.normalized && !p.initial_state.rank != !p.initial_sum.rank)
         fail(HOLDFAST_INVALID_ARGUMENT, p.initial_sum.rank ? "initial_state" : "initial_sum_of_keys", " is NULL and ",
              p.initial_sum.rank ? "initial_sum_of_keys" : "initial_state", " is given; expected both or neither");
@@ -243,8 +242,8 @@ Problem checked(const holdfast_forward_args &args, Call call) {
     p.state_interval = args.state_interval;
     if (args.states) {
         if (p.degree > 1 || p.normalized)
-            fail(HOLDFAST_UNSUPPORTED, "states is given, degree is ", p.degree, " and normalize ", normalize,
-                 "; expected degree 1 without normalization, or NULL");
+            fail(HOLDFAST_UNSUPPORTED, "states is given and out, of degree ", p.degree, ", is ", p.normalized ? "" : "not ",
+                 "normalized; expected degree 1 without normalization, or NULL");
         if (!backward && (p.form == HOLDFAST_FORM_PARALLEL || p.form == HOLDFAST_FORM_RECURRENT))
             fail(HOLDFAST_INVALID_ARGUMENT, "states is given and form is ", (int)p.form, "; expected ",
                  (int)HOLDFAST_FORM_CHUNKWISE, ", HOLDFAST_FORM_CHUNKWISE, or ", (int)HOLDFAST_FORM_AUTO);
@@ -320,9 +319,7 @@ BackwardProblem checked_problem(const holdfast_backward_args *args) {
     auto state = [&](const char *name, const DLTensor *tensor) {
         return tensor ? checked_state(p, name, tensor, value_major) : Tensor{};
     };
-    auto sum = [&](const char *name, const DLTensor *tensor) {
-        return tensor ? checked_sum(p, name, tensor, call.normalize) : Tensor{};
-    };
+    auto sum = [&](const char *name, const DLTensor *tensor) { return tensor ? checked_sum(p, name, tensor) : Tensor{}; };
     p.dfinal_state = state("dfinal_state", call.dfinal_state);
     p.dfinal_sum = sum("dfinal_sum_of_keys", call.dfinal_sum_of_keys);
     p.dinitial_state = state("dinitial_state", call.dinitial_state);

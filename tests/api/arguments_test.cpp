@@ -146,9 +146,9 @@ std::vector<Case> cases() {
             c.states.strides = c.other_strides.data();
         }));
     add("states_of_normalized", unsupported,
-        "states is given, degree is 1 and normalize 2; expected degree 1 without normalization, or NULL",
+        "states is given and out, of degree 1, is normalized; expected degree 1 without normalization, or NULL",
         states([](Call &c) { c.sum_up(); }));
-    add("states_of_degree_2", unsupported, "states is given, degree is 2 and normalize 1; expected degree 1",
+    add("states_of_degree_2", unsupported, "states is given and out, of degree 2, is not normalized; expected degree 1",
         states([](Call &c) {
             c.args.degree = 2, c.args.normalize = HOLDFAST_NORMALIZE_NONE;
             c.args.initial_state = nullptr, c.args.final_state = nullptr;
@@ -271,11 +271,10 @@ std::vector<Case> cases() {
                 spoil(c, initial ? c.initial_sum : c.final_sum);
             });
         };
-        add_sum("without_sum", " is given, and degree 1 and normalize 0 do not divide by a sum; expected NULL",
-                [=](Call &c, DLTensor &) {
-                    c.args.normalize = HOLDFAST_NORMALIZE_DEFAULT;
-                    if (!initial) c.args.initial_sum_of_keys = nullptr;
-                });
+        add_sum("without_sum", " is given and out, of degree 1, is not normalized; expected NULL", [=](Call &c, DLTensor &) {
+            c.args.normalize = HOLDFAST_NORMALIZE_DEFAULT;
+            if (!initial) c.args.initial_sum_of_keys = nullptr;
+        });
         add_sum("of_other_batch", " [N, Hk, D] has N = 1; expected 2, the B of q", [](Call &, DLTensor &x) { x.shape[0] = 1; });
         add_sum("of_other_heads", " [N, Hk, D] has Hk = 2; expected 3, that of k", [](Call &, DLTensor &x) { x.shape[1] = 2; });
         add_sum("of_other_size", " [N, Hk, D] has D = 5; expected 4, the K of q", [](Call &, DLTensor &x) { x.shape[2] = 5; });

@@ -126,7 +126,7 @@ std::vector<Case> cases() {
         "states [M, Hk, D, V] has M = 8; expected 6, of each sequence T / state_interval, rounded up, and one more",
         [](Call &c) { c.give_states(), c.args.state_interval = 3; });
     add("states_of_normalized", unsupported,
-        "states is given, degree is 1 and normalize 2; expected degree 1 without normalization, or NULL",
+        "states is given and out, of degree 1, is normalized; expected degree 1 without normalization, or NULL",
         [](Call &c) { c.args.states = &c.states, c.args.state_interval = 2; });
     add("dq_in_states", invalid, "dq overlaps states in memory; expected separate memory",
         [](Call &c) { c.give_states(), c.tensor("dq").data = c.states.data; });
@@ -178,8 +178,8 @@ std::vector<Case> cases() {
         [](Call &c) { c.decay_per_head(), c.tensor("dlog_decay").shape[0] = 2; });
     for (const char *name : {"dfinal_sum_of_keys", "dinitial_sum_of_keys"}) {
         const std::string who = name;
-        add(who + "_without_sum", invalid,
-            who + " is given, and degree 1 and normalize 1 do not divide by a sum; expected NULL", [=](Call &c) {
+        add(who + "_without_sum", invalid, who + " is given and out, of degree 1, is not normalized; expected NULL",
+            [=](Call &c) {
                 c.plain();
                 if (who[1] == 'f')
                     c.args.dfinal_sum_of_keys = &c.tensor(who);

@@ -85,8 +85,7 @@ std::vector<Case> cases() {
         [](Call &c) { c.k.shape[1] = 2; });
     add("state_of_other_layout", invalid, "state [B, Hk, V, D] has D = 6; expected 4, the K of q",
         [](Call &c) { c.args.state_layout = HOLDFAST_STATE_VALUE_MAJOR; });
-    add("sum_of_keys_without_sum", invalid,
-        "sum_of_keys is given, and degree 1 and normalize 0 do not divide by a sum; expected NULL",
+    add("sum_of_keys_without_sum", invalid, "sum_of_keys is given and out, of degree 1, is not normalized; expected NULL",
         [](Call &c) { c.args.sum_of_keys = &c.sum_of_keys; });
     add("sum_of_keys_null", invalid, "sum_of_keys is NULL; expected a tensor [B, Hk, D]",
         [](Call &c) { c.args.normalize = HOLDFAST_NORMALIZE_SUM_OF_WEIGHTS; });

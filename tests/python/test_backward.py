@@ -175,7 +175,10 @@ def test_states_that_are_refused(gradients_of):
             retention(**call, state_interval=interval)
     with pytest.raises(ValueError, match="state_interval is 32 and form is 'parallel'; expected 'chunkwise'"):
         retention(**call, form="parallel", state_interval=32)
-    with pytest.raises(NotImplementedError, match="states is given, degree is 1 and normalize 2"):
+    for normalize, text in ((False, "not normalized"), (True, "normalized"), (None, "normalized")):
+        with pytest.raises(NotImplementedError, match=f"states is given and out, of degree 2, is {text}; expected"):
+            retention(**{**call, "initial_state": None}, degree=2, normalize=normalize, state_interval=32)
+    with pytest.raises(NotImplementedError, match="states is given and out, of degree 1, is normalized"):
         retention(**{**call, "initial_state": None}, normalize=True, state_interval=32)
     _, states = retention(**call, state_interval=32)
     with pytest.raises(ValueError, match=re.escape("states [M, Hk, D, V] has M = 4; expected 5")):
@@ -366,10 +369,18 @@ def test_refusals(gradients_of):
     refused(ValueError, "dfinal_state [N, Hk, D, V] has N = 1", dfinal_state=call["dfinal_state"][:1])
     refused(ValueError, "out is None; expected a tensor [B, T, H, V]", normalize=True, initial_state=None)
     refused(ValueError, "wanted has 'x'; expected names of 'q', 'k'", wanted=["q", "x"])
-    refused(TypeError, "wanted is of type int; expected names of fields of Gradients, or None", wanted=3)
+    refused(TypeError, "wanted is of type int; expected several names of fields of Gradients, or None", wanted=3)
+    refused(TypeError, "wanted is of type str; expected several names of fields of Gradients", wanted="q")
+    refused(TypeError, "wanted is of type str; expected", wanted="log_decay")
     refused(TypeError, "gradients is of type int; expected Gradients, or None", gradients=3)
     refused(ValueError, "dlog_decay is given and log_decay is None", log_decay=None, wanted=["log_decay"])
-    refused(ValueError, "dinitial_sum_of_keys is given, and degree 1", wanted=["initial_sum_of_keys"])
+    refused(ValueError, "dinitial_sum_of_keys is given and out, of degree 1, is", wanted=["initial_sum_of_keys"])
+    for out, error, text in (
+        ("text", TypeError, "out is of type str; expected an array"),
+        (call["dout"].astype("f8"), NotImplementedError, "out has dtype float64"),
+        (call["dout"][:, :4], ValueError, "out [B, T, H, V] has T = 4; expected 5, that of q"),
+    ):  # not read, but checked
+        refused(error, text, out=out)
     refused(ValueError, "degree is 5; expected 1, 2, 3 or 4", degree=5)
     refused(ValueError, "form is 'fast'; expected one of", form="fast")
     refused(ValueError, "log_decay[0, 0, 0] is 1; expected a number <= 0", log_decay=np.ones((2, 5, 3), np.float32))

@@ -225,7 +225,7 @@ def test_decays_that_are_none(check, value):
     check(ValueError, f"log_decay[1] is {value}; expected a number <= 0", log_decay=per_head)
 
 
-@pytest.mark.parametrize("scale, named", [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf"), (1e300, "inf")])
+@pytest.mark.parametrize("scale, named", [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
 def test_scales_that_are_not_finite(check, scale, named):
     check(ValueError, f"scale is {named}; expected a finite number", scale=scale)
 
@@ -233,6 +233,8 @@ def test_scales_that_are_not_finite(check, scale, named):
 def test_scale(check):
     check(ValueError, "scale is 0; expected a float32 other than 0, or None for K^-1/2", scale=0)
     check(ValueError, "scale is 1e-60; expected a float32 other than 0", scale=1e-60)
+    check(ValueError, "scale is 1e+39; expected a float32 other than 0, or None for K^-1/2", scale=1e39)
+    check(ValueError, "scale is -1e+300; expected a float32 other than 0", scale=-1e300)
     check(TypeError, "scale is of type str; expected a number, or None", scale="1")
 
 
@@ -258,13 +260,31 @@ def test_options(check, name, nonsense):
         check(ValueError, f"{name} is {value!r}; expected", **{name: value})
 
 
+@pytest.mark.parametrize("name", ["degree", "normalize", "form", "return_weights", "state_layout", "expansion"])
+def test_options_that_are_arrays(check, name):
+    array = np.array([1, 2])
+    check(ValueError, f"{name} is {array!r}; expected", **{name: array})
+
+
+@pytest.mark.parametrize("name", ["scale", "chunk_size", "state_interval"])
+def test_numbers_that_are_arrays(check, name):
+    check(TypeError, f"{name} is of type ndarray; expected a", **{name: np.array([1, 2])})
+
+
+def test_options_of_a_step_that_are_arrays():
+    x, state = np.ones((1, 1, 4), np.float32), np.zeros((1, 1, 4, 4), np.float32)
+    for name in ("degree", "normalize", "state_layout", "expansion"):
+        with pytest.raises(ValueError, match=f"^{name} is array"):
+            holdfast.retention_step(x, x, x, None, state, **{name: np.array([1, 2])})
+
+
 def test_options_that_contradict(check):
     p = check.problem
     check(ValueError, "return_weights is True and form is 'auto'; expected 'parallel'", return_weights=True)
     check(ValueError, "return_weights is True and form is 'chunk", return_weights=True, form="chunkwise")
     check(ValueError, "expansion is 'tiled', degree 1 and K of q 8; expected degree 2 and", expansion="tiled")
     check(ValueError, "initial_sum_of_keys is None and initial_state is given; expected both", normalize=True)
-    check(ValueError, "initial_sum_of_keys is given, and degree 1", initial_sum_of_keys=p.initial_state[..., 0])
+    check(ValueError, "initial_sum_of_keys is given and out, of degree 1", initial_sum_of_keys=p.initial_state[..., 0])
     check(ValueError, "initial_state [N, Hk, V, D] has D = 6; expected 8", state_layout="vk")
     check(ValueError, "initial_state [N, Hk, D, V] has D = 8; expected 36", degree=2, normalize=False)
     check(ValueError, "cu_seqlens is given and q [B, T, H, K] has B = 2; expected 1", cu_seqlens=np.array([0, 5]))

@@ -162,7 +162,7 @@ READ_ONLY = np.broadcast_to(np.float32(0), (B, H, K, V))
         (NotImplementedError, "v is on device type 10", {"v": Exporter(ones(B, H, V), device=ROCM)}),
         (ValueError, "state [B, Hk, D, V] has D = 8; expected 36", {"degree": 2}),
         (ValueError, "sum_of_keys is None; expected a tensor [B, Hk, D]", {"normalize": True}),
-        (ValueError, "sum_of_keys is given, and degree 1", {"sum_of_keys": ones(B, H, K)}),
+        (ValueError, "sum_of_keys is given and out, of degree 1", {"sum_of_keys": ones(B, H, K)}),
         (TypeError, "state is of type NoneType; expected an array", {"state": None}),
         (TypeError, "q is of type list; expected an array", {"q": [1.0]}),
     ],

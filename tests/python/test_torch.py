@@ -821,6 +821,21 @@ def test_compile(layer, backend, degree):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_autograd(layer):
+    x, theta = normal(1, 300, 2, 8), ht.theta(8)
+
+    def loss(x):
+        turned = ht.rotate(x, theta)
+        return ht.head_norm_gate(ht.retention(turned, turned, x), x).square().sum()
+
+    expected, actual = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss(expected).backward()
+    y = loss(actual)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: y.backward(), backend="aot_eager")()
+    torch.testing.assert_close(actual.grad, expected.grad)
+
+
 def test_compile_step(layer):
     module = layer()
     x, state, expected_state = normal(2, 6, 16), torch.zeros(2, 2, 8, 8), torch.zeros(2, 2, 8, 8)
@@ -1018,6 +1033,7 @@ def ones(*shape):
         (NotImplementedError, "log_decay has dtype bfloat16; expected float32", {"log_decay": -ones(2).bfloat16()}),
         (ValueError, "form is 'fast'; expected one of 'auto'", {"form": "fast"}),
         (ValueError, "degree is 5; expected 1, 2, 3 or 4", {"degree": 5}),
+        (ValueError, "degree is tensor([1, 2]); expected 1, 2, 3 or 4", {"degree": torch.tensor([1, 2])}),
         (ValueError, "normalize is 'yes'; expected one of", {"normalize": "yes"}),
         (ValueError, "state_layout is 'vv'; expected one of 'kv', 'vk'", {"state_layout": "vv"}),
         (ValueError, "expansion is 'loose'; expected one of 'tight', 'tiled'", {"expansion": "loose"}),
@@ -1025,6 +1041,7 @@ def ones(*shape):
         (ValueError, "return_weights is True and form is 'auto'; expected 'parallel'", {"return_weights": True}),
         (TypeError, "scale is of type str; expected a number", {"scale": "1"}),
         (ValueError, "scale is 0; expected", {"scale": 0}),
+        (ValueError, "scale is 1e+39; expected", {"scale": 1e39}),
         (ValueError, "chunk_size is 0; expected at least 1, or None", {"chunk_size": 0}),
         (TypeError, "chunk_size is of type float; expected an int, or None", {"chunk_size": 2.5}),
         (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 5])}),
@@ -1038,6 +1055,42 @@ def test_errors(error, text, changes):
     with pytest.raises(error) as caught:
         ht.retention(**{**p, **changes})
     assert type(caught.value) is error and text in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("strided", "nested"),
+        ("jagged", "nested"),
+        ("sparse_coo", "of layout torch.sparse_coo"),
+    ],
+)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tensors_that_are_no_arrays(kind, text, requires_grad):
+    x = ones(2, 5, 2, 8)
+    if kind == "sparse_coo":
+        odd = x.to_sparse().requires_grad_(requires_grad)
+    else:
+        parts, layout = [ones(5, 2, 8), ones(3, 2, 8)], getattr(torch, kind)
+        odd = torch.nested.nested_tensor(parts, layout=layout, requires_grad=requires_grad)
+    calls = {
+        "q": lambda: ht.retention(odd, odd, odd),
+        "k": lambda: ht.retention(x, odd, x),
+        "log_decay": lambda: ht.retention(x, x, x, odd),
+        "state": lambda: ht.retention_step(x[0], x[0], x[0], None, odd),
+        "x": lambda: ht.rotate(odd, ht.theta(8)),
+        "gate": lambda: ht.head_norm_gate(x, odd),
+    }
+    for name, call in calls.items():
+        with pytest.raises(NotImplementedError) as caught:
+            call()
+        assert str(caught.value) == f"{name} is {text}; expected a tensor of layout torch.strided, not nested"
+
+
+def test_chunk_size_beyond_64_bits():
+    x = normal(1, 5, 2, 8)
+    torch.testing.assert_close(ht.retention(x, x, x, chunk_size=2**70), ht.retention(x, x, x, chunk_size=2**63 - 1))
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -1060,6 +1113,8 @@ def test_a_wrong_type_is_said_where_states_are_kept_too(name):
         (ValueError, "degree is 0; expected 1", lambda x: ht.retention_step(x[0], x[0], x[0], None, x, degree=0)),
         (TypeError, "theta is of type NoneType; expected a torch.Tensor", lambda x: ht.rotate(x, None)),
         (TypeError, "offset is of type float; expected an int", lambda x: ht.rotate(x, x, 0.5)),
+        (ValueError, f"offset is {2**63}; expected an int of 64 bits", lambda x: ht.rotate(x, ht.theta(8), 2**63)),
+        (ValueError, f"offset is {-(2**70)}; expected an int", lambda x: ht.rotate(x, ht.theta(8), -(2**70))),
         (ValueError, "interleaved is 2; expected False or True", lambda x: ht.rotate(x, ht.theta(8), 0, 2)),
         (ValueError, "theta", lambda x: ht.rotate(x, ht.theta(6))),
         (ValueError, "x has 3 dimensions; expected 4", lambda x: ht.rotate(x[0], ht.theta(8))),

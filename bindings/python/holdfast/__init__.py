@@ -168,11 +168,10 @@ def retention(
     Raises: see the module. A positive or NaN decay is a ValueError.
     """
     options = None
-    if (degree, normalize, form, return_weights, state_layout, expansion, state_interval) != _DEFAULTS:
-        if return_weights not in (False, True):
-            raise ValueError(f"return_weights is {return_weights!r}; expected False or True")
+    if not _same((degree, normalize, form, return_weights, state_layout, expansion, state_interval), _DEFAULTS):
+        return_weights = _option("return_weights", return_weights, _FLAGS)
         options = _options(q, degree, normalize, form, return_weights, state_layout, expansion, state_interval)
-        _check_form(form, bool(return_weights), state_interval)
+        _check_form(form, return_weights, state_interval)
     if (device := _gpu(q)) is not None:
         _check_no_states(state_interval)
         results = _on_gpu(q, k, v, return_state, out, options, cu_seqlens, "BT")
@@ -305,7 +304,7 @@ def retention_backward(
         dout: gradient of out, [B, T, H, V]. None: zeros.
         q, k, v, log_decay: as they were given to `retention`, and so scale, degree, normalize, initial_state,
             initial_sum_of_keys and cu_seqlens.
-        out: what `retention` returned; needed where it is normalized, else not looked at.
+        out: what `retention` returned; needed where it is normalized, else checked if it is given, but not read.
         form: "parallel" computes from all T x T weights, for a degree above 1 or normalization where there are no
             states; all else is chunkwise. "auto": the library's choice.
         chunk_size: work on at most this many tokens at a time; changes rounding, speed and memory, nothing else.
@@ -339,9 +338,9 @@ def retention_backward(
     if wanted is None:
         bits = sum(1 << n for n, x in enumerate(given) if x is not None)
     else:
-        if not isinstance(wanted, Iterable):
+        if isinstance(wanted, str) or not isinstance(wanted, Iterable):  # a str would be one of letters
             raise TypeError(
-                f"wanted is of type {type(wanted).__name__}; expected names of fields of Gradients, or None"
+                f"wanted is of type {type(wanted).__name__}; expected several names of fields of Gradients, or None"
             )
         bits = 0
         for name in wanted:
@@ -350,7 +349,7 @@ def retention_backward(
                 raise ValueError(f"wanted has {name!r}; expected names of {expected}")
             bits |= 1 << Gradients._fields.index(name)
     options = None
-    if (degree, normalize, form, False, state_layout, expansion, state_interval) != _DEFAULTS:
+    if not _same((degree, normalize, form, False, state_layout, expansion, state_interval), _DEFAULTS):
         options = _options(q, degree, normalize, form, False, state_layout, expansion, state_interval)
     stream = 1
     if (device := _gpu(q)) is not None:
@@ -413,7 +412,7 @@ def retention_step(
     RuntimeError the state is as it was.
     """
     options = _STEP
-    if (degree, normalize, state_layout, expansion) != _STEP_DEFAULTS:
+    if not _same((degree, normalize, state_layout, expansion), _STEP_DEFAULTS):
         options = (
             _degree(degree),
             _option("normalize", normalize, _NORMALIZE),
@@ -780,6 +779,7 @@ _STEP_DEFAULTS = (1, None, "kv", "tight")
 
 # As in holdfast.h.
 _NORMALIZE = {None: 0, False: 1, True: 2}
+_FLAGS = {False: False, True: True}
 _FORMS = {"auto": 0, "parallel": 1, "chunkwise": 2, "recurrent": 3}
 _STATE_LAYOUTS = {"kv": 0, "vk": 1}
 _EXPANSIONS = {"tight": 0, "tiled": 1}
@@ -801,10 +801,20 @@ def _integer(name: str, value: Any, otherwise: str = "") -> int:
         raise TypeError(f"{name} is of type {type(value).__name__}; expected an int{otherwise}") from None
 
 
+def _same(options: tuple, defaults: tuple) -> bool:
+    try:
+        return options == defaults
+    except Exception:  # of arrays, which are neither: whoever reads that option names it
+        return False
+
+
 def _degree(degree: Any) -> int:
-    if degree not in (1, 2, 3, 4):
-        raise ValueError(f"degree is {degree!r}; expected 1, 2, 3 or 4")
-    return int(degree)
+    try:
+        if degree in (1, 2, 3, 4):
+            return int(degree)
+    except Exception:  # an array is neither in there nor not
+        pass
+    raise ValueError(f"degree is {degree!r}; expected 1, 2, 3 or 4")
 
 
 def _key_size(q: Any) -> int:
@@ -842,7 +852,7 @@ def _options(
         _option("expansion", expansion, _EXPANSIONS),
         0 if power == 1 else _expanded_size(_key_size(q), power, expansion),
         normalized == 2 or (normalized == 0 and power > 1),
-        bool(return_weights),
+        return_weights,
         _state_interval(state_interval),
     )
 

@@ -59,6 +59,7 @@ from . import (
     _expanded_size,
     _holdfast,
     _integer,
+    _offset,
     _option,
 )
 
@@ -214,7 +215,7 @@ def retention_step(
     """
     _check_tensors(q=q, k=k, v=v, state=state)
     _check_optional_tensors(log_decay=log_decay, sum_of_keys=sum_of_keys)
-    normalized = _normalized(degree := 1 if degree == 1 else _degree(degree), normalize)
+    normalized = _normalized(degree := _degree(degree), normalize)
     if state_layout != "kv" or expansion != "tight":
         _option("state_layout", state_layout, _STATE_LAYOUTS)
         _option("expansion", expansion, _EXPANSIONS)
@@ -250,8 +251,8 @@ def rotate(
     _check_flags(interleaved=interleaved)
     if _SingleLevelFunction is None and _forward_mode():
         _check_no_tangents("rotate", x=x, theta=theta)
-    if not isinstance(offset, int | torch.SymInt):
-        offset = _integer("offset", offset)
+    if not isinstance(offset, torch.SymInt) and not (isinstance(offset, int) and torch.compiler.is_compiling()):
+        offset = _offset(offset)  # of a symbol nothing is asked: that would bind it
     if _autocast_dtype(x) is not None:
         theta = theta.float()
     return torch.ops.holdfast.rotate(x, theta, offset, interleaved, positions)
@@ -341,12 +342,23 @@ def _check_tensors(**arguments: Any) -> None:
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is of type {type(x).__name__}; expected a torch.Tensor")
+        if x.is_nested or x.layout is not torch.strided:
+            _refuse_layout(name, x)
 
 
 def _check_optional_tensors(**arguments: Any) -> None:
     for name, x in arguments.items():
-        if not (x is None or isinstance(x, Tensor)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
             raise TypeError(f"{name} is of type {type(x).__name__}; expected a torch.Tensor, or None")
+        if x.is_nested or x.layout is not torch.strided:
+            _refuse_layout(name, x)
+
+
+def _refuse_layout(name: str, x: Tensor) -> None:
+    kind = "nested" if x.is_nested else f"of layout {x.layout}"
+    raise NotImplementedError(f"{name} is {kind}; expected a tensor of layout torch.strided, not nested")
 
 
 def _check_flags(**arguments: Any) -> None:
@@ -393,7 +405,7 @@ def _chunk_size(value: Any) -> int | None:
         return None
     if (size := _integer("chunk_size", value, ", or None")) < 1:
         raise ValueError(f"chunk_size is {size}; expected at least 1, or None")
-    return size
+    return min(size, 2**63 - 1)  # any bound beyond is as good
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -454,6 +466,8 @@ def _define_gradient(name: str, save: Any, differentiate: Any, push: Any = None)
         return push(ctx, *tangents)
 
     methods = {"forward": forward, "backward": backward, "jvp": jvp}
+    # PyTorch's compiled autograd asks for this of what is differentiated; as autograd.Function has it.
+    methods["_compiled_autograd_key"] = lambda ctx: (ctx._autograd_function_id,)
     function = type(
         f"holdfast_{name}", (_SingleLevelFunction,), {name: staticmethod(method) for name, method in methods.items()}
     )

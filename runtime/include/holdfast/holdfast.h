@@ -471,7 +471,7 @@ typedef struct holdfast_backward_args {
     const DLTensor *log_decay;           /**< as in holdfast_forward_args, [Hk] or [B, T, Hk]; NULL: no decay */
     const DLTensor *initial_state;       /**< [N, Hk, D, V]; NULL: zeros */
     const DLTensor *initial_sum_of_keys; /**< [N, Hk, D], where out is normalized: given just when initial_state is */
-    const DLTensor *out;          /**< [B, T, H, V], as holdfast_forward wrote it: where it is normalized, else not looked at
+    const DLTensor *out;          /**< [B, T, H, V], as holdfast_forward wrote it: where it is normalized, else only checked,
                                                and may be NULL */
     const DLTensor *dout;         /**< [B, T, H, V], gradient of out; NULL: zeros */
     const DLTensor *dfinal_state; /**< [N, Hk, D, V], gradient of final_state; NULL: zeros */
