@@ -41,8 +41,8 @@ HeadNormGateFuncs head_norm_gate(const Halide::Func &x, const Halide::Func &gate
                                  const Halide::Expr &value_extent, const Halide::Expr &layer_norm, const Halide::Expr &gated,
                                  const Halide::Expr &weighted, const Halide::Expr &eps);
 
-/// The derivative of swish, of a gate, its power and its sigmoid. By hand, because autodiff would square 1 + power, which fp32 cannot hold for
-/// gates below -44.
+/// The derivative of swish, of a gate, its power and its sigmoid. By hand, because autodiff would square 1 + power, which fp32 cannot
+/// hold for gates below -44.
 Halide::Expr swish_slope(const Halide::Expr &gate, const Halide::Expr &power, const Halide::Expr &sigmoid);
 
 }  // namespace holdfast

@@ -73,11 +73,7 @@ inline reference::NormedRow normed(const Array &x, const Array &gate, const Arra
 inline void fill_gates(Array &gate, Random &random) {
     each(gate.shape, [&](const Index &i) {
         const double dice = random(0, 1);
-        gate(i) = (float)(dice < 0.8    ? random(-6, 6)
-                          : dice < 0.9  ? random(-60, 200)
-                          : dice < 0.95 ? random(-89, -87)
-                          : dice < 0.98 ? -1000
-                                        : 0);
+        gate(i) = (float)(dice < 0.8 ? random(-6, 6) : dice < 0.9 ? random(-60, 200) : dice < 0.95 ? -1000 : 0);
     });
 }
 

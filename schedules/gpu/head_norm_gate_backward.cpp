@@ -52,10 +52,11 @@ void apply(HeadNormGateBackwardFuncs &f, const HeadNormGateBackwardSizes &, cons
     sum_by_threads(some).gpu_blocks(eh, n, m);
     sum_by_threads(entries).gpu_blocks(eh, m);
     sum_by_threads(f.dweight).gpu_blocks(eh);
-    auto weights_in_blocks = [&](Stage stage, const RDom &over) {
-        stage.split(e, eo, ei, threads, tail).reorder(over, ei, eo, w).gpu_blocks(eo, w).gpu_threads(ei);
+    auto weights_in_blocks = [&](Stage stage) {
+        return stage.split(e, eo, ei, threads, tail).gpu_blocks(eo, w).gpu_threads(ei);
     };
-    weights_in_blocks(f.result_dweight.update(0), f.want_dweight), weights_in_blocks(f.result_dweight.update(1), f.over_heads);
+    weights_in_blocks(f.result_dweight.update(0)).reorder(ei, eo, w, f.want_dweight);
+    weights_in_blocks(f.result_dweight.update(1)).reorder(f.over_heads, ei, eo, w);
 }
 
 bool matches(const Target &t, const HeadNormGateBackwardSizes &) { return t.has_gpu_feature(); }

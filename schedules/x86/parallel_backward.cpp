@@ -47,8 +47,9 @@ void apply(ParallelBackwardFuncs &f, const ParallelSizes &sizes, const Target &t
         decay.compute_root().vectorize(i, vec);
         decay.update().reorder(i, f.f.over_row, n, h, b).vectorize(i, vec);
     }
-    // Rows of the caller's tensors are H * D apart, as in parallel.cpp. Copies of all of them in fp32 would be an eighth of what tensors of
-    // 16 bits take, of 8 heads and two threads: of these a block is copied for each pair, which takes 5% longer (fp32 4 to 9%).
+    // Rows of the caller's tensors are H * D apart, as in parallel.cpp. Copies of all of them in fp32 would be an eighth of what
+    // tensors of 16 bits take, of 8 heads and two threads: of these a block is copied for each pair, which takes 5% longer (fp32 4
+    // to 9%).
     const bool by_pairs = f.result_dq.type().bits() == 16;
     if (!by_pairs) {
         f.f.k.in().compute_root().vectorize(d, vec, round);

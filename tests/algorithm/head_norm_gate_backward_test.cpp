@@ -50,8 +50,8 @@ TEST(HeadNormGateBackwardReference, IsTheSlopeOfTheForwardOne) {
         }
 }
 
-HOLDFAST_INSTANCES(
-    HeadNormGateBackward,
-    instances_of_any_size<holdfast::HeadNormGateBackwardFuncs, holdfast::HeadNormGateBackwardSizes>("head_norm_gate_backward"));
+HOLDFAST_INSTANCES(HeadNormGateBackward,
+                   instances_of_any_size<holdfast::HeadNormGateBackwardFuncs, holdfast::HeadNormGateBackwardSizes>(
+                       "head_norm_gate_backward", false));
 
 }  // namespace

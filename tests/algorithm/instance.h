@@ -83,11 +83,13 @@ void compile_and(const std::string &kernel, const Instance<Sizes> &i, const Test
     }
 }
 
-/// Of a kernel of any size: without any schedule in all types, and all of its schedules in fp32. Other types: variants/.
+/// Of a kernel of any size: without any schedule in all types, if these do not take too long, and all of its schedules in fp32. Other
+/// types: variants/.
 template<class Funcs, class Sizes>
-std::vector<Instance<Sizes>> instances_of_any_size(const std::string &kernel) {
+std::vector<Instance<Sizes>> instances_of_any_size(const std::string &kernel, bool all_types = true) {
     std::vector<Instance<Sizes>> list;
-    for (const Dtype &dtype : all_dtypes) list.push_back({"none", targets().back(), {}, {}, dtype});
+    for (const Dtype &dtype : all_dtypes)
+        if (all_types || dtype == f32) list.push_back({"none", targets().back(), {}, {}, dtype});
     for (const auto &schedule : holdfast::Schedule<Funcs, Sizes>::all())
         for (const NamedTarget &named : targets())
             if (compiled_for(kernel, schedule.rank, named) && schedule.matches(named.target, {}))

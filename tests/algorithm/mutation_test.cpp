@@ -205,6 +205,7 @@ const Mutation of_norm[] = {
     {"factor_of_another_head", "dcentered", "factor", off_by_one(0), "dx"},
     {"sign_of_swish", "dgate_of_row", "dswish", negated, "dgate"},
     {"gate_of_another_head", "dfactor", "through_gate", off_by_one(1), "dx"},
+    {"factor_of_another_token", "dweight", "factor", off_by_one(1), "dweight"},
 };
 
 class NormMutations : public testing::TestWithParam<Mutation> {};

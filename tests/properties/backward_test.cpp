@@ -1163,6 +1163,32 @@ TEST(PowerBackwardAccuracy, RelativeErrors) {
     }
 }
 
+// What holdfast.h says of decays that forget at once: their gradients are far below the terms that they are made of, and the errors of
+// a chunk's tokens, of one running sum, add up where the decay is a head's.
+TEST(BackwardAccuracy, OfStrongDecays) {
+    Context context;
+    for (double g : {-0.5, -2.0, -8.0}) {
+        SCOPED_TRACE(g);
+        Backward p{1, 512, 8, 1, 64, 64, 1, false, Gates::weak, f32, Layout::compact, false, false};
+        p.log_decay.fill((float)g);
+        ASSERT_EQ(p.run(context), HOLDFAST_OK) << context.error();
+        const std::vector<double> right = p.reference(64).log_decay.value;
+        const std::vector<float> got = p.dlog_decay.values();
+        double error = 0, square = 0, error_of_heads = 0, square_of_heads = 0;
+        for (int64_t h = 0; h < p.H; h++) {
+            double off = 0, sum = 0;
+            for (int64_t n = h; n < (int64_t)right.size(); n += p.H) {
+                off += got[n] - right[n], sum += right[n];
+                error += (got[n] - right[n]) * (got[n] - right[n]), square += right[n] * right[n];
+            }
+            error_of_heads += off * off, square_of_heads += sum * sum;
+        }
+        constexpr double C = 32, some = 2;
+        EXPECT_LE(std::sqrt(error / square), some * 1.5e-7 * std::sqrt(C) / std::exp(g));
+        EXPECT_LE(std::sqrt(error_of_heads / square_of_heads), some * 2.5e-7 * C / std::exp(g));
+    }
+}
+
 TEST(BackwardMemory, IsGivenBackAndUsedAgain) {
     struct Count {
         std::mutex mutex;

@@ -56,6 +56,22 @@ TEST_P(HeadNormGateBackwardTest, MatchesReference) {
                     }
 }
 
+// Where exp(-gate) is nearly infinite, and where it is. What has a sigmoid below the smallest normal number may be zero.
+TEST_P(HeadNormGateBackwardTest, GatesWhereFp32Ends) {
+    Array x = rows({1, 4, 2, 80}), gate = x, dout = rows(x.shape), weight = Array({2, 80}).fill(1.0f);
+    Array out = Array(x.shape).forget(), dx = out, dgate = out;
+    each(gate.shape, [&](const Index &i) { gate(i) = i[3] % 3 == 0 ? (float)random(-89, -87) : (float)random(-2, 2); });
+    round_to(dtype, gate);
+    run(HeadNormGate{x, gate, {}, out, HOLDFAST_NORM_RMS});
+    run(HeadNormGateBackward{x, gate, {}, dout, dx, dgate, {}, HOLDFAST_NORM_RMS});
+    for (const Array *a : {&out, &dx, &dgate})
+        each(a->shape, [&](const Index &i) {
+            EXPECT_TRUE(std::isfinite((*a)(i))) << gate(i);
+            if (a != &dx && gate(i) < -80) EXPECT_LE(std::abs((*a)(i)), 1000 * std::numeric_limits<float>::min()) << gate(i);
+        });
+    expect_gradients(x, gate, weight, dout, &dx, nullptr, nullptr, false, true, 1e-6f, dtype);
+}
+
 // Far from 0 nothing is lost.
 TEST_P(HeadNormGateBackwardTest, LayerNormOfRowsFarFromZero) {
     for (double offset : {100.0, 1000.0, 30000.0}) {

@@ -323,7 +323,8 @@ def retention_backward(
         of their dtype, rounded once from float32, the others float32.
 
     Arrays are as for `retention`: dout and out have the dtype of q, k and v. Results are the same bits from call to
-    call, for any number of threads, and whatever else is wanted.
+    call, for any number of threads, and whatever else is wanted, but that a gradient of states makes a degree above 1
+    go by chunks.
 
     Raises: see the module. A positive or NaN decay is a ValueError.
     """

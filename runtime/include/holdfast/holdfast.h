@@ -236,7 +236,8 @@ typedef enum holdfast_expansion {
      *  of orders that its factors have (p! / (how often each is there)!). It does not depend on K. */
     HOLDFAST_EXPANSION_TIGHT = 0,
     /** Degree 2 and K a multiple of 16: for Y in 0 .. K/16 - 1, o in 0 .. 16 Y + 15, i in 0 .. 15 the feature x[o] x[16 Y + i], on
-     *  the side of keys times 2 where o < 16 Y. D = 128 (K/16) (K/16 + 1). */
+     *  the side of keys times 2 where o < 16 Y. D = 128 (K/16) (K/16 + 1). Pairs of one block are there twice, o and i
+     *  either way round: of a state that is given the mean of both counts, also for T = 0; for gradients of states that is the same. */
     HOLDFAST_EXPANSION_TILED = 1
 } holdfast_expansion;
 
@@ -375,9 +376,9 @@ HOLDFAST_API holdfast_status holdfast_workspace_size(holdfast_context *context, 
  *  beyond 2^30; of a degree above 1 on the CPU, D V above 2^28, in the recurrent form D V H / Hk of 2^30 or more, or D degree! of
  *  2^31 or more, and in the parallel form none of these where no state is given or wanted; on a GPU, that one chunk of one head, or its
  *  state, carries beyond 2^31 bytes);
- *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text.
- *  Tensors as a whole may be larger than 2^31 bytes, but not those on the CPU that a GPU computes, each of which is copied to one
- *  buffer. Thread-safety: that of the context. */
+ *  HOLDFAST_TARGET_UNAVAILABLE; HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR.
+ *  holdfast_last_error(context) has the text. Tensors as a whole may be larger than 2^31 bytes, but not those on the CPU that a GPU
+ *  computes, each of which is copied to one buffer. Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_forward(holdfast_context *context, const holdfast_forward_args *args);
 
 /** D, the size of an expanded key and the rows of a state: K = `key_size` elements, `degree` 0 (which is 1) to 4, a
@@ -438,9 +439,9 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *
  *  The same as holdfast_forward with T = 1 and `state` as both states, on the CPU to the bit; as holdfast_forward of many tokens
  *  at once to rounding. Each state is read and written once; of heads of queries that share it, all but one read it
- *  again, block by block from cache for a degree above 1 or normalization. On the CPU a value-major state is turned over and back, in workspace. After the first call a context
- *  allocates nothing more on the CPU, where one thread works on up to half a megabyte of states; the same call on the same
- *  machine and target gives the same bits, for any number of threads.
+ *  again, block by block from cache for a degree above 1 or normalization. On the CPU a value-major state is turned over and back,
+ *  in workspace. After the first call a context allocates nothing more on the CPU, where one thread works on up to half a megabyte
+ *  of states; the same call on the same machine and target gives the same bits, for any number of threads.
  *
  *  On a GPU: what holdfast_forward says of log_decay, of CUDA's calls given a workspace and of those of other backends goes for
  *  steps too. A step is two launches for the whole problem, without a log_decay three; for a degree above 1 or normalization some more,
@@ -454,8 +455,8 @@ HOLDFAST_API holdfast_status holdfast_step_workspace_size(holdfast_context *cont
  *  build, an extent of 2^31 or more, D V above 2^25, of a degree above 1 on the CPU above 2^28, D V H / Hk of 2^30 or more or
  *  D degree! of 2^31 or more, a stride along D that carries a state beyond 2^31 elements, on a GPU 2^31 bytes, or D V H / Hk of
  *  2^31 or more there, or one between heads that share keys as for holdfast_forward); HOLDFAST_TARGET_UNAVAILABLE;
- *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text. On the last three the state may have been advanced in part. Thread-safety: that
- *  of the context. */
+ *  HOLDFAST_OUT_OF_MEMORY; HOLDFAST_DEVICE_ERROR; HOLDFAST_INTERNAL_ERROR. holdfast_last_error(context) has the text. On the last
+ *  three the state may have been advanced in part. Thread-safety: that of the context. */
 HOLDFAST_API holdfast_status holdfast_step(holdfast_context *context, const holdfast_step_args *args);
 
 /** Arguments of holdfast_backward. As with holdfast_forward_args: set struct_size to sizeof(holdfast_backward_args) and everything not
@@ -517,18 +518,21 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *      dinitial_state = a_1 dS_1,  dinitial_sum_of_keys = a_1 ds_1
  *
  *  dS_t, ds_t and with them dk, dv and dlog_decay are sums over the heads of queries that share a key. A gradient that is NULL is not
- *  wanted: it costs nothing, and the others keep their bits; for dq alone no gradient of states is carried back over the sequence.
+ *  wanted: it costs nothing, and the others keep their bits, but that those of states decide with HOLDFAST_FORM_AUTO and _PARALLEL
+ *  whether a degree above 1 goes by chunks. For dq alone no gradient of states is carried back over the sequence.
  *  Without dout nothing is computed of queries, and dq is zero; without dfinal_state and dfinal_sum_of_keys too all gradients are zero,
  *  and no kernel computes any. Where log_decay is -infinity dlog_decay is 0. It is as exact as the terms that it is made of: where all
- *  log decays are strong, g, within some 1.5e-7 sqrt(C) / exp(g) of itself, C the tokens of a chunk.
+ *  log decays are strong, g, within some 1.5e-7 sqrt(C) / exp(g) of itself, C the tokens of a chunk; per head, where errors of a
+ *  chunk's tokens add up, within 2.5e-7 C / exp(g), which is 1e-5 at g = -0.25 for C = 32.
  *
  *  Inputs of 16 bits are widened as they are read, sums are in fp32, and each gradient is rounded once; that of a decay per head is
  *  summed in fp64. A normalized `out` of 16 bits is read as it was rounded: what is made of dm_t is wrong by as much, also dlog_decay,
- *  which is stored in fp32 (in bf16 by 2e-3 to 3e-3 of the gradient's root mean square). Variants with round_operands also round, for products, weights within a chunk and their gradients, and states and
- *  theirs, one factor of each term: dq, dk and dv are then within twice the rounding of their type, dlog_decay within one of the terms
- *  that it is a sum of, and dinitial_state stays fp32. A sequence cut in two, the gradients of the second part's initial state and
- *  sum of keys given to the first part as those of its final ones, has the gradients of the whole to rounding. The same call on the
- *  same machine and target gives the same bits, for any number of threads.
+ *  which is stored in fp32 (in bf16 by 2e-3 to 3e-3 of the gradient's root mean square). Variants with round_operands also round,
+ *  for products, weights within a chunk and their gradients, and states and theirs, one factor of each term: dq, dk and dv are then
+ *  within twice the rounding of their type, dlog_decay within one of the terms that it is a sum of, and dinitial_state stays fp32.
+ *  A sequence cut in two, the gradients of the second part's initial state and sum of keys given to the first part as those of its
+ *  final ones, has the gradients of the whole to rounding. The same call on the same machine and target gives the same bits, for
+ *  any number of threads.
  *
  *  What is computed, where: the gradient is the same in every form, so it is computed from all T x T weights, without any state, for
  *  HOLDFAST_FORM_PARALLEL and a degree above 1 or normalization where no state, sum of keys, or gradient of one is given or
@@ -538,14 +542,15 @@ HOLDFAST_API holdfast_status holdfast_backward_workspace_size(holdfast_context *
  *
  *  Memory: nothing that holdfast_forward computes on its way has to be kept, and nothing of size T x T is on a CPU, but two floats for
  *  each pair of blocks of 64 tokens in the parallel form. States are computed again, first of all, and kept in workspace until the
- *  walk back is done: for degree 1 without normalization one for some chunks (at K = V = 64 for 256 tokens, 16 floats a token and head), of the heads that are worked on at the time. `states` that are
- *  given save that (a fifth of the time), where their rows are contiguous along V, and state_interval is at most so many tokens or a
- *  multiple of a chunk; others are not looked at. For a degree above 1 or normalization a gradient of states and as many of the states
- *  between chunks as with those of all threads fit into a quarter of the call's tensors, but s a thread, at least, for up to
- *  (s + 1) (s + 2) (s + 3) / 6 chunks; others are computed a second time, and where that is not enough a third, which takes 6 to 8%
- *  longer. The parallel form keeps rows in fp32 and the scores of a block of them, about T ((2 + G) K + 2 V + 64) floats a thread, G
- *  heads of queries to one of keys, K + V less of 16 bits on AVX-512 and AVX2, and what it has of pairs of blocks. Threads beyond one
- *  for each sequence and head of keys have nothing to do.
+ *  walk back is done: for degree 1 without normalization one for some chunks (at K = V = 64 for 256 tokens, 16 floats a token and
+ *  head), of the heads that are worked on at the time. `states` that are given save that (a fifth of the time), where their rows
+ *  are contiguous along V, and state_interval is at most so many tokens or a multiple of a chunk; others are not looked at. For a
+ *  degree above 1 or normalization a gradient of states and as many of the states between chunks as with those of all threads fit
+ *  into a quarter of the call's tensors, but s a thread, at least, for up to (s + 1) (s + 2) (s + 3) / 6 chunks; others are
+ *  computed a second time, and where that is not enough a third, which takes 6 to 8% longer. The parallel form keeps rows in fp32
+ *  and the scores of a block of them, about T ((2 + G) K + 2 V + 64) floats a thread, G heads of queries to one of keys, K + V less
+ *  of 16 bits on AVX-512 and AVX2, and what it has of pairs of blocks. Threads beyond one for each sequence and head of keys have
+ *  nothing to do.
  *
  *  T = 0: dinitial_state = dfinal_state, and dlog_decay per head is 0. Not-a-numbers and infinities stay in their sequence and group of
  *  heads, but for dlog_decay per head, which is of all sequences.
@@ -715,9 +720,10 @@ typedef struct holdfast_head_norm_gate_backward_args {
  *
  *  On the CPU one thread works on up to half a megabyte of rows, and for dweight on at least 1/256 of all. Workspace is half a
  *  megabyte for each thread (more where one token has more), and for dweight 256 rows [H, V] of doubles at most; after the first call
- *  a context allocates nothing more. On a GPU: a launch for the sums of rows, of layer norm two, and one for the weights; one for dx, one for dgate, and
- *  five for dweight; for up to 2^15 batch entries and tokens of each, in 2^31 bytes, at once. Device memory of a few floats for each
- *  token and head, and for dweight V for each 64 tokens and head, is the context's, which on CUDA allocates it when it has to grow.
+ *  a context allocates nothing more. On a GPU: a launch for the sums of rows, of layer norm two, and one for the weights; one for
+ *  dx, one for dgate, and five for dweight; for up to 2^15 batch entries and tokens of each, in 2^31 bytes, at once. Device memory
+ *  of a few floats for each token and head, and for dweight V for each 64 tokens and head, is the context's, which on CUDA
+ *  allocates it when it has to grow.
  *
  *  @returns like holdfast_head_norm_gate; HOLDFAST_INVALID_ARGUMENT also for dgate without gate, and dweight without weight.
  *  Thread-safety: that of the context. */
