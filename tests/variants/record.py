@@ -30,12 +30,13 @@ def main(build, machine, *targets):
     ran, failed = set(), set()
     for case in (case for suite in suites for case in suite["testsuite"]):
         name = case["name"].split("/")[-1]
-#The longest : avx512 begins avx512_bf16.
+        # The longest: avx512 begins avx512_bf16.
         kernel, _, dtype, target = max(
             (row for row in rows if re.match(rf"{row[1]}(_|$)", name)), key=lambda row: len(row[1])
         )
         if case["result"] == "COMPLETED":
-        ran.add((kernel, dtype, target)) if case.get("failures"):
+            ran.add((kernel, dtype, target))
+        if case.get("failures"):
             failed.add((kernel, dtype, target))
     lines = sorted(" ".join(row) for row in ran - failed)
     path = ROOT / "bench" / "record" / machine / "tested.txt"
