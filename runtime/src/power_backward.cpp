@@ -64,15 +64,17 @@ public:
             return at;
         };
         float *const gradient = gradient_memory.floats();
-        if (plan.states)
+        if (plan.states) {
             kept.walk_back(
                 [&](int64_t chunk, int64_t from, int64_t to) {
                     float *const before = state(from, to);
                     advance(chunk, before, state(to, 1));
                 },
                 [&](int64_t chunk, int64_t from) { retreat(chunk, state(from, 1), gradient); });
-        else if (float *const any = state(0, 1))
+        } else {
+            float *const any = state(0, 1);
             for (int64_t i = chunks; i-- > 0;) retreat(i, any, gradient);
+        }
         if (p.dinitial_state.rank)
             convert({gradient, p.V, 1}, tight, of_caller(p.dinitial_state), p.expansion, p.D, p.K, p.V, Of::gradients);
         if (p.dinitial_sum.rank)

@@ -56,8 +56,8 @@ public:
             fail(HOLDFAST_UNSUPPORTED, "a chunk of one head, its state of D V = ", D * p.V,
                  " or its features need a buffer beyond 2^31 bytes; expected less");
         const bool states = p.dq.rank || p.dlog_decay.rank || (p.normalized && p.group());
-        // All that are kept, and a gradient, a quarter of the tensors, at most; of as many heads as there can be at a time, whatever the strides, by which
-        // memory, that a workspace has been sized for, must not grow.
+        // All that are kept, and a gradient, a quarter of the tensors, at most; of as many heads as there can be at a time,
+        // whatever the strides, by which memory, that a workspace has been sized for, must not grow.
         const Part most = largest_part({p.B, p.Hk}, [&](int64_t batch, int64_t heads) {
             return (double)scratch * (double)batch * (double)heads <= (double)most_bytes;
         });

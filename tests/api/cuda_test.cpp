@@ -1567,6 +1567,16 @@ TEST(Cuda, GradientsOfSequencesThatAreTooLongForOneCallOfTheKernelTakeSeveral) {
         }
 }
 
+/// Those of a call that a graph takes down, of which nothing else may be.
+size_t captured_launches(Driver &driver, Context &context, const GradientCall &call) {
+    driver.capture(true);
+    driver.clear();
+    EXPECT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
+    driver.capture(false);
+    EXPECT_EQ(others(driver.record()), std::set<std::string>());
+    return of(driver.record(), "cuLaunchKernel").size();
+}
+
 TEST(Cuda, GradientsOfPackedSequencesAreLaunchesAlone) {
     Driver driver;
     Context context;
@@ -1579,12 +1589,7 @@ TEST(Cuda, GradientsOfPackedSequencesAreLaunchesAlone) {
         call.resize_states(0, number), call.args.cu_seqlens = &packed.cu_seqlens;
         call.give_workspace(context);
         ASSERT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
-        driver.capture(true);
-        driver.clear();
-        EXPECT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
-        driver.capture(false);
-        EXPECT_EQ(others(driver.record()), std::set<std::string>());
-        launches[number] = of(driver.record(), "cuLaunchKernel").size();
+        launches[number] = captured_launches(driver, context, call);
     }
     EXPECT_EQ(launches[64], launches[1]);
     EXPECT_EQ(launches[65], launches[1] + 1);
@@ -1679,14 +1684,10 @@ TEST(Cuda, GradientsThatNothingComesToAreClearedAndNothingElse) {
             call.give_workspace(context);
             EXPECT_LT(call.bytes, 1 << 12);
             ASSERT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
-            driver.capture(true);
-            driver.clear();
-            EXPECT_EQ(holdfast_backward(context, &call.args), HOLDFAST_OK) << context.error();
-            driver.capture(false);
-            EXPECT_EQ(others(driver.record()), std::set<std::string>());
+            const size_t launches = captured_launches(driver, context, call);
             // Those of fp32 take a zero, and a kernel that copies it.
             const size_t rows = 3, floats = 1 + (call.args.dinitial_state ? 1 : 0) + (call.args.dinitial_sum_of_keys ? 1 : 0);
-            EXPECT_EQ(of(driver.record(), "cuLaunchKernel").size(), rows * (dtype == f32 ? 2 : 1) + 2 * floats);
+            EXPECT_EQ(launches, rows * (dtype == f32 ? 2 : 1) + 2 * floats);
             EXPECT_TRUE(context.messages.empty()) << context.messages.back();
         }
 }
