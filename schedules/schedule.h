@@ -54,6 +54,11 @@ struct Lowering {
         list.insert(std::upper_bound(list.begin(), list.end(), l, [](auto &a, auto &b) { return a.rank < b.rank; }), l);
         return true;
     }
+    /// Adds those of the target to a pipeline.
+    static void apply(const Halide::Pipeline &pipeline, const Halide::Target &target) {
+        for (const Lowering &l : all())
+            if (l.matches(target)) l.add_passes(pipeline, target);
+    }
 };
 
 /// Schedule `f` with the best match, or with the schedule named `forced`; "none" leaves the algorithm as it is. `pipeline` is
@@ -62,8 +67,7 @@ template<class Funcs, class Sizes>
 void apply_schedule(Funcs &f, const Sizes &sizes, const Halide::Pipeline &pipeline, const Halide::Target &target,
                     const std::string &forced) {
     if (forced != "none") Schedule<Funcs, Sizes>::best(sizes, target, forced).apply(f, sizes, target);
-    for (const Lowering &l : Lowering::all())
-        if (l.matches(target)) l.add_passes(pipeline, target);
+    Lowering::apply(pipeline, target);
 }
 
 }  // namespace holdfast

@@ -32,8 +32,7 @@ TEST_P(Exp, IsGoodToTwoRoundingsUpToWhereFp32Ends) {
         out(i) = Tuple(power(i), 1.0f / (1.0f + power(i)));
         if (vectors) out.vectorize(i, target.natural_vector_size<float>(), TailStrategy::GuardWithIf);
         Pipeline pipeline(out);
-        for (const holdfast::Lowering &l : holdfast::Lowering::all())
-            if (l.matches(target)) l.add_passes(pipeline, target);
+        holdfast::Lowering::apply(pipeline, target);
         const Realization both = pipeline.realize({x.width()}, target);
         const Buffer<float> got = both[0], sigmoid = both[1];
         for (int n = 0; n < x.width(); n++) {

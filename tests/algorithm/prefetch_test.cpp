@@ -28,8 +28,7 @@ struct CallInstead : IRMutator {
 /// Computes `out` and notes what is asked for.
 void run(const Func &out, const Target &target, const std::vector<int> &extents) {
     Pipeline pipeline(out);
-    for (const holdfast::Lowering &l : holdfast::Lowering::all())
-        if (l.matches(target)) l.add_passes(pipeline, target);
+    holdfast::Lowering::apply(pipeline, target);
     pipeline.add_custom_lowering_pass(new CallInstead);
     pipeline.set_jit_externs({{"holdfast_test_asked", JITExtern(holdfast_test_asked)}});
     asked.clear();
